@@ -1,0 +1,1 @@
+"""A pool of gRPC connections to the Topaz authorizer for FastAPI."""

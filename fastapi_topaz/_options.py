@@ -1,0 +1,304 @@
+"""
+What the user configures, and every check of it.
+
+Nothing here touches the network, a file or an event loop: options are built at
+import time, before a worker process forks.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+from typing import Any
+
+import attrs
+
+
+__all__ = ["AuthorizerOptions", "Identity", "IdentityType", "PoolOptions", "seconds"]
+
+
+def _count(name: str, value: object, minimum: int) -> None:
+    # bool is an int to isinstance, but `max_connections=True` is a mistake.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name} must be an int, got {value!r} ({type(value).__name__})"
+        )
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def seconds(
+    name: str, value: object, *, zero: bool = True, infinite: bool = True
+) -> float:
+    """Return *value* as a float of seconds, or say what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            f"{name} must be a number of seconds, got {value!r} "
+            f"({type(value).__name__})"
+        )
+    if math.isnan(value) or value < 0 or (value == 0 and not zero):
+        least = "at least 0" if zero else "more than 0"
+        raise ValueError(f"{name} must be {least} seconds, got {value!r}")
+    if math.isinf(value) and not infinite:
+        raise ValueError(f"{name} must be a finite number of seconds, got {value!r}")
+    return float(value)
+
+
+def _text(name: str, value: object, *, optional: bool = True) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {value!r} ({type(value).__name__})")
+    if not value.strip():
+        raise ValueError(f"{name} must not be empty, got {value!r}")
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be True or False, got {value!r} ({type(value).__name__})"
+        )
+
+
+@attrs.frozen(kw_only=True)
+class PoolOptions:
+    """
+    The numbers a pool works by; `ConnectionPool` documents each.
+
+    Strictly private.
+    """
+
+    min_connections: int = 2
+    max_connections: int = 10
+    acquire_timeout: float = 5.0
+    connection_timeout: float = 10.0
+    max_idle_time: float = 300.0
+    idle_check_interval: float = 60.0
+    health_check_interval: float = 30.0
+    health_check_timeout: float = 5.0
+    eager_init: bool = False
+    retry_on_failure: bool = True
+    max_retries: int = 3
+    streams_per_connection: int = 1
+    max_waiting: int | None = None
+    max_lifetime: float = 3600.0
+    leak_threshold: float = 0.0
+    name: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        _count("min_connections", self.min_connections, 0)
+        _count("max_connections", self.max_connections, 1)
+        if self.min_connections > self.max_connections:
+            raise ValueError(
+                f"min_connections must not exceed max_connections, got "
+                f"min_connections={self.min_connections} and "
+                f"max_connections={self.max_connections}"
+            )
+        _count("max_retries", self.max_retries, 0)
+        _count("streams_per_connection", self.streams_per_connection, 1)
+        if self.max_waiting is not None:
+            _count("max_waiting", self.max_waiting, 0)
+        for name in (
+            "acquire_timeout",
+            "max_idle_time",
+            "idle_check_interval",
+            "health_check_interval",
+            "max_lifetime",
+            "leak_threshold",
+        ):
+            seconds(name, getattr(self, name))
+        for name in ("connection_timeout", "health_check_timeout"):
+            seconds(name, getattr(self, name), zero=False, infinite=False)
+        _flag("eager_init", self.eager_init)
+        _flag("retry_on_failure", self.retry_on_failure)
+        _text("name", self.name)
+
+    @property
+    def capacity(self) -> int:
+        """Leases the pool can give out at once."""
+        return self.max_connections * self.streams_per_connection
+
+    @property
+    def attempts(self) -> int:
+        """Rounds of connecting that one demand is worth."""
+        return 1 + (self.max_retries if self.retry_on_failure else 0)
+
+
+class IdentityType(enum.IntEnum):
+    """
+    What the value of an [Identity][fastapi_topaz.Identity] is.
+
+    The numbers are those of `aserto.authorizer.v2.api.IdentityType`, and its long
+    names work as well as the short ones.
+    """
+
+    IDENTITY_TYPE_UNKNOWN = 0
+    IDENTITY_TYPE_NONE = 1
+    IDENTITY_TYPE_SUB = 2
+    IDENTITY_TYPE_JWT = 3
+    IDENTITY_TYPE_MANUAL = 4
+
+    NONE = 1
+    """Nobody: an anonymous caller."""
+    SUB = 2
+    """The subject of a token, such as a user id or an e-mail address."""
+    JWT = 3
+    """A whole JSON Web Token; Topaz verifies it."""
+    MANUAL = 4
+    """Handed to the policy as it is, without looking anybody up."""
+
+
+@attrs.frozen
+class Identity:
+    """
+    On whose behalf a decision is asked for.
+
+    Args:
+        type: What *value* is.
+        value: The subject, token or text; None for an anonymous caller.
+
+    Raises:
+        TypeError: *type* is no identity type, or *value* no str.
+        ValueError: *type* is unknown, or *value* is missing.
+    """
+
+    type: IdentityType
+    # Not in the repr: it may be a token, and reprs end up in logs.
+    value: str | None = attrs.field(default=None, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        if isinstance(self.type, bool) or not isinstance(self.type, int):
+            raise TypeError(f"type must be an IdentityType, got {self.type!r}")
+        try:
+            kind = IdentityType(self.type)
+        except ValueError:
+            raise ValueError(
+                f"type must be an IdentityType, got {self.type!r}"
+            ) from None
+        if self.value is not None and not isinstance(self.value, str):
+            raise TypeError(
+                f"value must be a str or None, got {type(self.value).__name__}"
+            )
+        if kind is IdentityType.IDENTITY_TYPE_UNKNOWN:
+            raise ValueError("type must not be IDENTITY_TYPE_UNKNOWN: Topaz refuses it")
+        if kind is not IdentityType.NONE and not self.value:
+            raise ValueError(
+                f"value must not be empty for an identity of type {kind.name}"
+            )
+        object.__setattr__(self, "type", kind)
+
+    @classmethod
+    def coerce(cls, identity: object) -> Identity:
+        """
+        Return *identity* as an `Identity`; None is the anonymous caller.
+
+        Objects of `aserto.client.Identity` have the same attributes and are
+        welcome. The value never appears in the error.
+        """
+        if isinstance(identity, cls):
+            return identity
+        if identity is None:
+            return ANONYMOUS
+        try:
+            return cls(identity.type, identity.value)  # type: ignore[attr-defined]
+        except AttributeError:
+            raise TypeError(
+                f"identity must be an Identity, got {type(identity).__name__}"
+            ) from None
+
+
+ANONYMOUS = Identity(IdentityType.NONE)
+
+
+@attrs.frozen(kw_only=True)
+class AuthorizerOptions:
+    """
+    Where the authorizer is, and how to talk to it.
+
+    Args:
+        url: `host:port`, or any other gRPC target such as `dns:///topaz:8282`.
+        tenant_id: Sent as the metadata `aserto-tenant-id`.
+        api_key: Sent as the metadata `authorization: basic KEY`.
+        cert_file_path: A PEM file with the CA that signed the server's certificate;
+            None means the roots that gRPC ships. Read at every connect, so a
+            rotated file is used by new connections.
+        insecure: True for plaintext, without TLS. Never a fallback: a server that
+            does not speak TLS is an error otherwise.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: *url* is empty or has an HTTP scheme, or a header value cannot
+            be sent.
+    """
+
+    url: str = "localhost:8282"
+    tenant_id: str | None = None
+    api_key: str | None = attrs.field(default=None, repr=False)
+    cert_file_path: str | None = None
+    insecure: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        _text("url", self.url, optional=False)
+        if self.url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"url must be host:port without a scheme, got {self.url!r}; "
+                "TLS is the default, insecure=True means plaintext"
+            )
+        if isinstance(self.cert_file_path, os.PathLike):
+            object.__setattr__(self, "cert_file_path", str(self.cert_file_path))
+        for name in ("tenant_id", "api_key", "cert_file_path"):
+            _text(name, getattr(self, name))
+        for name in ("tenant_id", "api_key"):
+            value = getattr(self, name)
+            if value is not None and not (value.isascii() and value.isprintable()):
+                # RFC 9113, section 8.2.1. The value may be a secret: not shown.
+                raise ValueError(
+                    f"{name} must be printable ASCII to be sent as a header"
+                )
+        _flag("insecure", self.insecure)
+        if self.insecure and self.cert_file_path is not None:
+            raise ValueError(
+                "cert_file_path and insecure=True exclude each other, got "
+                f"cert_file_path={self.cert_file_path!r}"
+            )
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The headers that go with every call."""
+        headers = []
+        if self.api_key is not None:
+            headers.append(("authorization", f"basic {self.api_key}"))
+        if self.tenant_id is not None:
+            headers.append(("aserto-tenant-id", self.tenant_id))
+        return tuple(headers)
+
+    @classmethod
+    def coerce(cls, options: Any) -> AuthorizerOptions:
+        """
+        Return *options* as `AuthorizerOptions`.
+
+        Objects of `aserto.client.AuthorizerOptions` are welcome; they keep the path
+        of the certificate in a private attribute.
+
+        Raises:
+            TypeError: *options* has no `url`.
+        """
+        if isinstance(options, cls):
+            return options
+        try:
+            url = options.url
+        except AttributeError:
+            raise TypeError(
+                "authorizer_options must be an AuthorizerOptions, got "
+                f"{type(options).__name__}"
+            ) from None
+        return cls(
+            url=url,
+            tenant_id=getattr(options, "tenant_id", None),
+            api_key=getattr(options, "api_key", None),
+            cert_file_path=getattr(
+                options, "cert_file_path", getattr(options, "_cert_file_path", None)
+            ),
+            insecure=getattr(options, "insecure", False),
+        )

@@ -1,0 +1,87 @@
+"""
+The errors of `fastapi_topaz`.
+
+Every error derives from [TopazError][fastapi_topaz.TopazError].
+None of them ever means "allowed": a caller that catches one must refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+
+__all__ = [
+    "ConnectFailed",
+    "ConnectionLost",
+    "FailureReason",
+    "PoolClosed",
+    "PoolError",
+    "PoolSaturated",
+    "PoolTimeout",
+    "TopazError",
+]
+
+
+FailureReason = Literal["refused", "resolve", "tls", "timeout", "other"]
+
+
+class TopazError(Exception):
+    """Base class of all errors raised by this package."""
+
+
+class PoolError(TopazError):
+    """
+    The pool cannot do what was asked.
+
+    Raised itself when an open pool is used from another process or another
+    event loop than the one it was opened in.
+    """
+
+
+class PoolTimeout(PoolError, TimeoutError):  # noqa: N818
+    """
+    No connection became available within the timeout.
+
+    The message holds the pool's counts; the last connect error, if there is
+    one, is the `__cause__`.
+    """
+
+
+class PoolClosed(PoolError, RuntimeError):  # noqa: N818
+    """The pool is closed, or was closed while the caller waited."""
+
+
+class PoolSaturated(PoolError):  # noqa: N818
+    """`max_waiting` callers wait already; this one was refused at once."""
+
+
+class ConnectFailed(PoolError, ConnectionError):  # noqa: N818
+    """
+    A connection could not be established, and nothing else can serve the caller.
+
+    Attributes:
+        reason: Why, as one of a few words (they are the values of the metric
+            attribute `reason`): `refused`, `resolve`, `tls`, `timeout`, `other`.
+        permanent: True if trying again cannot help until somebody changes the
+            configuration or the server, as with a certificate of the wrong CA.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: FailureReason = "other",
+        permanent: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.reason: Final = reason
+        self.permanent: Final = permanent
+
+
+class ConnectionLost(PoolError, ConnectionError):  # noqa: N818
+    """
+    The connection was closed under a call that was using it.
+
+    Whether the server acted on the request is unknown. The calls of an
+    authorizer are reads, so they are safe to repeat on another connection.
+    """
