@@ -1,0 +1,1 @@
+"""What tests need: an embedded authorizer and fakes."""
