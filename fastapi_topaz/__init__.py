@@ -1,1 +1,44 @@
-"""A pool of gRPC connections to the Topaz authorizer for FastAPI."""
+"""
+A pool of gRPC connections to the Topaz authorizer for FastAPI, on asyncio and trio.
+
+Everything public stands here; the modules with an underscore do not.
+`fastapi_topaz.testing` holds an embedded authorizer and fakes for tests.
+"""
+
+from fastapi_topaz._config import TopazConfig
+from fastapi_topaz._dependencies import require_policy_allowed, require_policy_auto
+from fastapi_topaz._lease import PooledConnection
+from fastapi_topaz._options import AuthorizerOptions, Identity, IdentityType
+from fastapi_topaz._pool import ConnectionPool
+from fastapi_topaz._status import PoolStatus
+from fastapi_topaz._transport import Connector
+from fastapi_topaz.exceptions import (
+    ConnectFailed,
+    ConnectionLost,
+    PoolClosed,
+    PoolError,
+    PoolSaturated,
+    PoolTimeout,
+    TopazError,
+)
+
+
+__all__ = [
+    "AuthorizerOptions",
+    "ConnectFailed",
+    "ConnectionLost",
+    "ConnectionPool",
+    "Connector",
+    "Identity",
+    "IdentityType",
+    "PoolClosed",
+    "PoolError",
+    "PoolSaturated",
+    "PoolStatus",
+    "PoolTimeout",
+    "PooledConnection",
+    "TopazConfig",
+    "TopazError",
+    "require_policy_allowed",
+    "require_policy_auto",
+]

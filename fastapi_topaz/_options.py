@@ -15,7 +15,14 @@ from typing import Any
 import attrs
 
 
-__all__ = ["AuthorizerOptions", "Identity", "IdentityType", "PoolOptions", "seconds"]
+__all__ = [
+    "AuthorizerOptions",
+    "Identity",
+    "IdentityType",
+    "PoolOptions",
+    "seconds",
+    "text",
+]
 
 
 def _count(name: str, value: object, minimum: int) -> None:
@@ -45,7 +52,8 @@ def seconds(
     return float(value)
 
 
-def _text(name: str, value: object, *, optional: bool = True) -> None:
+def text(name: str, value: object, *, optional: bool = True) -> None:
+    """Return if *value* is a str with something in it, or say what is wrong."""
     if value is None and optional:
         return
     if not isinstance(value, str):
@@ -112,7 +120,7 @@ class PoolOptions:
             seconds(name, getattr(self, name), zero=False, infinite=False)
         _flag("eager_init", self.eager_init)
         _flag("retry_on_failure", self.retry_on_failure)
-        _text("name", self.name)
+        text("name", self.name)
 
     @property
     def capacity(self) -> int:
@@ -239,7 +247,7 @@ class AuthorizerOptions:
     insecure: bool = False
 
     def __attrs_post_init__(self) -> None:
-        _text("url", self.url, optional=False)
+        text("url", self.url, optional=False)
         if self.url.startswith(("http://", "https://")):
             raise ValueError(
                 f"url must be host:port without a scheme, got {self.url!r}; "
@@ -248,7 +256,7 @@ class AuthorizerOptions:
         if isinstance(self.cert_file_path, os.PathLike):
             object.__setattr__(self, "cert_file_path", str(self.cert_file_path))
         for name in ("tenant_id", "api_key", "cert_file_path"):
-            _text(name, getattr(self, name))
+            text(name, getattr(self, name))
         for name in ("tenant_id", "api_key"):
             value = getattr(self, name)
             if value is not None and not (value.isascii() and value.isprintable()):

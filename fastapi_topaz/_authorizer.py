@@ -1,0 +1,233 @@
+"""The calls of the authorizer, for whatever can make a gRPC call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastapi_topaz import _messages
+from fastapi_topaz._messages import Subject, policy_instance
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aserto.authorizer.v2 import (
+        CompileResponse,
+        GetPolicyResponse,
+        InfoResponse,
+        ListPoliciesResponse,
+        QueryOptions,
+        QueryResponse,
+    )
+
+    from fastapi_topaz._messages import Method, ResourceContext
+    from fastapi_topaz._options import Identity
+    from fastapi_topaz._transport._base import Metadata
+
+
+__all__ = ["AuthorizerCalls"]
+
+
+class AuthorizerCalls:
+    """
+    The methods of `aserto.authorizer.v2.Authorizer`.
+
+    Arguments mean the same everywhere:
+
+    Args:
+        policy_path: The package of the policy, such as `myapp.GET.documents`.
+        decisions: The names of the decisions to make, default `("allowed",)`.
+        identity: On whose behalf; None is an anonymous caller.
+        resource_context: What the policy sees as `input.resource`: a mapping of what
+            JSON knows.
+        policy_instance_name: Which policy instance; None leaves it to the server.
+        policy_instance_label: Its label; the name if None.
+        timeout: Seconds the server may take, sent along as the deadline; None for
+            no limit.
+
+    Raises:
+        grpc.aio.AioRpcError: The authorizer answered with an error status, or did
+            not answer. On trio, too.
+        ConnectionLost: The connection was closed under the call.
+        PoolError: The lease was released before.
+        TypeError, ValueError: An argument cannot be sent.
+    """
+
+    __slots__ = ()
+
+    async def call(
+        self,
+        method: str,
+        request: Any,
+        *,
+        request_serializer: Callable[[Any], bytes] | None = None,
+        response_deserializer: Callable[[bytes], Any] | None = None,
+        timeout: float | None = None,
+        metadata: Metadata = (),
+    ) -> Any:
+        """Make one unary-unary call of any gRPC service."""
+        raise NotImplementedError
+
+    async def _call(
+        self,
+        method: Method,
+        request: Any,
+        timeout: float | None,
+    ) -> Any:
+        return await self.call(
+            method.path,
+            request,
+            request_serializer=method.request,
+            response_deserializer=method.response,
+            timeout=timeout,
+        )
+
+    async def decisions(
+        self,
+        *,
+        policy_path: str,
+        decisions: Sequence[str] = ("allowed",),
+        identity: Identity | None = None,
+        resource_context: ResourceContext | None = None,
+        policy_instance_name: str | None = None,
+        policy_instance_label: str | None = None,
+        timeout: float | None = None,
+    ) -> dict[str, bool]:
+        """
+        Ask for decisions (the RPC `Is`).
+
+        Returns:
+            Each decision by its name. One that is missing was not made: test with
+            `result.get("allowed") is True`, never for the absence of a denial.
+        """
+        request = Subject(
+            policy_path=policy_path,
+            decisions=decisions,
+            identity=identity,
+            resource_context=resource_context,
+            policy_instance_name=policy_instance_name,
+            policy_instance_label=policy_instance_label,
+        ).is_request()
+        response = await self._call(_messages.IS, request, timeout)
+        return _messages.decisions_of(response)
+
+    async def decision_tree(
+        self,
+        *,
+        policy_path: str,
+        decisions: Sequence[str] = ("allowed",),
+        identity: Identity | None = None,
+        resource_context: ResourceContext | None = None,
+        policy_instance_name: str | None = None,
+        policy_instance_label: str | None = None,
+        policy_path_separator: Literal["DOT", "SLASH"] | None = None,
+        timeout: float | None = None,
+    ) -> dict[str, dict[str, bool]]:
+        """
+        Ask for the decisions of all policies below *policy_path*.
+
+        Returns:
+            For each path, with the separator asked for, its decisions by name.
+        """
+        request = Subject(
+            policy_path=policy_path,
+            decisions=decisions,
+            identity=identity,
+            resource_context=resource_context,
+            policy_instance_name=policy_instance_name,
+            policy_instance_label=policy_instance_label,
+        ).decision_tree_request(policy_path_separator)
+        response = await self._call(_messages.DECISION_TREE, request, timeout)
+        return _messages.decision_tree_of(response)
+
+    async def query(
+        self,
+        *,
+        query: str,
+        input: str = "",  # noqa: A002  (the field's name)
+        policy_path: str = "",
+        decisions: Sequence[str] = (),
+        identity: Identity | None = None,
+        resource_context: ResourceContext | None = None,
+        policy_instance_name: str | None = None,
+        policy_instance_label: str | None = None,
+        options: QueryOptions | None = None,
+        timeout: float | None = None,
+    ) -> QueryResponse:
+        """Evaluate the Rego *query* with *input*, a JSON text."""
+        request = Subject(
+            policy_path=policy_path,
+            decisions=decisions,
+            identity=identity,
+            resource_context=resource_context,
+            policy_instance_name=policy_instance_name,
+            policy_instance_label=policy_instance_label,
+        ).query_request(query, input, options)
+        response: QueryResponse = await self._call(_messages.QUERY, request, timeout)
+        return response
+
+    async def compile(
+        self,
+        *,
+        query: str,
+        input: str = "",  # noqa: A002  (the field's name)
+        unknowns: Sequence[str] = (),
+        disable_inlining: Sequence[str] = (),
+        policy_path: str = "",
+        decisions: Sequence[str] = (),
+        identity: Identity | None = None,
+        resource_context: ResourceContext | None = None,
+        policy_instance_name: str | None = None,
+        policy_instance_label: str | None = None,
+        options: QueryOptions | None = None,
+        timeout: float | None = None,
+    ) -> CompileResponse:
+        """Partially evaluate the Rego *query*, leaving *unknowns* open."""
+        request = Subject(
+            policy_path=policy_path,
+            decisions=decisions,
+            identity=identity,
+            resource_context=resource_context,
+            policy_instance_name=policy_instance_name,
+            policy_instance_label=policy_instance_label,
+        ).compile_request(query, input, unknowns, disable_inlining, options)
+        response: CompileResponse = await self._call(
+            _messages.COMPILE, request, timeout
+        )
+        return response
+
+    async def list_policies(
+        self,
+        *,
+        policy_instance_name: str | None = None,
+        policy_instance_label: str | None = None,
+        timeout: float | None = None,
+    ) -> ListPoliciesResponse:
+        """List the policy modules that the server has loaded."""
+        instance = policy_instance(policy_instance_name, policy_instance_label)
+        response: ListPoliciesResponse = await self._call(
+            _messages.LIST_POLICIES, _messages.list_policies_request(instance), timeout
+        )
+        return response
+
+    async def get_policy(
+        self,
+        *,
+        id: str,  # noqa: A002  (the field's name)
+        policy_instance_name: str | None = None,
+        policy_instance_label: str | None = None,
+        timeout: float | None = None,
+    ) -> GetPolicyResponse:
+        """Get one policy module by the id that `list_policies` tells."""
+        instance = policy_instance(policy_instance_name, policy_instance_label)
+        response: GetPolicyResponse = await self._call(
+            _messages.GET_POLICY, _messages.get_policy_request(id, instance), timeout
+        )
+        return response
+
+    async def info(self, *, timeout: float | None = None) -> InfoResponse:
+        """Ask for the version of the server."""
+        response: InfoResponse = await self._call(
+            _messages.INFO, _messages.info_request(), timeout
+        )
+        return response

@@ -1,0 +1,189 @@
+"""What an application says once: which authorizer, which policies, whose requests."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from fastapi_topaz._options import AuthorizerOptions, Identity, seconds, text
+from fastapi_topaz._pool import ConnectionPool
+
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from starlette.requests import Request
+
+    IdentityProvider = Callable[[Request], Identity | Awaitable[Identity]]
+    ResourceContextProvider = Callable[
+        [Request], Mapping[str, Any] | Awaitable[Mapping[str, Any]]
+    ]
+
+
+__all__ = ["TopazConfig"]
+
+
+class TopazConfig:
+    """
+    How a FastAPI application asks its authorizer.
+
+    Build one at import time, share it between routes, and let
+    `FastAPI(lifespan=config.lifespan)` open and close its pool.
+
+    Args:
+        authorizer_options: Where the authorizer is; objects of
+            `aserto.client.AuthorizerOptions` work, too.
+        policy_path_root: The package that all policies are below, such as `myapp`.
+        identity_provider: Called with the request, returns its `Identity`; sync or
+            async. What it raises is the application's error and reaches the client
+            as such.
+        policy_instance_name: Which policy instance to ask; None leaves it to the
+            server.
+        policy_instance_label: Its label; the name if None.
+        resource_context_provider: Called with the request, returns what the policy
+            sees as `input.resource` besides the path parameters; sync or async.
+        connection_pool: The pool; None makes one with the defaults.
+        check_timeout: Seconds for one check, waiting for a connection and asking
+            together. Default 5.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; names it.
+        PoolError: *connection_pool* is open, to another authorizer.
+    """
+
+    def __init__(
+        self,
+        *,
+        authorizer_options: AuthorizerOptions,
+        policy_path_root: str,
+        identity_provider: IdentityProvider,
+        policy_instance_name: str | None = None,
+        policy_instance_label: str | None = None,
+        resource_context_provider: ResourceContextProvider | None = None,
+        connection_pool: ConnectionPool | None = None,
+        check_timeout: float = 5.0,
+    ) -> None:
+        text("policy_path_root", policy_path_root, optional=False)
+        text("policy_instance_name", policy_instance_name)
+        text("policy_instance_label", policy_instance_label)
+        _callable("identity_provider", identity_provider)
+        if resource_context_provider is not None:
+            _callable("resource_context_provider", resource_context_provider)
+        if connection_pool is None:
+            connection_pool = ConnectionPool()
+        elif not isinstance(connection_pool, ConnectionPool):
+            raise TypeError(
+                f"connection_pool must be a ConnectionPool, got {connection_pool!r}"
+            )
+        self.authorizer_options = AuthorizerOptions.coerce(authorizer_options)
+        self.policy_path_root = policy_path_root
+        self.identity_provider = identity_provider
+        self.policy_instance_name = policy_instance_name
+        self.policy_instance_label = policy_instance_label
+        self.resource_context_provider = resource_context_provider
+        self.connection_pool = connection_pool
+        self.check_timeout = seconds("check_timeout", check_timeout, zero=False)
+        connection_pool.configure(self.authorizer_options)
+
+    def __repr__(self) -> str:
+        return (
+            f"<TopazConfig {self.policy_path_root!r} to {self.authorizer_options.url}>"
+        )
+
+    @asynccontextmanager
+    async def lifespan(self, _app: object) -> AsyncIterator[None]:
+        """Open the pool when the application starts, close it when it stops."""
+        async with self.connection_pool:
+            yield
+
+    async def is_allowed(
+        self,
+        request: Request,
+        policy_path: str,
+        *,
+        decision: str = "allowed",
+        resource_context: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """
+        Ask whether the caller of *request* may do what *policy_path* is about.
+
+        Args:
+            request: Whose identity, and whose path parameters, are sent.
+            policy_path: The whole path, such as `myapp.GET.documents`.
+            decision: The decision that must be true, default `allowed`.
+            resource_context: Sent besides the path parameters and what
+                `resource_context_provider` says, and wins over both.
+
+        Returns:
+            True only if the authorizer decided so. There is no answer in doubt: an
+            authorizer that cannot be asked is an exception.
+
+        Raises:
+            PoolError: No connection could be had within `check_timeout`, or it was
+                lost; see `ConnectionPool.acquire`.
+            grpc.aio.AioRpcError: The authorizer answered with an error status, or
+                not in time.
+            TypeError: A provider returned something else than it should.
+        """
+        identity = await self._identity(request)
+        resource = {**await self._resource(request), **(resource_context or {})}
+        pool = self.connection_pool
+        deadline = anyio.current_time() + self.check_timeout
+        # The budget is one: what waiting for a connection takes, the call has less.
+        wait = min(self.check_timeout, pool.options.acquire_timeout)
+        async with pool.acquire(timeout=wait) as conn:
+            decisions = await conn.decisions(
+                policy_path=policy_path,
+                decisions=(decision,),
+                identity=identity,
+                resource_context=resource,
+                policy_instance_name=self.policy_instance_name,
+                policy_instance_label=self.policy_instance_label,
+                timeout=max(0.0, deadline - anyio.current_time()),
+            )
+        return decisions.get(decision) is True
+
+    async def _identity(self, request: Request) -> Identity:
+        identity = await _result(self.identity_provider(request))
+        if identity is None:
+            raise TypeError(
+                "identity_provider must return an Identity, got None; for an anonymous "
+                "caller return Identity(IdentityType.NONE)"
+            )
+        try:
+            return Identity.coerce(identity)
+        except TypeError:
+            # By its type: the value may be somebody's token.
+            raise TypeError(
+                "identity_provider must return an Identity, got "
+                f"{type(identity).__name__}"
+            ) from None
+
+    async def _resource(self, request: Request) -> dict[str, Any]:
+        # What the path says is what the policy of a path such as
+        # myapp.GET.documents.__id has to know. As text: a policy sees the URL.
+        resource: dict[str, Any] = {
+            name: str(value) for name, value in request.path_params.items()
+        }
+        if self.resource_context_provider is not None:
+            extra = await _result(self.resource_context_provider(request))
+            if not isinstance(extra, Mapping):
+                raise TypeError(
+                    "resource_context_provider must return a mapping, got "
+                    f"{type(extra).__name__}"
+                )
+            resource.update(extra)
+        return resource
+
+
+def _callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {value!r}")
+
+
+async def _result(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value

@@ -1,0 +1,113 @@
+"""
+Where a pool lives: its event loop, and the task that hosts its work.
+
+The two backends differ here and nowhere else above the transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from typing import TYPE_CHECKING, Any
+
+from anyio.lowlevel import current_token
+
+from fastapi_topaz import _fork
+from fastapi_topaz.exceptions import PoolError
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+
+__all__ = ["Home"]
+
+
+class Home:
+    """
+    The process and the event loop that a pool was opened in.
+
+    Strictly private.
+
+    Attributes:
+        now: Returns the time of the loop, in seconds; cheaper than
+            `anyio.current_time()`, which looks up the backend each time.
+    """
+
+    __slots__ = ("_current", "_native", "_pid", "_task", "now")
+
+    def __init__(self) -> None:
+        self._native: Any = current_token().native_token
+        self._pid = _fork.current.pid
+        self._task: object = None
+        self._current: Callable[[], object]
+        self.now: Callable[[], float]
+        if isinstance(self._native, asyncio.AbstractEventLoop):
+            self._current = asyncio.get_running_loop
+            self.now = self._native.time
+        else:
+            # Here and not above: asyncio applications need no trio installed.
+            import trio  # noqa: PLC0415
+
+            self._current = trio.lowlevel.current_trio_token
+            self.now = trio.current_time
+
+    def check(self, pool: object) -> None:
+        """
+        Return if the caller is at home.
+
+        Raises:
+            PoolError: This is another process or another event loop.
+        """
+        if self._pid == _fork.current.pid:
+            try:
+                if self._current() is self._native:
+                    return
+            except RuntimeError:  # no loop, or one of the other backend
+                pass
+        raise self._strange(pool)
+
+    def is_gone(self) -> bool:
+        """Say whether the loop was closed without ending its tasks."""
+        return (
+            self._pid == _fork.current.pid
+            and isinstance(self._native, asyncio.AbstractEventLoop)
+            and self._native.is_closed()
+        )
+
+    def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """
+        Run *function* in a task that belongs to no caller.
+
+        A request that happens to open the pool must not take it along when it is
+        cancelled. *function* must not raise: on trio that would end the run.
+        """
+        if isinstance(self._native, asyncio.AbstractEventLoop):
+            # Held, because the loop itself keeps only weak references to tasks;
+            # and with an empty context, or it would keep the request's.
+            self._task = self._native.create_task(
+                function(),
+                name=function.__qualname__,
+                context=contextvars.Context(),
+            )
+        else:
+            import trio  # noqa: PLC0415
+
+            self._task = trio.lowlevel.spawn_system_task(function)
+
+    def _strange(self, pool: object) -> PoolError:
+        if self._pid != _fork.current.pid:
+            return PoolError(
+                f"{pool} was opened in process {self._pid} and is used in process "
+                f"{_fork.current.pid}, which was forked from it; gRPC connections do "
+                "not survive a fork, so open the pool in each worker, in the lifespan "
+                "or a startup hook"
+            )
+        try:
+            here = repr(current_token().native_token)
+        except RuntimeError:
+            here = "no event loop"
+        return PoolError(
+            f"{pool} is open on the event loop {self._native!r} and is used on "
+            f"{here}; close it there first, or give each loop a pool of its own"
+        )

@@ -1,0 +1,157 @@
+"""What `acquire()` gives: a handle that works until it is released, and no longer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi_topaz._authorizer import AuthorizerCalls
+from fastapi_topaz._options import seconds
+from fastapi_topaz.exceptions import ConnectionLost, PoolError
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from types import TracebackType
+
+    from fastapi_topaz._pool import ConnectionPool
+    from fastapi_topaz._runtime import Runtime
+    from fastapi_topaz._state import Lease
+    from fastapi_topaz._transport._base import Metadata
+
+
+__all__ = ["Acquire", "PooledConnection"]
+
+
+class PooledConnection(AuthorizerCalls):
+    """
+    A connection on loan from a pool, with the calls of the authorizer.
+
+    Each `acquire()` gives a new one, also where it lends the same connection again:
+    after its release every use of it raises `PoolError`.
+    Identity, metadata and timeout travel with each call and leave nothing behind.
+    """
+
+    __slots__ = ("__weakref__", "_lease", "_pool", "_runtime")
+
+    def __init__(self, pool: ConnectionPool, runtime: Runtime, lease: Lease) -> None:
+        self._pool = pool
+        self._runtime = runtime
+        self._lease: Lease | None = lease
+
+    def __repr__(self) -> str:
+        state = "released" if self._lease is None else "leased"
+        return f"<PooledConnection to {self._runtime.target} {state}>"
+
+    @property
+    def connection(self) -> Any:
+        """
+        The object that the pool's connector made.
+
+        Raises:
+            PoolError: The lease was released.
+            ConnectionLost: The pool was closed, and its grace is over.
+        """
+        lease = self._lease
+        if lease is None:
+            raise PoolError(
+                "this connection was released to its pool; acquire() another one"
+            )
+        # A leased connection is closed only by close(), when its grace is over.
+        if lease.entry is None or lease.entry.connection is None:
+            raise ConnectionLost(
+                f"{self._runtime.label} was closed, and this connection to "
+                f"{self._runtime.target} with it"
+            )
+        return lease.entry.connection
+
+    async def call(
+        self,
+        method: str,
+        request: Any,
+        *,
+        request_serializer: Callable[[Any], bytes] | None = None,
+        response_deserializer: Callable[[bytes], Any] | None = None,
+        timeout: float | None = None,
+        metadata: Metadata = (),
+    ) -> Any:
+        """
+        Make one unary-unary call of any gRPC service the connection reaches.
+
+        Args:
+            method: The full name, as `/package.Service/Method`.
+            request: The message, or bytes without a serializer.
+            request_serializer: Makes bytes of the request.
+            response_deserializer: Makes the response from bytes.
+            timeout: Seconds until the call fails with DEADLINE_EXCEEDED; None for
+                no limit.
+            metadata: Pairs of str, sent besides those of the authorizer options.
+
+        Raises:
+            grpc.aio.AioRpcError: The call ended with another status than OK.
+            ConnectionLost: The connection was closed under the call.
+            PoolError: The lease was released before.
+            TypeError: The pool's connector makes connections without gRPC calls.
+        """
+        if timeout is not None:
+            seconds("timeout", timeout, infinite=False)
+        connection = self.connection
+        # Not isinstance(): for a runtime protocol it costs more than the lease.
+        rpc = getattr(connection, "call", None)
+        if rpc is None:
+            raise TypeError(
+                f"{connection!r} carries no gRPC calls: use the object itself, which "
+                "is the attribute `connection`"
+            )
+        assert self._lease is not None  # noqa: S101  (connection would have raised)
+        entry = self._lease.entry
+        assert entry is not None  # noqa: S101
+        try:
+            response = await rpc(
+                method,
+                request,
+                request_serializer=request_serializer,
+                response_deserializer=response_deserializer,
+                timeout=timeout,
+                metadata=metadata,
+            )
+        except Exception as error:
+            if connection.is_lost(error):
+                self._runtime.suspect(entry)
+            raise
+        entry.proven_at = self._runtime.now()
+        return response
+
+
+class Acquire:
+    """
+    The result of `pool.acquire()`: to be awaited, or entered with `async with`.
+
+    Strictly private.
+    """
+
+    __slots__ = ("_conn", "_pool", "_timeout")
+
+    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
+        self._pool = pool
+        self._timeout = timeout
+        self._conn: PooledConnection | None = None
+
+    def __await__(self) -> Generator[Any, Any, PooledConnection]:
+        return self._pool._acquire(self._timeout).__await__()  # noqa: SLF001
+
+    async def __aenter__(self) -> PooledConnection:
+        if self._conn is not None:
+            raise PoolError("this acquire() is entered already; call acquire() again")
+        self._conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
+        return self._conn
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        conn, self._conn = self._conn, None
+        # Who released it inside the block has said so clearly enough.
+        if conn is not None and conn._lease is not None:  # noqa: SLF001
+            self._pool._release(conn)  # noqa: SLF001

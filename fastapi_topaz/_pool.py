@@ -1,0 +1,447 @@
+"""The pool as its users see it; `_runtime` does the work while it is open."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Self
+
+import anyio
+import attrs
+
+from fastapi_topaz._connections import CLOSE_LIMIT
+from fastapi_topaz._lease import Acquire, PooledConnection
+from fastapi_topaz._metrics import PoolMetrics
+from fastapi_topaz._options import AuthorizerOptions, PoolOptions, seconds
+from fastapi_topaz._runtime import Runtime
+from fastapi_topaz._state import Lease
+from fastapi_topaz._status import PoolCounters, PoolStatus
+from fastapi_topaz._transport import GrpcConnector
+from fastapi_topaz.exceptions import PoolClosed, PoolError
+
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from opentelemetry.metrics import MeterProvider
+
+    from fastapi_topaz._transport import Connector
+
+
+__all__ = ["ConnectionPool"]
+
+
+logger = logging.getLogger("fastapi_topaz.pool")
+
+
+class ConnectionPool:
+    """
+    A pool of connections to the Topaz authorizer, on asyncio or trio.
+
+    Building one touches no network, thread, file or event loop, so it may be done at
+    import time, before a worker process forks. It opens with `initialize()`,
+    `async with pool`, or the first `acquire()`; it belongs to that process and event
+    loop until `close()`, and can be opened again after it, also elsewhere.
+
+    All times are in seconds.
+
+    Args:
+        min_connections: Connections kept once the pool is in use, default 2. They
+            are made by `initialize()` with *eager_init*, else after the first
+            acquire.
+        max_connections: Connections at most, default 10, in this process: four
+            workers have four pools.
+        acquire_timeout: How long `acquire()` may take, queueing and connecting
+            together, default 5. 0 does not wait at all.
+        connection_timeout: How long one attempt to connect may take, default 10.
+        max_idle_time: Idle for longer than this, a connection is closed, but never
+            below *min_connections*. Default 300; 0 keeps them all.
+        idle_check_interval: How often that is looked for, default 60; 0 is never.
+        health_check_interval: How often connections that have answered nothing
+            since are probed, default 30; 0 is never.
+        health_check_timeout: How long the answer may take, default 5. Without one
+            the connection is closed.
+        eager_init: Whether `initialize()` waits for *min_connections*, default
+            False.
+        retry_on_failure: Whether a failed attempt is repeated for those who wait,
+            default True.
+        max_retries: How many times, with growing pauses, default 3.
+        streams_per_connection: Leases a connection serves at once, default 1. gRPC
+            calls share a connection well: 50, half of the limit that most proxies
+            set, makes ten connections carry 500 calls at once.
+        max_waiting: Callers that may wait when all is leased, default None, any
+            number. One more gets `PoolSaturated` at once.
+        max_lifetime: After this time, less up to 10 % at random, a connection is
+            replaced, so that load spreads to new servers. Default 3600; 0 is never.
+        leak_threshold: Warn of a lease that is held for longer, with the task's name
+            and the place, default 0, which is off.
+        name: Shown in logs and errors and as the metric attribute `pool`.
+        connector: How connections are made; None is gRPC to the authorizer given to
+            `configure()`.
+        meter_provider: Where metrics go; None is OpenTelemetry's global one.
+
+    Raises:
+        TypeError: A parameter has the wrong type.
+        ValueError: A parameter has an impossible value.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_connections: int = 2,
+        max_connections: int = 10,
+        acquire_timeout: float = 5.0,
+        connection_timeout: float = 10.0,
+        max_idle_time: float = 300.0,
+        idle_check_interval: float = 60.0,
+        health_check_interval: float = 30.0,
+        health_check_timeout: float = 5.0,
+        eager_init: bool = False,
+        retry_on_failure: bool = True,
+        max_retries: int = 3,
+        streams_per_connection: int = 1,
+        max_waiting: int | None = None,
+        max_lifetime: float = 3600.0,
+        leak_threshold: float = 0.0,
+        name: str | None = None,
+        connector: Connector | None = None,
+        meter_provider: MeterProvider | None = None,
+    ) -> None:
+        self._options = PoolOptions(
+            min_connections=min_connections,
+            max_connections=max_connections,
+            acquire_timeout=acquire_timeout,
+            connection_timeout=connection_timeout,
+            max_idle_time=max_idle_time,
+            idle_check_interval=idle_check_interval,
+            health_check_interval=health_check_interval,
+            health_check_timeout=health_check_timeout,
+            eager_init=eager_init,
+            retry_on_failure=retry_on_failure,
+            max_retries=max_retries,
+            streams_per_connection=streams_per_connection,
+            max_waiting=max_waiting,
+            max_lifetime=max_lifetime,
+            leak_threshold=leak_threshold,
+            name=name,
+        )
+        if connector is not None and not callable(getattr(connector, "connect", None)):
+            raise TypeError(
+                f"connector must have a method connect(timeout), got {connector!r}"
+            )
+        self._connector: Connector | None = connector
+        # A connector of the user's own is not replaced by configure().
+        self._own_connector = connector is not None
+        self._counters = PoolCounters()
+        self._metrics = PoolMetrics(meter_provider, name, self.status, self._counters)
+        self._runtime: Runtime | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        name = f" {self._options.name!r}" if self._options.name else ""
+        return f"<ConnectionPool{name} {self._phase()} {self.status()}>"
+
+    @property
+    def options(self) -> PoolOptions:
+        """The parameters it was built with, as changed by `resize()`."""
+        return self._options
+
+    def configure(self, authorizer_options: AuthorizerOptions) -> None:
+        """
+        Say where the authorizer is; `TopazConfig` does this.
+
+        A pool with a connector of its own ignores it.
+
+        Args:
+            authorizer_options: Those of this package or of `aserto.client`.
+
+        Raises:
+            PoolError: The pool is open, to another authorizer.
+            TypeError: These are no authorizer options.
+        """
+        options = AuthorizerOptions.coerce(authorizer_options)
+        if self._own_connector:
+            return
+        current = self._connector
+        if isinstance(current, GrpcConnector) and current.options == options:
+            return
+        if self._runtime is not None:
+            raise PoolError(f"{self._label()} is open; close() it to configure it")
+        self._connector = GrpcConnector(options)
+
+    # -- life -------------------------------------------------------------------
+
+    async def initialize(self) -> None:
+        """
+        Open the pool; harmless if it is open.
+
+        With `eager_init` it returns once `min_connections` are there. If none comes
+        within `connection_timeout` seconds it logs a WARNING with the cause and
+        returns as well: the pool goes on trying, and an application may start
+        before its authorizer.
+
+        Raises:
+            PoolError: The pool is open on another event loop or in another process,
+                or was not configured.
+            ValueError: What no retry can mend, such as a missing certificate file.
+        """
+        runtime = self._alive()
+        while runtime is not None and runtime.state.shut:
+            await runtime.done.wait()
+            runtime = self._alive()
+        opened = runtime is None
+        if runtime is None:
+            validate = getattr(self._configured(), "validate", None)
+            if validate is not None:
+                validate()
+            runtime = self._open()
+        if not self._options.eager_init:
+            return
+        runtime.initializing += 1
+        try:
+            await runtime.warm_up()
+        except BaseException:
+            # As if this call had never come, unless somebody else is inside by now.
+            if opened and runtime.initializing == 1 and runtime.is_unused():
+                runtime.begin_close(0)
+            raise
+        finally:
+            runtime.initializing -= 1
+
+    async def close(self, grace: float = 5.0) -> None:
+        """
+        Close the pool; harmless if it is closed.
+
+        Waiting callers get `PoolClosed` at once. Leases have *grace* seconds to come
+        back, then their connections close under them and their calls end with
+        `ConnectionLost`. After it returns no task, thread, timer or socket is left.
+
+        Cancelling it gives up the grace, not the closing.
+
+        Args:
+            grace: Seconds, default 5.
+
+        Raises:
+            PoolError: The pool is open on another event loop or in another process.
+        """
+        grace = seconds("grace", grace)
+        runtime = self._alive()
+        self._closed = True
+        if runtime is None:
+            return
+        runtime.begin_close(grace)
+        try:
+            await runtime.done.wait()
+        except BaseException:
+            runtime.begin_close(0)
+            with anyio.move_on_after(2 * CLOSE_LIMIT, shield=True):
+                await runtime.done.wait()
+            raise
+
+    async def __aenter__(self) -> Self:
+        await self.initialize()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _alive(self) -> Runtime | None:
+        """Return the runtime if the pool is open here, None if it is not open."""
+        runtime = self._runtime
+        if runtime is None:
+            return None
+        if runtime.done.is_set() or runtime.home.is_gone():
+            # Its loop has ended, and the host with it. Nobody is left to use it.
+            self._forget(runtime)
+            return None
+        runtime.home.check(self._label())
+        return runtime
+
+    def _open(self) -> Runtime:
+        runtime = Runtime(
+            self._label(),
+            self._options,
+            self._configured(),
+            self._counters,
+            self._metrics,
+        )
+
+        async def host() -> None:
+            try:
+                await runtime.run()
+            finally:
+                self._forget(runtime)
+
+        runtime.home.spawn(host)
+        self._runtime = runtime
+        self._closed = False
+        self._metrics.attach()
+        logger.info("%s: opened, to %s", runtime.label, runtime.target)
+        return runtime
+
+    def _forget(self, runtime: Runtime) -> None:
+        if self._runtime is runtime:
+            self._runtime = None
+            self._metrics.detach()
+            logger.info("%s: closed", runtime.label)
+
+    def _configured(self) -> Connector:
+        if self._connector is None:
+            raise PoolError(
+                f"{self._label()} does not know its authorizer: pass it to TopazConfig "
+                "as connection_pool, or call configure(AuthorizerOptions(...))"
+            )
+        return self._connector
+
+    def _phase(self) -> str:
+        if self._runtime is None:
+            return "closed" if self._closed else "new"
+        return "closing" if self._runtime.state.shut else "open"
+
+    def _label(self) -> str:
+        return f"pool {self._options.name!r}" if self._options.name else "the pool"
+
+    # -- leases -----------------------------------------------------------------
+
+    def acquire(self, *, timeout: float | None = None) -> Acquire:
+        """
+        Lease a connection: `async with pool.acquire() as conn`, or `await` it.
+
+        An awaited one goes back with `release()`. Callers are served in the order
+        they came. A free connection is given without waiting, and without a
+        checkpoint.
+
+        Args:
+            timeout: Seconds, instead of `acquire_timeout`; 0 does not wait.
+
+        Raises:
+            PoolTimeout: None became available in time.
+            PoolSaturated: `max_waiting` callers wait already.
+            ConnectFailed: None is open, and the attempts to connect failed.
+            PoolClosed: The pool is closed, or was while waiting.
+            PoolError: It is open in another process or on another event loop.
+        """
+        if timeout is not None:
+            seconds("timeout", timeout)
+        return Acquire(self, timeout)
+
+    async def release(self, conn: PooledConnection) -> None:
+        """
+        Give back what `acquire()` gave. Never waits.
+
+        Raises:
+            ValueError: *conn* is not of this pool, or was released before.
+        """
+        if not isinstance(conn, PooledConnection):
+            raise ValueError(  # noqa: TRY004  (a foreign object is a wrong value)
+                f"release() takes what acquire() of {self._label()} gave, got {conn!r}"
+            )
+        if conn._pool is not self:  # noqa: SLF001
+            raise ValueError(
+                f"{conn!r} belongs to {conn._pool!r} and not to {self!r}"  # noqa: SLF001
+            )
+        self._release(conn)
+
+    async def _acquire(self, timeout: float | None) -> PooledConnection:
+        runtime = self._runtime
+        if runtime is None or runtime.done.is_set():
+            runtime = self._first_use()
+        else:
+            runtime.home.check("the pool")
+        if runtime.state.shut:
+            raise self._refused()
+        lease = Lease()
+        if runtime.take(lease):
+            self._metrics.acquired(0.0)
+        else:
+            await runtime.wait(
+                lease, self._options.acquire_timeout if timeout is None else timeout
+            )
+        self._counters.acquisitions += 1
+        lease.acquired_at = runtime.now()
+        if self._options.leak_threshold:
+            runtime.remember(lease)
+        return PooledConnection(self, runtime, lease)
+
+    def _first_use(self) -> Runtime:
+        if self._closed:
+            raise self._refused()
+        runtime = self._alive()
+        return self._open() if runtime is None else runtime
+
+    def _refused(self) -> PoolClosed:
+        self._counters.closed += 1
+        return PoolClosed(
+            f"{self._label()} is closed ({self.status()}); initialize() opens it again"
+        )
+
+    def _release(self, conn: PooledConnection) -> None:
+        lease = conn._lease  # noqa: SLF001
+        if lease is None:
+            raise ValueError(f"{conn!r} was released to {self._label()} before")
+        runtime = conn._runtime  # noqa: SLF001
+        if runtime is self._runtime:
+            runtime.home.check("the pool")
+        conn._lease = None  # noqa: SLF001
+        self._metrics.released(runtime.now() - lease.acquired_at)
+        if runtime.leases:
+            runtime.leases.pop(lease, None)
+        # Also after the pool was closed: then it only empties what is left of it.
+        runtime.release(lease)
+
+    # -- telling and changing -----------------------------------------------------
+
+    def status(self) -> PoolStatus:
+        """Return a snapshot of the pool; never raises, open or not."""
+        runtime = self._runtime
+        if runtime is None:
+            options = self._options
+            return PoolStatus(
+                total=0,
+                idle=0,
+                busy=0,
+                healthy_connections=0,
+                max_connections=options.max_connections,
+                min_connections=options.min_connections,
+                streams_max=options.capacity,
+            )
+        return runtime.state.status()
+
+    def resize(self, min_connections: int, max_connections: int) -> None:
+        """
+        Change the limits, also while the pool is open.
+
+        Surplus connections close when they are idle; a lease is never cut short.
+
+        Raises:
+            TypeError, ValueError: As the constructor.
+            PoolError: The pool is open on another event loop or in another process.
+        """
+        options = attrs.evolve(
+            self._options,
+            min_connections=min_connections,
+            max_connections=max_connections,
+        )
+        runtime = self._alive()
+        self._options = options
+        if runtime is not None:
+            runtime.resize(options)
+
+    def drain(self) -> None:
+        """
+        Replace every open connection, one after the other.
+
+        Where there is room a new one is made before the old one goes; leases end on
+        the connection they have. For a rotated certificate or a moved server.
+
+        Raises:
+            PoolError: The pool is open on another event loop or in another process.
+        """
+        runtime = self._alive()
+        if runtime is not None:
+            runtime.state.drain()
+            runtime.settle()

@@ -1,0 +1,345 @@
+"""
+One open period of a pool: everything that is bound to its event loop.
+
+The host task runs `Runtime.run` from the first use of the pool to the end of
+`close()`, and opens and closes the only task group there is. In it live the loops
+of `_maintenance`, every attempt to connect and every closing of a connection.
+Requests never do that work: they change the state, and `settle` passes on what
+follows from the change.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import traceback
+from typing import TYPE_CHECKING
+
+import anyio
+
+from fastapi_topaz import _connections, _maintenance
+from fastapi_topaz._host import Home
+from fastapi_topaz._state import PoolState
+from fastapi_topaz.exceptions import (
+    ConnectFailed,
+    PoolClosed,
+    PoolError,
+    PoolSaturated,
+    PoolTimeout,
+)
+
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from fastapi_topaz._options import PoolOptions
+    from fastapi_topaz._state import Lease, PoolEntry
+    from fastapi_topaz._status import PoolCounters, PoolObserver
+    from fastapi_topaz._transport import Connector
+
+
+__all__ = ["Runtime"]
+
+
+logger = logging.getLogger("fastapi_topaz.pool")
+
+
+class Runtime:
+    """
+    The pool between one opening and the closing that belongs to it.
+
+    Strictly private.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        options: PoolOptions,
+        connector: Connector,
+        counters: PoolCounters,
+        observer: PoolObserver,
+    ) -> None:
+        self.label = label
+        self.target: str = getattr(connector, "target", repr(connector))
+        self.options = options
+        self.connector = connector
+        self.counters = counters
+        self.observer = observer
+        self.home = Home()
+        self.now = self.home.now
+        self.state = PoolState(options, random.random)
+        self.limiter = anyio.CapacityLimiter(options.capacity)
+        # Set: there is something to connect or to close. Replaced by the opener.
+        self.work = anyio.Event()
+        # Set: an attempt to connect has ended. Replaced each time.
+        self.progress = anyio.Event()
+        # Set: a connection became suspect. Replaced by the prober.
+        self.suspicion = anyio.Event()
+        # Set once the host has ended and nothing is left.
+        self.done = anyio.Event()
+        # Leases in the order they were taken, if leaks are looked for.
+        self.leases: dict[Lease, None] = {}
+        self.initializing = 0
+        self.attempts: set[anyio.CancelScope] = set()
+        self._close_at = math.inf
+        self._close_changed = anyio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Runtime of {self.label} {self.state!r}>"
+
+    # -- acquire and release ----------------------------------------------------
+
+    def take(self, lease: Lease) -> bool:
+        """Serve *lease* without waiting, if that passes nobody who waits."""
+        try:
+            self.limiter.acquire_on_behalf_of_nowait(lease)
+        except anyio.WouldBlock:
+            return False
+        if self.state.take(lease):
+            return True
+        self.limiter.release_on_behalf_of(lease)
+        return False
+
+    async def wait(self, lease: Lease, timeout: float) -> None:
+        """
+        Serve *lease* within *timeout* seconds.
+
+        Raises:
+            PoolTimeout, PoolSaturated, PoolClosed, ConnectFailed: It was not, and
+                holds nothing.
+        """
+        self.state.warm = True
+        if timeout <= 0:
+            self.settle()
+            raise self._timed_out(timeout)
+        self._check_saturation()
+        began = self.now()
+        has_token = served = False
+        self.state.waiting[lease] = None
+        try:
+            with anyio.CancelScope(deadline=began + timeout):
+                await self.limiter.acquire_on_behalf_of(lease)
+                has_token = True
+                self.settle()
+                if lease.entry is None and lease.failure is None:
+                    event = anyio.Event()
+                    lease.wake = event.set
+                    await event.wait()
+            # A stream that was handed over beats the deadline, unless the limiter
+            # took the token back: it does when both come in one tick of asyncio.
+            served = has_token and lease.entry is not None
+        except BaseException:
+            self.counters.cancelled += 1
+            raise
+        finally:
+            if not served:
+                self._withdraw(lease, has_token=has_token)
+        if served:
+            self.observer.acquired(self.now() - began)
+        elif lease.failure is not None:
+            raise self._failed(lease.failure)
+        else:
+            raise self._timed_out(timeout)
+
+    def release(self, lease: Lease) -> None:
+        """Take back what *lease* holds, and serve the next one with it."""
+        self.state.give_back(lease, self.now())
+        self.limiter.release_on_behalf_of(lease)
+        state = self.state
+        if state.waiting or state.to_close or state.shut:
+            self.settle()
+
+    def suspect(self, entry: PoolEntry) -> None:
+        """Keep *entry* out of service until a probe, which runs at once."""
+        if self.state.suspect(entry):
+            self.suspicion.set()
+
+    def settle(self) -> None:
+        """Pass on what follows from a change of the state."""
+        state = self.state
+        state.rotate()
+        tokens = self.limiter.borrowed_tokens
+        for lease in state.serve(tokens):
+            if lease.wake is not None:
+                lease.wake()
+        if state.to_close or state.shortfall(tokens, self.now()):
+            self.work.set()
+        if state.shut and not state.in_use:
+            self._close_changed.set()
+
+    def _withdraw(self, lease: Lease, *, has_token: bool) -> None:
+        self.state.waiting.pop(lease, None)
+        if lease.entry is not None:
+            self.state.give_back(lease, self.now())
+        if has_token:
+            self.limiter.release_on_behalf_of(lease)
+        self.settle()
+
+    def _dismiss(self, failure: Exception) -> None:
+        """Send everybody who waits away with *failure*, at once."""
+        for lease in self.state.fail_waiting(failure):
+            if lease.wake is not None:
+                lease.wake()
+        # Those in the limiter's queue wake when they get a token; lending each one
+        # for a moment is how its public interface lets them go.
+        total = self.limiter.total_tokens
+        self.limiter.total_tokens = math.inf
+        self.limiter.total_tokens = total
+
+    # -- life ---------------------------------------------------------------------
+
+    def is_unused(self) -> bool:
+        """Say whether nobody holds or waits for anything."""
+        return not self.state.in_use and not self.state.waiting
+
+    async def warm_up(self) -> None:
+        """Wait for `min_connections`, or until it is clear that none will come."""
+        state = self.state
+        state.warm = True
+        self.settle()
+        with anyio.move_on_after(self.options.connection_timeout):
+            while len(state.open) < state.minimum and not state.shut:
+                if getattr(state.last_error, "permanent", False):
+                    break
+                await self.progress.wait()
+        if not state.open and state.minimum and not state.shut:
+            logger.warning(
+                "%s: no connection to %s at startup; it goes on trying (%s): %s",
+                self.label,
+                self.target,
+                state.status(),
+                state.last_error or "the first attempt has not ended yet",
+            )
+
+    def resize(self, options: PoolOptions) -> None:
+        """Work with other limits from now on."""
+        self.options = options
+        self.state.resize(options.min_connections, options.max_connections)
+        self.limiter.total_tokens = options.capacity
+        self.settle()
+
+    # -- errors -----------------------------------------------------------------
+
+    def _check_saturation(self) -> None:
+        allowed = self.options.max_waiting
+        if allowed is None or self.limiter.available_tokens > 0:
+            return
+        # Those who hold a token wait for a connection, not for capacity.
+        entitled = self.limiter.borrowed_tokens - self.state.in_use
+        if len(self.state.waiting) - entitled >= allowed:
+            self.counters.rejected += 1
+            raise PoolSaturated(
+                f"{self.label} is saturated: max_waiting={allowed} callers wait for "
+                f"{self.target} already ({self.state.status()})"
+            )
+
+    def _timed_out(self, timeout: float) -> PoolTimeout:
+        self.counters.timeouts += 1
+        cause = self.state.last_error
+        error = PoolTimeout(
+            f"{self.label}: no connection to {self.target} became available within "
+            f"{timeout:g} s ({self.state.status()})"
+            + (f"; the last attempt to connect failed: {cause}" if cause else "")
+        )
+        error.__cause__ = cause
+        return error
+
+    def _failed(self, failure: Exception) -> PoolError:
+        if isinstance(failure, PoolClosed):
+            self.counters.closed += 1
+            return PoolClosed(str(failure))
+        self.counters.failed += 1
+        # A new exception for each caller: they would share one traceback.
+        error = ConnectFailed(
+            f"{self.label}: {failure} ({self.state.status()})",
+            reason=getattr(failure, "reason", "other"),
+            permanent=getattr(failure, "permanent", False),
+        )
+        error.__cause__ = failure
+        return error
+
+    # -- connections --------------------------------------------------------------
+
+    def connections_changed(self) -> None:
+        """Pass on that there is one more connection, or one less to hope for."""
+        self.progress.set()
+        self.progress = anyio.Event()
+        error = self.state.last_error
+        if error is not None and self.state.hopeless():
+            # Nobody is to wait for what only the end of an outage can bring.
+            self._dismiss(error)
+        self.settle()
+        # Also without anything to do now: the opener has a backoff to wait out.
+        self.work.set()
+
+    # -- the host -----------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Host the pool until `begin_close`; the body of the host task."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._start_loops(tasks)
+                await self._until_closed()
+                self.state.abandon()
+                for entry in _maintenance.drain_outbox(self.state):
+                    tasks.start_soon(_connections.close, self, entry)
+                tasks.cancel_scope.cancel()
+        except Exception:
+            # A bug, and the pool is as good as closed; the next use opens it anew.
+            logger.critical("%s: its host task failed", self.label, exc_info=True)
+        finally:
+            await self._leave_nothing()
+
+    def _start_loops(self, tasks: TaskGroup) -> None:
+        tasks.start_soon(_maintenance.opener, self, tasks)
+        tasks.start_soon(_maintenance.reaper, self)
+        tasks.start_soon(_maintenance.rotator, self)
+        tasks.start_soon(_maintenance.health_checker, self)
+        tasks.start_soon(_maintenance.prober, self)
+        if self.options.leak_threshold:
+            tasks.start_soon(_maintenance.leak_watcher, self)
+
+    def begin_close(self, grace: float) -> None:
+        """Refuse and dismiss everybody; leases have *grace* seconds left."""
+        self._close_at = min(self._close_at, self.now() + grace)
+        if not self.state.shut:
+            self.state.shut_down()
+            self._dismiss(PoolClosed(f"{self.label} was closed while waiting"))
+            for scope in self.attempts:
+                scope.cancel()
+            self.settle()
+        self._close_changed.set()
+
+    async def _until_closed(self) -> None:
+        while not self.state.shut or (
+            self.state.in_use and self._close_at > self.now()
+        ):
+            self._close_changed = anyio.Event()
+            with anyio.CancelScope(deadline=self._close_at):
+                await self._close_changed.wait()
+
+    async def _leave_nothing(self) -> None:
+        # Reached with work left only if the loop ends under an open pool: then the
+        # tasks that would have closed these connections are cancelled with it.
+        state = self.state
+        self.begin_close(0)
+        state.abandon()
+        left = [*state.closing]
+        with anyio.CancelScope(shield=True):
+            for entry in left:
+                await _connections.close(self, entry)
+        if state.in_use:
+            logger.warning(
+                "%s: closed with %d leases still out", self.label, state.in_use
+            )
+        self.done.set()
+
+    # -- leaks --------------------------------------------------------------------
+
+    def remember(self, lease: Lease) -> None:
+        """Note who took *lease*, for a warning if it does not come back."""
+        task = anyio.get_current_task()
+        stack = "".join(traceback.format_stack()[:-3])
+        lease.holder = f"task {task.name!r}, which took it here:\n{stack}"
+        self.leases[lease] = None

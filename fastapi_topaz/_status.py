@@ -1,0 +1,100 @@
+"""What a pool tells about itself: a snapshot, counters, and an observer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import attrs
+
+
+__all__ = ["PoolCounters", "PoolObserver", "PoolStatus"]
+
+
+@attrs.frozen(kw_only=True)
+class PoolStatus:
+    """
+    A snapshot of a pool, as `ConnectionPool.status()` returns it.
+
+    Attributes:
+        total: Open connections, `idle + busy`. Those still being established are
+            not among them.
+        idle: Open connections without a lease.
+        busy: Open connections with at least one lease.
+        healthy_connections: Open connections that may be leased: not suspected of
+            being dead, not about to be closed.
+        max_connections: The limit.
+        min_connections: The number that is kept once the pool is in use.
+        waiting: Callers waiting in `acquire()`.
+        connecting: Connections being established.
+        streams_in_use: Leases given out.
+        streams_max: Leases that could be given out, at `max_connections`.
+        failing: True if no attempt to connect succeeded since the last one failed.
+    """
+
+    total: int
+    idle: int
+    busy: int
+    healthy_connections: int
+    max_connections: int
+    min_connections: int = 0
+    waiting: int = 0
+    connecting: int = 0
+    streams_in_use: int = 0
+    streams_max: int = 0
+    failing: bool = False
+
+    @property
+    def healthy(self) -> bool:
+        """
+        Whether a check would have a connection to go to.
+
+        True with at least one healthy connection, and for a pool without any as
+        long as no attempt to connect has failed since the last success: a pool that
+        nobody used yet is healthy.
+        """
+        return self.healthy_connections > 0 or (self.total == 0 and not self.failing)
+
+    def __str__(self) -> str:
+        return (
+            f"total={self.total} busy={self.busy} waiting={self.waiting} "
+            f"connecting={self.connecting}"
+        )
+
+
+@attrs.define
+class PoolCounters:
+    """
+    What happened so far; the numbers never fall, also not when a pool is reopened.
+
+    Of everything asked of `acquire()`, each call ends in exactly one of the first
+    six.
+    """
+
+    acquisitions: int = 0
+    timeouts: int = 0
+    rejected: int = 0
+    failed: int = 0
+    closed: int = 0
+    cancelled: int = 0
+
+    connects: int = 0
+    connect_failures: dict[str, int] = attrs.Factory(dict)
+    closes: dict[str, int] = attrs.Factory(dict)
+    probe_failures: int = 0
+
+    def count(self, which: dict[str, int], reason: str) -> None:
+        """Add one to *reason* in one of the counters that are kept by reason."""
+        which[reason] = which.get(reason, 0) + 1
+
+
+class PoolObserver(Protocol):
+    """Told about durations; everything else is read from status and counters."""
+
+    def acquired(self, waited: float, /) -> None:
+        """Tell that a lease was given out after *waited* seconds."""
+
+    def released(self, held: float, /) -> None:
+        """Tell that a lease came back after *held* seconds."""
+
+    def connected(self, took: float, /) -> None:
+        """Tell that a connection was established in *took* seconds."""

@@ -1,0 +1,72 @@
+"""The two protocols through which a pool meets the thing it pools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+
+__all__ = ["Connection", "Connector", "Metadata", "RpcConnection"]
+
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+class Connection(Protocol):
+    """One established connection, of whatever kind."""
+
+    async def probe(self, timeout: float, /) -> None:
+        """
+        Return if the other side answers within *timeout* seconds.
+
+        Raises:
+            Exception: It does not; the pool closes the connection.
+        """
+
+    async def close(self, grace: float, /) -> None:
+        """
+        Close the connection; calls in flight have *grace* seconds to end.
+
+        Called once, whatever happened before. Must not wait much longer than
+        *grace*.
+        """
+
+
+class Connector(Protocol):
+    """
+    Makes the connections of a pool.
+
+    An attribute `target` (str), if there is one, names the other side in messages.
+    A method `validate()`, if there is one, is called by `initialize()` and raises
+    what no retry can mend, such as a missing file.
+    """
+
+    async def connect(self, timeout: float, /) -> Connection:
+        """
+        Establish one connection within *timeout* seconds.
+
+        Raises:
+            ConnectFailed: It could not be established, and why. Any other exception
+                counts as a failure that may be retried.
+        """
+        ...
+
+
+class RpcConnection(Connection, Protocol):
+    """A connection that carries gRPC calls, as those of an authorizer do."""
+
+    async def call(  # the arguments are those of PooledConnection.call
+        self,
+        method: str,
+        request: Any,
+        *,
+        request_serializer: Callable[[Any], bytes] | None,
+        response_deserializer: Callable[[bytes], Any] | None,
+        timeout: float | None,
+        metadata: Metadata,
+    ) -> Any:
+        """Make one unary-unary call and return the response."""
+
+    def is_lost(self, error: BaseException, /) -> bool:
+        """Say whether *error*, raised by a call, accuses the connection itself."""
+        ...

@@ -1,0 +1,51 @@
+"""The connector of a pool that talks to Topaz."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from anyio.lowlevel import current_token
+
+from fastapi_topaz._transport._link import Link, root_certificates
+
+
+if TYPE_CHECKING:
+    from fastapi_topaz._options import AuthorizerOptions
+    from fastapi_topaz._transport._base import RpcConnection
+
+
+__all__ = ["GrpcConnector"]
+
+
+class GrpcConnector:
+    """
+    Makes gRPC connections to an authorizer, on the running backend.
+
+    Strictly private.
+    """
+
+    def __init__(self, options: AuthorizerOptions) -> None:
+        self.options = options
+        self.target = options.url
+
+    def __repr__(self) -> str:
+        return f"<GrpcConnector to {self.target}>"
+
+    def validate(self) -> None:
+        """
+        Check what no retry can mend.
+
+        Raises:
+            ValueError: The certificate file cannot be read.
+        """
+        root_certificates(self.options)
+
+    async def connect(self, timeout: float, /) -> RpcConnection:
+        """Open one connection; see `Link.open`."""
+        if isinstance(current_token().native_token, asyncio.AbstractEventLoop):
+            return await Link.open(self.options, timeout)
+        # Here and not above: asyncio applications need no trio installed.
+        from fastapi_topaz._transport._trio import BridgedLink  # noqa: PLC0415
+
+        return await BridgedLink.open(self.options, timeout)

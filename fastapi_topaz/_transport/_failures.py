@@ -1,0 +1,124 @@
+"""
+Why a connection failed, in words that say what to do.
+
+gRPC gives the reason only as the text of a failed call, so the text is read here,
+in one place. An unknown text is passed on as it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi_topaz.exceptions import ConnectFailed
+
+
+if TYPE_CHECKING:
+    from fastapi_topaz._options import AuthorizerOptions
+    from fastapi_topaz.exceptions import FailureReason
+
+
+__all__ = ["connect_failed", "connect_timed_out"]
+
+
+# (parts of gRPC's text, reason, permanent, what to tell); the first match wins.
+_KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
+    (
+        ("CERTIFICATE_VERIFY_FAILED",),
+        "tls",
+        True,
+        "the server's certificate is not signed by a CA that {roots}",
+    ),
+    (
+        ("Hostname Verification", "Custom verification check", "Peer name"),
+        "tls",
+        True,
+        "the server's certificate is not valid for the name in url",
+    ),
+    (
+        ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"),
+        "tls",
+        True,
+        (
+            "the server does not speak TLS on this port; if it is meant to be "
+            "plaintext, pass insecure=True"
+        ),
+    ),
+    (
+        ("http1.x server", "Failed parsing HTTP/2"),
+        "other",
+        True,
+        (
+            "a server that does not speak gRPC (HTTP/2) answered; is this the port "
+            "of the authorizer, and does it use TLS?"
+        ),
+    ),
+    (
+        ("errors resolving", "Domain name not found", "DNS", "name resolution"),
+        "resolve",
+        False,
+        "the host name cannot be resolved",
+    ),
+    (
+        ("Connection refused",),
+        "refused",
+        False,
+        "nothing listens there (connection refused)",
+    ),
+    (
+        ("timed out", "tcp handshaker shutdown", "Timeout occurred"),
+        "timeout",
+        False,
+        (
+            "the server did not complete the connection in time; a port that "
+            "accepts and stays silent may be the wrong one, or behind a firewall"
+        ),
+    ),
+    (
+        ("Tls handshake failed", "SSL_ERROR", "Handshake", "handshake"),
+        "tls",
+        False,
+        (
+            "the TLS handshake failed; if the server is meant to be plaintext, "
+            "pass insecure=True"
+        ),
+    ),
+    (
+        ("Socket closed", "Connection reset", "Broken pipe", "End of TCP stream"),
+        "other",
+        False,
+        "the server closed the connection before it was ready; {closed}",
+    ),
+)
+
+
+def connect_failed(details: str, options: AuthorizerOptions) -> ConnectFailed:
+    """Return the error for gRPC's *details* of a failed attempt."""
+    for needles, reason, permanent, hint in _KNOWN:
+        if any(needle in details for needle in needles):
+            text = hint.format(
+                roots=(
+                    f"cert_file_path={options.cert_file_path!r} holds"
+                    if options.cert_file_path
+                    else "gRPC ships; pass the right one as cert_file_path"
+                ),
+                closed=(
+                    "is it using TLS? insecure=True was given"
+                    if options.insecure
+                    else "is it a gRPC server with TLS?"
+                ),
+            )
+            return ConnectFailed(
+                f"cannot connect to {options.url}: {text} (gRPC: {details})",
+                reason=reason,
+                permanent=permanent,
+            )
+    return ConnectFailed(f"cannot connect to {options.url}: {details}")
+
+
+def connect_timed_out(options: AuthorizerOptions, timeout: float) -> ConnectFailed:
+    """Return the error for an attempt that gave no reason in *timeout* seconds."""
+    return ConnectFailed(
+        f"cannot connect to {options.url}: not ready within connection_timeout="
+        f"{timeout:g} s; the server may be overloaded, or accept and stay silent",
+        reason="timeout",
+    )

@@ -1,0 +1,340 @@
+"""
+One gRPC channel that owns one TCP connection.
+
+Everything here runs on the asyncio loop that opened the link: the application's
+own, or that of the loop thread when the application runs on trio.
+
+Three habits of grpc.aio are cured here, because none of them may reach a caller:
+
+- Awaiting a call replaces the CancelledError that anyio threw by one of its own,
+  which `move_on_after` and `fail_after` do not recognise (grpc#43502). So a caller
+  awaits a plain future that the call's own task completes.
+- `Call.cancel()` leaks about a kilobyte of native memory each time (grpc#43360).
+  Cancelling the call in the core alone, and letting its task end by itself, does
+  not.
+- Closing a channel raises CancelledError in whoever awaits a call, although nobody
+  cancelled them. Here that is `ConnectionLost`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from fastapi_topaz import _fork
+from fastapi_topaz._transport._failures import connect_failed, connect_timed_out
+from fastapi_topaz.exceptions import ConnectionLost, PoolError
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastapi_topaz._options import AuthorizerOptions
+    from fastapi_topaz._transport._base import Metadata
+
+
+__all__ = ["Link", "root_certificates"]
+
+
+# Every Topaz answers it, in its default configuration even without credentials;
+# grpc.health.v1 is served on another port.
+PROBE = "/aserto.authorizer.v2.Authorizer/Info"
+
+# An answer with any other status was sent by the server itself: it is alive.
+_NOT_ALIVE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+
+_MAX_INT = 2**31 - 1
+_READY = grpc.ChannelConnectivity.READY
+_FAILED = grpc.ChannelConnectivity.TRANSIENT_FAILURE
+
+
+def _channel_options(timeout: float) -> list[tuple[str, Any]]:
+    version = importlib.metadata.version("fastapi-topaz")
+    return [
+        # Channels to one target share one TCP connection otherwise.
+        ("grpc.use_local_subchannel_pool", 1),
+        # Despite its name this is how long gRPC lets one attempt take. A little
+        # less than our own timeout, so that gRPC still gets to say the reason.
+        (
+            "grpc.min_reconnect_backoff_ms",
+            min(_MAX_INT, max(100, int(timeout * 950))),
+        ),
+        # A channel that lost its connection makes a new one by itself; it must
+        # not wait the default of up to 2 minutes.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        # grpc-go, and so Topaz, answers pings more often than every 5 minutes
+        # with GOAWAY "too_many_pings". Any value also sets TCP_USER_TIMEOUT to
+        # the keepalive timeout, which finds a cut network under calls in 10 s.
+        ("grpc.keepalive_time_ms", 310_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 0),
+        # The pool decides which idle connection goes.
+        ("grpc.client_idle_timeout_ms", _MAX_INT),
+        # gRPC would send a loopback sidecar through http_proxy.
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.primary_user_agent", f"fastapi-topaz/{version}"),
+    ]
+
+
+def root_certificates(options: AuthorizerOptions) -> bytes | None:
+    """
+    Return the PEM text of `cert_file_path`, or None for gRPC's own roots.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    if options.cert_file_path is None:
+        return None
+    try:
+        with open(options.cert_file_path, "rb") as file:  # noqa: PTH123
+            return file.read()
+    except OSError as error:
+        raise ValueError(
+            f"cert_file_path must be a readable PEM file, got "
+            f"{options.cert_file_path!r}: {error.strerror}"
+        ) from error
+
+
+def _open_channel(options: AuthorizerOptions, timeout: float) -> grpc.aio.Channel:
+    arguments = _channel_options(timeout)
+    if options.insecure:
+        return grpc.aio.insecure_channel(options.url, options=arguments)
+    credentials = grpc.ssl_channel_credentials(root_certificates(options))
+    return grpc.aio.secure_channel(options.url, credentials, options=arguments)
+
+
+async def _until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:
+    state = channel.get_state(try_to_connect=True)
+    while state is not _READY:
+        if state is _FAILED:
+            # The reason is in the status of a call, and nowhere else. gRPC's own
+            # retries are not waited for: the pool paces attempts.
+            try:
+                await channel.unary_unary(PROBE)(b"", timeout=1)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    raise connect_failed(error.details() or "", options) from None
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
+
+
+class Link:
+    """
+    One gRPC channel to an authorizer; the `Connection` of a pool on asyncio.
+
+    Strictly private.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:
+        self._channel = channel
+        self._target = options.url
+        self._metadata = options.metadata
+        self._loop = asyncio.get_running_loop()
+        self._methods: dict[str, tuple[Any, Any, Any]] = {}
+        # Calls in flight by the task that carries them.
+        self._calls: dict[asyncio.Task[Any], Any] = {}
+        self._closed = False
+        self._quiet: asyncio.Event | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<Link to {self._target} {state} calls={len(self._calls)}>"
+
+    @classmethod
+    async def open(
+        cls,
+        options: AuthorizerOptions,
+        timeout: float,
+    ) -> Link:
+        """
+        Connect, and return when the connection is ready for calls.
+
+        Raises:
+            ConnectFailed: It did not become ready within *timeout* seconds.
+            PoolError: This process was forked while channels were open.
+            ValueError: The certificate file cannot be read.
+        """
+        parent = _fork.inherited_from()
+        if parent is not None:
+            raise PoolError(
+                f"process {_fork.current.pid} was forked from {parent} while gRPC "
+                "connections were open there, after which gRPC cannot be used; open "
+                "pools after the fork, in the lifespan or a startup hook"
+            )
+        channel = _open_channel(options, timeout)
+        _fork.watch(channel)
+        try:
+            async with asyncio.timeout(timeout):
+                await _until_ready(channel, options)
+        except BaseException as error:
+            await channel.close()
+            _fork.forget(channel)
+            if isinstance(error, TimeoutError):
+                raise connect_timed_out(options, timeout) from None
+            raise
+        return cls(channel, options)
+
+    # -- calls ------------------------------------------------------------------
+
+    def start(
+        self,
+        method: str,
+        request: Any,
+        request_serializer: Callable[[Any], bytes] | None,
+        response_deserializer: Callable[[bytes], Any] | None,
+        timeout: float | None,
+        metadata: Metadata,
+    ) -> Any:
+        """
+        Begin a call and return gRPC's call object.
+
+        Raises:
+            ConnectionLost: The link is closed.
+        """
+        if self._closed:
+            raise self._lost(method)
+        known = self._methods.get(method)
+        if (
+            known is None
+            or known[0] != request_serializer
+            or known[1] != response_deserializer
+        ):
+            callable_ = self._channel.unary_unary(
+                method,
+                request_serializer=request_serializer,
+                response_deserializer=response_deserializer,
+            )
+            known = request_serializer, response_deserializer, callable_
+            self._methods[method] = known
+        call = known[2](
+            request,
+            timeout=timeout,
+            metadata=(*self._metadata, *metadata) if metadata else self._metadata,
+        )
+        task = call._call_response  # noqa: SLF001
+        self._calls[task] = call
+        task.add_done_callback(self._ended)
+        return call
+
+    def finish(self, call: Any, method: str) -> Any:
+        """
+        Return the response of *call*, which has ended; callable from any thread.
+
+        Raises:
+            grpc.aio.AioRpcError: The call ended with another status than OK.
+            ConnectionLost: The link was closed under the call.
+        """
+        # A finished call answers its first step; running it by hand needs no loop.
+        try:
+            call.__await__().send(None)
+        except StopIteration as stop:
+            return stop.value
+        except asyncio.CancelledError:
+            raise self._lost(method) from None
+        raise AssertionError(f"{method} has not ended")
+
+    @staticmethod
+    def abandon(call: Any) -> None:
+        """Cancel *call* on the wire; its task ends by itself."""
+        call._cancel("cancelled by the caller")  # noqa: SLF001
+
+    async def call(
+        self,
+        method: str,
+        request: Any,
+        *,
+        request_serializer: Callable[[Any], bytes] | None,
+        response_deserializer: Callable[[bytes], Any] | None,
+        timeout: float | None,
+        metadata: Metadata,
+    ) -> Any:
+        """Make one call and return its response."""
+        call = self.start(
+            method,
+            request,
+            request_serializer,
+            response_deserializer,
+            timeout,
+            metadata,
+        )
+        ended = self._loop.create_future()
+
+        def wake(_task: object) -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        call._call_response.add_done_callback(wake)  # noqa: SLF001
+        try:
+            await ended
+        except asyncio.CancelledError:
+            self.abandon(call)
+            raise
+        return self.finish(call, method)
+
+    def is_lost(self, error: BaseException, /) -> bool:
+        """Say whether *error* accuses the connection and not the request."""
+        if isinstance(error, ConnectionLost):
+            return True
+        return (
+            isinstance(error, grpc.aio.AioRpcError)
+            and error.code() is grpc.StatusCode.UNAVAILABLE
+        )
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        del self._calls[task]
+        if self._quiet is not None and not self._calls:
+            self._quiet.set()
+
+    def _lost(self, method: str) -> ConnectionLost:
+        return ConnectionLost(
+            f"the connection to {self._target} was closed under the call {method}"
+        )
+
+    # -- probing and closing ----------------------------------------------------
+
+    async def probe(self, timeout: float, /) -> None:
+        """
+        Ask the authorizer for its version; any answer of its own will do.
+
+        Raises:
+            grpc.aio.AioRpcError: No answer within *timeout* seconds, or no
+                connection.
+            ConnectionLost: The link was closed meanwhile.
+        """
+        try:
+            await self.call(
+                PROBE,
+                b"",
+                request_serializer=None,
+                response_deserializer=None,
+                timeout=timeout,
+                metadata=(),
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() in _NOT_ALIVE:
+                raise
+
+    async def close(self, grace: float, /) -> None:
+        """Close the channel after *grace* seconds, or once its calls have ended."""
+        self._closed = True
+        try:
+            if grace > 0 and self._calls:
+                self._quiet = asyncio.Event()
+                try:
+                    async with asyncio.timeout(grace):
+                        await self._quiet.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            # Before the channel closes, because close() cancels what it finds in
+            # flight in the way that leaks.
+            for call in self._calls.values():
+                call._cancel("connection closed")  # noqa: SLF001
+            await self._channel.close()
+            _fork.forget(self._channel)

@@ -1,0 +1,72 @@
+"""The backends every behaviour is tested on."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import trio.testing
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from autojump import AutojumpLoop  # noqa: E402
+
+
+pytest_plugins = ["fastapi_topaz.testing.fixtures"]
+
+
+def pytest_generate_tests(metafunc):
+    """
+    Run each async test on asyncio and trio.
+
+    In virtual time, unless the test is marked `real_clock`: a socket or a thread at
+    work looks idle to a virtual clock, which then runs away.
+    """
+    if "anyio_backend" not in metafunc.fixturenames:
+        return
+    names = ["asyncio", "trio"]
+    if metafunc.definition.get_closest_marker("real_clock"):
+        if importlib.util.find_spec("uvloop"):
+            names.append("asyncio+uvloop")
+    elif sys.version_info >= (3, 12):
+        names.append("asyncio+eager")
+    metafunc.parametrize("anyio_backend", names, indirect=True)
+
+
+@pytest.fixture
+def anyio_backend(request):
+    name = request.param
+    real = request.node.get_closest_marker("real_clock") is not None
+    if name == "trio":
+        clock = None if real else trio.testing.MockClock(autojump_threshold=0)
+        return "trio", {"clock": clock}
+    if name == "asyncio+uvloop":
+        return "asyncio", {"use_uvloop": True}
+    if name == "asyncio+eager":
+        return "asyncio", {"loop_factory": eager_loop}
+    return "asyncio", {} if real else {"loop_factory": AutojumpLoop}
+
+
+def eager_loop():
+    import asyncio
+
+    loop = AutojumpLoop()
+    loop.set_task_factory(asyncio.eager_task_factory)
+    return loop
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage():
+    """Let a resource that a test left behind warn in that test, not in the next."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _quiet_outages(caplog):
+    caplog.set_level(logging.DEBUG, logger="fastapi_topaz")
