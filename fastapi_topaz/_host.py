@@ -59,13 +59,15 @@ class Home:
         Raises:
             PoolError: This is another process or another event loop.
         """
-        if self._pid == _fork.current.pid:
-            try:
-                if self._current() is self._native:
-                    return
-            except RuntimeError:  # no loop, or one of the other backend
-                pass
-        raise self._strange(pool)
+        if not self.is_here():
+            raise self._strange(pool)
+
+    def is_here(self) -> bool:
+        """Say whether this is the process and the event loop of the pool."""
+        try:
+            return self._current() is self._native and self._pid == _fork.current.pid
+        except RuntimeError:  # no loop, or one of the other backend
+            return False
 
     def is_gone(self) -> bool:
         """Say whether the loop was closed without ending its tasks."""

@@ -348,10 +348,8 @@ class ConnectionPool:
 
     async def _acquire(self, timeout: float | None) -> PooledConnection:
         runtime = self._runtime
-        if runtime is None or runtime.done.is_set():
+        if runtime is None or runtime.done.is_set() or not runtime.home.is_here():
             runtime = self._first_use()
-        else:
-            runtime.home.check("the pool")
         if runtime.state.shut:
             raise self._refused()
         lease = Lease()
@@ -385,7 +383,7 @@ class ConnectionPool:
             raise ValueError(f"{conn!r} was released to {self._label()} before")
         runtime = conn._runtime  # noqa: SLF001
         if runtime is self._runtime:
-            runtime.home.check("the pool")
+            runtime.home.check(self._label())
         conn._lease = None  # noqa: SLF001
         self._metrics.released(runtime.now() - lease.acquired_at)
         if runtime.leases:

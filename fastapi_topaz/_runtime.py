@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import traceback
 from typing import TYPE_CHECKING
@@ -43,6 +44,11 @@ __all__ = ["Runtime"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
+
+STACK_DEPTH = 8
+"""Frames shown of the place where a leaked lease was taken."""
+
+_PACKAGE = os.path.dirname(__file__) + os.sep  # noqa: PTH120  (a prefix of file names)
 
 
 class Runtime:
@@ -340,6 +346,11 @@ class Runtime:
     def remember(self, lease: Lease) -> None:
         """Note who took *lease*, for a warning if it does not come back."""
         task = anyio.get_current_task()
-        stack = "".join(traceback.format_stack()[:-3])
+        frames = [
+            frame
+            for frame in traceback.extract_stack()
+            if not frame.filename.startswith(_PACKAGE)
+        ]
+        stack = "".join(traceback.format_list(frames[-STACK_DEPTH:]))
         lease.holder = f"task {task.name!r}, which took it here:\n{stack}"
         self.leases[lease] = None

@@ -215,7 +215,7 @@ class PoolState:
         needed = -(-entitled // self.streams) - coming
         if self.warm:
             needed = max(needed, self.minimum - self._usable() - coming)
-        if self._expired and not coming:
+        if not coming and self._next_expired() is not None:
             needed = max(needed, 1)
         return max(0, min(needed, room))
 
@@ -241,8 +241,8 @@ class PoolState:
             self.retire(entry, "close")
             return
         self._ready[entry] = None
-        expired = next(iter(self._expired), None)
-        if expired is not None and expired.retired is None:
+        expired = self._next_expired()
+        if expired is not None:
             self.retire(expired, self._expired[expired])
         self._trim()
 
@@ -316,13 +316,18 @@ class PoolState:
         One at a time. If there is room for one more connection, `shortfall` asks
         for it, and `connected` retires the old one.
         """
-        entry = next(iter(self._expired), None)
-        if entry is None or entry.retired is not None:
+        entry = self._next_expired()
+        if entry is None or self.closing:
             return
         floor = self.minimum if self.warm else 0
         surplus = not entry.leases and not self.waiting and self._usable() > floor
         if surplus or (self._room() <= 0 and not self.connecting):
             self.retire(entry, self._expired[entry])
+
+    def _next_expired(self) -> PoolEntry | None:
+        # One at a time: while the last one waits for its lease there is none.
+        entry = next(iter(self._expired), None)
+        return None if entry is None or entry.retired is not None else entry
 
     def next_expiry(self) -> float:
         """Return when the next entry expires."""
