@@ -64,6 +64,8 @@ class PoolEntry:
     # When the other side last answered, to a call or a probe.
     proven_at: float = 0.0
     expires_at: float = float("inf")
+    # Which round of connecting it was begun in.
+    round: int = 0
     # Its last call accused the connection: no new lease until a probe clears it.
     suspect: bool = False
     # Why it is to go. It closes when its last lease is back, because closing it
@@ -128,8 +130,10 @@ class PoolState:
 
         self.warm = False
         self.shut = False
-        # Rounds of connecting that failed since the last success.
+        # Rounds of connecting that failed since the last success. All attempts
+        # begun before the first of them failed are one round.
         self.failures = 0
+        self._round = 0
         self.retry_at = 0.0
         self.last_error: Exception | None = None
 
@@ -221,7 +225,7 @@ class PoolState:
 
     def begin_connect(self, now: float) -> PoolEntry:
         """Add an entry whose connection is being established."""
-        entry = PoolEntry(started_at=now)
+        entry = PoolEntry(started_at=now, round=self._round)
         self.connecting.add(entry)
         return entry
 
@@ -247,10 +251,13 @@ class PoolState:
         self._trim()
 
     def connect_failed(self, entry: PoolEntry, error: Exception, now: float) -> None:
-        """Drop *entry*; when nothing else is under way, the round has failed."""
+        """Drop *entry*; the first failure is that of its round, and backs off."""
         self.connecting.remove(entry)
         self.last_error = error
-        if not self.connecting:
+        # Not the last one: an attempt begun meanwhile would always be under way,
+        # and the next would follow each failure without any pause.
+        if entry.round == self._round:
+            self._round += 1
             self.failures += 1
             self.retry_at = now + full_jitter(self.failures, self._random)
 

@@ -152,6 +152,19 @@ def test_after_a_failure_attempts_are_made_one_at_a_time_after_their_backoff():
     assert state.shortfall(tokens=5, now=9.0) == 0
 
 
+def test_attempts_that_fail_one_after_the_other_do_not_keep_each_other_going():
+    state = make(random=lambda: 0.5)
+    waiting(state, 2)
+    first, second = state.begin_connect(0.0), state.begin_connect(0.0)
+    state.connect_failed(first, ConnectFailed("no"), 1.0)
+    assert state.shortfall(tokens=2, now=1.01) == 0, "backing off"
+    assert not state.hopeless(), "the second one may still come"
+    state.connect_failed(second, ConnectFailed("no"), 1.01)
+    assert state.failures == 1
+    assert state.shortfall(tokens=2, now=1.02) == 0, "still backing off"
+    assert state.shortfall(tokens=2, now=1.05) == 1
+
+
 def test_the_backoff_doubles_up_to_its_cap_and_one_success_resets_it():
     state = make(random=lambda: 1.0)
     delays = []

@@ -1,0 +1,57 @@
+"""A certificate authority for one test: made when asked for, trusted by nobody."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import tempfile
+import weakref
+from typing import Self
+
+import attrs
+
+
+__all__ = ["Certificates"]
+
+
+@attrs.frozen(weakref_slot=True, eq=False)
+class Certificates:
+    """
+    A CA on disk and a server certificate in memory.
+
+    Strictly private.
+    """
+
+    ca_path: str
+    private_key: bytes = attrs.field(repr=False)
+    chain: bytes = attrs.field(repr=False)
+
+    @classmethod
+    def issue(cls) -> Self:
+        """
+        Make a CA and a certificate for localhost and 127.0.0.1.
+
+        The file goes away with the object, at the latest when Python ends: clients
+        read it at every connect, also while the server is stopped.
+
+        Raises:
+            ImportError: trustme is not installed.
+        """
+        try:
+            import trustme  # noqa: PLC0415
+        except ImportError as error:
+            raise ImportError(
+                "tls=True needs trustme: pip install 'fastapi-topaz[testing]'"
+            ) from error
+        authority = trustme.CA()
+        server = authority.issue_cert("localhost", "127.0.0.1")
+        directory = tempfile.mkdtemp(prefix="fastapi-topaz-")
+        path = pathlib.Path(directory, "ca.pem")
+        path.write_bytes(authority.cert_pem.bytes())
+        certificates = cls(
+            str(path),
+            server.private_key_pem.bytes(),
+            b"".join(blob.bytes() for blob in server.cert_chain_pems),
+        )
+        weakref.finalize(certificates, shutil.rmtree, directory, ignore_errors=True)
+        return certificates

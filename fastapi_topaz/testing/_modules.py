@@ -1,0 +1,44 @@
+"""Modules made up from policies in Python, for those who list policies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from aserto.authorizer.v2.api import Module
+
+
+if TYPE_CHECKING:
+    from aserto.authorizer.v2 import GetPolicyRequest, ListPoliciesRequest
+
+    from ._policies import Policy
+
+
+__all__ = ["masked", "module"]
+
+
+def module(path: str, policy: Policy) -> Module:
+    """Return the module of *policy*; its id is the path."""
+    if isinstance(policy, bool):
+        rules = [f"default allowed := {str(policy).lower()}"]
+    elif isinstance(policy, Mapping):
+        rules = [f"{name} := {str(value).lower()}" for name, value in policy.items()]
+    else:
+        rules = ["# decided by a Python function"]
+    return Module(
+        id=path,
+        raw="\n\n".join([f"package {path}", *rules]) + "\n",
+        package_path=f"data.{path}",
+        package_root=path.partition(".")[0],
+    )
+
+
+def masked(full: Module, request: ListPoliciesRequest | GetPolicyRequest) -> Module:
+    """Return the fields of *full* that *request* wants, as Topaz selects them."""
+    mask = request.field_mask
+    # Topaz ignores a mask with a path that does not exist, and an empty one.
+    if not any(mask.paths) or not mask.IsValidForDescriptor(Module.DESCRIPTOR):
+        return full
+    part = Module()
+    mask.MergeMessage(full, part)
+    return part

@@ -1,0 +1,392 @@
+"""Requests that pass, are denied, or find no authorizer, through a real server."""
+
+from __future__ import annotations
+
+import contextlib
+
+import grpc
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.testclient import TestClient
+
+from fastapi_topaz import (
+    AuthorizerOptions,
+    ConnectionPool,
+    Identity,
+    IdentityType,
+    TopazConfig,
+    require_policy_allowed,
+    require_policy_auto,
+)
+from fastapi_topaz._demo import serving
+from fastapi_topaz._dependencies import policy_path_of
+
+
+pytestmark = pytest.mark.real_clock
+
+backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+def user(request: Request):
+    return Identity(IdentityType.SUB, request.headers.get("user", "nobody"))
+
+
+def configured(authorizer, **options):
+    pool = options.pop("pool", {})
+    return TopazConfig(
+        **{
+            "authorizer_options": authorizer.options,
+            "policy_path_root": "myapp",
+            "identity_provider": user,
+            "policy_instance_name": "myapp",
+            "connection_pool": ConnectionPool(**pool),
+            **options,
+        }
+    )
+
+
+def application(config, *, path="/documents/{id}"):
+    app = FastAPI(lifespan=config.lifespan)
+
+    @app.get(path, dependencies=[Depends(require_policy_auto(config))])
+    @app.delete(path, dependencies=[Depends(require_policy_auto(config))])
+    async def document(request: Request):
+        return request.path_params
+
+    return app
+
+
+@contextlib.contextmanager
+def client_of(app, backend):
+    with (
+        serving(app, backend) as url,
+        httpx.Client(base_url=url, timeout=30) as client,
+    ):
+        yield client
+
+
+# -- the answer ---------------------------------------------------------------------
+
+
+@backends
+def test_allowed_is_200_and_denied_is_403(backend, embedded_authorizer):
+    embedded_authorizer.policies = {
+        "myapp.GET.documents.__id": True,
+        "myapp.DELETE.documents.__id": lambda check: check.identity.value == "alice",
+    }
+    with client_of(application(configured(embedded_authorizer)), backend) as client:
+        assert client.get("/documents/7").status_code == 200
+        assert client.delete("/documents/7").status_code == 403
+        allowed = client.delete("/documents/7", headers={"user": "alice"})
+        assert allowed.status_code == 200
+        assert allowed.json() == {"id": "7"}
+
+
+@backends
+def test_the_policy_sees_identity_instance_and_resource(backend, embedded_authorizer):
+    seen = []
+    embedded_authorizer.policies = lambda check: bool(seen.append(check)) or True
+    config = configured(
+        embedded_authorizer,
+        policy_instance_label="blue",
+        resource_context_provider=lambda request: {"agent": "x", "n": 1},
+    )
+    with client_of(application(config), backend) as client:
+        assert client.get("/documents/7", headers={"user": "bob"}).is_success
+    (check,) = seen
+    assert check.policy_path == "myapp.GET.documents.__id"
+    assert check.decisions == ("allowed",)
+    assert check.identity == Identity(IdentityType.SUB, "bob")
+    assert check.resource == {"id": "7", "agent": "x", "n": 1}
+    assert check.policy_instance_name == "myapp"
+    assert check.policy_instance_label == "blue"
+
+
+@backends
+def test_providers_may_be_async(backend, embedded_authorizer):
+    embedded_authorizer.policies = lambda check: (
+        check.identity.value == "eve" and check.resource["tenant"] == "t1"
+    )
+
+    async def identity(_request: Request):
+        return Identity(IdentityType.SUB, "eve")
+
+    async def resource(_request: Request):
+        return {"tenant": "t1"}
+
+    config = configured(
+        embedded_authorizer,
+        identity_provider=identity,
+        resource_context_provider=resource,
+    )
+    with client_of(application(config), backend) as client:
+        assert client.get("/documents/7").status_code == 200
+
+
+def test_a_decision_that_was_not_made_is_a_denial(embedded_authorizer):
+    embedded_authorizer.policies = {"myapp.GET.documents.__id": {"visible": True}}
+    with TestClient(application(configured(embedded_authorizer))) as client:
+        assert client.get("/documents/7").status_code != 200
+
+
+@pytest.mark.parametrize(
+    "template, path",
+    [
+        ("/documents/{id}", "myapp.GET.documents.__id"),
+        ("/documents", "myapp.GET.documents"),
+        ("/", "myapp.GET"),
+        ("/a/{b}/c/{d}", "myapp.GET.a.__b.c.__d"),
+        ("/files/{name}.json", "myapp.GET.files.__name.json"),
+        ("/a//b/", "myapp.GET.a.b"),
+    ],
+)
+def test_the_policy_path_of_a_route(template, path):
+    assert policy_path_of("myapp", "GET", template) == path
+
+
+def test_the_policy_path_has_prefix_and_converters_of_the_route(embedded_authorizer):
+    seen = []
+    embedded_authorizer.policies = lambda check: (
+        bool(seen.append(check.policy_path)) or True
+    )
+    config = configured(embedded_authorizer)
+    guard = [Depends(require_policy_auto(config))]
+    router = APIRouter(prefix="/v1", dependencies=guard)
+
+    @router.get("/files/{name:path}")
+    async def files(name: str):
+        return name
+
+    app = FastAPI(lifespan=config.lifespan)
+    app.include_router(router)
+    with TestClient(app) as client:
+        assert client.get("/v1/files/a/b").json() == "a/b"
+    assert seen == ["myapp.GET.v1.files.__name"]
+
+
+# -- no answer ------------------------------------------------------------------------
+
+
+def unavailable(response):
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
+    return True
+
+
+@backends
+def test_an_authorizer_that_is_down_is_503_until_it_is_back(
+    backend, embedded_authorizer
+):
+    embedded_authorizer.policies = lambda check: True
+    config = configured(embedded_authorizer, pool={"max_retries": 0})
+    with client_of(application(config), backend) as client:
+        assert client.get("/documents/7").status_code == 200
+        embedded_authorizer.stop()
+        assert unavailable(client.get("/documents/7"))
+        assert unavailable(client.get("/documents/7"))
+        embedded_authorizer.start()
+        deadline = 50
+        while client.get("/documents/7").status_code != 200:
+            deadline -= 1
+            assert deadline, "it did not recover"
+
+
+@backends
+def test_an_application_starts_before_its_authorizer(backend, embedded_authorizer):
+    embedded_authorizer.policies = lambda check: True
+    embedded_authorizer.stop()
+    pool = {"eager_init": True, "connection_timeout": 0.3, "max_retries": 0}
+    with client_of(
+        application(configured(embedded_authorizer, pool=pool)), backend
+    ) as c:
+        assert unavailable(c.get("/documents/7"))
+
+
+@backends
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "INTERNAL", "NOT_FOUND", "CANCELLED"])
+def test_an_error_of_the_authorizer_is_503(backend, code, embedded_authorizer):
+    embedded_authorizer.policies = lambda check: True
+    with client_of(application(configured(embedded_authorizer)), backend) as client:
+        embedded_authorizer.fail(grpc.StatusCode[code], methods=["Is"])
+        assert unavailable(client.get("/documents/7"))
+
+
+@backends
+def test_an_authorizer_that_does_not_answer_in_time_is_503(
+    backend, embedded_authorizer
+):
+    embedded_authorizer.policies = lambda check: True
+    config = configured(embedded_authorizer, check_timeout=0.3)
+    with client_of(application(config), backend) as client:
+        assert client.get("/documents/7").status_code == 200
+        embedded_authorizer.delay = 30.0
+        assert unavailable(client.get("/documents/7"))
+
+
+def test_the_check_timeout_is_one_budget_for_waiting_and_asking(embedded_authorizer):
+    """A check that waits for most of its budget has only the rest for its call."""
+    deadlines = []
+
+    class Spy(ConnectionPool):
+        def acquire(self, *, timeout=None):
+            deadlines.append(timeout)
+            return super().acquire(timeout=timeout)
+
+    config = configured(
+        embedded_authorizer, connection_pool=Spy(acquire_timeout=9), check_timeout=2
+    )
+    embedded_authorizer.policies = lambda check: True
+    with TestClient(application(config)) as client:
+        assert client.get("/documents/7").status_code == 200
+    assert deadlines == [2]
+
+
+@backends
+def test_a_saturated_pool_is_503(backend, embedded_authorizer):
+    embedded_authorizer.policies = lambda check: True
+    pool = {"max_connections": 1, "min_connections": 1, "max_waiting": 0}
+    config = configured(embedded_authorizer, pool=pool)
+    app = application(config)
+
+    @app.get("/while-leased")
+    async def while_leased(request: Request):
+        guard = require_policy_allowed(config, "myapp.x")
+        async with config.connection_pool.acquire():
+            await guard(request)
+
+    with client_of(app, backend) as client:
+        assert unavailable(client.get("/while-leased"))
+
+
+def test_a_pool_that_nobody_can_open_is_503(embedded_authorizer):
+    options = AuthorizerOptions(
+        url=embedded_authorizer.url, cert_file_path="/nowhere/ca.pem"
+    )
+    config = configured(embedded_authorizer, authorizer_options=options)
+    # Without a lifespan: with it the application would not have started.
+    app = FastAPI()
+
+    @app.get("/", dependencies=[Depends(require_policy_auto(config))])
+    async def root():
+        return "open door"
+
+    assert unavailable(TestClient(app).get("/"))
+
+
+def test_a_missing_certificate_file_stops_the_start(embedded_authorizer):
+    options = AuthorizerOptions(
+        url=embedded_authorizer.url, cert_file_path="/nowhere/ca.pem"
+    )
+    config = configured(embedded_authorizer, authorizer_options=options)
+    with (
+        pytest.raises(ValueError) as caught,
+        TestClient(application(config)),
+    ):
+        pytest.fail("it started")
+    assert "cert_file_path" in str(caught.value)
+    assert "/nowhere/ca.pem" in str(caught.value)
+
+
+# -- the application's own errors ---------------------------------------------------
+
+
+def test_what_a_provider_raises_is_the_applications_error(embedded_authorizer):
+    embedded_authorizer.policies = lambda check: True
+
+    def no_token(_request):
+        raise HTTPException(401, "Who are you?")
+
+    config = configured(embedded_authorizer, identity_provider=no_token)
+    with TestClient(application(config)) as client:
+        assert client.get("/documents/7").status_code == 401
+
+    def broken(_request):
+        raise KeyError("user")
+
+    for name in ("identity_provider", "resource_context_provider"):
+        config = configured(embedded_authorizer, **{name: broken})
+        client = TestClient(application(config), raise_server_exceptions=False)
+        with client:
+            assert client.get("/documents/7").status_code == 500
+    assert embedded_authorizer.calls["Is"] == 0
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("identity_provider", "secret-token"),
+        ("identity_provider", None),
+        ("identity_provider", 7),
+        ("resource_context_provider", [("a", 1)]),
+        ("resource_context_provider", None),
+        ("resource_context_provider", {"when": object()}),
+        ("resource_context_provider", {1: "one"}),
+    ],
+)
+def test_a_provider_that_returns_the_wrong_type_never_allows(
+    name, value, embedded_authorizer
+):
+    embedded_authorizer.policies = lambda check: True
+    good = configured(embedded_authorizer)
+    config = configured(
+        embedded_authorizer,
+        connection_pool=good.connection_pool,
+        **{name: lambda _request: value},
+    )
+    with TestClient(application(config)) as client:
+        with pytest.raises(TypeError) as caught:
+            client.get("/documents/7")
+        assert name.removesuffix("_provider") in str(caught.value)
+        assert "secret-token" not in str(caught.value)
+    with TestClient(application(good)) as client:
+        assert client.get("/documents/7").status_code == 200
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_test_client_enters_the_same_application_twice(backend, embedded_authorizer):
+    embedded_authorizer.policies = lambda check: True
+    app = application(configured(embedded_authorizer))
+    for _ in range(2):
+        with TestClient(app, backend=backend) as client:
+            assert client.get("/documents/7").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"policy_path_root": ""}, ["policy_path_root", "''"]),
+        ({"policy_path_root": 7}, ["policy_path_root", "7"]),
+        ({"identity_provider": None}, ["identity_provider", "None"]),
+        ({"resource_context_provider": 7}, ["resource_context_provider", "7"]),
+        ({"connection_pool": {}}, ["connection_pool", "{}"]),
+        ({"check_timeout": 0}, ["check_timeout", "0"]),
+        ({"check_timeout": float("nan")}, ["check_timeout", "nan"]),
+        ({"check_timeout": True}, ["check_timeout", "True"]),
+        ({"authorizer_options": "localhost:8282"}, ["authorizer_options", "str"]),
+        ({"policy_instance_name": ""}, ["policy_instance_name", "''"]),
+    ],
+)
+def test_a_wrong_configuration_is_refused_by_name_and_value(options, words):
+    good = {
+        "authorizer_options": AuthorizerOptions(),
+        "policy_path_root": "myapp",
+        "identity_provider": user,
+    }
+    with pytest.raises((TypeError, ValueError)) as caught:
+        TopazConfig(**{**good, **options})
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["", "  ", None, 7])
+def test_an_empty_policy_path_is_refused_when_the_route_is_made(path):
+    config = TopazConfig(
+        authorizer_options=AuthorizerOptions(),
+        policy_path_root="myapp",
+        identity_provider=user,
+    )
+    with pytest.raises((TypeError, ValueError)) as caught:
+        require_policy_allowed(config, path)
+    assert "policy_path" in str(caught.value)
+    assert repr(path) in str(caught.value)
