@@ -336,9 +336,8 @@ class Runtime:
             for entry in left:
                 await _connections.close(self, entry)
         if state.in_use:
-            logger.warning(
-                "%s: closed with %d leases still out", self.label, state.in_use
-            )
+            leases = "a lease" if state.in_use == 1 else f"{state.in_use} leases"
+            logger.warning("%s: closed with %s still out", self.label, leases)
         self.done.set()
 
     # -- leaks --------------------------------------------------------------------

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from anyio.lowlevel import current_token
 
+from fastapi_topaz import _fork
 from fastapi_topaz._transport._link import Link, root_certificates
+from fastapi_topaz.exceptions import PoolError
 
 
 if TYPE_CHECKING:
@@ -42,7 +44,19 @@ class GrpcConnector:
         root_certificates(self.options)
 
     async def connect(self, timeout: float, /) -> RpcConnection:
-        """Open one connection; see `Link.open`."""
+        """
+        Open one connection; see `Link.open`.
+
+        Raises:
+            PoolError: This process was forked while connections were open.
+        """
+        parent = _fork.inherited_from()
+        if parent is not None:
+            raise PoolError(
+                f"process {_fork.current.pid} was forked from {parent} while gRPC "
+                "connections were open there, after which gRPC cannot be used; open "
+                "pools after the fork, in the lifespan or a startup hook"
+            )
         if isinstance(current_token().native_token, asyncio.AbstractEventLoop):
             return await Link.open(self.options, timeout)
         # Here and not above: asyncio applications need no trio installed.

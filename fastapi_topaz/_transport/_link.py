@@ -27,7 +27,7 @@ import grpc.aio
 
 from fastapi_topaz import _fork
 from fastapi_topaz._transport._failures import connect_failed, connect_timed_out
-from fastapi_topaz.exceptions import ConnectionLost, PoolError
+from fastapi_topaz.exceptions import ConnectionLost
 
 
 if TYPE_CHECKING:
@@ -52,8 +52,14 @@ _READY = grpc.ChannelConnectivity.READY
 _FAILED = grpc.ChannelConnectivity.TRANSIENT_FAILURE
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fastapi-topaz")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "unknown"
+
+
 def _channel_options(timeout: float) -> list[tuple[str, Any]]:
-    version = importlib.metadata.version("fastapi-topaz")
     return [
         # Channels to one target share one TCP connection otherwise.
         ("grpc.use_local_subchannel_pool", 1),
@@ -78,7 +84,7 @@ def _channel_options(timeout: float) -> list[tuple[str, Any]]:
         ("grpc.client_idle_timeout_ms", _MAX_INT),
         # gRPC would send a loopback sidecar through http_proxy.
         ("grpc.enable_http_proxy", 0),
-        ("grpc.primary_user_agent", f"fastapi-topaz/{version}"),
+        ("grpc.primary_user_agent", f"fastapi-topaz/{_version()}"),
     ]
 
 
@@ -157,16 +163,8 @@ class Link:
 
         Raises:
             ConnectFailed: It did not become ready within *timeout* seconds.
-            PoolError: This process was forked while channels were open.
             ValueError: The certificate file cannot be read.
         """
-        parent = _fork.inherited_from()
-        if parent is not None:
-            raise PoolError(
-                f"process {_fork.current.pid} was forked from {parent} while gRPC "
-                "connections were open there, after which gRPC cannot be used; open "
-                "pools after the fork, in the lifespan or a startup hook"
-            )
         channel = _open_channel(options, timeout)
         _fork.watch(channel)
         try:
@@ -198,7 +196,7 @@ class Link:
             ConnectionLost: The link is closed.
         """
         if self._closed:
-            raise self._lost(method)
+            raise self.lost(method)
         known = self._methods.get(method)
         if (
             known is None
@@ -231,13 +229,21 @@ class Link:
             ConnectionLost: The link was closed under the call.
         """
         # A finished call answers its first step; running it by hand needs no loop.
+        # The frames of an error live as long as somebody keeps it, and a call in
+        # one of them keeps its socket open, even that of a closed channel.
+        failure: BaseException
         try:
             call.__await__().send(None)
         except StopIteration as stop:
             return stop.value
         except asyncio.CancelledError:
-            raise self._lost(method) from None
-        raise AssertionError(f"{method} has not ended")
+            failure = self.lost(method)
+        except grpc.aio.AioRpcError as error:
+            failure = error.with_traceback(None)
+        else:
+            failure = AssertionError(f"{method} has not ended")
+        del call
+        raise failure
 
     @staticmethod
     def abandon(call: Any) -> None:
@@ -272,10 +278,12 @@ class Link:
         call._call_response.add_done_callback(wake)  # noqa: SLF001
         try:
             await ended
+            return self.finish(call, method)
         except asyncio.CancelledError:
             self.abandon(call)
             raise
-        return self.finish(call, method)
+        finally:
+            del call
 
     def is_lost(self, error: BaseException, /) -> bool:
         """Say whether *error* accuses the connection and not the request."""
@@ -291,7 +299,8 @@ class Link:
         if self._quiet is not None and not self._calls:
             self._quiet.set()
 
-    def _lost(self, method: str) -> ConnectionLost:
+    def lost(self, method: str) -> ConnectionLost:
+        """Return the error of a call whose connection was closed."""
         return ConnectionLost(
             f"the connection to {self._target} was closed under the call {method}"
         )

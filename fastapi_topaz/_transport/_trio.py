@@ -15,7 +15,6 @@ import trio
 
 from fastapi_topaz._transport._link import Link
 from fastapi_topaz._transport._loop_thread import LoopThread
-from fastapi_topaz.exceptions import ConnectionLost
 
 
 if TYPE_CHECKING:
@@ -68,11 +67,17 @@ class _Call(_Exchange):
         try:
             self._thread.call_soon(self._start)
         except RuntimeError:  # the loop is closed
-            raise ConnectionLost("the connection was closed before the call") from None
+            raise self._link.lost(self._arguments[0]) from None
         await trio.lowlevel.wait_task_rescheduled(self._abort)
         if self._error is not None:
             raise self._error
-        return self._link.finish(self._call, self._arguments[0])
+        # Given away, because the frame of an error that somebody keeps would keep
+        # this exchange, and with the call its socket.
+        call, self._call = self._call, None
+        try:
+            return self._link.finish(call, self._arguments[0])
+        finally:
+            del call
 
     def _start(self) -> None:
         if self._abandoned:

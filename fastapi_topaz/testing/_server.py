@@ -119,7 +119,14 @@ class ServerThread:
         await self._shut(server, await self._grace)
 
     def _server(self) -> grpc.aio.Server:
-        options: list[tuple[str, Any]] = [("grpc.so_reuseport", 0)]
+        options: list[tuple[str, Any]] = [
+            ("grpc.so_reuseport", 0),
+            # Beyond 1,000 requests that Python has not fetched yet, the core answers
+            # with CANCELLED at random. A test that keeps the interpreter busy in its
+            # own thread gets there.
+            ("grpc.server.max_pending_requests", 2**30),
+            ("grpc.server.max_pending_requests_hard_limit", 2**30),
+        ]
         if self.max_concurrent_streams is not None:
             options.append(("grpc.max_concurrent_streams", self.max_concurrent_streams))
         server = grpc.aio.server(options=options)

@@ -1,0 +1,24 @@
+"""Waiting for what other threads and processes do, without guessing how long."""
+
+from __future__ import annotations
+
+import anyio
+
+
+async def eventually(predicate, timeout=5.0):
+    """Return the first true value of *predicate*; fail with the last one."""
+    deadline = anyio.current_time() + timeout
+    while not (value := predicate()):
+        assert anyio.current_time() < deadline, (
+            f"not true within {timeout} s, the last value was {value!r}"
+        )
+        await anyio.sleep(0.005)
+    return value
+
+
+async def eventually_equal(measure, expected, timeout=10.0):
+    """Return when *measure()* is what is expected; fail with how it differs."""
+    try:
+        await eventually(lambda: measure() == expected, timeout)
+    except AssertionError:
+        assert measure() == expected
