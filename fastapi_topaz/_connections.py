@@ -16,8 +16,8 @@ from fastapi_topaz.exceptions import ConnectFailed, PoolError
 
 
 if TYPE_CHECKING:
+    from fastapi_topaz._entry import PoolEntry
     from fastapi_topaz._runtime import Runtime
-    from fastapi_topaz._state import PoolEntry
 
 
 __all__ = ["CLOSE_LIMIT", "close", "connect", "probe"]

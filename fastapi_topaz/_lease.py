@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from types import TracebackType
 
+    from fastapi_topaz._entry import Lease
     from fastapi_topaz._pool import ConnectionPool
     from fastapi_topaz._runtime import Runtime
-    from fastapi_topaz._state import Lease
     from fastapi_topaz._transport._base import Metadata
 
 

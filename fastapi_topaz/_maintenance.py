@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
+    from fastapi_topaz._entry import PoolEntry
     from fastapi_topaz._runtime import Runtime
-    from fastapi_topaz._state import PoolEntry, PoolState
+    from fastapi_topaz._state import PoolState
 
 
 __all__ = [

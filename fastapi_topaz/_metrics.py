@@ -36,6 +36,36 @@ BOUNDARIES = (
 )
 
 
+GAUGES: tuple[tuple[str, str, Callable[[PoolStatus], int]], ...] = (
+    ("topaz_pool_waiting", "Callers waiting in acquire()", lambda s: s.waiting),
+    (
+        "topaz_pool_connections_max",
+        "The limit of open connections",
+        lambda s: s.max_connections,
+    ),
+    ("topaz_pool_streams_in_use", "Leases out now", lambda s: s.streams_in_use),
+)
+
+COUNTERS: tuple[tuple[str, str, Callable[[PoolCounters], int]], ...] = (
+    ("topaz_pool_acquisitions", "Leases given out", lambda c: c.acquisitions),
+    ("topaz_pool_timeouts", "Calls of acquire() that timed out", lambda c: c.timeouts),
+    ("topaz_pool_rejected", "Refused because saturated", lambda c: c.rejected),
+    ("topaz_pool_connects", "Connections established", lambda c: c.connects),
+    ("topaz_pool_probe_failures", "Failed probes", lambda c: c.probe_failures),
+)
+
+COUNTERS_BY_REASON: tuple[
+    tuple[str, str, Callable[[PoolCounters], Mapping[str, int]]], ...
+] = (
+    (
+        "topaz_pool_connect_failures",
+        "Failed attempts to connect, by reason",
+        lambda c: c.connect_failures,
+    ),
+    ("topaz_pool_closes", "Connections closed, by reason", lambda c: c.closes),
+)
+
+
 class PoolMetrics:
     """
     The observer of one pool.
@@ -133,43 +163,17 @@ class _Instruments:
             [self._connections],
             description="Open connections by state",
         )
-        meter.create_observable_up_down_counter(
-            "topaz_pool_waiting",
-            [self._gauge(lambda status: status.waiting)],
-            description="Callers waiting in acquire()",
-        )
-        meter.create_observable_up_down_counter(
-            "topaz_pool_connections_max",
-            [self._gauge(lambda status: status.max_connections)],
-            description="The limit of open connections",
-        )
-        meter.create_observable_up_down_counter(
-            "topaz_pool_streams_in_use",
-            [self._gauge(lambda status: status.streams_in_use)],
-            description="Leases given out",
-        )
-        for name, description, read in (
-            ("acquisitions", "Leases given out", lambda c: c.acquisitions),
-            ("timeouts", "Acquisitions that timed out", lambda c: c.timeouts),
-            ("rejected", "Acquisitions refused: saturated", lambda c: c.rejected),
-            ("connects", "Connections established", lambda c: c.connects),
-            ("probe_failures", "Failed health checks", lambda c: c.probe_failures),
-        ):
-            meter.create_observable_counter(
-                f"topaz_pool_{name}", [self._counter(read)], description=description
+        for name, description, gauge in GAUGES:
+            meter.create_observable_up_down_counter(
+                name, [self._gauge(gauge)], description=description
             )
-        for name, description, read_by in (
-            (
-                "connect_failures",
-                "Failed attempts to connect by reason",
-                lambda c: c.connect_failures,
-            ),
-            ("closes", "Connections closed by reason", lambda c: c.closes),
-        ):
+        for name, description, counter in COUNTERS:
             meter.create_observable_counter(
-                f"topaz_pool_{name}",
-                [self._by_reason(read_by)],
-                description=description,
+                name, [self._counter(counter)], description=description
+            )
+        for name, description, by_reason in COUNTERS_BY_REASON:
+            meter.create_observable_counter(
+                name, [self._by_reason(by_reason)], description=description
             )
 
     def _connections(self, _options: CallbackOptions) -> Iterable[Observation]:

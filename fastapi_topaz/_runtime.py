@@ -34,8 +34,8 @@ from fastapi_topaz.exceptions import (
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
+    from fastapi_topaz._entry import Lease, PoolEntry
     from fastapi_topaz._options import PoolOptions
-    from fastapi_topaz._state import Lease, PoolEntry
     from fastapi_topaz._status import PoolCounters, PoolObserver
     from fastapi_topaz._transport import Connector
 

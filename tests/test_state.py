@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from fastapi_topaz._entry import Lease
 from fastapi_topaz._options import PoolOptions
-from fastapi_topaz._state import Lease, PoolState
+from fastapi_topaz._state import PoolState
 from fastapi_topaz.exceptions import ConnectFailed
 
 

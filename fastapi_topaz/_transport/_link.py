@@ -210,7 +210,7 @@ class Link:
             )
             known = request_serializer, response_deserializer, callable_
             self._methods[method] = known
-        call = known[2](
+        call: Any = known[2](
             request,
             timeout=timeout,
             metadata=(*self._metadata, *metadata) if metadata else self._metadata,

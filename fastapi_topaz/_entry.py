@@ -1,0 +1,67 @@
+"""What the state of a pool is made of: slots for connections, and claims to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+__all__ = ["Lease", "PoolEntry"]
+
+
+@attrs.define(eq=False)
+class PoolEntry:
+    """
+    One slot for a connection, and what the pool knows about it.
+
+    Strictly private. Compared by identity.
+    """
+
+    connection: Any = None
+    leases: int = 0
+    started_at: float = 0.0
+    last_used_at: float = 0.0
+    # When the other side last answered, to a call or a probe.
+    proven_at: float = 0.0
+    expires_at: float = float("inf")
+    # Which round of connecting it was begun in.
+    round: int = 0
+    # Its last call accused the connection: no new lease until a probe clears it.
+    suspect: bool = False
+    # Why it is to go. It closes when its last lease is back, because closing it
+    # under a caller would fail that caller's call.
+    retired: str | None = None
+
+
+class Lease:
+    """
+    One caller's claim to a stream: waiting, then served, then given back.
+
+    Strictly private. Also the borrower of the caller's token in the limiter, so
+    that nothing the caller holds is kept alive by the pool.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "acquired_at",
+        "entry",
+        "failure",
+        "holder",
+        "wake",
+        "warned",
+    )
+
+    def __init__(self) -> None:
+        self.entry: PoolEntry | None = None
+        self.failure: Exception | None = None
+        self.acquired_at = 0.0
+        # Set by a caller that holds a token and sleeps until it is served.
+        self.wake: Callable[[], None] | None = None
+        # Who took it and where, if leaks are looked for.
+        self.holder = ""
+        self.warned = False

@@ -1,0 +1,217 @@
+"""How a pool opens and closes, and tells where it is in its life."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Self
+
+import anyio
+
+from fastapi_topaz._connections import CLOSE_LIMIT
+from fastapi_topaz._metrics import PoolMetrics
+from fastapi_topaz._options import seconds
+from fastapi_topaz._runtime import Runtime
+from fastapi_topaz._status import PoolCounters, PoolStatus
+from fastapi_topaz.exceptions import PoolClosed, PoolError
+
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from opentelemetry.metrics import MeterProvider
+
+    from fastapi_topaz._options import PoolOptions
+    from fastapi_topaz._transport import Connector
+
+
+__all__ = ["PoolLife"]
+
+
+logger = logging.getLogger("fastapi_topaz.pool")
+
+
+class PoolLife:
+    """
+    The part of a pool that is there before it opens and after it closed.
+
+    Strictly private. Each opening has a `Runtime` of its own, which belongs to one
+    event loop; what is not in it belongs to none.
+    """
+
+    def __init__(
+        self,
+        options: PoolOptions,
+        connector: Connector | None,
+        meter_provider: MeterProvider | None,
+    ) -> None:
+        self._options = options
+        self._connector = connector
+        self._counters = PoolCounters()
+        self._metrics = PoolMetrics(
+            meter_provider, options.name, self.status, self._counters
+        )
+        self._runtime: Runtime | None = None
+        self._closed = False
+
+    def status(self) -> PoolStatus:
+        """Return a snapshot of the pool; never raises, open or not."""
+        runtime = self._runtime
+        if runtime is None:
+            options = self._options
+            return PoolStatus(
+                total=0,
+                idle=0,
+                busy=0,
+                healthy_connections=0,
+                max_connections=options.max_connections,
+                min_connections=options.min_connections,
+                streams_max=options.capacity,
+            )
+        return runtime.state.status()
+
+    async def initialize(self) -> None:
+        """
+        Open the pool; harmless if it is open.
+
+        With `eager_init` it returns once `min_connections` are there. If none comes
+        within `connection_timeout` seconds it logs a WARNING with the cause and
+        returns as well: the pool goes on trying, and an application may start
+        before its authorizer.
+
+        Raises:
+            PoolError: The pool is open on another event loop or in another process,
+                or was not configured.
+            ValueError: What no retry can mend, such as a missing certificate file.
+        """
+        runtime = self._alive()
+        while runtime is not None and runtime.state.shut:
+            await runtime.done.wait()
+            runtime = self._alive()
+        opened = runtime is None
+        if runtime is None:
+            validate = getattr(self._configured(), "validate", None)
+            if validate is not None:
+                validate()
+            runtime = self._open()
+        if not self._options.eager_init:
+            return
+        runtime.initializing += 1
+        try:
+            await runtime.warm_up()
+        except BaseException:
+            # As if this call had never come, unless somebody else is inside by now.
+            if opened and runtime.initializing == 1 and runtime.is_unused():
+                runtime.begin_close(0)
+            raise
+        finally:
+            runtime.initializing -= 1
+
+    async def close(self, grace: float = 5.0) -> None:
+        """
+        Close the pool; harmless if it is closed.
+
+        Waiting callers get `PoolClosed` at once. Leases have *grace* seconds to come
+        back, then their connections close under them and their calls end with
+        `ConnectionLost`. After it returns no task, thread, timer or socket is left.
+
+        Cancelling it gives up the grace, not the closing.
+
+        Args:
+            grace: Seconds, default 5.
+
+        Raises:
+            PoolError: The pool is open on another event loop or in another process.
+        """
+        grace = seconds("grace", grace)
+        runtime = self._alive()
+        self._closed = True
+        if runtime is None:
+            return
+        runtime.begin_close(grace)
+        try:
+            await runtime.done.wait()
+        except BaseException:
+            runtime.begin_close(0)
+            with anyio.move_on_after(2 * CLOSE_LIMIT, shield=True):
+                await runtime.done.wait()
+            raise
+
+    async def __aenter__(self) -> Self:
+        await self.initialize()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _alive(self) -> Runtime | None:
+        """Return the runtime if the pool is open here, None if it is not open."""
+        runtime = self._runtime
+        if runtime is None:
+            return None
+        if runtime.done.is_set() or runtime.home.is_gone():
+            # Its loop has ended, and the host with it. Nobody is left to use it.
+            self._forget(runtime)
+            return None
+        runtime.home.check(self._label())
+        return runtime
+
+    def _open(self) -> Runtime:
+        runtime = Runtime(
+            self._label(),
+            self._options,
+            self._configured(),
+            self._counters,
+            self._metrics,
+        )
+
+        async def host() -> None:
+            try:
+                await runtime.run()
+            finally:
+                self._forget(runtime)
+
+        runtime.home.spawn(host)
+        self._runtime = runtime
+        self._closed = False
+        self._metrics.attach()
+        logger.info("%s: opened, to %s", runtime.label, runtime.target)
+        return runtime
+
+    def _forget(self, runtime: Runtime) -> None:
+        if self._runtime is runtime:
+            self._runtime = None
+            self._metrics.detach()
+            logger.info("%s: closed", runtime.label)
+
+    def _configured(self) -> Connector:
+        if self._connector is None:
+            raise PoolError(
+                f"{self._label()} does not know its authorizer: pass it to TopazConfig "
+                "as connection_pool, or call configure(AuthorizerOptions(...))"
+            )
+        return self._connector
+
+    def _phase(self) -> str:
+        if self._runtime is None:
+            return "closed" if self._closed else "new"
+        return "closing" if self._runtime.state.shut else "open"
+
+    def _label(self) -> str:
+        return f"pool {self._options.name!r}" if self._options.name else "the pool"
+
+    def _first_use(self) -> Runtime:
+        if self._closed:
+            raise self._refused()
+        runtime = self._alive()
+        return self._open() if runtime is None else runtime
+
+    def _refused(self) -> PoolClosed:
+        self._counters.closed += 1
+        return PoolClosed(
+            f"{self._label()} is closed ({self.status()}); initialize() opens it again"
+        )
