@@ -1,0 +1,116 @@
+"""The heavier checks: `nox` runs them all, `nox -s tests` the tests on every Python."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import nox
+
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "typing", "package", "demo", "oldest", "tests"]
+
+SUPPORTED = ["3.11", "3.12", "3.13", "3.14"]
+# The floor of what pyproject.toml allows, where the resolver would not go itself.
+OLDEST = [
+    "anyio==4.11.0",
+    "attrs==24.2.0",
+    "aserto-authorizer==0.20.7",
+    "fastapi==0.115.0",
+    "grpcio==1.80.0",
+    "opentelemetry-api==1.30.0",
+    "opentelemetry-sdk==1.30.0",
+    "opentelemetry-exporter-prometheus==0.51b0",
+    "trio==0.27.0",
+]
+
+
+def found_pythons() -> list[str]:
+    """Return every supported Python that really starts on this machine."""
+    # pyenv keeps versions aside that its own `pythonX.Y` refuses to start.
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for version in SUPPORTED:
+        for aside in sorted(root.glob(f"{version}.*/bin")):
+            os.environ["PATH"] = f"{aside}{os.pathsep}{os.environ['PATH']}"
+    return [version for version in SUPPORTED if starts(f"python{version}")]
+
+
+def starts(python: str) -> bool:
+    """Say whether *python* can be run."""
+    try:
+        subprocess.run([python, "-c", ""], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install("--group", "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check the types of the package, and of a user's program."""
+    session.install("-e", ".", "--group", "typing")
+    session.run("mypy")
+    session.run("pyright", "--pythonpath", session.virtualenv.bin + "/python")
+
+
+@nox.session(python=found_pythons())
+def tests(session: nox.Session) -> None:
+    """Run the tests on one Python; all that are found by default."""
+    session.install("-e", ".", "--group", "test")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """Run the tests with the oldest dependencies that are allowed."""
+    session.install("-e", ".", "--group", "test")
+    session.install(*OLDEST)
+    # What the oldest libraries deprecate is not ours to fix.
+    session.run("pytest", "-W", "default", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the tests and show the lines and branches they miss."""
+    session.install("-e", ".", "--group", "test")
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "combine")
+    session.run("coverage", "report")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build sdist and wheel, check them, and run the demo from the wheel alone."""
+    session.install("--group", "package")
+    dist = Path(session.create_tmp()) / "dist"
+    for old in dist.glob("*"):
+        old.unlink()
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    wheel = next(dist.glob("*.whl"))
+    session.run("twine", "check", "--strict", *map(str, dist.glob("*")))
+    session.run("check-wheel-contents", str(wheel))
+    session.install("--force-reinstall", "--no-deps", str(wheel))
+    session.install(f"fastapi-topaz[demo] @ {wheel.resolve().as_uri()}")
+    # Somewhere else: here, the sources would be imported instead.
+    with session.chdir(session.create_tmp()):
+        session.run("fastapi-topaz", "demo", "--requests", "200")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the demo on both backends."""
+    session.install("-e", ".[demo]")
+    for backend in ("asyncio", "trio"):
+        session.run("fastapi-topaz", "demo", "--backend", backend)

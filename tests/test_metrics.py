@@ -1,0 +1,136 @@
+"""The guide's metric lines, through the SDK as a user sets it up."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from prometheus_client import CollectorRegistry, generate_latest
+
+from fastapi_topaz import ConnectionPool, PoolTimeout
+from fastapi_topaz.testing import FakeConnector, fail
+
+
+@pytest.fixture
+def registry():
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def provider(registry):
+    provider = MeterProvider([PrometheusMetricReader(registry=registry)])
+    yield provider
+    provider.shutdown()
+
+
+def scrape(registry):
+    """Return the samples by name and the labels that are ours."""
+    samples = {}
+    for line in generate_latest(registry).decode().splitlines():
+        if line.startswith("topaz_pool"):
+            series, value = line.rsplit(" ", 1)
+            name, _, labels = series.partition("{")
+            ours = [
+                label
+                for label in labels.rstrip("}").split(",")
+                if label and not label.startswith("otel_scope")
+            ]
+            key = name + (f"{{{','.join(ours)}}}" if ours else "")
+            samples[key] = float(value)
+    return samples
+
+
+def make(provider, connector=None, **options):
+    return ConnectionPool(
+        connector=connector or FakeConnector(),
+        meter_provider=provider,
+        **{"min_connections": 0, **options},
+    )
+
+
+async def test_the_five_lines_of_the_guide(provider, registry):
+    async with make(provider, max_connections=3) as pool:
+        leases = [await pool.acquire() for _ in range(3)]
+        await pool.release(leases.pop())
+        for _ in leases:
+            with pytest.raises(PoolTimeout):
+                async with pool.acquire():
+                    await pool.acquire(timeout=0)
+        samples = scrape(registry)
+        assert samples['topaz_pool_connections_total{state="idle"}'] == 1
+        assert samples['topaz_pool_connections_total{state="busy"}'] == 2
+        assert samples["topaz_pool_acquisitions_total"] == 5
+        assert samples["topaz_pool_timeouts_total"] == 2
+        assert samples['topaz_pool_acquire_latency_seconds_bucket{le="0.001"}'] == 5
+        assert samples["topaz_pool_acquire_latency_seconds_count"] == 5
+        for conn in leases:
+            await pool.release(conn)
+
+
+async def test_what_happens_to_connections_is_counted_by_reason(provider, registry):
+    connector = FakeConnector([fail()])
+    async with make(provider, connector) as pool:
+        async with pool.acquire():
+            pass
+        pool.drain()
+    samples = scrape(registry)
+    assert "topaz_pool_connects_total" not in samples, "a closed pool is not seen"
+    async with make(provider, FakeConnector([fail()])) as pool:
+        async with pool.acquire():
+            pass
+        samples = scrape(registry)
+        assert samples["topaz_pool_connects_total"] == 1
+        assert samples['topaz_pool_connect_failures_total{reason="refused"}'] == 1
+
+
+async def test_named_pools_are_told_apart_and_do_not_disturb_each_other(
+    provider, registry
+):
+    one, two = make(provider, name="one"), make(provider, name="two")
+    async with one, two:
+        async with one.acquire(), two.acquire(), two.acquire():
+            samples = scrape(registry)
+            busy = 'topaz_pool_connections_total{pool="%s",state="busy"}'
+            assert samples[busy % "one"] == 1
+            assert samples[busy % "two"] == 2
+        assert scrape(registry)['topaz_pool_acquisitions_total{pool="two"}'] == 2
+
+
+async def test_a_pool_leaves_no_reference_behind(provider):
+    pool = make(provider)
+    async with pool, pool.acquire():
+        pass
+    reference = weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert reference() is None
+
+
+async def test_numbers_survive_a_reopening(provider, registry):
+    pool = make(provider)
+    for count in (1, 2, 3):
+        async with pool:
+            async with pool.acquire():
+                pass
+            assert scrape(registry)["topaz_pool_acquisitions_total"] == count
+
+
+async def test_every_instrument_has_a_description_and_every_duration_a_unit():
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader])
+    async with make(provider) as pool:
+        async with pool.acquire():
+            pass
+        data = reader.get_metrics_data()
+        (resource,) = data.resource_metrics
+        (scope,) = resource.scope_metrics
+        assert scope.scope.name == "fastapi_topaz"
+        for metric in scope.metrics:
+            assert metric.description, metric.name
+            if metric.name.endswith(("_time", "_latency")):
+                assert metric.unit == "s"
+    provider.shutdown()

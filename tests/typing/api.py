@@ -1,0 +1,95 @@
+"""Never run: it exists for the type checkers, as a user's program would."""
+
+from __future__ import annotations
+
+from typing import assert_type
+
+from fastapi import Depends, FastAPI, Request
+
+from fastapi_topaz import (
+    AuthorizerOptions,
+    ConnectionPool,
+    Connector,
+    Identity,
+    IdentityType,
+    PooledConnection,
+    PoolStatus,
+    TopazConfig,
+    require_policy_allowed,
+    require_policy_auto,
+)
+from fastapi_topaz.testing import Check, EmbeddedAuthorizer, FakeConnector, fail, slow
+
+
+def get_identity(request: Request) -> Identity:
+    return Identity(IdentityType.SUB, request.headers["user"])
+
+
+async def get_identity_later(request: Request) -> Identity:
+    return get_identity(request)
+
+
+config = TopazConfig(
+    authorizer_options=AuthorizerOptions(url="localhost:8282", insecure=True),
+    policy_path_root="myapp",
+    identity_provider=get_identity,
+    policy_instance_name="myapp",
+    resource_context_provider=lambda request: {"path": request.url.path},
+    connection_pool=ConnectionPool(min_connections=1, max_idle_time=300),
+)
+TopazConfig(
+    authorizer_options=AuthorizerOptions(),
+    policy_path_root="myapp",
+    identity_provider=get_identity_later,
+)
+
+app = FastAPI(lifespan=config.lifespan)
+
+
+@app.get("/a", dependencies=[Depends(require_policy_auto(config))])
+@app.get("/b", dependencies=[Depends(require_policy_allowed(config, "myapp.b"))])
+async def route(request: Request) -> bool:
+    return await config.is_allowed(request, "myapp.c", resource_context={"n": 1})
+
+
+async def use(pool: ConnectionPool) -> None:
+    async with pool.acquire(timeout=1) as conn:
+        assert_type(conn, PooledConnection)
+        assert_type(await conn.decisions(policy_path="myapp.a"), dict[str, bool])
+        assert_type(
+            await conn.decision_tree(policy_path="myapp"), dict[str, dict[str, bool]]
+        )
+        assert_type((await conn.info()).version, str)
+    conn = await pool.acquire()
+    assert_type(conn, PooledConnection)
+    await pool.release(conn)
+    assert_type(pool.status(), PoolStatus)
+    assert_type(pool.status().healthy, bool)
+    async with pool as same:
+        assert_type(same, ConnectionPool)
+
+
+class Service:
+    """A connection to something else."""
+
+    async def probe(self, timeout: float, /) -> None: ...
+
+    async def close(self, grace: float, /) -> None: ...
+
+
+class ServiceConnector:
+    async def connect(self, timeout: float, /) -> Service:
+        return Service()
+
+
+connector: Connector = ServiceConnector()
+ConnectionPool(connector=connector)
+ConnectionPool(connector=FakeConnector([slow(1.0), fail("no")]))
+
+
+async def policy(check: Check) -> bool:
+    return check.identity.value == "alice"
+
+
+EmbeddedAuthorizer({"a": True, "b": {"allowed": False}, "c": policy})
+EmbeddedAuthorizer(lambda check: check.resource["id"] == "7", tls=True)
