@@ -10,16 +10,18 @@ from fastapi_topaz.exceptions import ConnectionLost, PoolError
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from types import TracebackType
+    from collections.abc import Callable
 
     from fastapi_topaz._entry import Lease
-    from fastapi_topaz._pool import ConnectionPool
     from fastapi_topaz._runtime import Runtime
     from fastapi_topaz._transport._base import Metadata
 
 
-__all__ = ["Acquire", "PooledConnection"]
+__all__ = ["PooledConnection"]
+
+
+EVER = 10.0 * 365 * 86400
+"""Seconds. gRPC overflows on deadlines far beyond this, and ends the call at once."""
 
 
 class PooledConnection(AuthorizerCalls):
@@ -33,7 +35,7 @@ class PooledConnection(AuthorizerCalls):
 
     __slots__ = ("__weakref__", "_lease", "_pool", "_runtime")
 
-    def __init__(self, pool: ConnectionPool, runtime: Runtime, lease: Lease) -> None:
+    def __init__(self, pool: object, runtime: Runtime, lease: Lease) -> None:
         self._pool = pool
         self._runtime = runtime
         self._lease: Lease | None = lease
@@ -92,8 +94,8 @@ class PooledConnection(AuthorizerCalls):
             PoolError: The lease was released before.
             TypeError: The pool's connector makes connections without gRPC calls.
         """
-        if timeout is not None:
-            seconds("timeout", timeout, infinite=False)
+        if timeout is not None and seconds("timeout", timeout, infinite=False) > EVER:
+            timeout = None
         connection = self.connection
         # Not isinstance(): for a runtime protocol it costs more than the lease.
         rpc = getattr(connection, "call", None)
@@ -120,38 +122,3 @@ class PooledConnection(AuthorizerCalls):
             raise
         entry.proven_at = self._runtime.now()
         return response
-
-
-class Acquire:
-    """
-    The result of `pool.acquire()`: to be awaited, or entered with `async with`.
-
-    Strictly private.
-    """
-
-    __slots__ = ("_conn", "_pool", "_timeout")
-
-    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
-        self._pool = pool
-        self._timeout = timeout
-        self._conn: PooledConnection | None = None
-
-    def __await__(self) -> Generator[Any, Any, PooledConnection]:
-        return self._pool._acquire(self._timeout).__await__()  # noqa: SLF001
-
-    async def __aenter__(self) -> PooledConnection:
-        if self._conn is not None:
-            raise PoolError("this acquire() is entered already; call acquire() again")
-        self._conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
-        return self._conn
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        conn, self._conn = self._conn, None
-        # Who released it inside the block has said so clearly enough.
-        if conn is not None and conn._lease is not None:  # noqa: SLF001
-            self._pool._release(conn)  # noqa: SLF001

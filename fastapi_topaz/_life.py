@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 import anyio
 
 from fastapi_topaz._connections import CLOSE_LIMIT
+from fastapi_topaz._maintenance import host
 from fastapi_topaz._metrics import PoolMetrics
 from fastapi_topaz._options import seconds
 from fastapi_topaz._runtime import Runtime
@@ -169,13 +170,13 @@ class PoolLife:
             self._metrics,
         )
 
-        async def host() -> None:
+        async def live() -> None:
             try:
-                await runtime.run()
+                await host(runtime)
             finally:
                 self._forget(runtime)
 
-        runtime.home.spawn(host)
+        runtime.home.spawn(live)
         self._runtime = runtime
         self._closed = False
         self._metrics.attach()

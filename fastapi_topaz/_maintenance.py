@@ -1,8 +1,11 @@
 """
-The loops that keep a pool in shape, one task each in the host's task group.
+The host task of a pool, and the loops in it that keep the pool in shape.
 
-Plain functions over a runtime: each waits for its time or its event, makes one
-change of the state, and settles what follows.
+The host runs from the first use of the pool to the end of `close()`, and opens and
+closes the only task group there is. In it live the loops, every attempt to connect
+and every closing of a connection. The loops are plain functions over a runtime: each
+waits for its time or its event, makes one change of the state, and settles what
+follows.
 """
 
 from __future__ import annotations
@@ -26,15 +29,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._state import PoolState
 
 
-__all__ = [
-    "drain_outbox",
-    "health_checker",
-    "leak_watcher",
-    "opener",
-    "prober",
-    "reaper",
-    "rotator",
-]
+__all__ = ["host"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
@@ -43,7 +38,45 @@ PROBES_AT_ONCE = 4
 """A round of health checks must not be a burst."""
 
 
-def drain_outbox(state: PoolState) -> Iterator[PoolEntry]:
+async def host(runtime: Runtime) -> None:
+    """Do the work of a pool until it is closed, and leave nothing behind."""
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_opener, runtime, tasks)
+            tasks.start_soon(_reaper, runtime)
+            tasks.start_soon(_rotator, runtime)
+            tasks.start_soon(_health_checker, runtime)
+            tasks.start_soon(_prober, runtime)
+            if runtime.options.leak_threshold:
+                tasks.start_soon(_leak_watcher, runtime)
+            await runtime.until_closed()
+            runtime.state.abandon()
+            for entry in _outbox(runtime.state):
+                tasks.start_soon(_connections.close, runtime, entry)
+            tasks.cancel_scope.cancel()
+    except Exception:
+        # A bug, and the pool is as good as closed; the next use opens it anew.
+        logger.critical("%s: its host task failed", runtime.label, exc_info=True)
+    finally:
+        await _leave_nothing(runtime)
+
+
+async def _leave_nothing(runtime: Runtime) -> None:
+    # Something is left only if the loop ends under an open pool: then the tasks that
+    # would have closed these connections are cancelled with it.
+    state = runtime.state
+    runtime.begin_close(0)
+    state.abandon()
+    with anyio.CancelScope(shield=True):
+        for entry in list(state.closing):
+            await _connections.close(runtime, entry)
+    if state.in_use:
+        leases = "a lease" if state.in_use == 1 else f"{state.in_use} leases"
+        logger.warning("%s: closed with %s still out", runtime.label, leases)
+    runtime.done.set()
+
+
+def _outbox(state: PoolState) -> Iterator[PoolEntry]:
     """Yield the entries to close, and forget them."""
     while state.to_close:
         yield state.to_close.pop()
@@ -58,12 +91,12 @@ async def _pause(interval: float) -> None:
         await anyio.sleep_forever()
 
 
-async def opener(runtime: Runtime, tasks: TaskGroup) -> None:
+async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
     """Start what the state asks for: attempts to connect, and closings."""
     state = runtime.state
     while True:
         runtime.work = anyio.Event()
-        for entry in drain_outbox(state):
+        for entry in _outbox(state):
             tasks.start_soon(_connections.close, runtime, entry)
         now = runtime.now()
         for _ in range(state.shortfall(runtime.limiter.borrowed_tokens, now)):
@@ -73,7 +106,7 @@ async def opener(runtime: Runtime, tasks: TaskGroup) -> None:
             await runtime.work.wait()
 
 
-async def reaper(runtime: Runtime) -> None:
+async def _reaper(runtime: Runtime) -> None:
     """Every `idle_check_interval` close what was idle for `max_idle_time`."""
     while True:
         await _pause(runtime.options.idle_check_interval)
@@ -81,7 +114,7 @@ async def reaper(runtime: Runtime) -> None:
         runtime.settle()
 
 
-async def rotator(runtime: Runtime) -> None:
+async def _rotator(runtime: Runtime) -> None:
     """Have connections replaced that have outlived `max_lifetime`."""
     while True:
         with anyio.CancelScope(deadline=runtime.state.next_expiry()):
@@ -90,7 +123,7 @@ async def rotator(runtime: Runtime) -> None:
         runtime.settle()
 
 
-async def health_checker(runtime: Runtime) -> None:
+async def _health_checker(runtime: Runtime) -> None:
     """Every `health_check_interval` probe what has proved nothing since."""
     last_round = runtime.now()
     while True:
@@ -104,7 +137,7 @@ async def health_checker(runtime: Runtime) -> None:
         await _probe_all(runtime, unproven)
 
 
-async def prober(runtime: Runtime) -> None:
+async def _prober(runtime: Runtime) -> None:
     """Probe suspects at once."""
     while True:
         await runtime.suspicion.wait()
@@ -126,7 +159,7 @@ async def _probe_all(runtime: Runtime, entries: Iterable[PoolEntry]) -> None:
             probes.start_soon(probe_one, entry)
 
 
-async def leak_watcher(runtime: Runtime) -> None:
+async def _leak_watcher(runtime: Runtime) -> None:
     """Warn of each lease that is held for longer than `leak_threshold`."""
     threshold = runtime.options.leak_threshold
     while True:

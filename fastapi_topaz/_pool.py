@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from fastapi_topaz._entry import Lease
-from fastapi_topaz._lease import Acquire, PooledConnection
+from fastapi_topaz._lease import PooledConnection
 from fastapi_topaz._life import PoolLife
 from fastapi_topaz._options import AuthorizerOptions, PoolOptions, seconds
 from fastapi_topaz._transport import GrpcConnector
@@ -16,6 +16,9 @@ from fastapi_topaz.exceptions import PoolError
 
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+    from types import TracebackType
+
     from opentelemetry.metrics import MeterProvider
 
     from fastapi_topaz._transport import Connector
@@ -268,3 +271,38 @@ class ConnectionPool(PoolLife):
         if runtime is not None:
             runtime.state.drain()
             runtime.settle()
+
+
+class Acquire:
+    """
+    The result of `pool.acquire()`: to be awaited, or entered with `async with`.
+
+    Strictly private.
+    """
+
+    __slots__ = ("_conn", "_pool", "_timeout")
+
+    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
+        self._pool = pool
+        self._timeout = timeout
+        self._conn: PooledConnection | None = None
+
+    def __await__(self) -> Generator[Any, Any, PooledConnection]:
+        return self._pool._acquire(self._timeout).__await__()  # noqa: SLF001
+
+    async def __aenter__(self) -> PooledConnection:
+        if self._conn is not None:
+            raise PoolError("this acquire() is entered already; call acquire() again")
+        self._conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
+        return self._conn
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        conn, self._conn = self._conn, None
+        # Who released it inside the block has said so clearly enough.
+        if conn is not None and conn._lease is not None:  # noqa: SLF001
+            self._pool._release(conn)  # noqa: SLF001

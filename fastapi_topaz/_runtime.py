@@ -1,11 +1,9 @@
 """
 One open period of a pool: everything that is bound to its event loop.
 
-The host task runs `Runtime.run` from the first use of the pool to the end of
-`close()`, and opens and closes the only task group there is. In it live the loops
-of `_maintenance`, every attempt to connect and every closing of a connection.
-Requests never do that work: they change the state, and `settle` passes on what
-follows from the change.
+Requests change the state here, and `settle` passes on what follows from a change.
+Work that takes time is done for them by the host task of `_maintenance`: requests
+never connect, probe or close anything.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from fastapi_topaz import _connections, _maintenance
 from fastapi_topaz._host import Home
 from fastapi_topaz._state import PoolState
 from fastapi_topaz.exceptions import (
@@ -32,8 +29,6 @@ from fastapi_topaz.exceptions import (
 
 
 if TYPE_CHECKING:
-    from anyio.abc import TaskGroup
-
     from fastapi_topaz._entry import Lease, PoolEntry
     from fastapi_topaz._options import PoolOptions
     from fastapi_topaz._status import PoolCounters, PoolObserver
@@ -279,32 +274,7 @@ class Runtime:
         # Also without anything to do now: the opener has a backoff to wait out.
         self.work.set()
 
-    # -- the host -----------------------------------------------------------------
-
-    async def run(self) -> None:
-        """Host the pool until `begin_close`; the body of the host task."""
-        try:
-            async with anyio.create_task_group() as tasks:
-                self._start_loops(tasks)
-                await self._until_closed()
-                self.state.abandon()
-                for entry in _maintenance.drain_outbox(self.state):
-                    tasks.start_soon(_connections.close, self, entry)
-                tasks.cancel_scope.cancel()
-        except Exception:
-            # A bug, and the pool is as good as closed; the next use opens it anew.
-            logger.critical("%s: its host task failed", self.label, exc_info=True)
-        finally:
-            await self._leave_nothing()
-
-    def _start_loops(self, tasks: TaskGroup) -> None:
-        tasks.start_soon(_maintenance.opener, self, tasks)
-        tasks.start_soon(_maintenance.reaper, self)
-        tasks.start_soon(_maintenance.rotator, self)
-        tasks.start_soon(_maintenance.health_checker, self)
-        tasks.start_soon(_maintenance.prober, self)
-        if self.options.leak_threshold:
-            tasks.start_soon(_maintenance.leak_watcher, self)
+    # -- closing ------------------------------------------------------------------
 
     def begin_close(self, grace: float) -> None:
         """Refuse and dismiss everybody; leases have *grace* seconds left."""
@@ -317,28 +287,14 @@ class Runtime:
             self.settle()
         self._close_changed.set()
 
-    async def _until_closed(self) -> None:
+    async def until_closed(self) -> None:
+        """Return when the pool is to close, and its leases are back or out of time."""
         while not self.state.shut or (
             self.state.in_use and self._close_at > self.now()
         ):
             self._close_changed = anyio.Event()
             with anyio.CancelScope(deadline=self._close_at):
                 await self._close_changed.wait()
-
-    async def _leave_nothing(self) -> None:
-        # Reached with work left only if the loop ends under an open pool: then the
-        # tasks that would have closed these connections are cancelled with it.
-        state = self.state
-        self.begin_close(0)
-        state.abandon()
-        left = [*state.closing]
-        with anyio.CancelScope(shield=True):
-            for entry in left:
-                await _connections.close(self, entry)
-        if state.in_use:
-            leases = "a lease" if state.in_use == 1 else f"{state.in_use} leases"
-            logger.warning("%s: closed with %s still out", self.label, leases)
-        self.done.set()
 
     # -- leaks --------------------------------------------------------------------
 
