@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi_topaz._authorizer import AuthorizerCalls
@@ -22,6 +24,10 @@ __all__ = ["PooledConnection"]
 
 EVER = 10.0 * 365 * 86400
 """Seconds. gRPC overflows on deadlines far beyond this, and ends the call at once."""
+
+
+# What gRPC allows as a key: see "Requests" in its protocol over HTTP/2.
+_KEY = re.compile(r"[0-9a-z_.-]+")
 
 
 class PooledConnection(AuthorizerCalls):
@@ -94,8 +100,15 @@ class PooledConnection(AuthorizerCalls):
             PoolError: The lease was released before.
             TypeError: The pool's connector makes connections without gRPC calls.
         """
+        _check_call(method, metadata)
         if timeout is not None and seconds("timeout", timeout, infinite=False) > EVER:
             timeout = None
+        data = request if request_serializer is None else request_serializer(request)
+        if not isinstance(data, bytes):
+            raise TypeError(
+                "request must be bytes, or request_serializer must make bytes of it, "
+                f"got {type(data).__name__}"
+            )
         connection = self.connection
         # Not isinstance(): for a runtime protocol it costs more than the lease.
         rpc = getattr(connection, "call", None)
@@ -108,17 +121,39 @@ class PooledConnection(AuthorizerCalls):
         entry = self._lease.entry
         assert entry is not None  # noqa: S101
         try:
-            response = await rpc(
-                method,
-                request,
-                request_serializer=request_serializer,
-                response_deserializer=response_deserializer,
-                timeout=timeout,
-                metadata=metadata,
-            )
+            response = await rpc(method, data, timeout=timeout, metadata=metadata)
         except Exception as error:
             if connection.is_lost(error):
                 self._runtime.suspect(entry)
             raise
         entry.proven_at = self._runtime.now()
-        return response
+        return response_deserializer(response) if response_deserializer else response
+
+
+def _check_call(method: object, metadata: object) -> None:
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method must be a str such as '/package.Service/Method', got {method!r}"
+        )
+    if not metadata:
+        return
+    if isinstance(metadata, str | bytes) or not isinstance(metadata, Sequence):
+        raise TypeError(f"metadata must be pairs of str, got {type(metadata).__name__}")
+    for pair in metadata:
+        # The values may be secrets: not shown.
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(
+                f"metadata must be pairs of str, got a {type(pair).__name__}"
+            )
+        key, value = pair
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise ValueError(
+                f"metadata keys must be of a-z, 0-9, '_', '-' and '.', got {key!r}"
+            )
+        if key.endswith("-bin") is not isinstance(value, bytes):
+            raise TypeError(
+                f"metadata {key!r} must be a str, and bytes only if its key ends with "
+                f"-bin, got {type(value).__name__}"
+            )
+        if isinstance(value, str) and not (value.isascii() and value.isprintable()):
+            raise ValueError(f"metadata {key!r} must be printable ASCII")

@@ -6,6 +6,7 @@ The only module that builds or reads messages on the client's side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -80,27 +81,50 @@ GET_POLICY = _method("GetPolicy", GetPolicyRequest, GetPolicyResponse)
 INFO = _method("Info", InfoRequest, InfoResponse)
 
 
+def _text(name: str, value: object, *, shown: bool = True) -> str:
+    """Return *value* if protobuf can carry it."""
+    if not isinstance(value, str):
+        given = repr(value) if shown else type(value).__name__
+        raise TypeError(f"{name} must be a str, got {given}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be text that UTF-8 knows, but has a lone surrogate at "
+            f"position {error.start}"
+        ) from None
+    return value
+
+
+def _non_empty(name: str, value: object) -> str:
+    if not _text(name, value).strip():
+        raise ValueError(f"{name} must not be empty, got {value!r}")
+    return str(value)
+
+
 def _names(name: str, values: object) -> list[str]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of str, got {values!r}")
     for value in values:
         if not isinstance(value, str):
             raise TypeError(f"{name} must hold only str, got {values!r}")
-    return list(values)
+    return [_text(name, value) for value in values]
 
 
-def _non_empty(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {value!r}")
-    if not value.strip():
-        raise ValueError(f"{name} must not be empty, got {value!r}")
-    return value
+def _options(options: QueryOptions | None) -> QueryOptions | None:
+    if options is not None and not isinstance(options, QueryOptions):
+        raise TypeError(f"options must be QueryOptions or None, got {options!r}")
+    return options
 
 
 def policy_instance(name: str | None, label: str | None) -> PolicyInstance | None:
     """Return which instance of a policy is meant, if that is said."""
     if name is None and label is None:
         return None
+    if name is not None:
+        _text("policy_instance_name", name)
+    if label is not None:
+        _text("policy_instance_label", label)
     # What Topaz's own clients send: the label is the name unless it is given.
     return PolicyInstance(name=name or "", instance_label=label or name or "")
 
@@ -133,7 +157,7 @@ class Subject:
             "policy_context": PolicyContext(path=self.policy_path, decisions=decisions),
             "identity_context": IdentityContext(
                 type=identity.type,  # type: ignore[arg-type]
-                identity=identity.value or "",
+                identity=_text("identity", identity.value or "", shown=False),
             ),
             "resource_context": _struct(self.resource_context),
             "policy_instance": policy_instance(
@@ -150,17 +174,18 @@ class Subject:
     ) -> DecisionTreeRequest:
         """Return the request of `decision_tree`."""
         separators = {
-            None: PathSeparator.PATH_SEPARATOR_UNKNOWN,
             "DOT": PathSeparator.PATH_SEPARATOR_DOT,
             "SLASH": PathSeparator.PATH_SEPARATOR_SLASH,
         }
-        if separator not in separators:
+        if separator is not None and separator not in tuple(separators):
             raise ValueError(
                 f"policy_path_separator must be 'DOT' or 'SLASH', got {separator!r}"
             )
         return DecisionTreeRequest(
             **self.fields(),
-            options=DecisionTreeOptions(path_separator=separators[separator]),
+            options=DecisionTreeOptions(
+                path_separator=separators[separator] if separator else None  # type: ignore[arg-type]
+            ),
         )
 
     def query_request(
@@ -170,8 +195,8 @@ class Subject:
         return QueryRequest(
             **self.fields(optional_path=True),
             query=_non_empty("query", query),
-            input=input_,
-            options=options,
+            input=_text("input", input_),
+            options=_options(options),
         )
 
     def compile_request(
@@ -186,10 +211,10 @@ class Subject:
         return CompileRequest(
             **self.fields(optional_path=True),
             query=_non_empty("query", query),
-            input=input_,
+            input=_text("input", input_),
             unknowns=_names("unknowns", unknowns),
             disable_inlining=_names("disable_inlining", disable_inlining),
-            options=options,
+            options=_options(options),
         )
 
 
@@ -216,27 +241,48 @@ def _struct(context: ResourceContext | None) -> Struct | None:
             f"resource_context must be a mapping, got {type(context).__name__}"
         )
     struct = Struct()
-    for key, value in context.items():
-        if not isinstance(key, str):
-            raise TypeError(f"resource_context must have str keys, got {key!r}")
-        try:
-            struct.update({key: _plain(value)})
-        except (TypeError, ValueError, RecursionError) as error:
-            # The value may be personal: its type says enough.
-            raise TypeError(
-                f"resource_context[{key!r}] must be made of what JSON knows, got "
-                f"{type(value).__name__} ({error})"
-            ) from None
+    struct.update(_plain("resource_context", context))
     return struct
 
 
-def _plain(value: Any) -> Any:
-    # Struct.update takes list and dict, but neither tuples nor other mappings.
+# A protobuf parser gives up at 100 nested messages, and a level of a Struct is three.
+_DEPTH = 30
+# Numbers of a Struct are floats; a larger whole number would become another one.
+_EXACT = 2**53
+
+
+def _plain(name: str, value: Any, depth: int = 0) -> Any:
+    """Return *value*, made of what `Struct.update` takes: list, dict and scalars."""
+    # Errors name the place and the type: the values may be personal.
+    if depth > _DEPTH:
+        raise ValueError(f"resource_context must not nest deeper than {_DEPTH} levels")
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value]
-    return value
+        plain = {}
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name} must have str keys, got {key!r}")
+            place = f"{name}[{_text(name, key)!r}]"
+            plain[key] = _plain(place, item, depth + 1)
+        return plain
+    if isinstance(value, str):
+        return _text(name, value, shown=False)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [
+            _plain(f"{name}[{index}]", item, depth + 1)
+            for index, item in enumerate(value)
+        ]
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _EXACT:
+        raise ValueError(
+            f"{name} must not be a whole number beyond 2**53, which would be rounded; "
+            "send it as a str"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise TypeError(
+        f"{name} must be made of what JSON knows, got {type(value).__name__}"
+    )
 
 
 def decisions_of(response: IsResponse) -> dict[str, bool]:

@@ -44,16 +44,21 @@ def seconds(
             f"{name} must be a number of seconds, got {value!r} "
             f"({type(value).__name__})"
         )
+    given = value
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a number of seconds") from None
     if math.isnan(value) or value < 0 or (value == 0 and not zero):
         least = "at least 0" if zero else "more than 0"
-        raise ValueError(f"{name} must be {least} seconds, got {value!r}")
+        raise ValueError(f"{name} must be {least} seconds, got {given!r}")
     if math.isinf(value) and not infinite:
-        raise ValueError(f"{name} must be a finite number of seconds, got {value!r}")
-    return float(value)
+        raise ValueError(f"{name} must be a finite number of seconds, got {given!r}")
+    return value
 
 
 def text(name: str, value: object, *, optional: bool = True) -> None:
-    """Return if *value* is a str with something in it, or say what is wrong."""
+    """Return if *value* is a str with something in it, or say what is wrong with it."""
     if value is None and optional:
         return
     if not isinstance(value, str):
@@ -177,7 +182,9 @@ class Identity:
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.type, bool) or not isinstance(self.type, int):
-            raise TypeError(f"type must be an IdentityType, got {self.type!r}")
+            # By its type: the arguments may be swapped, and the value a token.
+            given = type(self.type).__name__
+            raise TypeError(f"type must be an IdentityType, got a {given}")
         try:
             kind = IdentityType(self.type)
         except ValueError:
@@ -248,15 +255,18 @@ class AuthorizerOptions:
 
     def __attrs_post_init__(self) -> None:
         text("url", self.url, optional=False)
-        if self.url.startswith(("http://", "https://")):
+        if self.url.lower().startswith(("http://", "https://")):
             raise ValueError(
                 f"url must be host:port without a scheme, got {self.url!r}; "
                 "TLS is the default, insecure=True means plaintext"
             )
         if isinstance(self.cert_file_path, os.PathLike):
             object.__setattr__(self, "cert_file_path", str(self.cert_file_path))
-        for name in ("tenant_id", "api_key", "cert_file_path"):
+        for name in ("tenant_id", "cert_file_path"):
             text(name, getattr(self, name))
+        if self.api_key is not None and not isinstance(self.api_key, str):
+            raise TypeError(f"api_key must be a str, got {type(self.api_key).__name__}")
+        text("api_key", self.api_key)
         for name in ("tenant_id", "api_key"):
             value = getattr(self, name)
             if value is not None and not (value.isascii() and value.isprintable()):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 
 __all__ = ["Connection", "Connector", "Metadata", "RpcConnection"]
@@ -55,17 +55,16 @@ class Connector(Protocol):
 class RpcConnection(Connection, Protocol):
     """A connection that carries gRPC calls, as those of an authorizer do."""
 
-    async def call(  # the arguments are those of PooledConnection.call
+    async def call(
         self,
         method: str,
-        request: Any,
+        request: bytes,
         *,
-        request_serializer: Callable[[Any], bytes] | None,
-        response_deserializer: Callable[[bytes], Any] | None,
         timeout: float | None,
         metadata: Metadata,
-    ) -> Any:
+    ) -> bytes:
         """Make one unary-unary call and return the response."""
+        ...
 
     def is_lost(self, error: BaseException, /) -> bool:
         """Say whether *error*, raised by a call, accuses the connection itself."""

@@ -31,8 +31,6 @@ from fastapi_topaz.exceptions import ConnectionLost
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fastapi_topaz._options import AuthorizerOptions
     from fastapi_topaz._transport._base import Metadata
 
@@ -142,7 +140,7 @@ class Link:
         self._target = options.url
         self._metadata = options.metadata
         self._loop = asyncio.get_running_loop()
-        self._methods: dict[str, tuple[Any, Any, Any]] = {}
+        self._methods: dict[str, Any] = {}
         # Calls in flight by the task that carries them.
         self._calls: dict[asyncio.Task[Any], Any] = {}
         self._closed = False
@@ -181,36 +179,23 @@ class Link:
     # -- calls ------------------------------------------------------------------
 
     def start(
-        self,
-        method: str,
-        request: Any,
-        request_serializer: Callable[[Any], bytes] | None,
-        response_deserializer: Callable[[bytes], Any] | None,
-        timeout: float | None,
-        metadata: Metadata,
+        self, method: str, request: bytes, timeout: float | None, metadata: Metadata
     ) -> Any:
         """
         Begin a call and return gRPC's call object.
+
+        Bytes in, bytes out: grpc.aio swallows what a serializer raises, and sends
+        an empty request.
 
         Raises:
             ConnectionLost: The link is closed.
         """
         if self._closed:
             raise self.lost(method)
-        known = self._methods.get(method)
-        if (
-            known is None
-            or known[0] != request_serializer
-            or known[1] != response_deserializer
-        ):
-            callable_ = self._channel.unary_unary(
-                method,
-                request_serializer=request_serializer,
-                response_deserializer=response_deserializer,
-            )
-            known = request_serializer, response_deserializer, callable_
-            self._methods[method] = known
-        call: Any = known[2](
+        begin = self._methods.get(method)
+        if begin is None:
+            begin = self._methods[method] = self._channel.unary_unary(method)
+        call: Any = begin(
             request,
             timeout=timeout,
             metadata=(*self._metadata, *metadata) if metadata else self._metadata,
@@ -220,7 +205,7 @@ class Link:
         task.add_done_callback(self._ended)
         return call
 
-    def finish(self, call: Any, method: str) -> Any:
+    def finish(self, call: Any, method: str) -> bytes:
         """
         Return the response of *call*, which has ended; callable from any thread.
 
@@ -235,7 +220,8 @@ class Link:
         try:
             call.__await__().send(None)
         except StopIteration as stop:
-            return stop.value
+            response: bytes = stop.value
+            return response
         except asyncio.CancelledError:
             failure = self.lost(method)
         except grpc.aio.AioRpcError as error:
@@ -253,22 +239,13 @@ class Link:
     async def call(
         self,
         method: str,
-        request: Any,
+        request: bytes,
         *,
-        request_serializer: Callable[[Any], bytes] | None,
-        response_deserializer: Callable[[bytes], Any] | None,
         timeout: float | None,
         metadata: Metadata,
-    ) -> Any:
+    ) -> bytes:
         """Make one call and return its response."""
-        call = self.start(
-            method,
-            request,
-            request_serializer,
-            response_deserializer,
-            timeout,
-            metadata,
-        )
+        call = self.start(method, request, timeout, metadata)
         ended = self._loop.create_future()
 
         def wake(_task: object) -> None:
@@ -317,14 +294,7 @@ class Link:
             ConnectionLost: The link was closed meanwhile.
         """
         try:
-            await self.call(
-                PROBE,
-                b"",
-                request_serializer=None,
-                response_deserializer=None,
-                timeout=timeout,
-                metadata=(),
-            )
+            await self.call(PROBE, b"", timeout=timeout, metadata=())
         except grpc.aio.AioRpcError as error:
             if error.code() in _NOT_ALIVE:
                 raise

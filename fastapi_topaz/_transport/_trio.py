@@ -63,7 +63,7 @@ class _Call(_Exchange):
         self._call: Any = None
         self._error: BaseException | None = None
 
-    async def run(self) -> Any:
+    async def run(self) -> bytes:
         try:
             self._thread.call_soon(self._start)
         except RuntimeError:  # the loop is closed
@@ -187,24 +187,14 @@ class BridgedLink:
     async def call(
         self,
         method: str,
-        request: Any,
+        request: bytes,
         *,
-        request_serializer: Callable[[Any], bytes] | None,
-        response_deserializer: Callable[[bytes], Any] | None,
         timeout: float | None,
         metadata: Metadata,
-    ) -> Any:
+    ) -> bytes:
         """Make one call and return its response."""
-        return await _Call(
-            self._link,
-            self._thread,
-            method,
-            request,
-            request_serializer,
-            response_deserializer,
-            timeout,
-            metadata,
-        ).run()
+        exchange = _Call(self._link, self._thread, method, request, timeout, metadata)
+        return await exchange.run()
 
     async def probe(self, timeout: float, /) -> None:
         """Ask the authorizer for its version; see `Link.probe`."""

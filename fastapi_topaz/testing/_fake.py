@@ -83,12 +83,13 @@ class FakeConnection:
         self.probes += 1
         await self._answer()
 
-    async def call(self, method: str, request: Any, **_options: Any) -> Any:
+    async def call(self, method: str, request: bytes, **_options: Any) -> bytes:
         """Return what the connector's `answer` makes of the request."""
         self.calls += 1
         await self._answer()
-        result = self.connector.answer(method, request)
-        return await result if inspect.isawaitable(result) else result
+        answer = self.connector.answer(method, request)
+        response: bytes = await answer if inspect.isawaitable(answer) else answer
+        return response
 
     def is_lost(self, error: BaseException, /) -> bool:
         """Say whether *error* is `ConnectionLost`."""
@@ -115,8 +116,8 @@ class FakeConnector:
         script: Steps made by `ok`, `slow`, `fail` and `hang`. After the last one
             every attempt goes as *default* says.
         default: What happens after the script, default `ok()`.
-        answer: Called with method and request for each call through
-            `PooledConnection.call`; may be async. Default: returns the request.
+        answer: Called with the method and the bytes of the request for each call,
+            returns the bytes of the response; may be async. Default: the request.
 
     Attributes:
         attempts: Attempts so far.
@@ -131,7 +132,7 @@ class FakeConnector:
         script: Iterable[Step] = (),
         *,
         default: Step | None = None,
-        answer: Callable[[str, Any], Any] | None = None,
+        answer: Callable[[str, bytes], Any] | None = None,
     ) -> None:
         self._script = deque(script)
         self.default = default or ok()
