@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
 
     from fastapi_topaz._messages import Method, ResourceContext
-    from fastapi_topaz._options import Identity
+    from fastapi_topaz._options import IdentityLike
     from fastapi_topaz._transport._base import Metadata
 
 
@@ -87,7 +87,7 @@ class AuthorizerCalls:
         *,
         policy_path: str,
         decisions: Sequence[str] = ("allowed",),
-        identity: Identity | None = None,
+        identity: IdentityLike | None = None,
         resource_context: ResourceContext | None = None,
         policy_instance_name: str | None = None,
         policy_instance_label: str | None = None,
@@ -116,7 +116,7 @@ class AuthorizerCalls:
         *,
         policy_path: str,
         decisions: Sequence[str] = ("allowed",),
-        identity: Identity | None = None,
+        identity: IdentityLike | None = None,
         resource_context: ResourceContext | None = None,
         policy_instance_name: str | None = None,
         policy_instance_label: str | None = None,
@@ -147,7 +147,7 @@ class AuthorizerCalls:
         input: str = "",  # noqa: A002  (the field's name)
         policy_path: str = "",
         decisions: Sequence[str] = (),
-        identity: Identity | None = None,
+        identity: IdentityLike | None = None,
         resource_context: ResourceContext | None = None,
         policy_instance_name: str | None = None,
         policy_instance_label: str | None = None,
@@ -175,7 +175,7 @@ class AuthorizerCalls:
         disable_inlining: Sequence[str] = (),
         policy_path: str = "",
         decisions: Sequence[str] = (),
-        identity: Identity | None = None,
+        identity: IdentityLike | None = None,
         resource_context: ResourceContext | None = None,
         policy_instance_name: str | None = None,
         policy_instance_label: str | None = None,

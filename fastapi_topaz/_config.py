@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from fastapi_topaz._options import AuthorizerOptions, Identity, seconds, text
+from fastapi_topaz._options import (
+    AuthorizerOptions,
+    AuthorizerOptionsLike,
+    Identity,
+    IdentityLike,
+    seconds,
+    text,
+)
 from fastapi_topaz._pool import ConnectionPool
 
 
@@ -18,13 +25,17 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    IdentityProvider = Callable[[Request], Identity | Awaitable[Identity]]
+    IdentityProvider = Callable[[Request], IdentityLike | Awaitable[IdentityLike]]
     ResourceContextProvider = Callable[
         [Request], Mapping[str, Any] | Awaitable[Mapping[str, Any]]
     ]
 
 
 __all__ = ["TopazConfig"]
+
+
+Question = dict[str, Any]
+"""The arguments of `PooledConnection.decisions`, but for the timeout."""
 
 
 class TopazConfig:
@@ -45,7 +56,8 @@ class TopazConfig:
             server.
         policy_instance_label: Its label; the name if None.
         resource_context_provider: Called with the request, returns what the policy
-            sees as `input.resource` besides the path parameters; sync or async.
+            sees as `input.resource` besides the path parameters, which it cannot
+            replace; sync or async.
         connection_pool: The pool; None makes one with the defaults.
         check_timeout: Seconds for one check, waiting for a connection and asking
             together. Default 5.
@@ -58,7 +70,7 @@ class TopazConfig:
     def __init__(
         self,
         *,
-        authorizer_options: AuthorizerOptions,
+        authorizer_options: AuthorizerOptionsLike,
         policy_path_root: str,
         identity_provider: IdentityProvider,
         policy_instance_name: str | None = None,
@@ -68,6 +80,11 @@ class TopazConfig:
         check_timeout: float = 5.0,
     ) -> None:
         text("policy_path_root", policy_path_root, optional=False)
+        if not all(policy_path_root.split(".")):
+            raise ValueError(
+                "policy_path_root must be a package such as 'myapp', without a dot at "
+                f"its ends, got {policy_path_root!r}"
+            )
         text("policy_instance_name", policy_instance_name)
         text("policy_instance_label", policy_instance_label)
         _callable("identity_provider", identity_provider)
@@ -86,7 +103,16 @@ class TopazConfig:
         self.policy_instance_label = policy_instance_label
         self.resource_context_provider = resource_context_provider
         self.connection_pool = connection_pool
-        self.check_timeout = seconds("check_timeout", check_timeout, zero=False)
+        self.check_timeout = seconds(
+            "check_timeout", check_timeout, zero=False, infinite=False
+        )
+        already = connection_pool.authorizer_options
+        if already not in (None, self.authorizer_options):
+            raise ValueError(
+                "connection_pool must not be shared by configurations of different "
+                f"authorizers: it is configured for {already}, and this one is for "
+                f"{self.authorizer_options}"
+            )
         connection_pool.configure(self.authorizer_options)
 
     def __repr__(self) -> str:
@@ -116,7 +142,8 @@ class TopazConfig:
             policy_path: The whole path, such as `myapp.GET.documents`.
             decision: The decision that must be true, default `allowed`.
             resource_context: Sent besides the path parameters and what
-                `resource_context_provider` says, and wins over both.
+                `resource_context_provider` says, and wins over both: only the
+                application can pass it.
 
         Returns:
             True only if the authorizer decided so. There is no answer in doubt: an
@@ -129,22 +156,41 @@ class TopazConfig:
                 not in time.
             TypeError: A provider returned something else than it should.
         """
-        identity = await self._identity(request)
-        resource = {**await self._resource(request), **(resource_context or {})}
+        return await self._ask(
+            await self._question(request, policy_path, decision, resource_context)
+        )
+
+    async def _question(
+        self,
+        request: Request,
+        policy_path: str,
+        decision: str = "allowed",
+        resource_context: Mapping[str, Any] | None = None,
+    ) -> Question:
+        """Return what to ask. All that the application's providers raise, it raises."""
+        text("decision", decision, optional=False)
+        return {
+            "policy_path": policy_path,
+            "decisions": (decision,),
+            "identity": await self._identity(request),
+            "resource_context": {
+                **await self._resource(request),
+                **(resource_context or {}),
+            },
+            "policy_instance_name": self.policy_instance_name,
+            "policy_instance_label": self.policy_instance_label,
+        }
+
+    async def _ask(self, question: Question) -> bool:
+        """Return the answer of the authorizer."""
         pool = self.connection_pool
         deadline = anyio.current_time() + self.check_timeout
         # The budget is one: what waiting for a connection takes, the call has less.
         wait = min(self.check_timeout, pool.options.acquire_timeout)
         async with pool.acquire(timeout=wait) as conn:
-            decisions = await conn.decisions(
-                policy_path=policy_path,
-                decisions=(decision,),
-                identity=identity,
-                resource_context=resource,
-                policy_instance_name=self.policy_instance_name,
-                policy_instance_label=self.policy_instance_label,
-                timeout=max(0.0, deadline - anyio.current_time()),
-            )
+            left = max(0.0, deadline - anyio.current_time())
+            decisions = await conn.decisions(**question, timeout=left)
+        (decision,) = question["decisions"]
         return decisions.get(decision) is True
 
     async def _identity(self, request: Request) -> Identity:
@@ -164,11 +210,7 @@ class TopazConfig:
             ) from None
 
     async def _resource(self, request: Request) -> dict[str, Any]:
-        # What the path says is what the policy of a path such as
-        # myapp.GET.documents.__id has to know. As text: a policy sees the URL.
-        resource: dict[str, Any] = {
-            name: str(value) for name, value in request.path_params.items()
-        }
+        resource: dict[str, Any] = {}
         if self.resource_context_provider is not None:
             extra = await _result(self.resource_context_provider(request))
             if not isinstance(extra, Mapping):
@@ -177,6 +219,11 @@ class TopazConfig:
                     f"{type(extra).__name__}"
                 )
             resource.update(extra)
+        # Last: a provider that passes on what the client sends, such as the query,
+        # must not change which document the question is about. As text: a policy sees
+        # the URL.
+        for name, value in request.path_params.items():
+            resource[name] = str(value)
         return resource
 
 

@@ -8,7 +8,8 @@ outlives the request which wanted it serves the next one.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
@@ -16,6 +17,8 @@ from fastapi_topaz.exceptions import ConnectFailed, PoolError
 
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from fastapi_topaz._entry import PoolEntry
     from fastapi_topaz._runtime import Runtime
 
@@ -25,8 +28,32 @@ __all__ = ["CLOSE_LIMIT", "close", "connect", "probe"]
 
 logger = logging.getLogger("fastapi_topaz.pool")
 
+T = TypeVar("T")
+
 CLOSE_LIMIT = 5.0
 """Seconds that closing one connection may take."""
+
+
+async def _within(
+    timeout: float, function: Callable[[float], Awaitable[T]], argument: float
+) -> T:
+    """
+    Return what *function* returns within *timeout* seconds.
+
+    A connection may be of anybody's making, and some libraries answer a deadline with
+    a cancellation of their own, which no scope knows (grpc.aio does). Let through, it
+    would end the tasks of the pool as if the pool was closed.
+    """
+    scope = anyio.CancelScope()
+    try:
+        with anyio.fail_after(timeout) as scope:
+            return await function(argument)
+    except anyio.get_cancelled_exc_class() as error:
+        if anyio.current_effective_deadline() == -math.inf:
+            raise  # it is ours: close() has begun, or the loop ends
+        if scope.cancel_called:
+            raise TimeoutError from error
+        raise ConnectionAbortedError("it cancelled itself") from error
 
 
 async def connect(runtime: Runtime, entry: PoolEntry) -> None:
@@ -38,8 +65,8 @@ async def connect(runtime: Runtime, entry: PoolEntry) -> None:
             await _attempt(runtime, entry)
     finally:
         runtime.attempts.discard(scope)
-        # Still there if it was cancelled: by close(), or with the loop.
-        runtime.state.connecting.discard(entry)
+        # By close(), or with the loop.
+        runtime.state.connect_cancelled(entry)
         runtime.connections_changed()
 
 
@@ -47,10 +74,16 @@ async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
     timeout = runtime.options.connection_timeout
     began = runtime.now()
     try:
-        with anyio.fail_after(timeout):
-            connection = await runtime.connector.connect(timeout)
+        connection = await _within(timeout, runtime.connector.connect, timeout)
     except Exception as error:  # noqa: BLE001  (a connector may raise anything)
         _failed(runtime, entry, _as_connect_failed(runtime, error))
+        return
+    if connection is None:
+        nothing = ConnectFailed(
+            f"cannot connect to {runtime.target}: {runtime.connector!r} returned None",
+            permanent=True,
+        )
+        _failed(runtime, entry, nothing)
         return
     runtime.state.connected(entry, connection, runtime.now())
     runtime.counters.connects += 1
@@ -70,8 +103,8 @@ def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
     else:
         failed = ConnectFailed(
             f"cannot connect to {runtime.target}: {str(error) or repr(error)}",
-            # Of these the configuration is the cause, and stays as it is.
-            permanent=isinstance(error, ValueError | TypeError | PoolError),
+            # The process was forked, which stays as it is.
+            permanent=type(error) is PoolError,
         )
     failed.__cause__ = error
     return failed
@@ -89,11 +122,11 @@ def _failed(runtime: Runtime, entry: PoolEntry, error: ConnectFailed) -> None:
 async def probe(runtime: Runtime, entry: PoolEntry) -> None:
     """Clear *entry* if it answers within `health_check_timeout`, else retire it."""
     timeout = runtime.options.health_check_timeout
-    if entry.connection is None or entry.retired is not None:
+    if entry.connection is None or entry.retired is not None or entry.probing:
         return
+    entry.probing = True
     try:
-        with anyio.fail_after(timeout):
-            await entry.connection.probe(timeout)
+        await _within(timeout, entry.connection.probe, timeout)
     except Exception as error:  # noqa: BLE001  (a connection may raise anything)
         if entry.retired is not None:
             return  # closed meanwhile; that it does not answer is no news
@@ -109,6 +142,8 @@ async def probe(runtime: Runtime, entry: PoolEntry) -> None:
     else:
         entry.proven_at = runtime.now()
         runtime.state.cleared(entry)
+    finally:
+        entry.probing = False
     runtime.connections_changed()
 
 
@@ -121,15 +156,15 @@ async def close(runtime: Runtime, entry: PoolEntry) -> None:
             return
         runtime.counters.count(runtime.counters.closes, reason)
         logger.debug("%s: closing a connection (%s)", runtime.label, reason)
-        with anyio.move_on_after(CLOSE_LIMIT, shield=True) as scope:
-            await connection.close(0.0)
-        if scope.cancelled_caught:
-            logger.warning(
-                "%s: closing %r took more than %g s and was given up",
-                runtime.label,
-                connection,
-                CLOSE_LIMIT,
-            )
+        with anyio.CancelScope(shield=True):
+            await _within(CLOSE_LIMIT, connection.close, 0.0)
+    except TimeoutError:
+        logger.warning(
+            "%s: closing %r took more than %g s and was given up",
+            runtime.label,
+            connection,
+            CLOSE_LIMIT,
+        )
     except Exception:
         logger.warning("%s: closing failed", runtime.label, exc_info=True)
     finally:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import grpc
 from fastapi import HTTPException, Request
 
+from fastapi_topaz._config import TopazConfig
 from fastapi_topaz._options import text
 from fastapi_topaz.exceptions import TopazError
 
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from fastapi_topaz._config import TopazConfig
 
 
 __all__ = ["require_policy_allowed", "require_policy_auto"]
@@ -46,6 +45,7 @@ def require_policy_allowed(
         TypeError, ValueError: *policy_path* is no str, or empty.
     """
     text("policy_path", policy_path, optional=False)
+    _check_config(config)
 
     async def dependency(request: Request) -> None:
         await _check(config, request, policy_path)
@@ -58,11 +58,19 @@ def require_policy_auto(config: TopazConfig) -> Callable[[Request], Awaitable[No
     Return a dependency that takes the policy path from the route.
 
     `GET /documents/{id}` of the root `myapp` asks `myapp.GET.documents.__id`.
-    Otherwise as `require_policy_allowed`.
+    Otherwise as `require_policy_allowed`. What an application is mounted under is part
+    of the path, and a dot in a path separates as a slash does: `/users.export` and
+    `/users/export` have one policy.
     """
+    _check_config(config)
 
     async def dependency(request: Request) -> None:
-        template = request.scope["route"].path_format
+        scope = request.scope
+        # Starlette appends the prefix of each mount to the root path of the server.
+        prefix = scope.get("root_path", "").removeprefix(
+            scope.get("app_root_path", scope.get("root_path", ""))
+        )
+        template = prefix + scope["route"].path_format
         path = policy_path_of(config.policy_path_root, request.method, template)
         await _check(config, request, path)
 
@@ -77,8 +85,10 @@ def policy_path_of(root: str, method: str, template: str) -> str:
 
 
 async def _check(config: TopazConfig, request: Request, policy_path: str) -> None:
+    # Outside the try: what a provider raises is the application's own.
+    question = await config._question(request, policy_path)  # noqa: SLF001
     try:
-        allowed = await config.is_allowed(request, policy_path)
+        allowed = await config._ask(question)  # noqa: SLF001
     except (TopazError, grpc.RpcError) as error:
         logger.warning("no decision on %s: %s", policy_path, _reason(error))
         raise HTTPException(
@@ -92,5 +102,11 @@ async def _check(config: TopazConfig, request: Request, policy_path: str) -> Non
 
 def _reason(error: Exception) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
+        # Not the details: an authorizer may name the identity there.
+        return f"the authorizer answered {error.code().name}"
     return str(error)
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, TopazConfig):
+        raise TypeError(f"config must be a TopazConfig, got {config!r}")

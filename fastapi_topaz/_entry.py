@@ -26,13 +26,14 @@ class PoolEntry:
     leases: int = 0
     started_at: float = 0.0
     last_used_at: float = 0.0
-    # When the other side last answered, to a call or a probe.
+    # When a call last succeeded or a probe was answered.
     proven_at: float = 0.0
     expires_at: float = float("inf")
     # Which round of connecting it was begun in.
     round: int = 0
     # Its last call accused the connection: no new lease until a probe clears it.
     suspect: bool = False
+    probing: bool = False
     # Why it is to go. It closes when its last lease is back, because closing it
     # under a caller would fail that caller's call.
     retired: str | None = None

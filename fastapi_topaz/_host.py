@@ -39,7 +39,7 @@ class Home:
     def __init__(self) -> None:
         self._native: Any = current_token().native_token
         self._pid = _fork.current.pid
-        self._task: object = None
+        self._task: Any = None
         self._current: Callable[[], object]
         self.now: Callable[[], float]
         if isinstance(self._native, asyncio.AbstractEventLoop):
@@ -69,36 +69,53 @@ class Home:
         except RuntimeError:  # no loop, or one of the other backend
             return False
 
+    def is_forked(self) -> bool:
+        """Say whether this process was forked from that of the pool."""
+        return bool(self._pid != _fork.current.pid)
+
     def is_gone(self) -> bool:
         """Say whether the loop was closed without ending its tasks."""
         return (
-            self._pid == _fork.current.pid
+            not self.is_forked()
             and isinstance(self._native, asyncio.AbstractEventLoop)
             and self._native.is_closed()
         )
 
-    def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def spawn(
+        self,
+        function: Callable[[], Coroutine[Any, Any, None]],
+        on_end: Callable[[], object],
+    ) -> None:
         """
         Run *function* in a task that belongs to no caller.
 
         A request that happens to open the pool must not take it along when it is
-        cancelled. *function* must not raise: on trio that would end the run.
+        cancelled. *function* must not raise: on trio that would end the run. *on_end*
+        is called when the task has ended, even if it never began: asyncio.run cancels
+        tasks that have not had a turn yet.
         """
         if isinstance(self._native, asyncio.AbstractEventLoop):
             # Held, because the loop itself keeps only weak references to tasks;
             # and with an empty context, or it would keep the request's.
             self._task = self._native.create_task(
                 function(),
-                name=function.__qualname__,
+                name="fastapi_topaz pool",
                 context=contextvars.Context(),
             )
+            self._task.add_done_callback(lambda _task: on_end())
         else:
             import trio  # noqa: PLC0415
 
-            self._task = trio.lowlevel.spawn_system_task(function)
+            async def run() -> None:
+                try:
+                    await function()
+                finally:
+                    on_end()
+
+            self._task = trio.lowlevel.spawn_system_task(run, name="fastapi_topaz pool")
 
     def _strange(self, pool: object) -> PoolError:
-        if self._pid != _fork.current.pid:
+        if self.is_forked():
             return PoolError(
                 f"{pool} was opened in process {self._pid} and is used in process "
                 f"{_fork.current.pid}, which was forked from it; gRPC connections do "

@@ -123,7 +123,8 @@ class PooledConnection(AuthorizerCalls):
         try:
             response = await rpc(method, data, timeout=timeout, metadata=metadata)
         except Exception as error:
-            if connection.is_lost(error):
+            is_lost = getattr(connection, "is_lost", None)
+            if is_lost is not None and is_lost(error):
                 self._runtime.suspect(entry)
             raise
         entry.proven_at = self._runtime.now()

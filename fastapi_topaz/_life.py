@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import anyio
@@ -57,18 +58,21 @@ class PoolLife:
     def status(self) -> PoolStatus:
         """Return a snapshot of the pool; never raises, open or not."""
         runtime = self._runtime
-        if runtime is None:
-            options = self._options
-            return PoolStatus(
-                total=0,
-                idle=0,
-                busy=0,
-                healthy_connections=0,
-                max_connections=options.max_connections,
-                min_connections=options.min_connections,
-                streams_max=options.capacity,
-            )
-        return runtime.state.status()
+        forked = runtime is not None and runtime.home.is_forked()
+        if runtime is not None and not forked and not runtime.home.is_gone():
+            return runtime.state.status()
+        options = self._options
+        return PoolStatus(
+            total=0,
+            idle=0,
+            busy=0,
+            healthy_connections=0,
+            max_connections=options.max_connections,
+            min_connections=options.min_connections,
+            streams_max=options.capacity,
+            # No call will be answered in a process that was forked while it was open.
+            failing=forked,
+        )
 
     async def initialize(self) -> None:
         """
@@ -88,24 +92,23 @@ class PoolLife:
         while runtime is not None and runtime.state.shut:
             await runtime.done.wait()
             runtime = self._alive()
-        opened = runtime is None
         if runtime is None:
             validate = getattr(self._configured(), "validate", None)
             if validate is not None:
                 validate()
             runtime = self._open()
         if not self._options.eager_init:
+            runtime.adopted = True
             return
         runtime.initializing += 1
         try:
             await runtime.warm_up()
-        except BaseException:
-            # As if this call had never come, unless somebody else is inside by now.
-            if opened and runtime.initializing == 1 and runtime.is_unused():
-                runtime.begin_close(0)
-            raise
+            runtime.adopted = True
         finally:
             runtime.initializing -= 1
+            # Cancelled: as if it had never come, unless somebody else came, too.
+            if not runtime.adopted and not runtime.initializing:
+                runtime.begin_close(0)
 
     async def close(self, grace: float = 5.0) -> None:
         """
@@ -174,9 +177,10 @@ class PoolLife:
             try:
                 await host(runtime)
             finally:
+                # Here, too: who waits for `done` finds the pool closed.
                 self._forget(runtime)
 
-        runtime.home.spawn(live)
+        runtime.home.spawn(live, partial(self._forget, runtime))
         self._runtime = runtime
         self._closed = False
         self._metrics.attach()
@@ -184,6 +188,10 @@ class PoolLife:
         return runtime
 
     def _forget(self, runtime: Runtime) -> None:
+        # If the host never began, nobody else wakes those who wait for it.
+        if not runtime.done.is_set() and not runtime.home.is_gone():
+            runtime.begin_close(0)
+            runtime.done.set()
         if self._runtime is runtime:
             self._runtime = None
             self._metrics.detach()

@@ -20,7 +20,7 @@ from fastapi_topaz import _connections
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from anyio.abc import TaskGroup
 
@@ -45,18 +45,22 @@ async def host(runtime: Runtime) -> None:
             tasks.start_soon(_opener, runtime, tasks)
             tasks.start_soon(_reaper, runtime)
             tasks.start_soon(_rotator, runtime)
-            tasks.start_soon(_health_checker, runtime)
-            tasks.start_soon(_prober, runtime)
-            if runtime.options.leak_threshold:
+            tasks.start_soon(_health_checker, runtime, tasks)
+            tasks.start_soon(_prober, runtime, tasks)
+            if 0 < runtime.options.leak_threshold < math.inf:
                 tasks.start_soon(_leak_watcher, runtime)
             await runtime.until_closed()
             runtime.state.abandon()
             for entry in _outbox(runtime.state):
                 tasks.start_soon(_connections.close, runtime, entry)
             tasks.cancel_scope.cancel()
-    except Exception:
-        # A bug, and the pool is as good as closed; the next use opens it anew.
-        logger.critical("%s: its host task failed", runtime.label, exc_info=True)
+    except BaseExceptionGroup as group:
+        _, failures = group.split(anyio.get_cancelled_exc_class())
+        if failures is None:
+            raise
+        # A bug, and the pool is as good as closed; the next use opens it anew. It may
+        # not leave this task: on trio that would end the whole run.
+        logger.critical("%s: its host task failed", runtime.label, exc_info=failures)
     finally:
         await _leave_nothing(runtime)
 
@@ -68,8 +72,9 @@ async def _leave_nothing(runtime: Runtime) -> None:
     runtime.begin_close(0)
     state.abandon()
     with anyio.CancelScope(shield=True):
-        for entry in list(state.closing):
-            await _connections.close(runtime, entry)
+        async with anyio.create_task_group() as closings:
+            for entry in state.closing:
+                closings.start_soon(_connections.close, runtime, entry)
     if state.in_use:
         leases = "a lease" if state.in_use == 1 else f"{state.in_use} leases"
         logger.warning("%s: closed with %s still out", runtime.label, leases)
@@ -123,40 +128,31 @@ async def _rotator(runtime: Runtime) -> None:
         runtime.settle()
 
 
-async def _health_checker(runtime: Runtime) -> None:
+async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:
     """Every `health_check_interval` probe what has proved nothing since."""
-    last_round = runtime.now()
-    while True:
-        await _pause(runtime.options.health_check_interval)
-        unproven = [
-            entry
-            for entry in runtime.state.open
-            if entry.proven_at <= last_round and not entry.suspect
-        ]
-        last_round = runtime.now()
-        await _probe_all(runtime, unproven)
-
-
-async def _prober(runtime: Runtime) -> None:
-    """Probe suspects at once."""
-    while True:
-        await runtime.suspicion.wait()
-        runtime.suspicion = anyio.Event()
-        await _probe_all(
-            runtime, [entry for entry in runtime.state.open if entry.suspect]
-        )
-
-
-async def _probe_all(runtime: Runtime, entries: Iterable[PoolEntry]) -> None:
     places = anyio.Semaphore(PROBES_AT_ONCE)
 
-    async def probe_one(entry: PoolEntry) -> None:
+    async def probe(entry: PoolEntry) -> None:
         async with places:
             await _connections.probe(runtime, entry)
 
-    async with anyio.create_task_group() as probes:
-        for entry in entries:
-            probes.start_soon(probe_one, entry)
+    last_round = runtime.now()
+    while True:
+        await _pause(runtime.options.health_check_interval)
+        for entry in runtime.state.open:
+            if entry.proven_at <= last_round:
+                tasks.start_soon(probe, entry)
+        last_round = runtime.now()
+
+
+async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
+    """Probe suspects at once, each for itself: one may hang, another one be needed."""
+    while True:
+        await runtime.suspicion.wait()
+        runtime.suspicion = anyio.Event()
+        for entry in runtime.state.open:
+            if entry.suspect:
+                tasks.start_soon(_connections.probe, runtime, entry)
 
 
 async def _leak_watcher(runtime: Runtime) -> None:
@@ -165,16 +161,15 @@ async def _leak_watcher(runtime: Runtime) -> None:
     while True:
         now = runtime.now()
         for lease in runtime.leases:
-            held = now - lease.acquired_at
-            if held >= threshold and not lease.warned:
+            if lease.acquired_at + threshold <= now and not lease.warned:
                 lease.warned = True
                 logger.warning(
                     "%s: a lease is out for %.1f s (leak_threshold=%g s), held by %s",
                     runtime.label,
-                    held,
+                    now - lease.acquired_at,
                     threshold,
                     lease.holder,
                 )
         fresh = (x.acquired_at for x in runtime.leases if not x.warned)
         # No lease taken from now on can be due any earlier.
-        await _pause(next(fresh, now) + threshold - now)
+        await anyio.sleep_until(next(fresh, now) + threshold)

@@ -33,7 +33,7 @@ from aserto.authorizer.v2 import (
 from aserto.authorizer.v2.api import IdentityContext, PolicyContext, PolicyInstance
 from google.protobuf.struct_pb2 import Struct
 
-from fastapi_topaz._options import Identity
+from fastapi_topaz._options import Identity, IdentityLike
 
 
 __all__ = [
@@ -135,7 +135,7 @@ class Subject:
 
     policy_path: str
     decisions: Sequence[str] = ("allowed",)
-    identity: Identity | None = None
+    identity: IdentityLike | None = None
     resource_context: ResourceContext | None = None
     policy_instance_name: str | None = None
     policy_instance_label: str | None = None

@@ -8,6 +8,7 @@ things happen.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from typing import TYPE_CHECKING, ClassVar
@@ -19,13 +20,15 @@ from opentelemetry.metrics import CallbackOptions, Observation
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from opentelemetry.metrics import Meter, MeterProvider
+    from opentelemetry.metrics import Histogram, Meter, MeterProvider
 
     from fastapi_topaz._status import PoolCounters, PoolStatus
 
 
 __all__ = ["PoolMetrics"]
 
+
+logger = logging.getLogger("fastapi_topaz.metrics")
 
 SCOPE = "fastapi_topaz"
 
@@ -84,6 +87,7 @@ class PoolMetrics:
         self.attributes: Mapping[str, str] = {} if name is None else {"pool": name}
         self.status = status
         self.counters = counters
+        self._broken = False
         self._instruments = _Instruments.of(provider)
         self._wait = self._instruments.wait
         self._hold = self._instruments.hold
@@ -91,23 +95,32 @@ class PoolMetrics:
 
     def attach(self) -> None:
         """Let the pool be seen."""
-        self._instruments.pools.add(self)
+        self._instruments.attach(self)
 
     def detach(self) -> None:
         """Let the pool be seen no more."""
-        self._instruments.pools.discard(self)
+        self._instruments.detach(self)
 
     def acquired(self, waited: float, /) -> None:
         """Record how long a lease was waited for."""
-        self._wait.record(waited, self.attributes)
+        self._record(self._wait, waited)
 
     def released(self, held: float, /) -> None:
         """Record how long a lease was held."""
-        self._hold.record(held, self.attributes)
+        self._record(self._hold, held)
 
     def connected(self, took: float, /) -> None:
         """Record how long it took to connect."""
-        self._connect.record(took, self.attributes)
+        self._record(self._connect, took)
+
+    def _record(self, histogram: Histogram, value: float) -> None:
+        try:
+            histogram.record(value, self.attributes)
+        except Exception:
+            # Somebody else's code; what it breaks must not be the pool.
+            if not self._broken:
+                self._broken = True
+                logger.warning("recording a metric failed", exc_info=True)
 
 
 class _Instruments:
@@ -117,7 +130,7 @@ class _Instruments:
     Instruments cannot be taken back, and two of one name disturb each other.
     """
 
-    _lock: ClassVar = threading.Lock()
+    _making: ClassVar = threading.Lock()
     _known: ClassVar[weakref.WeakKeyDictionary[object, _Instruments]] = (
         weakref.WeakKeyDictionary()
     )
@@ -127,7 +140,7 @@ class _Instruments:
 
     @classmethod
     def of(cls, provider: MeterProvider | None) -> _Instruments:
-        with cls._lock:
+        with cls._making:
             if provider is None:
                 if cls._global is None:
                     cls._global = cls(metrics.get_meter(SCOPE))
@@ -137,7 +150,9 @@ class _Instruments:
             return cls._known[provider]
 
     def __init__(self, meter: Meter) -> None:
-        self.pools: weakref.WeakSet[PoolMetrics] = weakref.WeakSet()
+        self._pools: weakref.WeakSet[PoolMetrics] = weakref.WeakSet()
+        # Metrics are collected in threads of their own.
+        self._lock = threading.Lock()
         self.wait = meter.create_histogram(
             "topaz_pool_acquire_latency",
             unit="s",
@@ -176,8 +191,20 @@ class _Instruments:
                 name, [self._by_reason(by_reason)], description=description
             )
 
+    def attach(self, pool: PoolMetrics) -> None:
+        with self._lock:
+            self._pools.add(pool)
+
+    def detach(self, pool: PoolMetrics) -> None:
+        with self._lock:
+            self._pools.discard(pool)
+
+    def _attached(self) -> list[PoolMetrics]:
+        with self._lock:
+            return list(self._pools)
+
     def _connections(self, _options: CallbackOptions) -> Iterable[Observation]:
-        for pool in list(self.pools):
+        for pool in self._attached():
             status = pool.status()
             yield Observation(status.idle, {**pool.attributes, "state": "idle"})
             yield Observation(status.busy, {**pool.attributes, "state": "busy"})
@@ -186,7 +213,7 @@ class _Instruments:
         self, read: Callable[[PoolStatus], int]
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def observe(_options: CallbackOptions) -> Iterable[Observation]:
-            for pool in list(self.pools):
+            for pool in self._attached():
                 yield Observation(read(pool.status()), pool.attributes)
 
         return observe
@@ -195,7 +222,7 @@ class _Instruments:
         self, read: Callable[[PoolCounters], int]
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def observe(_options: CallbackOptions) -> Iterable[Observation]:
-            for pool in list(self.pools):
+            for pool in self._attached():
                 yield Observation(read(pool.counters), pool.attributes)
 
         return observe
@@ -204,7 +231,7 @@ class _Instruments:
         self, read: Callable[[PoolCounters], Mapping[str, int]]
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def observe(_options: CallbackOptions) -> Iterable[Observation]:
-            for pool in list(self.pools):
+            for pool in self._attached():
                 for reason, count in list(read(pool.counters).items()):
                     yield Observation(count, {**pool.attributes, "reason": reason})
 

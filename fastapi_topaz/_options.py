@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import math
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
@@ -74,6 +74,39 @@ def _flag(name: str, value: object) -> None:
         )
 
 
+class IdentityLike(Protocol):
+    """An `Identity`, or one of `aserto.client`."""
+
+    @property
+    def type(self) -> int:
+        """What the value is."""
+        ...
+
+    @property
+    def value(self) -> str | None:
+        """The subject, token or text."""
+        ...
+
+
+class AuthorizerOptionsLike(Protocol):
+    """An `AuthorizerOptions`, or one of `aserto.client`."""
+
+    @property
+    def url(self) -> str:
+        """Where the authorizer is."""
+        ...
+
+    @property
+    def tenant_id(self) -> str | None:
+        """The tenant."""
+        ...
+
+    @property
+    def api_key(self) -> str | None:
+        """The key."""
+        ...
+
+
 @attrs.frozen(kw_only=True)
 class PoolOptions:
     """
@@ -105,7 +138,7 @@ class PoolOptions:
         if self.min_connections > self.max_connections:
             raise ValueError(
                 f"min_connections must not exceed max_connections, got "
-                f"min_connections={self.min_connections} and "
+                f"min_connections={self.min_connections} (2 by default) and "
                 f"max_connections={self.max_connections}"
             )
         _count("max_retries", self.max_retries, 0)

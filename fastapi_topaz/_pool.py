@@ -10,7 +10,12 @@ import attrs
 from fastapi_topaz._entry import Lease
 from fastapi_topaz._lease import PooledConnection
 from fastapi_topaz._life import PoolLife
-from fastapi_topaz._options import AuthorizerOptions, PoolOptions, seconds
+from fastapi_topaz._options import (
+    AuthorizerOptions,
+    AuthorizerOptionsLike,
+    PoolOptions,
+    seconds,
+)
 from fastapi_topaz._transport import GrpcConnector
 from fastapi_topaz.exceptions import PoolError
 
@@ -125,6 +130,10 @@ class ConnectionPool(PoolLife):
             raise TypeError(
                 f"connector must have a method connect(timeout), got {connector!r}"
             )
+        if meter_provider is not None and not hasattr(meter_provider, "get_meter"):
+            raise TypeError(
+                f"meter_provider must be a MeterProvider, got {meter_provider!r}"
+            )
         super().__init__(options, connector, meter_provider)
         # A connector of the user's own is not replaced by configure().
         self._own_connector = connector is not None
@@ -138,7 +147,13 @@ class ConnectionPool(PoolLife):
         """The parameters it was built with, as changed by `resize()`."""
         return self._options
 
-    def configure(self, authorizer_options: AuthorizerOptions) -> None:
+    @property
+    def authorizer_options(self) -> AuthorizerOptions | None:
+        """Where the authorizer is, if that was configured."""
+        connector = self._connector
+        return connector.options if isinstance(connector, GrpcConnector) else None
+
+    def configure(self, authorizer_options: AuthorizerOptionsLike) -> None:
         """
         Say where the authorizer is; `TopazConfig` does this.
 
@@ -154,10 +169,9 @@ class ConnectionPool(PoolLife):
         options = AuthorizerOptions.coerce(authorizer_options)
         if self._own_connector:
             return
-        current = self._connector
-        if isinstance(current, GrpcConnector) and current.options == options:
+        if self.authorizer_options == options:
             return
-        if self._runtime is not None:
+        if self._alive() is not None:
             raise PoolError(f"{self._label()} is open; close() it to configure it")
         self._connector = GrpcConnector(options)
 
@@ -206,16 +220,17 @@ class ConnectionPool(PoolLife):
         runtime = self._runtime
         if runtime is None or runtime.done.is_set() or not runtime.home.is_here():
             runtime = self._first_use()
-        if runtime.state.shut:
-            raise self._refused()
+        while runtime.state.shut:
+            if self._closed:
+                raise self._refused()
+            # Nobody closed it: a cancelled initialize() takes back its opening.
+            await runtime.done.wait()
+            runtime = self._first_use()
         lease = Lease()
-        if runtime.take(lease):
-            self._metrics.acquired(0.0)
-        else:
+        if not runtime.take(lease):
             await runtime.wait(
                 lease, self._options.acquire_timeout if timeout is None else timeout
             )
-        self._counters.acquisitions += 1
         lease.acquired_at = runtime.now()
         if self._options.leak_threshold:
             runtime.remember(lease)
@@ -226,14 +241,16 @@ class ConnectionPool(PoolLife):
         if lease is None:
             raise ValueError(f"{conn!r} was released to {self._label()} before")
         runtime = conn._runtime  # noqa: SLF001
-        if runtime is self._runtime:
-            runtime.home.check(self._label())
+        if runtime is not self._runtime or runtime.home.is_gone():
+            # The pool was closed since, and nothing is left to be given back.
+            conn._lease = None  # noqa: SLF001
+            return
+        runtime.home.check(self._label())
         conn._lease = None  # noqa: SLF001
-        self._metrics.released(runtime.now() - lease.acquired_at)
         if runtime.leases:
             runtime.leases.pop(lease, None)
-        # Also after the pool was closed: then it only empties what is left of it.
         runtime.release(lease)
+        self._metrics.released(runtime.now() - lease.acquired_at)
 
     # -- telling and changing -----------------------------------------------------
 
@@ -280,20 +297,27 @@ class Acquire:
     Strictly private.
     """
 
-    __slots__ = ("_conn", "_pool", "_timeout")
+    __slots__ = ("_conn", "_entered", "_pool", "_timeout")
 
     def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
         self._pool = pool
         self._timeout = timeout
         self._conn: PooledConnection | None = None
+        self._entered = False
 
     def __await__(self) -> Generator[Any, Any, PooledConnection]:
         return self._pool._acquire(self._timeout).__await__()  # noqa: SLF001
 
     async def __aenter__(self) -> PooledConnection:
-        if self._conn is not None:
+        if self._entered:
             raise PoolError("this acquire() is entered already; call acquire() again")
-        self._conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
+        # Before the wait, or two tasks could share it, and one lease be lost.
+        self._entered = True
+        try:
+            self._conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
+        except BaseException:
+            self._entered = False
+            raise
         return self._conn
 
     async def __aexit__(
@@ -303,6 +327,7 @@ class Acquire:
         traceback: TracebackType | None,
     ) -> None:
         conn, self._conn = self._conn, None
+        self._entered = False
         # Who released it inside the block has said so clearly enough.
         if conn is not None and conn._lease is not None:  # noqa: SLF001
             self._pool._release(conn)  # noqa: SLF001

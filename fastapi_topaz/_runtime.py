@@ -63,7 +63,6 @@ class Runtime:
     ) -> None:
         self.label = label
         self.target: str = getattr(connector, "target", repr(connector))
-        self.options = options
         self.connector = connector
         self.counters = counters
         self.observer = observer
@@ -81,10 +80,18 @@ class Runtime:
         self.done = anyio.Event()
         # Leases in the order they were taken, if leaks are looked for.
         self.leases: dict[Lease, None] = {}
+        # Calls of initialize() under way, and whether one succeeded or a lease was
+        # asked for: until then nobody counts on the pool being open.
         self.initializing = 0
+        self.adopted = False
         self.attempts: set[anyio.CancelScope] = set()
         self._close_at = math.inf
         self._close_changed = anyio.Event()
+
+    @property
+    def options(self) -> PoolOptions:
+        """The parameters of the pool, as changed by `resize`."""
+        return self.state.options
 
     def __repr__(self) -> str:
         return f"<Runtime of {self.label} {self.state!r}>"
@@ -93,11 +100,14 @@ class Runtime:
 
     def take(self, lease: Lease) -> bool:
         """Serve *lease* without waiting, if that passes nobody who waits."""
+        self.adopted = True
         try:
             self.limiter.acquire_on_behalf_of_nowait(lease)
         except anyio.WouldBlock:
             return False
         if self.state.take(lease):
+            self.counters.acquisitions += 1
+            self.observer.acquired(0.0)
             return True
         self.limiter.release_on_behalf_of(lease)
         return False
@@ -110,14 +120,14 @@ class Runtime:
             PoolTimeout, PoolSaturated, PoolClosed, ConnectFailed: It was not, and
                 holds nothing.
         """
-        self.state.warm = True
         if timeout <= 0:
+            self.state.want_one()
             self.settle()
             raise self._timed_out(timeout)
         self._check_saturation()
         began = self.now()
         has_token = served = False
-        self.state.waiting[lease] = None
+        self.state.enqueue(lease)
         try:
             with anyio.CancelScope(deadline=began + timeout):
                 await self.limiter.acquire_on_behalf_of(lease)
@@ -137,6 +147,7 @@ class Runtime:
             if not served:
                 self._withdraw(lease, has_token=has_token)
         if served:
+            self.counters.acquisitions += 1
             self.observer.acquired(self.now() - began)
         elif lease.failure is not None:
             raise self._failed(lease.failure)
@@ -170,9 +181,7 @@ class Runtime:
             self._close_changed.set()
 
     def _withdraw(self, lease: Lease, *, has_token: bool) -> None:
-        self.state.waiting.pop(lease, None)
-        if lease.entry is not None:
-            self.state.give_back(lease, self.now())
+        self.state.withdraw(lease, self.now())
         if has_token:
             self.limiter.release_on_behalf_of(lease)
         self.settle()
@@ -190,21 +199,17 @@ class Runtime:
 
     # -- life ---------------------------------------------------------------------
 
-    def is_unused(self) -> bool:
-        """Say whether nobody holds or waits for anything."""
-        return not self.state.in_use and not self.state.waiting
-
     async def warm_up(self) -> None:
         """Wait for `min_connections`, or until it is clear that none will come."""
         state = self.state
         state.warm = True
         self.settle()
         with anyio.move_on_after(self.options.connection_timeout):
-            while len(state.open) < state.minimum and not state.shut:
+            while len(state.open) < self.options.min_connections and not state.shut:
                 if getattr(state.last_error, "permanent", False):
                     break
                 await self.progress.wait()
-        if not state.open and state.minimum and not state.shut:
+        if not state.open and self.options.min_connections and not state.shut:
             logger.warning(
                 "%s: no connection to %s at startup; it goes on trying (%s): %s",
                 self.label,
@@ -215,10 +220,9 @@ class Runtime:
 
     def resize(self, options: PoolOptions) -> None:
         """Work with other limits from now on."""
-        self.options = options
-        self.state.resize(options.min_connections, options.max_connections)
+        self.state.resize(options)
         self.limiter.total_tokens = options.capacity
-        self.settle()
+        self.connections_changed()
 
     # -- errors -----------------------------------------------------------------
 
@@ -238,10 +242,18 @@ class Runtime:
     def _timed_out(self, timeout: float) -> PoolTimeout:
         self.counters.timeouts += 1
         cause = self.state.last_error
+        if cause is not None:
+            hint = f"; the last attempt to connect failed: {cause}"
+        elif self.state.in_use >= self.options.capacity:
+            hint = (
+                f"; all {self.state.in_use} leases are out: raise max_connections or "
+                "streams_per_connection, or look for leaks with leak_threshold"
+            )
+        else:
+            hint = ""
         error = PoolTimeout(
             f"{self.label}: no connection to {self.target} became available within "
-            f"{timeout:g} s ({self.state.status()})"
-            + (f"; the last attempt to connect failed: {cause}" if cause else "")
+            f"{timeout:g} s ({self.state.status()}){hint}"
         )
         error.__cause__ = cause
         return error
@@ -249,7 +261,7 @@ class Runtime:
     def _failed(self, failure: Exception) -> PoolError:
         if isinstance(failure, PoolClosed):
             self.counters.closed += 1
-            return PoolClosed(str(failure))
+            return PoolClosed(f"{failure} ({self.state.status()})")
         self.counters.failed += 1
         # A new exception for each caller: they would share one traceback.
         error = ConnectFailed(

@@ -58,8 +58,6 @@ class PoolState:
 
     def __init__(self, options: PoolOptions, random: Callable[[], float]) -> None:
         self.options = options
-        self.minimum = options.min_connections
-        self.maximum = options.max_connections
         self.streams = options.streams_per_connection
         self._random = random
 
@@ -75,7 +73,10 @@ class PoolState:
         self.waiting: OrderedDict[Lease, None] = OrderedDict()
         self.in_use = 0
 
+        # In use, and so kept at its minimum.
         self.warm = False
+        # Connections wanted by callers who did not wait for them.
+        self.wish = 0
         self.shut = False
         # Rounds of connecting that failed since the last success. All attempts
         # begun before the first of them failed are one round.
@@ -99,6 +100,17 @@ class PoolState:
             return False
         self._assign(lease)
         return True
+
+    def enqueue(self, lease: Lease) -> None:
+        """Let *lease* wait, behind all others."""
+        self.warm = True
+        self.waiting[lease] = None
+
+    def withdraw(self, lease: Lease, now: float) -> None:
+        """Forget *lease*, whether it still waits or was served meanwhile."""
+        self.waiting.pop(lease, None)
+        if lease.entry is not None:
+            self.give_back(lease, now)
 
     def serve(self, tokens: int) -> list[Lease]:
         """
@@ -165,7 +177,8 @@ class PoolState:
         entitled = min(len(self.waiting), tokens - self.in_use)
         needed = -(-entitled // self.streams) - coming
         if self.warm:
-            needed = max(needed, self.minimum - self._usable() - coming)
+            needed = max(needed, self.options.min_connections - self._usable() - coming)
+        needed = max(needed, self.wish - self._usable() - coming)
         if not coming and self._next_expired() is not None:
             needed = max(needed, 1)
         return max(0, min(needed, room))
@@ -179,6 +192,7 @@ class PoolState:
     def connected(self, entry: PoolEntry, connection: Any, now: float) -> None:
         """Open *entry*; one success makes up for all failures."""
         self.connecting.remove(entry)
+        self.wish = 0
         self.failures = 0
         self.last_error = None
         entry.connection = connection
@@ -200,6 +214,7 @@ class PoolState:
     def connect_failed(self, entry: PoolEntry, error: Exception, now: float) -> None:
         """Drop *entry*; the first failure is that of its round, and backs off."""
         self.connecting.remove(entry)
+        self.wish = 0
         self.last_error = error
         # Not the last one: an attempt begun meanwhile would always be under way,
         # and the next would follow each failure without any pause.
@@ -207,6 +222,15 @@ class PoolState:
             self._round += 1
             self.failures += 1
             self.retry_at = now + full_jitter(self.failures, self._random)
+
+    def connect_cancelled(self, entry: PoolEntry) -> None:
+        """Drop *entry*, unless its attempt has ended already."""
+        self.connecting.discard(entry)
+
+    def want_one(self) -> None:
+        """Have a connection made, if there is none, for whoever comes next."""
+        self.warm = True
+        self.wish = 1
 
     def hopeless(self) -> bool:
         """Say whether nothing can serve those who wait now."""
@@ -247,7 +271,7 @@ class PoolState:
             return
         idle = [entry for entry in self.open if not entry.leases]
         idle.sort(key=lambda entry: entry.last_used_at)
-        spare = self._usable() - self.minimum
+        spare = self._usable() - self.options.min_connections
         for entry in idle[: max(0, spare)]:
             if now - entry.last_used_at >= limit:
                 self.retire(entry, "idle")
@@ -267,21 +291,22 @@ class PoolState:
         """
         Retire the next expired entry, unless a new one can be made before.
 
-        One at a time. If there is room for one more connection, `shortfall` asks
-        for it, and `connected` retires the old one.
+        If there is room for one more connection, `shortfall` asks for it, and
+        `connected` retires the old one. If not, an idle one makes room; of those that
+        are leased only one at a time is kept from further leases.
         """
         entry = self._next_expired()
         if entry is None or self.closing:
             return
-        floor = self.minimum if self.warm else 0
+        floor = self.options.min_connections if self.warm else 0
         surplus = not entry.leases and not self.waiting and self._usable() > floor
-        if surplus or (self._room() <= 0 and not self.connecting):
+        full = self._room() <= 0 and not self.connecting
+        alone = all(other.retired is None for other in self._expired)
+        if surplus or (full and (alone or not entry.leases)):
             self.retire(entry, self._expired[entry])
 
     def _next_expired(self) -> PoolEntry | None:
-        # One at a time: while the last one waits for its lease there is none.
-        entry = next(iter(self._expired), None)
-        return None if entry is None or entry.retired is not None else entry
+        return next((entry for entry in self._expired if not entry.retired), None)
 
     def next_expiry(self) -> float:
         """Return when the next entry expires."""
@@ -290,10 +315,9 @@ class PoolState:
             default=float("inf"),
         )
 
-    def resize(self, minimum: int, maximum: int) -> None:
+    def resize(self, options: PoolOptions) -> None:
         """Work with other limits from now on."""
-        self.minimum = minimum
-        self.maximum = maximum
+        self.options = options
         self._trim()
 
     def shut_down(self) -> None:
@@ -319,7 +343,7 @@ class PoolState:
         self.to_close.append(entry)
 
     def _trim(self) -> None:
-        surplus = self._usable() + len(self.connecting) - self.maximum
+        surplus = self._usable() - self.options.max_connections
         # Idle ones first, and among them the longest unused.
         for entry in sorted(self.open, key=lambda e: (e.leases, e.last_used_at)):
             if surplus <= 0:
@@ -333,25 +357,27 @@ class PoolState:
 
     def _room(self) -> int:
         taken = len(self.open) + len(self.connecting) + len(self.closing)
-        return self.maximum - taken
+        return self.options.max_connections - taken
 
     # -- telling ----------------------------------------------------------------
 
     def status(self) -> PoolStatus:
         """Return a snapshot."""
-        busy = sum(entry.leases > 0 for entry in self.open)
+        # A copy: metrics are collected in threads of their own.
+        entries = tuple(self.open)
+        busy = sum(entry.leases > 0 for entry in entries)
         return PoolStatus(
-            total=len(self.open),
-            idle=len(self.open) - busy,
+            total=len(entries),
+            idle=len(entries) - busy,
             busy=busy,
             healthy_connections=sum(
-                not entry.suspect and entry.retired is None for entry in self.open
+                not entry.suspect and entry.retired is None for entry in entries
             ),
-            max_connections=self.maximum,
-            min_connections=self.minimum,
+            max_connections=self.options.max_connections,
+            min_connections=self.options.min_connections,
             waiting=len(self.waiting),
             connecting=len(self.connecting),
             streams_in_use=self.in_use,
-            streams_max=self.maximum * self.streams,
+            streams_max=self.options.max_connections * self.streams,
             failing=self.failures > 0,
         )

@@ -66,8 +66,8 @@ class PoolCounters:
     """
     What happened so far; the numbers never fall, also not when a pool is reopened.
 
-    Of everything asked of `acquire()`, each call ends in exactly one of the first
-    six.
+    Each call of `acquire()` on a pool that is configured, and used where it is open,
+    ends in exactly one of the first six.
     """
 
     acquisitions: int = 0

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 
 from fastapi_topaz import (
     AuthorizerOptions,
+    ConnectFailed,
     ConnectionPool,
     Identity,
     IdentityType,
@@ -165,6 +166,42 @@ def test_the_policy_path_has_prefix_and_converters_of_the_route(embedded_authori
     assert seen == ["myapp.GET.v1.files.__name"]
 
 
+def test_what_an_application_is_mounted_under_is_part_of_the_path(embedded_authorizer):
+    embedded_authorizer.policies = {
+        "myapp.GET.documents.__id": True,
+        "myapp.GET.admin.documents.__id": False,
+    }
+    config = configured(embedded_authorizer)
+    app = application(config)
+    app.mount("/admin", application(config))
+    for root_path in ("", "/behind/a/proxy"):
+        with TestClient(app, root_path=root_path) as client:
+            assert client.get(f"{root_path}/documents/7").status_code == 200
+            assert client.get(f"{root_path}/admin/documents/7").status_code == 403
+
+
+def test_what_the_client_sends_cannot_replace_what_the_path_says(embedded_authorizer):
+    embedded_authorizer.policies = lambda check: check.resource["id"] == "1"
+    config = configured(
+        embedded_authorizer,
+        resource_context_provider=lambda request: dict(request.query_params),
+    )
+    with TestClient(application(config)) as client:
+        assert client.get("/documents/1").status_code == 200
+        assert client.get("/documents/2?id=1").status_code == 403
+
+
+def test_configurations_of_two_authorizers_do_not_share_a_pool(embedded_authorizer):
+    first = configured(embedded_authorizer)
+    configured(embedded_authorizer, connection_pool=first.connection_pool)
+    with pytest.raises(ValueError, match="elsewhere:8282"):
+        configured(
+            embedded_authorizer,
+            connection_pool=first.connection_pool,
+            authorizer_options=AuthorizerOptions(url="elsewhere:8282"),
+        )
+
+
 # -- no answer ------------------------------------------------------------------------
 
 
@@ -302,7 +339,7 @@ def test_what_a_provider_raises_is_the_applications_error(embedded_authorizer):
         assert client.get("/documents/7").status_code == 401
 
     def broken(_request):
-        raise KeyError("user")
+        raise ConnectFailed("the user service is down")
 
     for name in ("identity_provider", "resource_context_provider"):
         config = configured(embedded_authorizer, **{name: broken})
@@ -362,6 +399,8 @@ def test_a_test_client_enters_the_same_application_twice(backend, embedded_autho
         ({"connection_pool": {}}, ["connection_pool", "{}"]),
         ({"check_timeout": 0}, ["check_timeout", "0"]),
         ({"check_timeout": float("nan")}, ["check_timeout", "nan"]),
+        ({"check_timeout": float("inf")}, ["check_timeout", "inf"]),
+        ({"policy_path_root": "myapp."}, ["policy_path_root", "'myapp.'"]),
         ({"check_timeout": True}, ["check_timeout", "True"]),
         ({"authorizer_options": "localhost:8282"}, ["authorizer_options", "str"]),
         ({"policy_instance_name": ""}, ["policy_instance_name", "''"]),

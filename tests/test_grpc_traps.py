@@ -61,8 +61,6 @@ async def ask(connection, timeout=NEVER):
     return await connection.call(
         INFO,
         b"",
-        request_serializer=None,
-        response_deserializer=None,
         timeout=timeout,
         metadata=(),
     )
@@ -375,7 +373,7 @@ AT_ONCE = 50
 
 async def ours(connection, request):
     await connection.call(
-        IS, request, request_serializer=None, response_deserializer=None,
+        IS, request,
         timeout=60, metadata=())
 
 async def scoped(call, begun):

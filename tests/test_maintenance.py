@@ -391,6 +391,33 @@ async def test_leases_that_come_back_in_time_are_not_warned_of(caplog):
     assert not warnings(caplog)
 
 
+async def test_one_hanging_probe_keeps_no_other_suspect_out_of_service():
+    connector = FakeConnector()
+    pool = make(connector, max_connections=5, health_check_timeout=100)
+    async with pool:
+        leases = [await pool.acquire() for _ in range(5)]
+        leases[0].connection.frozen = True
+        for conn in leases:
+            pool._runtime.suspect(conn._lease.entry)
+            await anyio.sleep(0.1)
+            await pool.release(conn)
+        assert pool.status().healthy_connections == 4
+        async with pool.acquire(timeout=0):
+            pass
+
+
+async def test_a_lease_that_stays_out_does_not_keep_others_from_being_replaced():
+    connector = FakeConnector()
+    pool = make(connector, min_connections=3, eager_init=True, max_lifetime=100)
+    async with pool, pool.acquire() as conn:
+        held = conn.connection
+        await anyio.sleep(500)
+        assert held.closed == 0
+        others = [c for c in connector.connections if c is not held]
+        assert sum(c.closed for c in others) >= 6
+        assert pool.status().total <= 4
+
+
 async def test_hanging_probes_do_not_stop_the_pool():
     connector = FakeConnector([ok(), ok()], default=hang())
     pool = make(connector, health_check_interval=5, health_check_timeout=100)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 
+import anyio
+import anyio.lowlevel
 import pytest
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
@@ -104,6 +106,9 @@ async def test_a_pool_leaves_no_reference_behind(provider):
     pool = make(provider)
     async with pool, pool.acquire():
         pass
+    # The host task ends in the step after it has told so.
+    await anyio.lowlevel.checkpoint()
+    await anyio.lowlevel.checkpoint()
     reference = weakref.ref(pool)
     del pool
     gc.collect()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
+from fastapi_topaz import ConnectionPool
 from fastapi_topaz._entry import Lease
-from fastapi_topaz._options import PoolOptions
 from fastapi_topaz._state import PoolState
 from fastapi_topaz.exceptions import ConnectFailed
 
 
 def make(*, random=lambda: 0.0, **options):
-    return PoolState(PoolOptions(**{"min_connections": 0, **options}), random)
+    return PoolState(
+        ConnectionPool(**{"min_connections": 0, **options}).options, random
+    )
 
 
 def open_one(state, now=0.0):
@@ -340,7 +343,7 @@ def test_lowering_the_maximum_retires_idle_connections_first():
     state = make(max_connections=3)
     entries = [open_one(state, float(n)) for n in range(3)]
     busy = taken(state).entry
-    state.resize(0, 1)
+    state.resize(attrs.evolve(state.options, max_connections=1))
     idle = [entry for entry in entries if entry is not busy]
     assert state.to_close == idle
     assert busy.retired is None
@@ -351,7 +354,7 @@ def test_lowering_the_maximum_below_the_leases_closes_on_release_only():
     open_one(state)
     open_one(state)
     leases = [taken(state), taken(state)]
-    state.resize(0, 1)
+    state.resize(attrs.evolve(state.options, max_connections=1))
     assert state.to_close == []
     retired = [lease for lease in leases if lease.entry.retired == "resize"]
     assert len(retired) == 1

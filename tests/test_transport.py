@@ -52,14 +52,7 @@ async def connected(options, timeout=10.0):
 
 
 async def ask(connection, method=INFO, *, timeout=10.0):
-    return await connection.call(
-        method,
-        b"",
-        request_serializer=None,
-        response_deserializer=None,
-        timeout=timeout,
-        metadata=(),
-    )
+    return await connection.call(method, b"", timeout=timeout, metadata=())
 
 
 async def refused_by(options, timeout=5.0):
@@ -308,9 +301,10 @@ async def test_a_missing_certificate_file_is_a_mistake_of_the_configuration(tmp_
     with pytest.raises(ValueError, match="cert_file_path") as caught:
         connector.validate()
     assert path in str(caught.value)
-    with pytest.raises(ValueError, match="cert_file_path") as caught:
+    with pytest.raises(ConnectFailed, match="cert_file_path") as caught:
         await connector.connect(5)
     assert path in str(caught.value)
+    assert caught.value.permanent
     await eventually(lambda: set(threading.enumerate()) <= before)
 
 

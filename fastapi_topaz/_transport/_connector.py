@@ -9,7 +9,7 @@ from anyio.lowlevel import current_token
 
 from fastapi_topaz import _fork
 from fastapi_topaz._transport._link import Link, root_certificates
-from fastapi_topaz.exceptions import PoolError
+from fastapi_topaz.exceptions import ConnectFailed, PoolError
 
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class GrpcConnector:
         Open one connection; see `Link.open`.
 
         Raises:
+            ConnectFailed: It could not be established, and why.
             PoolError: This process was forked while connections were open.
         """
         parent = _fork.inherited_from()
@@ -57,6 +58,10 @@ class GrpcConnector:
                 "connections were open there, after which gRPC cannot be used; open "
                 "pools after the fork, in the lifespan or a startup hook"
             )
+        try:
+            self.validate()
+        except ValueError as error:
+            raise ConnectFailed(str(error), reason="tls", permanent=True) from error
         if isinstance(current_token().native_token, asyncio.AbstractEventLoop):
             return await Link.open(self.options, timeout)
         # Here and not above: asyncio applications need no trio installed.

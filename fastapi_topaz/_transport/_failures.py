@@ -53,6 +53,12 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         ),
     ),
     (
+        ("Failed to create security handshaker",),
+        "tls",
+        True,
+        "gRPC cannot use the certificates that {roots}",
+    ),
+    (
         ("errors resolving", "Domain name not found", "DNS", "name resolution"),
         "resolve",
         False,
@@ -65,7 +71,12 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         "nothing listens there (connection refused)",
     ),
     (
-        ("timed out", "tcp handshaker shutdown", "Timeout occurred"),
+        (
+            "timed out",
+            "tcp handshaker shutdown",
+            # gRPC's own limit ended a TLS handshake that got no answer.
+            "Endpoint closing",
+        ),
         "timeout",
         False,
         (

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._transport._base import Metadata
 
 
-__all__ = ["Link", "root_certificates"]
+__all__ = ["PROBE", "Link", "root_certificates"]
 
 
 # Every Topaz answers it, in its default configuration even without credentials;
@@ -91,18 +91,21 @@ def root_certificates(options: AuthorizerOptions) -> bytes | None:
     Return the PEM text of `cert_file_path`, or None for gRPC's own roots.
 
     Raises:
-        ValueError: The file cannot be read.
+        ValueError: The file cannot be read, or holds no certificate.
     """
     if options.cert_file_path is None:
         return None
+    wrong = (
+        f"cert_file_path must be a readable PEM file, got {options.cert_file_path!r}"
+    )
     try:
         with open(options.cert_file_path, "rb") as file:  # noqa: PTH123
-            return file.read()
+            pem = file.read()
     except OSError as error:
-        raise ValueError(
-            f"cert_file_path must be a readable PEM file, got "
-            f"{options.cert_file_path!r}: {error.strerror}"
-        ) from error
+        raise ValueError(f"{wrong}: {error.strerror}") from error
+    if b"-----BEGIN CERTIFICATE-----" not in pem:
+        raise ValueError(f"{wrong}, which holds no certificate")
+    return pem
 
 
 def _open_channel(options: AuthorizerOptions, timeout: float) -> grpc.aio.Channel:
@@ -117,15 +120,27 @@ async def _until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) ->
     state = channel.get_state(try_to_connect=True)
     while state is not _READY:
         if state is _FAILED:
-            # The reason is in the status of a call, and nowhere else. gRPC's own
-            # retries are not waited for: the pool paces attempts.
-            try:
-                await channel.unary_unary(PROBE)(b"", timeout=1)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is grpc.StatusCode.UNAVAILABLE:
-                    raise connect_failed(error.details() or "", options) from None
+            # gRPC's own retries are not waited for: the pool paces attempts.
+            await _raise_reason(channel, options)
         await channel.wait_for_state_change(state)
         state = channel.get_state(try_to_connect=True)
+
+
+async def _raise_reason(channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:
+    # The reason is in the status of a call, and nowhere else. The call is not awaited
+    # itself: what it raises would keep it, and with it the closed channel, which then
+    # goes on connecting for as long as somebody keeps the error.
+    call: Any = channel.unary_unary(PROBE)(b"", timeout=1)
+    try:
+        await asyncio.wait([call._call_response])  # noqa: SLF001
+    except asyncio.CancelledError:
+        Link.abandon(call)
+        raise
+    unavailable = await call.code() is grpc.StatusCode.UNAVAILABLE
+    details = await call.details() or ""
+    del call
+    if unavailable:  # else it has connected meanwhile
+        raise connect_failed(details, options)
 
 
 class Link:
@@ -168,12 +183,14 @@ class Link:
         try:
             async with asyncio.timeout(timeout):
                 await _until_ready(channel, options)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (raised again)
             await channel.close()
             _fork.forget(channel)
+            # The pool keeps its last error; its frames must not keep the channel.
+            del channel
             if isinstance(error, TimeoutError):
                 raise connect_timed_out(options, timeout) from None
-            raise
+            raise error.with_traceback(None)  # noqa: B904  (the same error)
         return cls(channel, options)
 
     # -- calls ------------------------------------------------------------------
@@ -216,20 +233,18 @@ class Link:
         # A finished call answers its first step; running it by hand needs no loop.
         # The frames of an error live as long as somebody keeps it, and a call in
         # one of them keeps its socket open, even that of a closed channel.
-        failure: BaseException
         try:
             call.__await__().send(None)
         except StopIteration as stop:
             response: bytes = stop.value
             return response
-        except asyncio.CancelledError:
-            failure = self.lost(method)
         except grpc.aio.AioRpcError as error:
-            failure = error.with_traceback(None)
-        else:
-            failure = AssertionError(f"{method} has not ended")
+            del call
+            raise error.with_traceback(None)  # noqa: B904  (the same error)
+        except asyncio.CancelledError:
+            pass
         del call
-        raise failure
+        raise self.lost(method)
 
     @staticmethod
     def abandon(call: Any) -> None:

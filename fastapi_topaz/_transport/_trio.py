@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from fastapi_topaz._transport._link import Link
+from fastapi_topaz._transport._link import PROBE, Link
 from fastapi_topaz._transport._loop_thread import LoopThread
 
 
@@ -164,6 +164,7 @@ class BridgedLink:
     def __init__(self, link: Link, thread: LoopThread) -> None:
         self._link = link
         self._thread = thread
+        self._closed = False
         self.is_lost = link.is_lost
 
     def __repr__(self) -> str:
@@ -198,10 +199,15 @@ class BridgedLink:
 
     async def probe(self, timeout: float, /) -> None:
         """Ask the authorizer for its version; see `Link.probe`."""
+        if self._closed:
+            raise self._link.lost(PROBE)
         await _Forward(self._thread).run(self._link.probe, timeout)
 
     async def close(self, grace: float, /) -> None:
         """Close the channel; see `Link.close`."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             await _Forward(self._thread).run(self._link.close, grace)
         finally:
