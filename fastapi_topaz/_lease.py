@@ -151,7 +151,7 @@ def _check_call(method: object, metadata: object) -> None:
             raise ValueError(
                 f"metadata keys must be of a-z, 0-9, '_', '-' and '.', got {key!r}"
             )
-        if key.endswith("-bin") is not isinstance(value, bytes):
+        if not isinstance(value, bytes if key.endswith("-bin") else str):
             raise TypeError(
                 f"metadata {key!r} must be a str, and bytes only if its key ends with "
                 f"-bin, got {type(value).__name__}"

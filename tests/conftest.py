@@ -63,12 +63,11 @@ def eager_loop():
     return loop
 
 
-@pytest.fixture(autouse=True)
-def _no_garbage(request):
-    """Let a socket that a test left behind warn in that test, not in the next."""
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage():
+    """Let a socket that a file of tests left behind warn there, not in the next."""
     yield
-    if request.node.get_closest_marker("real_clock"):
-        gc.collect()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

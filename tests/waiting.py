@@ -16,9 +16,13 @@ async def eventually(predicate, timeout=5.0):
     return value
 
 
-async def eventually_equal(measure, expected, timeout=10.0):
-    """Return when *measure()* is what is expected; fail with how it differs."""
+async def eventually_at_most(measure, before, timeout=10.0):
+    """Return when no number of *measure()* is above *before*; fail with both."""
+
+    def fallen():
+        return all(value <= before[name] for name, value in measure().items())
+
     try:
-        await eventually(lambda: measure() == expected, timeout)
+        await eventually(fallen, timeout)
     except AssertionError:
-        assert measure() == expected
+        raise AssertionError(f"{measure()} is above {before}") from None
