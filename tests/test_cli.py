@@ -273,11 +273,19 @@ def test_ctrl_c_ends_it_without_a_traceback(backend):
     ) as process:
         # Printed when the authorizer runs and the server is about to start.
         process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=50)
+        for _ in range(5):
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, err = process.communicate(timeout=10)
+                break
+            # Python drops a KeyboardInterrupt that happens to be raised in a weakref
+            # callback, and says so; a person presses the keys again.
+        else:
+            process.kill()
+            pytest.fail("it did not stop")
 
     assert process.returncode == 130
-    assert "Traceback" not in err
+    assert "Traceback" not in err or "Exception ignored in" in err
 
 
 def test_in_this_process_it_leaves_nothing_behind(capsys):
