@@ -34,7 +34,9 @@ def pytest_generate_tests(metafunc):
         return  # the test names its own
     names = ["asyncio", "trio"]
     if metafunc.definition.get_closest_marker("real_clock"):
-        if importlib.util.find_spec("uvloop"):
+        # Where the loop could make a difference: in the transport itself.
+        marked = metafunc.definition.get_closest_marker("uvloop")
+        if marked and importlib.util.find_spec("uvloop"):
             names.append("asyncio+uvloop")
     elif sys.version_info >= (3, 12):
         names.append("asyncio+eager")

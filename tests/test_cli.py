@@ -299,7 +299,10 @@ def test_in_this_process_it_leaves_nothing_behind(capsys):
 
     assert ended.value.code in {0, None}
     assert "failed" in capsys.readouterr().out
-    assert (set(threading.enumerate()), list(logging.getLogger().handlers)) == before
+    threads, handlers = before
+    # Of those before, gRPC's own may have ended meanwhile.
+    assert set(threading.enumerate()) <= threads
+    assert list(logging.getLogger().handlers) == handlers
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -30,7 +30,7 @@ from fastapi_topaz._transport import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 
-pytestmark = pytest.mark.real_clock
+pytestmark = [pytest.mark.real_clock, pytest.mark.uvloop]
 
 INFO = "/aserto.authorizer.v2.Authorizer/Info"
 PATIENCE = 5.0

@@ -29,7 +29,7 @@ from fastapi_topaz import (
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 
-pytestmark = pytest.mark.real_clock
+pytestmark = [pytest.mark.real_clock, pytest.mark.uvloop]
 
 ASK = {"policy_path": "myapp.GET.documents"}
 
@@ -356,6 +356,7 @@ def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
 # -- cancellation -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
 async def test_10_000_calls_cancelled_at_random_points_leave_nothing(authorizer):
     rng = random.Random(7)
     process = psutil.Process()

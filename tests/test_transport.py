@@ -18,7 +18,7 @@ from fastapi_topaz.testing import EmbeddedAuthorizer
 from fastapi_topaz.testing._certs import Certificates
 
 
-pytestmark = pytest.mark.real_clock
+pytestmark = [pytest.mark.real_clock, pytest.mark.uvloop]
 
 INFO = "/aserto.authorizer.v2.Authorizer/Info"
 # Seconds that a busy machine may take on top of a timeout.
