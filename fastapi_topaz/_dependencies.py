@@ -35,7 +35,7 @@ def require_policy_allowed(
 
     Use it as `Depends(require_policy_allowed(config, "myapp.GET.documents"))`.
     A denied request ends with 403. If the authorizer cannot be asked, or does not
-    answer, it ends with 503 and `Retry-After`.
+    answer, it ends with 503 and `Retry-After`. For HTTP routes, not for WebSockets.
 
     Args:
         config: How to ask.

@@ -42,7 +42,8 @@ class ConnectionPool(PoolLife):
     Building one touches no network, thread, file or event loop, so it may be done at
     import time, before a worker process forks. It opens with `initialize()`,
     `async with pool`, or the first `acquire()`; it belongs to that process and event
-    loop until `close()`, and can be opened again after it, also elsewhere.
+    loop until `close()`, and can be opened again after it, also elsewhere. The end of
+    any `async with pool` closes it for everybody.
 
     All times are in seconds.
 

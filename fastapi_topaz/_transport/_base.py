@@ -39,6 +39,12 @@ class Connector(Protocol):
     An attribute `target` (str), if there is one, names the other side in messages.
     A method `validate()`, if there is one, is called by `initialize()` and raises
     what no retry can mend, such as a missing file.
+
+    What it makes needs `async probe(timeout)`, which raises if the other side does not
+    answer, and `async close(grace)`. With `async call(method, request, *, timeout,
+    metadata)` from bytes to bytes and `is_lost(error)` besides, leases of it make
+    gRPC calls. None of them may shield itself from cancellation for long: the pool
+    ends them by cancelling.
     """
 
     async def connect(self, timeout: float, /) -> Connection:
