@@ -110,27 +110,27 @@ class AuthorizerOptionsLike(Protocol):
 @attrs.frozen(kw_only=True)
 class PoolOptions:
     """
-    The numbers a pool works by; `ConnectionPool` documents each.
+    The parameters of a pool; `ConnectionPool` documents each, and has the defaults.
 
     Strictly private.
     """
 
-    min_connections: int = 2
-    max_connections: int = 10
-    acquire_timeout: float = 5.0
-    connection_timeout: float = 10.0
-    max_idle_time: float = 300.0
-    idle_check_interval: float = 60.0
-    health_check_interval: float = 30.0
-    health_check_timeout: float = 5.0
-    eager_init: bool = False
-    retry_on_failure: bool = True
-    max_retries: int = 3
-    streams_per_connection: int = 1
-    max_waiting: int | None = None
-    max_lifetime: float = 3600.0
-    leak_threshold: float = 0.0
-    name: str | None = None
+    min_connections: int
+    max_connections: int
+    acquire_timeout: float
+    connection_timeout: float
+    max_idle_time: float
+    idle_check_interval: float
+    health_check_interval: float
+    health_check_timeout: float
+    eager_init: bool
+    retry_on_failure: bool
+    max_retries: int
+    streams_per_connection: int
+    max_waiting: int | None
+    max_lifetime: float
+    leak_threshold: float
+    name: str | None
 
     def __attrs_post_init__(self) -> None:
         _count("min_connections", self.min_connections, 0)
