@@ -25,7 +25,7 @@ OLDEST = [
     "opentelemetry-api==1.30.0",
     "opentelemetry-sdk==1.30.0",
     "opentelemetry-exporter-prometheus==0.51b0",
-    "trio==0.27.0",
+    "trio==0.31.0",
 ]
 
 

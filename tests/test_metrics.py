@@ -11,7 +11,7 @@ import pytest
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, generate_latest
 
 from fastapi_topaz import ConnectionPool, PoolTimeout
 from fastapi_topaz.testing import FakeConnector, fail
@@ -19,12 +19,12 @@ from fastapi_topaz.testing import FakeConnector, fail
 
 @pytest.fixture
 def registry():
-    return CollectorRegistry()
+    return REGISTRY
 
 
 @pytest.fixture
-def provider(registry):
-    provider = MeterProvider([PrometheusMetricReader(registry=registry)])
+def provider():
+    provider = MeterProvider([PrometheusMetricReader()])
     yield provider
     provider.shutdown()
 
