@@ -17,7 +17,7 @@ nox.options.sessions = ["lint", "typing", "package", "demo", "oldest", "tests"]
 SUPPORTED = ["3.11", "3.12", "3.13", "3.14"]
 # The floor of what pyproject.toml allows, where the resolver would not go itself.
 OLDEST = [
-    "anyio==4.11.0",
+    "anyio==4.15.0",
     "attrs==24.2.0",
     "aserto-authorizer==0.20.7",
     "fastapi==0.115.0",
@@ -25,7 +25,7 @@ OLDEST = [
     "opentelemetry-api==1.30.0",
     "opentelemetry-sdk==1.30.0",
     "opentelemetry-exporter-prometheus==0.51b0",
-    "trio==0.31.0",
+    "trio==0.32.0",
 ]
 
 
