@@ -10,8 +10,8 @@ from fastapi_topaz._dependencies import require_policy_allowed, require_policy_a
 from fastapi_topaz._lease import PooledConnection
 from fastapi_topaz._options import AuthorizerOptions, Identity, IdentityType
 from fastapi_topaz._pool import ConnectionPool
-from fastapi_topaz._status import PoolStatus
-from fastapi_topaz._transport import Connector
+from fastapi_topaz._status import ConnectionStatus, PoolStatus
+from fastapi_topaz._transport import Connector, Verdict
 from fastapi_topaz.exceptions import (
     ConnectFailed,
     ConnectionLost,
@@ -28,6 +28,7 @@ __all__ = [
     "ConnectFailed",
     "ConnectionLost",
     "ConnectionPool",
+    "ConnectionStatus",
     "Connector",
     "Identity",
     "IdentityType",
@@ -39,6 +40,7 @@ __all__ = [
     "PooledConnection",
     "TopazConfig",
     "TopazError",
+    "Verdict",
     "require_policy_allowed",
     "require_policy_auto",
 ]

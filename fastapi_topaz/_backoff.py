@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-__all__ = ["BASE", "CAP", "full_jitter"]
+__all__ = ["BASE", "CAP", "DEMAND_CAP", "FLOOR", "full_jitter"]
 
 
 BASE = 0.1
 CAP = 2.0
+DEMAND_CAP = 0.5
+"""The cap while somebody waits: a server that is back is found in a moment."""
+
+FLOOR = 0.05
+"""Seconds. The least, so that no more than 20 attempts a second are ever made."""
 
 
-def full_jitter(failures: int, random: Callable[[], float]) -> float:
+def full_jitter(failures: int, share: float, cap: float = CAP) -> float:
     """
     Return the seconds to wait after *failures* failed rounds in a row.
 
-    Exponential, capped, and then multiplied by *random()* in [0, 1): jitter after
-    the cap, because a capped delay without it brings a fleet back in step.
+    Exponential, capped, and then multiplied by *share*, a random number in [0, 1):
+    jitter after the cap, because a capped delay without it brings a fleet back in
+    step.
     """
-    return random() * min(CAP, BASE * 2.0 ** (min(failures, 32) - 1))
+    return max(FLOOR, share * min(cap, BASE * 2.0 ** (min(failures, 32) - 1)))

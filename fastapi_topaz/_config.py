@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import grpc
 
 from fastapi_topaz._options import (
     AuthorizerOptions,
@@ -18,6 +19,7 @@ from fastapi_topaz._options import (
     text,
 )
 from fastapi_topaz._pool import ConnectionPool
+from fastapi_topaz.exceptions import ConnectionLost
 
 
 if TYPE_CHECKING:
@@ -137,6 +139,9 @@ class TopazConfig:
         """
         Ask whether the caller of *request* may do what *policy_path* is about.
 
+        A decision that is lost with its connection is asked for once more on another
+        one, within `check_timeout`.
+
         Args:
             request: Whose identity, and whose path parameters, are sent.
             policy_path: The whole path, such as `myapp.GET.documents`.
@@ -150,7 +155,7 @@ class TopazConfig:
             authorizer that cannot be asked is an exception.
 
         Raises:
-            PoolError: No connection could be had within `check_timeout`, or it was
+            PoolError: No connection could be had within `check_timeout`, or two were
                 lost; see `ConnectionPool.acquire`.
             grpc.aio.AioRpcError: The authorizer answered with an error status, or
                 not in time.
@@ -182,11 +187,26 @@ class TopazConfig:
         }
 
     async def _ask(self, question: Question) -> bool:
-        """Return the answer of the authorizer."""
-        pool = self.connection_pool
+        """
+        Return the answer of the authorizer.
+
+        A decision is a read, so it is asked for once more if its connection is lost.
+        By then the pool leases that connection to nobody, nor any other that it has
+        reason to suspect, before it has answered a probe.
+        """
+        # One budget: what waiting or a first attempt takes, the rest has less.
         deadline = anyio.current_time() + self.check_timeout
-        # The budget is one: what waiting for a connection takes, the call has less.
-        wait = min(self.check_timeout, pool.options.acquire_timeout)
+        try:
+            return await self._ask_once(question, deadline)
+        except (ConnectionLost, grpc.aio.AioRpcError) as error:
+            if not _is_worth_a_retry(error) or anyio.current_time() >= deadline:
+                raise
+        return await self._ask_once(question, deadline)
+
+    async def _ask_once(self, question: Question, deadline: float) -> bool:
+        pool = self.connection_pool
+        left = max(0.0, deadline - anyio.current_time())
+        wait = min(left, pool.options.acquire_timeout)
         async with pool.acquire(timeout=wait) as conn:
             left = max(0.0, deadline - anyio.current_time())
             decisions = await conn.decisions(**question, timeout=left)
@@ -225,6 +245,14 @@ class TopazConfig:
         for name, value in request.path_params.items():
             resource[name] = str(value)
         return resource
+
+
+def _is_worth_a_retry(error: Exception) -> bool:
+    if isinstance(error, grpc.aio.AioRpcError):
+        # Who cancels a check gets no error but the cancellation: it was the server,
+        # which does that to what it has received and not begun when it stops.
+        return error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    return True
 
 
 def _callable(name: str, value: object) -> None:

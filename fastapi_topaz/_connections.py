@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
+from fastapi_topaz._runtime import told
 from fastapi_topaz.exceptions import ConnectFailed, PoolError
 
 
@@ -29,6 +30,9 @@ __all__ = ["CLOSE_LIMIT", "close", "connect", "probe"]
 logger = logging.getLogger("fastapi_topaz.pool")
 
 T = TypeVar("T")
+
+LATE = 1.0
+"""Seconds. A probe that ends this long after its time is up proves nothing."""
 
 CLOSE_LIMIT = 5.0
 """Seconds that closing one connection may take."""
@@ -66,8 +70,14 @@ async def connect(runtime: Runtime, entry: PoolEntry) -> None:
     finally:
         runtime.attempts.discard(scope)
         # By close(), or with the loop.
-        runtime.state.connect_cancelled(entry)
+        runtime.state.attempts.cancelled(entry)
         runtime.connections_changed()
+
+
+def place(runtime: Runtime, entry: PoolEntry) -> str:
+    """Return where *entry* leads, as exactly as that is known."""
+    peer = getattr(entry.connection, "peer", None)
+    return f"{runtime.target} ({peer})" if peer else runtime.target
 
 
 async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
@@ -111,7 +121,7 @@ def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
 
 
 def _failed(runtime: Runtime, entry: PoolEntry, error: ConnectFailed) -> None:
-    first = not runtime.state.failures
+    first = not runtime.state.attempts.failures
     runtime.state.connect_failed(entry, error, runtime.now())
     runtime.counters.count(runtime.counters.connect_failures, error.reason)
     # An outage is one event to whoever reads the log, not one a second.
@@ -120,31 +130,56 @@ def _failed(runtime: Runtime, entry: PoolEntry, error: ConnectFailed) -> None:
 
 
 async def probe(runtime: Runtime, entry: PoolEntry) -> None:
-    """Clear *entry* if it answers within `health_check_timeout`, else retire it."""
+    """Ask *entry* for an answer within `health_check_timeout`."""
     timeout = runtime.options.health_check_timeout
     if entry.connection is None or entry.retired is not None or entry.probing:
+        return
+    began = runtime.now()
+    if runtime.state.look_at(entry, began):
+        runtime.connections_changed()
         return
     entry.probing = True
     try:
         await _within(timeout, entry.connection.probe, timeout)
     except Exception as error:  # noqa: BLE001  (a connection may raise anything)
-        if entry.retired is not None:
-            return  # closed meanwhile; that it does not answer is no news
-        runtime.counters.probe_failures += 1
-        runtime.state.retire(entry, "unhealthy")
-        logger.warning(
-            "%s: a connection to %s failed its health check and is closed: %s (%s)",
-            runtime.label,
-            runtime.target,
-            str(error) or repr(error),
-            runtime.state.status(),
-        )
+        if entry.retired is None:  # else closed meanwhile, and no answer is no news
+            _unanswered(runtime, entry, error, late=runtime.now() - began - timeout)
     else:
-        entry.proven_at = runtime.now()
-        runtime.state.cleared(entry)
+        runtime.state.answered(entry, runtime.now())
     finally:
         entry.probing = False
     runtime.connections_changed()
+
+
+def _unanswered(
+    runtime: Runtime, entry: PoolEntry, error: Exception, late: float
+) -> None:
+    runtime.counters.probe_failures += 1
+    entry.last_error = told(error)
+    if late > LATE and not entry.excused:
+        # This loop was blocked, or the machine asleep: the answer may be there.
+        entry.excused = True
+        entry.suspect = False
+        runtime.state.suspect(entry, runtime.now())
+        return
+    second = entry.suspect
+    runtime.state.unanswered(entry, runtime.now())
+    logger.log(
+        logging.WARNING if second else logging.DEBUG,
+        "%s: a connection to %s failed its health check%s: %s (%s)",
+        runtime.label,
+        place(runtime, entry),
+        " and is closed" if second else ", and gets a second one",
+        _in_one_line(error),
+        runtime.state.status(),
+    )
+
+
+def _in_one_line(error: Exception) -> str:
+    # gRPC prints its errors over five lines.
+    details = getattr(error, "details", None)
+    text = str(details()) if callable(details) else str(error) or repr(error)
+    return f"{told(error)}: {text}" if callable(details) else text
 
 
 async def close(runtime: Runtime, entry: PoolEntry) -> None:

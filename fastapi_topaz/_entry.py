@@ -24,19 +24,32 @@ class PoolEntry:
 
     connection: Any = None
     leases: int = 0
-    started_at: float = 0.0
-    last_used_at: float = 0.0
-    # When a call last succeeded or a probe was answered.
-    proven_at: float = 0.0
-    expires_at: float = float("inf")
-    # Which round of connecting it was begun in.
+    # Which round of connecting it was begun in, when, and whether others may be begun
+    # in its stead because it takes so long.
     round: int = 0
-    # Its last call accused the connection: no new lease until a probe clears it.
+    started_at: float = 0.0
+    overdue: bool = False
+    opened_at: float = 0.0
+    last_used_at: float = 0.0
+    # When it was made, a call was answered, or a probe was.
+    proven_at: float = 0.0
+    # When a call last ended without an answer, its time being over.
+    timed_out_at: float = float("-inf")
+    expires_at: float = float("inf")
+    # Accused by a call or a probe at that time: no new lease until a probe clears it.
     suspect: bool = False
+    suspected_at: float = 0.0
     probing: bool = False
+    # One probe that ended too late to prove anything was repeated.
+    excused: bool = False
+    # Its siblings were told already that it broke.
+    broken: bool = False
+    last_error: str | None = None
     # Why it is to go. It closes when its last lease is back, because closing it
     # under a caller would fail that caller's call.
     retired: str | None = None
+    # Tells whether the other side has gone away, if the connection can tell.
+    is_lost: Callable[[], bool] | None = None
 
 
 class Lease:

@@ -50,7 +50,9 @@ class Home:
             import trio  # noqa: PLC0415
 
             self._current = trio.lowlevel.current_trio_token
-            self.now = trio.current_time
+            # Of the clock itself, because trio.current_time() works in trio only, and a
+            # pool may be looked at from any thread.
+            self.now = trio.lowlevel.current_clock().current_time
 
     def check(self, pool: object) -> None:
         """

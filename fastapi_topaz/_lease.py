@@ -123,9 +123,7 @@ class PooledConnection(AuthorizerCalls):
         try:
             response = await rpc(method, data, timeout=timeout, metadata=metadata)
         except Exception as error:
-            is_lost = getattr(connection, "is_lost", None)
-            if is_lost is not None and is_lost(error):
-                self._runtime.suspect(entry)
+            self._runtime.judge(entry, error)
             raise
         entry.proven_at = self._runtime.now()
         return response_deserializer(response) if response_deserializer else response

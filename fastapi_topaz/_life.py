@@ -13,7 +13,8 @@ from fastapi_topaz._maintenance import host
 from fastapi_topaz._metrics import PoolMetrics
 from fastapi_topaz._options import seconds
 from fastapi_topaz._runtime import Runtime
-from fastapi_topaz._status import PoolCounters, PoolStatus
+from fastapi_topaz._snapshot import connection_statuses
+from fastapi_topaz._status import ConnectionStatus, PoolCounters, PoolStatus
 from fastapi_topaz.exceptions import PoolClosed, PoolError
 
 
@@ -73,6 +74,18 @@ class PoolLife:
             # No call will be answered in a process that was forked while it was open.
             failing=forked,
         )
+
+    def connections(self) -> tuple[ConnectionStatus, ...]:
+        """
+        Return a snapshot of each open connection, the oldest first; never raises.
+
+        For people and incidents: where it leads, how old it is, what it carries, and
+        what went wrong on it last.
+        """
+        runtime = self._runtime
+        if runtime is None or runtime.home.is_forked() or runtime.home.is_gone():
+            return ()
+        return connection_statuses(runtime.state, runtime.now())
 
     async def initialize(self) -> None:
         """

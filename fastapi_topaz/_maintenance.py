@@ -10,8 +10,10 @@ follows.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import anyio
@@ -34,6 +36,9 @@ __all__ = ["host"]
 
 logger = logging.getLogger("fastapi_topaz.pool")
 
+LOOKOUT = 1.0
+"""Seconds. A pool that nobody uses shows within this time that its server is gone."""
+
 PROBES_AT_ONCE = 4
 """A round of health checks must not be a burst."""
 
@@ -45,13 +50,14 @@ async def host(runtime: Runtime) -> None:
             tasks.start_soon(_opener, runtime, tasks)
             tasks.start_soon(_reaper, runtime)
             tasks.start_soon(_rotator, runtime)
+            tasks.start_soon(_lookout, runtime)
             tasks.start_soon(_health_checker, runtime, tasks)
             tasks.start_soon(_prober, runtime, tasks)
             if 0 < runtime.options.leak_threshold < math.inf:
                 tasks.start_soon(_leak_watcher, runtime)
             await runtime.until_closed()
             runtime.state.abandon()
-            for entry in _outbox(runtime.state):
+            for entry in _outbox(runtime.state.to_close):
                 tasks.start_soon(_connections.close, runtime, entry)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
@@ -61,14 +67,17 @@ async def host(runtime: Runtime) -> None:
         # A bug, and the pool is as good as closed; the next use opens it anew. It may
         # not leave this task: on trio that would end the whole run.
         logger.critical("%s: its host task failed", runtime.label, exc_info=failures)
+        runtime.begin_close(0)
     finally:
         await _leave_nothing(runtime)
 
 
 async def _leave_nothing(runtime: Runtime) -> None:
-    # Something is left only if the loop ends under an open pool: then the tasks that
-    # would have closed these connections are cancelled with it.
     state = runtime.state
+    if not state.shut:
+        # The loop ends under an open pool: the tasks that would have closed these
+        # connections were cancelled with it.
+        _warn_unclosed(runtime)
     runtime.begin_close(0)
     state.abandon()
     with anyio.CancelScope(shield=True):
@@ -76,15 +85,34 @@ async def _leave_nothing(runtime: Runtime) -> None:
             for entry in state.closing:
                 closings.start_soon(_connections.close, runtime, entry)
     if state.in_use:
-        leases = "a lease" if state.in_use == 1 else f"{state.in_use} leases"
-        logger.warning("%s: closed with %s still out", runtime.label, leases)
+        logger.warning(
+            "%s: closed with %s still out", runtime.label, _leases_out(runtime)
+        )
     runtime.done.set()
 
 
-def _outbox(state: PoolState) -> Iterator[PoolEntry]:
-    """Yield the entries to close, and forget them."""
-    while state.to_close:
-        yield state.to_close.pop()
+def _leases_out(runtime: Runtime) -> str:
+    count = runtime.state.in_use
+    return "a lease" if count == 1 else f"{count} leases"
+
+
+def _warn_unclosed(runtime: Runtime) -> None:
+    message = (
+        f"{runtime.label} was not closed before its event loop ended, with "
+        f"{_leases_out(runtime)} out ({runtime.state.status()}): "
+        "use `async with pool`, the lifespan of the application, or close()"
+    )
+    try:
+        warnings.warn(message, ResourceWarning, stacklevel=2)
+    except ResourceWarning:
+        # Made an error by a filter. It may not leave the host: see there.
+        logger.error(message)  # noqa: TRY400  (the traceback would be of this)
+
+
+def _outbox(entries: list[PoolEntry]) -> Iterator[PoolEntry]:
+    """Yield the *entries* to act on, and forget them."""
+    while entries:
+        yield entries.pop()
 
 
 async def _pause(interval: float) -> None:
@@ -101,14 +129,22 @@ async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
     state = runtime.state
     while True:
         runtime.work = anyio.Event()
-        for entry in _outbox(state):
+        for entry in _outbox(state.to_close):
             tasks.start_soon(_connections.close, runtime, entry)
         now = runtime.now()
+        if state.attempts.overdue(now) or state.room() <= 0:
+            runtime.dismiss_hopeless()
         for _ in range(state.shortfall(runtime.limiter.borrowed_tokens, now)):
-            tasks.start_soon(_connections.connect, runtime, state.begin_connect(now))
-        backing_off = state.failures and state.retry_at > now
-        with anyio.CancelScope(deadline=state.retry_at if backing_off else math.inf):
+            entry = state.attempts.begin(now)
+            tasks.start_soon(_connections.connect, runtime, entry)
+        with anyio.CancelScope(deadline=_next_look(state, now)):
             await runtime.work.wait()
+
+
+def _next_look(state: PoolState, now: float) -> float:
+    """Return when the opener may have something to do that nobody tells it."""
+    attempt = state.next_attempt()
+    return min(state.attempts.next_overdue(), attempt if attempt > now else math.inf)
 
 
 async def _reaper(runtime: Runtime) -> None:
@@ -120,29 +156,61 @@ async def _reaper(runtime: Runtime) -> None:
 
 
 async def _rotator(runtime: Runtime) -> None:
-    """Have connections replaced that have outlived `max_lifetime`."""
+    """Have connections replaced whose time is over."""
     while True:
-        with anyio.CancelScope(deadline=runtime.state.next_expiry()):
+        state = runtime.state
+        with anyio.CancelScope(deadline=state.rotation.next_at(state.open)):
             await runtime.progress.wait()
-        runtime.state.expire(runtime.now())
+        state.rotation.expire(state.open, runtime.now())
         runtime.settle()
+
+
+async def _lookout(runtime: Runtime) -> None:
+    """Every second retire what was lost, and look closely at one of the others."""
+    state = runtime.state
+    turn = itertools.count()
+    while True:
+        if any(entry.is_lost is not None for entry in state.open):
+            await anyio.sleep(LOOKOUT)
+            now = runtime.now()
+            entries = list(state.open)
+            if entries:
+                # In turn, because it takes long enough to be noticed if many are.
+                entry = entries[next(turn) % len(entries)]
+                getattr(entry.connection, "look_closely", _nothing)()
+            if [entry for entry in entries if state.look_at(entry, now)]:
+                runtime.connections_changed()
+        else:
+            await runtime.progress.wait()
+
+
+def _nothing() -> None:
+    pass
 
 
 async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:
     """Every `health_check_interval` probe what has proved nothing since."""
     places = anyio.Semaphore(PROBES_AT_ONCE)
+    state = runtime.state
 
     async def probe(entry: PoolEntry) -> None:
-        async with places:
+        try:
             await _connections.probe(runtime, entry)
+        finally:
+            places.release()
 
     last_round = runtime.now()
     while True:
         await _pause(runtime.options.health_check_interval)
-        for entry in runtime.state.open:
-            if entry.proven_at <= last_round:
+        this_round = runtime.now()
+        for entry in list(state.open):
+            # The next round waits for this one, or slow probes would pile up.
+            await places.acquire()
+            if entry.proven_at <= last_round and not entry.suspect:
                 tasks.start_soon(probe, entry)
-        last_round = runtime.now()
+            else:
+                places.release()
+        last_round = this_round
 
 
 async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
@@ -150,9 +218,8 @@ async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
     while True:
         await runtime.suspicion.wait()
         runtime.suspicion = anyio.Event()
-        for entry in runtime.state.open:
-            if entry.suspect:
-                tasks.start_soon(_connections.probe, runtime, entry)
+        for entry in _outbox(runtime.state.to_probe):
+            tasks.start_soon(_connections.probe, runtime, entry)
 
 
 async def _leak_watcher(runtime: Runtime) -> None:

@@ -62,7 +62,7 @@ class ConnectionPool(PoolLife):
         health_check_interval: How often connections that have answered nothing
             since are probed, default 30; 0 is never.
         health_check_timeout: How long the answer may take, default 5. Without one
-            the connection is closed.
+            the connection is probed again at once, and then closed.
         eager_init: Whether `initialize()` waits for *min_connections*, default
             False.
         retry_on_failure: Whether a failed attempt is repeated for those who wait,
@@ -232,7 +232,6 @@ class ConnectionPool(PoolLife):
             await runtime.wait(
                 lease, self._options.acquire_timeout if timeout is None else timeout
             )
-        lease.acquired_at = runtime.now()
         if self._options.leak_threshold:
             runtime.remember(lease)
         return PooledConnection(self, runtime, lease)
@@ -287,7 +286,7 @@ class ConnectionPool(PoolLife):
         """
         runtime = self._alive()
         if runtime is not None:
-            runtime.state.drain()
+            runtime.state.rotation.drain(runtime.state.open)
             runtime.settle()
 
 

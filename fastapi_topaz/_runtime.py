@@ -19,6 +19,7 @@ import anyio
 
 from fastapi_topaz._host import Home
 from fastapi_topaz._state import PoolState
+from fastapi_topaz._transport import Verdict
 from fastapi_topaz.exceptions import (
     ConnectFailed,
     PoolClosed,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._transport import Connector
 
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "told"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
@@ -44,6 +45,14 @@ STACK_DEPTH = 8
 """Frames shown of the place where a leaked lease was taken."""
 
 _PACKAGE = os.path.dirname(__file__) + os.sep  # noqa: PTH120  (a prefix of file names)
+
+
+def told(error: Exception) -> str:
+    """Return what *error* says, without what an authorizer may name in its details."""
+    code = getattr(error, "code", None)
+    if callable(code):
+        return str(getattr(code(), "name", code()))
+    return str(error) or repr(error)
 
 
 class Runtime:
@@ -68,13 +77,15 @@ class Runtime:
         self.observer = observer
         self.home = Home()
         self.now = self.home.now
-        self.state = PoolState(options, random.random)
+        self.state = PoolState(
+            options, random.random, spreads=getattr(connector, "spreads", False)
+        )
         self.limiter = anyio.CapacityLimiter(options.capacity)
         # Set: there is something to connect or to close. Replaced by the opener.
         self.work = anyio.Event()
         # Set: an attempt to connect has ended. Replaced each time.
         self.progress = anyio.Event()
-        # Set: a connection became suspect. Replaced by the prober.
+        # Set: there are suspects to probe. Replaced by the prober.
         self.suspicion = anyio.Event()
         # Set once the host has ended and nothing is left.
         self.done = anyio.Event()
@@ -101,11 +112,12 @@ class Runtime:
     def take(self, lease: Lease) -> bool:
         """Serve *lease* without waiting, if that passes nobody who waits."""
         self.adopted = True
+        now = lease.acquired_at = self.now()
         try:
             self.limiter.acquire_on_behalf_of_nowait(lease)
         except anyio.WouldBlock:
             return False
-        if self.state.take(lease):
+        if self.state.take(lease, now):
             self.counters.acquisitions += 1
             self.observer.acquired(0.0)
             return True
@@ -148,7 +160,8 @@ class Runtime:
                 self._withdraw(lease, has_token=has_token)
         if served:
             self.counters.acquisitions += 1
-            self.observer.acquired(self.now() - began)
+            lease.acquired_at = self.now()
+            self.observer.acquired(lease.acquired_at - began)
         elif lease.failure is not None:
             raise self._failed(lease.failure)
         else:
@@ -162,20 +175,43 @@ class Runtime:
         if state.waiting or state.to_close or state.shut:
             self.settle()
 
-    def suspect(self, entry: PoolEntry) -> None:
-        """Keep *entry* out of service until a probe, which runs at once."""
-        if self.state.suspect(entry):
-            self.suspicion.set()
+    def judge(self, entry: PoolEntry, error: Exception) -> None:
+        """Draw the consequences of *error*, raised by a call on *entry*."""
+        judge = getattr(entry.connection, "judge", None)
+        verdict = None if judge is None else judge(error)
+        if verdict is None:
+            return
+        entry.last_error = told(error)
+        now = self.now()
+        match verdict:
+            case Verdict.ANSWERED:
+                entry.proven_at = now
+                return
+            case Verdict.UNAVAILABLE:
+                self.state.suspect(entry, now)
+            case Verdict.BROKEN:
+                self.state.broke(entry, now)
+            case Verdict.SILENT:
+                self.state.timed_out(entry, now)
+        self.settle()
 
     def settle(self) -> None:
         """Pass on what follows from a change of the state."""
         state = self.state
+        now = self.now()
         state.rotate()
         tokens = self.limiter.borrowed_tokens
-        for lease in state.serve(tokens):
+        for lease in state.serve(tokens, now):
             if lease.wake is not None:
                 lease.wake()
-        if state.to_close or state.shortfall(tokens, self.now()):
+        if state.to_probe:
+            self.suspicion.set()
+        if (
+            state.to_close
+            or state.shortfall(tokens, now)
+            # The opener has more to look out for than it did when it went to sleep.
+            or (state.waiting and (state.connecting or state.attempts.failures))
+        ):
             self.work.set()
         if state.shut and not state.in_use:
             self._close_changed.set()
@@ -206,7 +242,7 @@ class Runtime:
         self.settle()
         with anyio.move_on_after(self.options.connection_timeout):
             while len(state.open) < self.options.min_connections and not state.shut:
-                if getattr(state.last_error, "permanent", False):
+                if getattr(state.attempts.error, "permanent", False):
                     break
                 await self.progress.wait()
         if not state.open and self.options.min_connections and not state.shut:
@@ -215,7 +251,7 @@ class Runtime:
                 self.label,
                 self.target,
                 state.status(),
-                state.last_error or "the first attempt has not ended yet",
+                state.attempts.error or "the first attempt has not ended yet",
             )
 
     def resize(self, options: PoolOptions) -> None:
@@ -241,7 +277,7 @@ class Runtime:
 
     def _timed_out(self, timeout: float) -> PoolTimeout:
         self.counters.timeouts += 1
-        cause = self.state.last_error
+        cause = self.state.attempts.error
         if cause is not None:
             hint = f"; the last attempt to connect failed: {cause}"
         elif self.state.in_use >= self.options.capacity:
@@ -278,13 +314,16 @@ class Runtime:
         """Pass on that there is one more connection, or one less to hope for."""
         self.progress.set()
         self.progress = anyio.Event()
-        error = self.state.last_error
-        if error is not None and self.state.hopeless():
-            # Nobody is to wait for what only the end of an outage can bring.
-            self._dismiss(error)
+        self.dismiss_hopeless()
         self.settle()
         # Also without anything to do now: the opener has a backoff to wait out.
         self.work.set()
+
+    def dismiss_hopeless(self) -> None:
+        """Send those away who wait for what only the end of an outage can bring."""
+        error = self.state.attempts.error
+        if error is not None and self.state.hopeless(self.now()):
+            self._dismiss(error)
 
     # -- closing ------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ An open entry is *ready* while it may take another lease: it is below its number
 streams, not *suspect* (waiting for a probe) and not *retired* (waiting for its last
 lease to come back). An *expired* entry still serves, until a new one replaces it.
 
+A failed call or probe makes an entry suspect; a failed probe of a suspect retires it.
+
 What holds after every method:
 
 - open + connecting + closing never exceeds `max_connections`, except after it was
@@ -22,7 +24,7 @@ What holds after every method:
 
 Methods are synchronous: no other task can see them half done, so there is no lock.
 They take the time as an argument and leave their effects to the caller: entries to
-close pile up in `to_close`.
+close pile up in `to_close`, entries to probe at once in `to_probe`.
 """
 
 from __future__ import annotations
@@ -30,23 +32,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from fastapi_topaz._backoff import full_jitter
-from fastapi_topaz._entry import PoolEntry
-from fastapi_topaz._status import PoolStatus
+from fastapi_topaz._attempts import Attempts
+from fastapi_topaz._rotation import Rotation
+from fastapi_topaz._snapshot import pool_status
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastapi_topaz._entry import Lease
+    from fastapi_topaz._entry import Lease, PoolEntry
     from fastapi_topaz._options import PoolOptions
+    from fastapi_topaz._status import PoolStatus
 
 
 __all__ = ["PoolState"]
 
 
-LIFETIME_JITTER = 0.1
-"""Connections that came together must not all expire together."""
+RAMP = 2
+"""Attempts at once at first; later as many as there are connections."""
 
 
 class PoolState:
@@ -56,20 +59,27 @@ class PoolState:
     Strictly private.
     """
 
-    def __init__(self, options: PoolOptions, random: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        options: PoolOptions,
+        random: Callable[[], float],
+        *,
+        spreads: bool = False,
+    ) -> None:
         self.options = options
         self.streams = options.streams_per_connection
-        self._random = random
+        self.attempts = Attempts(random)
+        self.rotation = Rotation(random, spreads=spreads)
 
-        self.connecting: set[PoolEntry] = set()
+        self.connecting = self.attempts.under_way
         self.open: dict[PoolEntry, None] = {}
         self.closing: set[PoolEntry] = set()
         self.to_close: list[PoolEntry] = []
+        self.to_probe: list[PoolEntry] = []
 
         # A stack: the last used is leased first, so that the others grow idle and
         # can be reaped. A dict, because any of them may have to leave.
         self._ready: dict[PoolEntry, None] = {}
-        self._expired: dict[PoolEntry, str] = {}
         self.waiting: OrderedDict[Lease, None] = OrderedDict()
         self.in_use = 0
 
@@ -78,12 +88,12 @@ class PoolState:
         # Connections wanted by callers who did not wait for them.
         self.wish = 0
         self.shut = False
-        # Rounds of connecting that failed since the last success. All attempts
-        # begun before the first of them failed are one round.
-        self.failures = 0
-        self._round = 0
-        self.retry_at = 0.0
-        self.last_error: Exception | None = None
+        # Had its time come, a connection would have been probed by then: if it was
+        # not, the clock has jumped, as it does when a machine wakes up.
+        interval = options.health_check_interval
+        self._stale_after = (
+            2 * (interval + options.health_check_timeout) if interval else float("inf")
+        )
 
     def __repr__(self) -> str:
         return (
@@ -94,11 +104,14 @@ class PoolState:
 
     # -- leases -----------------------------------------------------------------
 
-    def take(self, lease: Lease) -> bool:
+    def take(self, lease: Lease, now: float) -> bool:
         """Serve *lease* at once; False if nothing is ready or somebody waits."""
         if not self._ready or self.waiting:
             return False
-        self._assign(lease)
+        entry = next(reversed(self._ready))
+        if not self._is_fit(entry, now):
+            return False
+        self._assign(lease, entry)
         return True
 
     def enqueue(self, lease: Lease) -> None:
@@ -112,7 +125,7 @@ class PoolState:
         if lease.entry is not None:
             self.give_back(lease, now)
 
-    def serve(self, tokens: int) -> list[Lease]:
+    def serve(self, tokens: int, now: float) -> list[Lease]:
         """
         Serve those who wait, first come first served, and return them.
 
@@ -122,13 +135,23 @@ class PoolState:
         """
         served = []
         while self.waiting and self._ready and self.in_use < tokens:
+            entry = next(reversed(self._ready))
+            if not self._is_fit(entry, now):
+                self.suspect(entry, now)
+                continue
             lease, _ = self.waiting.popitem(last=False)
-            self._assign(lease)
+            self._assign(lease, entry)
             served.append(lease)
         return served
 
-    def _assign(self, lease: Lease) -> None:
-        entry = next(reversed(self._ready))
+    def _is_fit(self, entry: PoolEntry, now: float) -> bool:
+        # The channel of a dead server says so within a moment, and asking it costs a
+        # fraction of a microsecond.
+        if entry.is_lost is not None and entry.is_lost():
+            return False
+        return now - entry.proven_at <= self._stale_after
+
+    def _assign(self, lease: Lease, entry: PoolEntry) -> None:
         entry.leases += 1
         if entry.leases == self.streams:
             del self._ready[entry]
@@ -163,82 +186,62 @@ class PoolState:
         Return how many connections to begin to establish now.
 
         For those who hold a token and no stream, for `min_connections` once the
-        pool is in use, and one to replace an expired connection. During an outage
-        one at a time, each after its backoff, however many wait.
+        pool is in use, and one to replace an expired connection. Attempts are
+        ramped: two at once at first, then as many as there are connections. During an
+        outage one at a time, each after its backoff, however many wait.
         """
-        room = self._room()
-        if room <= 0 or self.shut:
+        room = self.room()
+        if room <= 0 or self.shut or now < self.next_attempt():
             return 0
-        if self.failures:
-            if self.connecting or now < self.retry_at:
-                return 0
-            room = 1
-        coming = len(self.connecting)
+        coming = self.attempts.coming(waiting=bool(self.waiting))
+        ramp = 1 if self.attempts.is_cautious(now) else max(RAMP, self._usable())
         entitled = min(len(self.waiting), tokens - self.in_use)
         needed = -(-entitled // self.streams) - coming
         if self.warm:
             needed = max(needed, self.options.min_connections - self._usable() - coming)
         needed = max(needed, self.wish - self._usable() - coming)
-        if not coming and self._next_expired() is not None:
+        if not coming and self.rotation.next() is not None:
             needed = max(needed, 1)
-        return max(0, min(needed, room))
+        return max(0, min(needed, room, ramp - coming))
 
-    def begin_connect(self, now: float) -> PoolEntry:
-        """Add an entry whose connection is being established."""
-        entry = PoolEntry(started_at=now, round=self._round)
-        self.connecting.add(entry)
-        return entry
+    def next_attempt(self) -> float:
+        """Return when the next attempt may be made, which may be long ago."""
+        return self.attempts.next_attempt(waiting=bool(self.waiting))
 
     def connected(self, entry: PoolEntry, connection: Any, now: float) -> None:
         """Open *entry*; one success makes up for all failures."""
-        self.connecting.remove(entry)
         self.wish = 0
-        self.failures = 0
-        self.last_error = None
+        if self.attempts.failures:
+            # Servers come back one by one, and this is the first.
+            self.rotation.lost(now)
+        self.attempts.succeeded(entry)
         entry.connection = connection
-        entry.started_at = entry.last_used_at = entry.proven_at = now
-        if self.options.max_lifetime:
-            entry.expires_at = now + self.options.max_lifetime * (
-                1 - LIFETIME_JITTER * self._random()
-            )
+        entry.is_lost = getattr(connection, "is_lost", None)
+        entry.opened_at = entry.last_used_at = entry.proven_at = now
+        self.rotation.begin(entry, self.options.max_lifetime, now)
         self.open[entry] = None
         if self.shut:
             self.retire(entry, "close")
             return
         self._ready[entry] = None
-        expired = self._next_expired()
+        expired = self.rotation.next()
         if expired is not None:
-            self.retire(expired, self._expired[expired])
+            self.retire(expired, self.rotation.reason(expired))
         self._trim()
 
     def connect_failed(self, entry: PoolEntry, error: Exception, now: float) -> None:
-        """Drop *entry*; the first failure is that of its round, and backs off."""
-        self.connecting.remove(entry)
+        """Drop *entry*, whose connection could not be established."""
         self.wish = 0
-        self.last_error = error
-        # Not the last one: an attempt begun meanwhile would always be under way,
-        # and the next would follow each failure without any pause.
-        if entry.round == self._round:
-            self._round += 1
-            self.failures += 1
-            self.retry_at = now + full_jitter(self.failures, self._random)
-
-    def connect_cancelled(self, entry: PoolEntry) -> None:
-        """Drop *entry*, unless its attempt has ended already."""
-        self.connecting.discard(entry)
+        self.attempts.failed(entry, error, now)
 
     def want_one(self) -> None:
         """Have a connection made, if there is none, for whoever comes next."""
         self.warm = True
         self.wish = 1
 
-    def hopeless(self) -> bool:
+    def hopeless(self, now: float) -> bool:
         """Say whether nothing can serve those who wait now."""
-        if not self.failures or self.connecting or self._usable():
-            return False
-        return self.failures >= self.options.attempts or getattr(
-            self.last_error, "permanent", False
-        )
+        return not self._usable() and self.attempts.hopeless(self.options, now)
 
     # -- entries that go --------------------------------------------------------
 
@@ -250,19 +253,70 @@ class PoolState:
         if not entry.leases and entry in self.open:
             self._close(entry)
 
-    def suspect(self, entry: PoolEntry) -> bool:
-        """Lease *entry* to nobody until `cleared`; True if that is news."""
-        if entry.suspect or entry.retired is not None or entry not in self.open:
-            return False
-        entry.suspect = True
-        self._ready.pop(entry, None)
-        return True
+    def lost(self, entry: PoolEntry, reason: str, now: float) -> None:
+        """Retire *entry*, whose other side is gone."""
+        if entry.retired is not None or entry not in self.open:
+            return
+        self.attempts.lost(now - entry.opened_at, now)
+        self.rotation.lost(now)
+        self.retire(entry, reason)
 
-    def cleared(self, entry: PoolEntry) -> None:
-        """*entry* has answered a probe."""
-        entry.suspect = False
+    def look_at(self, entry: PoolEntry, now: float) -> bool:
+        """Retire *entry* if its other side has gone away, and say so."""
+        is_lost = entry.is_lost is not None and entry.is_lost()
+        if is_lost:
+            self.lost(entry, "lost", now)
+        return is_lost
+
+    def suspect(self, entry: PoolEntry, now: float) -> None:
+        """Lease *entry* to nobody until a probe, to be made at once, clears it."""
+        if entry.suspect or entry.retired is not None or entry not in self.open:
+            return
+        # Asked to probe, a channel that is lost would connect to whatever it finds.
+        if self.look_at(entry, now):
+            return
+        entry.suspect = True
+        entry.suspected_at = now
+        self._ready.pop(entry, None)
+        self.to_probe.append(entry)
+
+    def broke(self, entry: PoolEntry, now: float) -> None:
+        """
+        Suspect *entry*, on which a call was cut off, and its siblings with it.
+
+        Whatever broke it may have broken all that lead to the same server.
+        """
+        self.suspect(entry, now)
+        if not entry.broken:
+            entry.broken = True
+            self._suspect_others(entry, now, now)
+
+    def timed_out(self, entry: PoolEntry, now: float) -> None:
+        """Suspect *entry* if that was the second call in a row without an answer."""
+        if entry.proven_at <= entry.timed_out_at:
+            self.suspect(entry, now)
+        entry.timed_out_at = now
+
+    def answered(self, entry: PoolEntry, now: float) -> None:
+        """*entry* has answered a probe, so it may serve."""
+        entry.proven_at = now
+        entry.suspect = entry.broken = entry.excused = False
         if entry in self.open and entry.retired is None and entry.leases < self.streams:
             self._ready.setdefault(entry)
+
+    def unanswered(self, entry: PoolEntry, now: float) -> None:
+        """Suspect *entry*, which failed a probe; the second time it has to go."""
+        if not entry.suspect:
+            self.suspect(entry, now)
+        elif entry.retired is None:
+            self.lost(entry, "unhealthy", now)
+            # Those that have answered since then are no part of it.
+            self._suspect_others(entry, entry.suspected_at, now)
+
+    def _suspect_others(self, entry: PoolEntry, since: float, now: float) -> None:
+        for other in list(self.open):
+            if other is not entry and other.proven_at < since:
+                self.suspect(other, now)
 
     def reap(self, now: float) -> None:
         """Retire what was idle for `max_idle_time`, down to `min_connections`."""
@@ -276,17 +330,6 @@ class PoolState:
             if now - entry.last_used_at >= limit:
                 self.retire(entry, "idle")
 
-    def expire(self, now: float) -> None:
-        """Mark what has outlived `max_lifetime` for replacement."""
-        for entry in self.open:
-            if entry.expires_at <= now:
-                self._expired.setdefault(entry, "lifetime")
-
-    def drain(self) -> None:
-        """Mark every open connection for replacement."""
-        for entry in self.open:
-            self._expired.setdefault(entry, "drain")
-
     def rotate(self) -> None:
         """
         Retire the next expired entry, unless a new one can be made before.
@@ -295,25 +338,14 @@ class PoolState:
         `connected` retires the old one. If not, an idle one makes room; of those that
         are leased only one at a time is kept from further leases.
         """
-        entry = self._next_expired()
+        entry = self.rotation.next()
         if entry is None or self.closing:
             return
         floor = self.options.min_connections if self.warm else 0
         surplus = not entry.leases and not self.waiting and self._usable() > floor
-        full = self._room() <= 0 and not self.connecting
-        alone = all(other.retired is None for other in self._expired)
-        if surplus or (full and (alone or not entry.leases)):
-            self.retire(entry, self._expired[entry])
-
-    def _next_expired(self) -> PoolEntry | None:
-        return next((entry for entry in self._expired if not entry.retired), None)
-
-    def next_expiry(self) -> float:
-        """Return when the next entry expires."""
-        return min(
-            (entry.expires_at for entry in self.open if entry not in self._expired),
-            default=float("inf"),
-        )
+        full = self.room() <= 0 and not self.connecting
+        if surplus or (full and (self.rotation.is_idle() or not entry.leases)):
+            self.retire(entry, self.rotation.reason(entry))
 
     def resize(self, options: PoolOptions) -> None:
         """Work with other limits from now on."""
@@ -338,7 +370,7 @@ class PoolState:
     def _close(self, entry: PoolEntry) -> None:
         del self.open[entry]
         self._ready.pop(entry, None)
-        self._expired.pop(entry, None)
+        self.rotation.forget(entry)
         self.closing.add(entry)
         self.to_close.append(entry)
 
@@ -355,29 +387,11 @@ class PoolState:
     def _usable(self) -> int:
         return sum(entry.retired is None for entry in self.open)
 
-    def _room(self) -> int:
+    def room(self) -> int:
+        """Return how many connections more there may be."""
         taken = len(self.open) + len(self.connecting) + len(self.closing)
         return self.options.max_connections - taken
 
-    # -- telling ----------------------------------------------------------------
-
     def status(self) -> PoolStatus:
-        """Return a snapshot."""
-        # A copy: metrics are collected in threads of their own.
-        entries = tuple(self.open)
-        busy = sum(entry.leases > 0 for entry in entries)
-        return PoolStatus(
-            total=len(entries),
-            idle=len(entries) - busy,
-            busy=busy,
-            healthy_connections=sum(
-                not entry.suspect and entry.retired is None for entry in entries
-            ),
-            max_connections=self.options.max_connections,
-            min_connections=self.options.min_connections,
-            waiting=len(self.waiting),
-            connecting=len(self.connecting),
-            streams_in_use=self.in_use,
-            streams_max=self.options.max_connections * self.streams,
-            failing=self.failures > 0,
-        )
+        """Return a snapshot; callable from any thread."""
+        return pool_status(self)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import attrs
 
 
-__all__ = ["PoolCounters", "PoolObserver", "PoolStatus"]
+__all__ = [
+    "ConnectionCondition",
+    "ConnectionStatus",
+    "PoolCounters",
+    "PoolObserver",
+    "PoolStatus",
+]
 
 
 @attrs.frozen(kw_only=True)
@@ -28,6 +34,9 @@ class PoolStatus:
         connecting: Connections being established.
         streams_in_use: Leases given out.
         streams_max: Leases that could be given out, at `max_connections`.
+        suspect: Open connections that are leased to nobody until they have answered
+            a probe, which is under way.
+        leaving: Open connections that close when their last lease is back.
         failing: True if no attempt to connect succeeded since the last one failed.
     """
 
@@ -41,6 +50,8 @@ class PoolStatus:
     connecting: int = 0
     streams_in_use: int = 0
     streams_max: int = 0
+    suspect: int = 0
+    leaving: int = 0
     failing: bool = False
 
     @property
@@ -48,17 +59,46 @@ class PoolStatus:
         """
         Whether a check would have a connection to go to.
 
-        True with at least one healthy connection, and for a pool without any as
-        long as no attempt to connect has failed since the last success: a pool that
-        nobody used yet is healthy.
+        True with at least one healthy connection. Without any, as long as no attempt
+        to connect has failed since the last success: a pool that nobody used yet is
+        healthy, and one that is only suspected, or replaced, stays so.
         """
-        return self.healthy_connections > 0 or (self.total == 0 and not self.failing)
+        if self.healthy_connections > 0:
+            return True
+        return not self.failing and self.total <= self.suspect + self.leaving
 
     def __str__(self) -> str:
         return (
             f"total={self.total} busy={self.busy} waiting={self.waiting} "
             f"connecting={self.connecting}"
         )
+
+
+ConnectionCondition: TypeAlias = Literal["idle", "busy", "suspect", "leaving"]
+
+
+@attrs.frozen(kw_only=True)
+class ConnectionStatus:
+    """
+    A snapshot of one open connection, as `ConnectionPool.connections()` returns it.
+
+    Attributes:
+        peer: The address of the other side, such as `ipv4:10.0.0.7:8282`; None if
+            the connection does not tell.
+        condition: `idle`, `busy` (it has leases), `suspect` (a probe decides about
+            it), or `leaving` (it closes when its last lease is back).
+        streams: Leases it serves.
+        age: Seconds since it was established.
+        idle_for: Seconds since its last lease came back; 0 while it has one.
+        last_error: What the last call or probe on it that failed said of it.
+    """
+
+    peer: str | None
+    condition: ConnectionCondition
+    streams: int
+    age: float
+    idle_for: float
+    last_error: str | None
 
 
 @attrs.define

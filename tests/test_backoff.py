@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from hypothesis import given, strategies
 
-from fastapi_topaz._backoff import BASE, CAP, full_jitter
+from fastapi_topaz._backoff import BASE, CAP, DEMAND_CAP, FLOOR, full_jitter
 
 
 @given(
     failures=strategies.integers(1, 10**9),
-    random=strategies.floats(0, 1, exclude_max=True),
+    share=strategies.floats(0, 1, exclude_max=True),
+    cap=strategies.sampled_from([CAP, DEMAND_CAP]),
 )
-def test_a_pause_is_never_longer_than_the_cap(failures, random):
-    assert 0 <= full_jitter(failures, lambda: random) < CAP
+def test_a_pause_is_never_shorter_than_the_floor_nor_longer_than_the_cap(
+    failures, share, cap
+):
+    assert FLOOR <= full_jitter(failures, share, cap) < cap
+
+
+@given(
+    failures=strategies.integers(1, 100),
+    share=strategies.floats(0, 1, exclude_max=True),
+)
+def test_whoever_waits_never_waits_longer_than_the_pool_would(failures, share):
+    assert full_jitter(failures, share, DEMAND_CAP) <= full_jitter(failures, share)
+
+
+def test_the_pause_doubles_up_to_its_cap():
+    pauses = [full_jitter(failures, 1.0) for failures in range(1, 8)]
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+    demanded = [full_jitter(failures, 1.0, DEMAND_CAP) for failures in range(1, 6)]
+    assert demanded == [0.1, 0.2, 0.4, 0.5, 0.5]
 
 
 def test_the_whole_pause_is_jittered_so_that_a_fleet_does_not_stay_in_step():
-    assert full_jitter(1, lambda: 0.0) == 0
-    assert full_jitter(1, lambda: 1.0) == BASE
-    assert full_jitter(40, lambda: 0.25) == CAP / 4
+    assert full_jitter(1, 1.0) == BASE
+    assert full_jitter(40, 0.25) == CAP / 4
+    assert full_jitter(40, 0.0) == FLOOR == 0.05

@@ -21,6 +21,7 @@ PUBLIC = [
     "ConnectFailed",
     "ConnectionLost",
     "ConnectionPool",
+    "ConnectionStatus",
     "Connector",
     "Identity",
     "IdentityType",
@@ -32,6 +33,7 @@ PUBLIC = [
     "PooledConnection",
     "TopazConfig",
     "TopazError",
+    "Verdict",
     "require_policy_allowed",
     "require_policy_auto",
 ]

@@ -276,7 +276,8 @@ def test_the_check_timeout_is_one_budget_for_waiting_and_asking(embedded_authori
     embedded_authorizer.policies = lambda check: True
     with TestClient(application(config)) as client:
         assert client.get("/documents/7").status_code == 200
-    assert deadlines == [2]
+    (waited,) = deadlines
+    assert 0 < waited <= 2
 
 
 @backends

@@ -25,7 +25,7 @@ import pytest
 import trio
 from waiting import eventually
 
-from fastapi_topaz import ConnectFailed, ConnectionLost
+from fastapi_topaz import ConnectFailed, ConnectionLost, Verdict
 from fastapi_topaz._transport import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
@@ -503,7 +503,7 @@ async def test_closing_under_a_call_is_connection_lost(authorizer, connection):
     assert [type(error) for error in caught] == [ConnectionLost]
     assert authorizer.url in str(caught[0])
     assert INFO in str(caught[0])
-    assert connection.is_lost(caught[0])
+    assert connection.judge(caught[0]) is Verdict.BROKEN
     await eventually(lambda: authorizer.cancelled == 1)
 
 
@@ -553,7 +553,7 @@ async def test_a_call_after_close_is_connection_lost(authorizer, connection):
     await connection.close(0)
     with anyio.fail_after(PATIENCE), pytest.raises(ConnectionLost) as caught:
         await ask(connection)
-    assert connection.is_lost(caught.value)
+    assert connection.judge(caught.value) is Verdict.BROKEN
     assert authorizer.calls.total() == 0
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "fastapi_topaz"
 # From the ground up: a module may import those of its own layer and below.
 LAYERS = [
     {"exceptions", "_options", "_backoff", "_status", "_fork"},
-    {"_entry", "_state"},
+    {"_attempts", "_entry", "_rotation", "_snapshot", "_state"},
     {"_messages", "_authorizer", "_metrics", "_transport"},
     {"_host", "_connections", "_maintenance", "_runtime", "_life", "_lease", "_pool"},
     {"_config", "_dependencies"},
@@ -37,6 +37,9 @@ ALLOWED = [
 # The state is told the time and does nothing by itself.
 PURE = [
     "_state.py",
+    "_attempts.py",
+    "_rotation.py",
+    "_snapshot.py",
     "_entry.py",
     "_backoff.py",
     "_status.py",

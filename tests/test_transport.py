@@ -12,7 +12,7 @@ import pytest
 import trustme
 from waiting import eventually
 
-from fastapi_topaz import AuthorizerOptions, ConnectFailed, ConnectionLost
+from fastapi_topaz import AuthorizerOptions, ConnectFailed, ConnectionLost, Verdict
 from fastapi_topaz._transport import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from fastapi_topaz.testing._certs import Certificates
@@ -440,7 +440,7 @@ async def test_a_probe_of_an_unavailable_server_means_dead(plaintext):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await connection.probe(5)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert connection.is_lost(caught.value)
+        assert connection.judge(caught.value) is Verdict.UNAVAILABLE
 
 
 async def test_a_probe_of_a_stopped_server_means_dead(plaintext):
@@ -476,7 +476,7 @@ async def test_a_probe_of_a_closed_connection_is_connection_lost(plaintext):
     await connection.close(0)
     with anyio.fail_after(PATIENCE), pytest.raises(ConnectionLost) as caught:
         await connection.probe(5)
-    assert connection.is_lost(caught.value)
+    assert connection.judge(caught.value) is Verdict.BROKEN
 
 
 # -- what accuses the connection
@@ -484,17 +484,18 @@ async def test_a_probe_of_a_closed_connection_is_connection_lost(plaintext):
 
 async def test_only_a_lost_connection_accuses_the_connection(plaintext):
     async with connected(plaintext.options) as connection:
-        for code, lost in [
-            ("UNAVAILABLE", True),
-            ("PERMISSION_DENIED", False),
-            ("INTERNAL", False),
-            ("CANCELLED", False),
+        for code, verdict in [
+            ("UNAVAILABLE", Verdict.UNAVAILABLE),
+            ("DEADLINE_EXCEEDED", Verdict.SILENT),
+            ("PERMISSION_DENIED", Verdict.ANSWERED),
+            ("INTERNAL", Verdict.ANSWERED),
+            ("CANCELLED", Verdict.UNAVAILABLE),
         ]:
             plaintext.fail(code)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await ask(connection)
-            assert connection.is_lost(caught.value) is lost, code
-        assert not connection.is_lost(ValueError("no"))
+            assert connection.judge(caught.value) is verdict, code
+        assert connection.judge(ValueError("no")) is None
 
 
 async def test_a_dropped_socket_fails_the_call_that_was_using_it(plaintext):
@@ -514,7 +515,7 @@ async def test_a_dropped_socket_fails_the_call_that_was_using_it(plaintext):
                 await eventually(lambda: plaintext.streams == 1)
                 assert plaintext.drop_connections() == 1
         assert caught[0].code() is grpc.StatusCode.UNAVAILABLE
-        assert connection.is_lost(caught[0])
+        assert connection.judge(caught[0]) is Verdict.BROKEN
 
 
 # -- closing

@@ -1,7 +1,7 @@
 """How connections are made: gRPC to an authorizer, on asyncio and on trio."""
 
-from fastapi_topaz._transport._base import Connection, Connector, RpcConnection
+from fastapi_topaz._transport._base import Connection, Connector, RpcConnection, Verdict
 from fastapi_topaz._transport._connector import GrpcConnector
 
 
-__all__ = ["Connection", "Connector", "GrpcConnector", "RpcConnection"]
+__all__ = ["Connection", "Connector", "GrpcConnector", "RpcConnection", "Verdict"]

@@ -1,15 +1,29 @@
-"""The two protocols through which a pool meets the thing it pools."""
+"""The protocols through which a pool meets the thing it pools."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from typing import Protocol
 
 
-__all__ = ["Connection", "Connector", "Metadata", "RpcConnection"]
+__all__ = ["Connection", "Connector", "Metadata", "RpcConnection", "Verdict"]
 
 
 Metadata = Sequence[tuple[str, str | bytes]]
+
+
+class Verdict(enum.Enum):
+    """What a failed call says of the connection it was made on."""
+
+    ANSWERED = "answered"
+    """The other side answered, with an error of its own: the connection is well."""
+    UNAVAILABLE = "unavailable"
+    """The other side cannot be had: the connection is suspect."""
+    BROKEN = "broken"
+    """The connection was cut: it is suspect, and so are those beside it."""
+    SILENT = "silent"
+    """No answer came in time: suspect if the next call gets none either."""
 
 
 class Connection(Protocol):
@@ -20,7 +34,7 @@ class Connection(Protocol):
         Return if the other side answers within *timeout* seconds.
 
         Raises:
-            Exception: It does not; the pool closes the connection.
+            Exception: It does not; the second time the pool closes the connection.
         """
 
     async def close(self, grace: float, /) -> None:
@@ -40,11 +54,19 @@ class Connector(Protocol):
     A method `validate()`, if there is one, is called by `initialize()` and raises
     what no retry can mend, such as a missing file.
 
+    An attribute `spreads` (bool), if true, says that connections may lead to different
+    servers. After one was lost the pool then replaces the others, one by one, so that
+    a server that restarted gets its share again.
+
     What it makes needs `async probe(timeout)`, which raises if the other side does not
     answer, and `async close(grace)`. With `async call(method, request, *, timeout,
-    metadata)` from bytes to bytes and `is_lost(error)` besides, leases of it make
-    gRPC calls. None of them may shield itself from cancellation for long: the pool
-    ends them by cancelling.
+    metadata)` from bytes to bytes, leases of it make gRPC calls. Neither may shield
+    itself from cancellation for long: the pool ends them by cancelling.
+
+    The rest is used where it is there. `judge(error)` tells what the error of a call
+    says of the connection. `is_lost()`, asked before each lease, tells that the other
+    side has gone away, so that no call has to find out; `look_closely()` is called
+    now and then so that it may. `peer` is the address of the other side.
     """
 
     async def connect(self, timeout: float, /) -> Connection:
@@ -72,6 +94,18 @@ class RpcConnection(Connection, Protocol):
         """Make one unary-unary call and return the response."""
         ...
 
-    def is_lost(self, error: BaseException, /) -> bool:
-        """Say whether *error*, raised by a call, accuses the connection itself."""
+    def judge(self, error: BaseException, /) -> Verdict | None:
+        """Return what *error*, raised by a call, says of the connection itself."""
+        ...
+
+    def is_lost(self) -> bool:
+        """Say whether the other side has gone away; takes a microsecond at most."""
+        ...
+
+    def look_closely(self) -> None:
+        """Find out what `is_lost` cannot without taking longer."""
+
+    @property
+    def peer(self) -> str | None:
+        """The address of the other side, if it is known."""
         ...

@@ -27,6 +27,9 @@ class GrpcConnector:
     Strictly private.
     """
 
+    # One address may stand for several servers, and gRPC picks one of several.
+    spreads = True
+
     def __init__(self, options: AuthorizerOptions) -> None:
         self.options = options
         self.target = options.url

@@ -59,6 +59,15 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         "gRPC cannot use the certificates that {roots}",
     ),
     (
+        ("Too many open files",),
+        "other",
+        False,
+        (
+            "this process has no file descriptor left; raise its limit (ulimit -n), or "
+            "look for what leaks them"
+        ),
+    ),
+    (
         ("errors resolving", "Domain name not found", "DNS", "name resolution"),
         "resolve",
         False,

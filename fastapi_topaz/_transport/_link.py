@@ -26,7 +26,9 @@ import grpc
 import grpc.aio
 
 from fastapi_topaz import _fork
+from fastapi_topaz._transport._base import Verdict
 from fastapi_topaz._transport._failures import connect_failed, connect_timed_out
+from fastapi_topaz._transport._peer import Peer
 from fastapi_topaz.exceptions import ConnectionLost
 
 
@@ -45,9 +47,25 @@ PROBE = "/aserto.authorizer.v2.Authorizer/Info"
 # An answer with any other status was sent by the server itself: it is alive.
 _NOT_ALIVE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 
+# Each channel resolves the name anew and goes to a random one of its addresses: one
+# after the other would bring all connections of all workers to the first.
+_SPREAD = '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}'
+
+# Nobody here has cancelled a call that ends CANCELLED: a server does that as it stops.
+_GOING = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+
 _MAX_INT = 2**31 - 1
 _READY = grpc.ChannelConnectivity.READY
 _FAILED = grpc.ChannelConnectivity.TRANSIENT_FAILURE
+
+
+def is_refused_stream(error: grpc.aio.AioRpcError) -> bool:
+    """
+    Say whether the server refused this one stream, as it does when it has too many.
+
+    RFC 9113, section 8.7: it did nothing with the request, and the connection is well.
+    """
+    return "RST_STREAM" in (error.details() or "")
 
 
 def _version() -> str:
@@ -61,6 +79,10 @@ def _channel_options(timeout: float) -> list[tuple[str, Any]]:
     return [
         # Channels to one target share one TCP connection otherwise.
         ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.service_config", _SPREAD),
+        # Tells the peer; its traces of events would cost more than the connecting.
+        ("grpc.enable_channelz", 1),
+        ("grpc.max_channel_trace_event_memory_per_node", 0),
         # Despite its name this is how long gRPC lets one attempt take. A little
         # less than our own timeout, so that gRPC still gets to say the reason.
         (
@@ -150,8 +172,12 @@ class Link:
     Strictly private.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, peer: Peer, options: AuthorizerOptions
+    ) -> None:
         self._channel = channel
+        self._peer = peer
+        self.peer = peer.address()
         self._target = options.url
         self._metadata = options.metadata
         self._loop = asyncio.get_running_loop()
@@ -159,6 +185,7 @@ class Link:
         # Calls in flight by the task that carries them.
         self._calls: dict[asyncio.Task[Any], Any] = {}
         self._closed = False
+        self._lost = False
         self._quiet: asyncio.Event | None = None
 
     def __repr__(self) -> str:
@@ -178,7 +205,7 @@ class Link:
             ConnectFailed: It did not become ready within *timeout* seconds.
             ValueError: The certificate file cannot be read.
         """
-        channel = _open_channel(options, timeout)
+        channel, peer = Peer.of_new(lambda: _open_channel(options, timeout))
         _fork.watch(channel)
         try:
             async with asyncio.timeout(timeout):
@@ -191,7 +218,7 @@ class Link:
             if isinstance(error, TimeoutError):
                 raise connect_timed_out(options, timeout) from None
             raise error.with_traceback(None)  # noqa: B904  (the same error)
-        return cls(channel, options)
+        return cls(channel, peer, options)
 
     # -- calls ------------------------------------------------------------------
 
@@ -209,6 +236,9 @@ class Link:
         """
         if self._closed:
             raise self.lost(method)
+        # Noted, because the call makes the channel connect anew: it may be READY again
+        # before anybody asks.
+        self.is_lost()
         begin = self._methods.get(method)
         if begin is None:
             begin = self._methods[method] = self._channel.unary_unary(method)
@@ -277,14 +307,39 @@ class Link:
         finally:
             del call
 
-    def is_lost(self, error: BaseException, /) -> bool:
-        """Say whether *error* accuses the connection and not the request."""
+    def judge(self, error: BaseException, /) -> Verdict | None:
+        """Return what *error*, raised by a call, says of the connection itself."""
         if isinstance(error, ConnectionLost):
-            return True
-        return (
-            isinstance(error, grpc.aio.AioRpcError)
-            and error.code() is grpc.StatusCode.UNAVAILABLE
-        )
+            return Verdict.BROKEN
+        if not isinstance(error, grpc.aio.AioRpcError):
+            return None
+        code = error.code()
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return Verdict.SILENT
+        if code not in _GOING or is_refused_stream(error):
+            return Verdict.ANSWERED
+        # When the socket goes the channel leaves READY before the call has failed.
+        return Verdict.BROKEN if self.is_lost() else Verdict.UNAVAILABLE
+
+    def is_lost(self) -> bool:
+        """
+        Say whether the socket is gone, or the server has said GOAWAY.
+
+        The channel would make a new connection by itself, perhaps to another server. It
+        is asked and not watched: with a watch under way, a process forked from this one
+        crashes at random in gRPC, also if it never uses it.
+        """
+        if not self._lost:
+            self._lost = self._closed or self._channel.get_state() is not _READY
+        return self._lost
+
+    def look_closely(self) -> None:
+        """
+        Find out whether the channel went on to another socket unseen.
+
+        After GOAWAY the calls that were under way may bring it there at once.
+        """
+        self._lost = self._lost or self._peer.is_gone()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         del self._calls[task]
@@ -311,7 +366,7 @@ class Link:
         try:
             await self.call(PROBE, b"", timeout=timeout, metadata=())
         except grpc.aio.AioRpcError as error:
-            if error.code() in _NOT_ALIVE:
+            if error.code() in _NOT_ALIVE and not is_refused_stream(error):
                 raise
 
     async def close(self, grace: float, /) -> None:

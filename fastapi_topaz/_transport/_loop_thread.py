@@ -33,6 +33,7 @@ class LoopThread:
     def __init__(self) -> None:
         self._holders = 0
         self._started = threading.Event()
+        self._failure: BaseException | None = None
         self._on_exit: Callable[[], None] | None = None
         self._thread = threading.Thread(
             target=self._main, name="fastapi_topaz gRPC", daemon=True
@@ -40,7 +41,12 @@ class LoopThread:
 
     @classmethod
     def hold(cls) -> LoopThread:
-        """Return the process's loop thread, running; pair with `let_go`."""
+        """
+        Return the process's loop thread, running; pair with `let_go`.
+
+        Raises:
+            OSError: It cannot have a loop, as when no file descriptor is left.
+        """
         with cls._lock:
             self = cls._shared
             if self is None:
@@ -48,6 +54,9 @@ class LoopThread:
                 # About 0.2 ms, once: the thread only has to enter its loop.
                 self._thread.start()
                 self._started.wait()
+                if self._failure is not None:
+                    self.join()
+                    raise self._failure
                 cls._shared = self
             self._holders += 1
             return self
@@ -78,7 +87,14 @@ class LoopThread:
         self._thread.join()
 
     def _main(self) -> None:
-        asyncio.run(self._serve())
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            if self._started.is_set():
+                raise
+            # Somebody waits for the start, and would wait for ever.
+            self._failure = error
+            self._started.set()
         if self._on_exit is not None:
             self._on_exit()
 

@@ -165,7 +165,10 @@ class BridgedLink:
         self._link = link
         self._thread = thread
         self._closed = False
+        self.judge = link.judge
         self.is_lost = link.is_lost
+        self.look_closely = link.look_closely
+        self.peer = link.peer
 
     def __repr__(self) -> str:
         return f"<Bridged{repr(self._link)[1:]}"

@@ -10,6 +10,7 @@ import anyio
 import attrs
 
 from fastapi_topaz._options import seconds
+from fastapi_topaz._transport import Verdict
 from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
 
 
@@ -56,7 +57,7 @@ def hang() -> Step:
     return Step(delay=float("inf"))
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, slots=False)
 class FakeConnection:
     """
     What a `FakeConnector` makes.
@@ -65,6 +66,8 @@ class FakeConnection:
         number: Counted from 1, in the order they were made.
         alive: Whether probes succeed; set it to False to play dead.
         frozen: Whether probes and calls never end.
+        hung_up: Whether the other side has gone away, which the pool notices; probes
+            and calls fail.
         probes: Probes so far.
         calls: Calls so far.
         closed: Times it was closed, which should end at one.
@@ -74,6 +77,7 @@ class FakeConnection:
     number: int
     alive: bool = True
     frozen: bool = False
+    hung_up: bool = False
     probes: int = 0
     calls: int = 0
     closed: int = 0
@@ -91,9 +95,20 @@ class FakeConnection:
         response: bytes = await answer if inspect.isawaitable(answer) else answer
         return response
 
-    def is_lost(self, error: BaseException, /) -> bool:
-        """Say whether *error* is `ConnectionLost`."""
-        return isinstance(error, ConnectionLost)
+    def judge(self, error: BaseException, /) -> Verdict | None:
+        """Say that the connection broke if *error* is `ConnectionLost`."""
+        if isinstance(error, ConnectionLost):
+            return Verdict.BROKEN
+        return Verdict.SILENT if isinstance(error, TimeoutError) else None
+
+    def is_lost(self) -> bool:
+        """Say whether the server hung up."""
+        return self.hung_up
+
+    @property
+    def peer(self) -> str:
+        """The address: `fake:` and the number."""
+        return f"fake:{self.number}"
 
     async def close(self, grace: float, /) -> None:  # noqa: ARG002
         """Count the closing."""
@@ -104,7 +119,7 @@ class FakeConnection:
         if self.frozen:
             await anyio.sleep_forever()
         await anyio.lowlevel.checkpoint()
-        if self.closed or not self.alive:
+        if self.closed or self.hung_up or not self.alive:
             raise ConnectionLost(f"fake connection {self.number} is dead")
 
 

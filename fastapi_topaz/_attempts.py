@@ -1,0 +1,146 @@
+"""The attempts to connect: those under way, and what the failed ones tell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi_topaz._backoff import DEMAND_CAP, full_jitter
+from fastapi_topaz._entry import PoolEntry
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastapi_topaz._options import PoolOptions
+
+
+__all__ = ["Attempts"]
+
+
+BRIEF = 2.0
+"""Seconds. A connection lost earlier is no sign that the server is well."""
+
+
+PATIENCE = 2.0
+"""Seconds. An attempt that takes longer may hang: others are begun in its stead."""
+
+
+class Attempts:
+    """
+    The attempts to connect, and an outage if the last of them failed.
+
+    Strictly private.
+
+    Attributes:
+        under_way: The entries whose connections are being established.
+        failures: Rounds that failed since the last success. All attempts begun
+            before the first of them failed are one round.
+        error: What the last failed attempt raised.
+    """
+
+    def __init__(self, random: Callable[[], float]) -> None:
+        self._random = random
+        self.under_way: set[PoolEntry] = set()
+        self.failures = 0
+        self.error: Exception | None = None
+        self._round = 0
+        self._since = 0.0
+        self._retry_at = self._demand_at = float("-inf")
+        # Connections in a row that were lost as soon as they were made.
+        self._brief = 0
+        self._brief_until = float("-inf")
+
+    def begin(self, now: float) -> PoolEntry:
+        """Add an entry whose connection is being established."""
+        entry = PoolEntry(started_at=now, round=self._round)
+        self.under_way.add(entry)
+        return entry
+
+    def succeeded(self, entry: PoolEntry) -> None:
+        """Drop *entry*, and the outage: one success makes up for all failures."""
+        self.under_way.remove(entry)
+        self.failures = 0
+        self.error = None
+        self._retry_at = self._demand_at = float("-inf")
+
+    def failed(self, entry: PoolEntry, error: Exception, now: float) -> None:
+        """Drop *entry*, and wait before the next round."""
+        self.under_way.remove(entry)
+        self.error = error
+        # Not after each failure: an attempt begun meanwhile would always be under
+        # way, and the next would follow each failure without any pause.
+        if entry.round == self._round:
+            self._round += 1
+            if not self.failures:
+                self._since = entry.started_at
+            self.failures += 1
+            share = self._random()
+            self._retry_at = now + full_jitter(self.failures, share)
+            self._demand_at = now + full_jitter(self.failures, share, DEMAND_CAP)
+
+    def cancelled(self, entry: PoolEntry) -> None:
+        """Drop *entry*, unless its attempt has ended already."""
+        self.under_way.discard(entry)
+
+    def lost(self, lived: float, now: float) -> None:
+        """
+        Note that a connection was lost after it had *lived* for so many seconds.
+
+        A server that accepts and hangs up again would have connections made as fast
+        as they can be, each of them a success.
+        """
+        if lived >= BRIEF:
+            self._brief = 0
+        elif now >= self._brief_until:  # those lost together count once
+            self._brief += 1
+            pause = full_jitter(self._brief, self._random(), DEMAND_CAP)
+            self._brief_until = now + pause
+
+    def is_cautious(self, now: float) -> bool:
+        """Say whether the server's state calls for one attempt at a time."""
+        return self.failures > 0 or now < self._brief_until + BRIEF
+
+    def next_attempt(self, *, waiting: bool) -> float:
+        """Return when the next attempt may be made; sooner if somebody is *waiting*."""
+        retry_at = self._demand_at if waiting else self._retry_at
+        return max(retry_at, self._brief_until)
+
+    def coming(self, *, waiting: bool) -> int:
+        """Return how many connections may be expected from the attempts under way."""
+        # One that hangs must not keep those who wait from another server.
+        if waiting:
+            return sum(not entry.overdue for entry in self.under_way)
+        return len(self.under_way)
+
+    def overdue(self, now: float) -> bool:
+        """Give up hope in attempts that take too long; True if that is news."""
+        late = [
+            entry
+            for entry in self.under_way
+            if not entry.overdue and entry.started_at + PATIENCE <= now
+        ]
+        for entry in late:
+            entry.overdue = True
+        return bool(late)
+
+    def next_overdue(self) -> float:
+        """Return when the next attempt takes too long."""
+        return min(
+            (e.started_at + PATIENCE for e in self.under_way if not e.overdue),
+            default=float("inf"),
+        )
+
+    def hopeless(self, options: PoolOptions, now: float) -> bool:
+        """
+        Say whether those who wait have had what one demand is worth.
+
+        That is a number of attempts, or, where an attempt takes longer than any caller
+        waits, that time.
+        """
+        if not self.failures or self.coming(waiting=True):
+            return False
+        return (
+            self.failures >= options.attempts
+            or now - self._since >= options.acquire_timeout
+            or bool(getattr(self.error, "permanent", False))
+        )

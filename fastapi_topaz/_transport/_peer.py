@@ -1,0 +1,88 @@
+"""
+Which address a channel is connected to.
+
+grpc.aio tells nobody, but its core keeps the books of channelz, and this reads them.
+It is for people who look at a pool, so a book that cannot be read is no error.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+from grpc._cython import cygrpc
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
+
+
+__all__ = ["Peer"]
+
+
+class Peer:
+    """
+    The other end of a channel and the socket that leads there, found by its number.
+
+    Strictly private.
+    """
+
+    _lock = threading.Lock()
+    _newest = 0
+
+    def __init__(self, number: int | None) -> None:
+        self._number = number
+        self._socket: int | None = None
+
+    @classmethod
+    def of_new(
+        cls, open_channel: Callable[[], grpc.aio.Channel]
+    ) -> tuple[grpc.aio.Channel, Peer]:
+        """Return what *open_channel* returns, and the peer it will have."""
+        # Numbers grow and a channel does not know its own: it is the newest one, as
+        # long as nobody else opens channels.
+        with cls._lock:
+            channel = open_channel()
+            try:
+                found = _read(cygrpc.channelz_get_top_channels, cls._newest + 1)
+                number = max(int(top["ref"]["channelId"]) for top in found["channel"])
+            except Exception:  # noqa: BLE001  (the books are not part of any contract)
+                return channel, cls(None)
+            cls._newest = number
+        return channel, cls(number)
+
+    def address(self) -> str | None:
+        """Return the address, such as `ipv4:127.0.0.1:8282`, while connected."""
+        if self._number is None:
+            return None
+        try:
+            channel = _read(cygrpc.channelz_get_channel, self._number)["channel"]
+            for reference in channel["subchannelRef"]:
+                number = int(reference["subchannelId"])
+                found = _read(cygrpc.channelz_get_subchannel, number)["subchannel"]
+                for socket in found.get("socketRef", ()):
+                    self._socket = int(socket["socketId"])
+                    # It is called "chttp2 ipv4:127.0.0.1:8282".
+                    return str(socket["name"]).rpartition(" ")[2]
+        except Exception:  # noqa: BLE001  (as above)
+            return None
+        return None
+
+    def is_gone(self) -> bool:
+        """Say whether the socket that `address` found is closed; takes about 0.3 ms."""
+        if self._socket is None:
+            return False
+        try:
+            cygrpc.channelz_get_socket(self._socket)
+        except ValueError:  # it is in the books no more
+            return True
+        except Exception:  # noqa: BLE001  (as above)
+            return False
+        return False
+
+
+def _read(book: Callable[[int], str], number: int) -> Any:
+    return json.loads(book(number))

@@ -1,0 +1,298 @@
+"""The attempts to connect: rounds, pauses, hope, and servers that hang up at once."""
+
+from __future__ import annotations
+
+import heapq
+from itertools import count
+from random import Random
+
+import pytest
+
+from fastapi_topaz import ConnectionPool
+from fastapi_topaz._attempts import BRIEF, PATIENCE, Attempts
+from fastapi_topaz._backoff import DEMAND_CAP, FLOOR
+from fastapi_topaz._state import PoolState
+from fastapi_topaz.exceptions import ConnectFailed
+
+
+def make(random=1.0):
+    return Attempts(lambda: random)
+
+
+def fail(attempts, now=0.0, **options):
+    attempts.failed(attempts.begin(now), ConnectFailed("no", **options), now)
+
+
+def succeed(attempts, now=0.0):
+    attempts.succeeded(attempts.begin(now))
+
+
+def hopeless(attempts, now=0.0, **options):
+    return attempts.hopeless(ConnectionPool(**options).options, now)
+
+
+def pauses(attempts, now=0.0):
+    """Return the pauses of the pool for itself, and for those who wait."""
+    return tuple(
+        pytest.approx(attempts.next_attempt(waiting=waiting) - now)
+        for waiting in (False, True)
+    )
+
+
+# -- rounds and pauses --------------------------------------------------------------
+
+
+def test_the_first_attempt_may_be_made_at_once():
+    attempts = make()
+    for waiting in (False, True):
+        assert attempts.next_attempt(waiting=waiting) == float("-inf")
+
+
+def test_attempts_that_were_begun_together_fail_as_one_round():
+    attempts = make(random=0.5)
+    entries = [attempts.begin(0.0) for _ in range(5)]
+    for entry in entries:
+        attempts.failed(entry, ConnectFailed("no"), 1.0)
+    assert attempts.failures == 1
+    assert pauses(attempts, now=1.0) == (0.05, 0.05)
+
+
+def test_a_late_failure_of_a_round_does_not_make_its_pause_longer():
+    attempts = make()
+    first, second = attempts.begin(0.0), attempts.begin(0.0)
+    attempts.failed(first, ConnectFailed("no"), 1.0)
+    attempts.failed(second, ConnectFailed("still no"), 1.09)
+    assert attempts.failures == 1
+    assert pauses(attempts, now=1.0) == (0.1, 0.1)
+    assert str(attempts.error) == "still no"
+
+
+def test_an_attempt_begun_after_a_failure_is_of_the_next_round():
+    attempts = make()
+    fail(attempts)
+    fail(attempts)
+    assert attempts.failures == 2
+
+
+def test_the_pause_doubles_up_to_a_cap_that_is_lower_while_somebody_waits():
+    attempts = make()
+    seen = []
+    for _ in range(7):
+        fail(attempts, now=10.0)
+        seen.append(attempts.next_attempt(waiting=False) - 10.0)
+        demanded = attempts.next_attempt(waiting=True) - 10.0
+        assert demanded == pytest.approx(min(DEMAND_CAP, seen[-1]))
+    assert seen == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0])
+
+
+def test_no_pause_is_shorter_than_its_floor():
+    attempts = make(random=0.0)
+    for _ in range(3):
+        fail(attempts)
+        assert pauses(attempts) == (FLOOR, FLOOR)
+
+
+def test_one_success_makes_up_for_all_failures():
+    attempts = make()
+    for _ in range(5):
+        fail(attempts)
+    succeed(attempts)
+    assert attempts.failures == 0
+    assert attempts.error is None
+    assert attempts.next_attempt(waiting=False) == float("-inf")
+    fail(attempts)
+    assert pauses(attempts) == (0.1, 0.1)
+
+
+def test_a_cancelled_attempt_is_no_failure():
+    attempts = make()
+    entry = attempts.begin(0.0)
+    attempts.cancelled(entry)
+    assert not attempts.under_way
+    assert attempts.failures == 0
+    attempts.cancelled(entry)  # as each attempt is that has ended
+
+
+# -- attempts that take too long ----------------------------------------------------
+
+
+def test_an_attempt_that_takes_too_long_is_expected_only_while_nobody_waits():
+    attempts = make()
+    attempts.begin(10.0)
+    attempts.begin(10.5)
+    assert attempts.next_overdue() == 10.0 + PATIENCE
+    assert not attempts.overdue(10.0 + PATIENCE - 0.01)
+    assert attempts.coming(waiting=True) == 2
+    assert attempts.overdue(10.0 + PATIENCE)
+    assert not attempts.overdue(10.0 + PATIENCE), "no news"
+    assert attempts.coming(waiting=True) == 1
+    assert attempts.coming(waiting=False) == 2
+    assert attempts.next_overdue() == 10.5 + PATIENCE
+
+
+def test_there_is_nothing_to_look_out_for_without_an_attempt():
+    attempts = make()
+    assert attempts.next_overdue() == float("inf")
+    assert not attempts.overdue(1e9)
+    attempts.begin(0.0)
+    attempts.overdue(PATIENCE)
+    assert attempts.next_overdue() == float("inf"), "it is late already"
+
+
+# -- hope ---------------------------------------------------------------------------
+
+
+def test_hope_is_lost_after_as_many_attempts_as_one_demand_is_worth():
+    attempts = make()
+    for round_ in range(3):
+        assert not hopeless(attempts, max_retries=2), round_
+        fail(attempts)
+    assert hopeless(attempts, max_retries=2)
+
+
+def test_without_retries_hope_is_lost_with_the_first_round():
+    attempts = make()
+    fail(attempts)
+    assert hopeless(attempts, max_retries=5, retry_on_failure=False)
+    assert not hopeless(attempts, max_retries=5)
+
+
+def test_hope_is_lost_when_the_first_failed_attempt_began_an_acquire_timeout_ago():
+    attempts = make()
+    slow = attempts.begin(10.0)
+    attempts.failed(slow, ConnectFailed("no"), 13.0)
+    fail(attempts, now=13.5)
+    assert not hopeless(attempts, 14.9, acquire_timeout=5, max_retries=9)
+    assert hopeless(attempts, 15.0, acquire_timeout=5, max_retries=9)
+    assert not hopeless(attempts, 1e9, acquire_timeout=float("inf"), max_retries=9)
+
+
+def test_an_outage_begins_anew_after_a_success():
+    attempts = make()
+    fail(attempts, now=10.0)
+    succeed(attempts, now=11.0)
+    fail(attempts, now=12.0)
+    assert not hopeless(attempts, 16.9, acquire_timeout=5)
+    assert hopeless(attempts, 17.0, acquire_timeout=5)
+
+
+def test_what_no_retry_can_mend_is_hopeless_at_once():
+    attempts = make()
+    fail(attempts, reason="tls", permanent=True)
+    assert hopeless(attempts, max_retries=5)
+
+
+def test_there_is_hope_while_an_attempt_is_under_way_that_is_not_overdue():
+    attempts = make()
+    fail(attempts, permanent=True)
+    attempts.begin(0.0)
+    assert not hopeless(attempts)
+    attempts.overdue(PATIENCE)
+    assert hopeless(attempts, PATIENCE)
+    attempts.begin(PATIENCE)
+    assert not hopeless(attempts, PATIENCE)
+
+
+def test_there_is_hope_until_an_attempt_has_failed():
+    attempts = make()
+    attempts.begin(0.0)
+    attempts.overdue(PATIENCE)
+    assert not hopeless(attempts, 1e9, max_retries=0)
+
+
+# -- connections that are lost as soon as they are made -----------------------------
+
+
+def test_brief_connections_pace_the_next_attempts_with_growing_pauses():
+    attempts = make()
+    seen, now = [], 0.0
+    for _ in range(5):
+        succeed(attempts, now)
+        attempts.lost(BRIEF - 0.1, now)
+        seen.append(attempts.next_attempt(waiting=True) - now)
+        now += 1.0
+    assert seen == pytest.approx([0.1, 0.2, 0.4, DEMAND_CAP, DEMAND_CAP])
+    assert attempts.failures == 0, "they are no outage"
+
+
+def test_a_connection_that_lived_long_paces_nothing():
+    attempts = make()
+    attempts.lost(BRIEF, 0.0)
+    assert attempts.next_attempt(waiting=True) == float("-inf")
+    assert not attempts.is_cautious(0.0)
+
+
+def test_after_a_connection_that_lived_long_the_pauses_begin_anew():
+    attempts = make()
+    for now in (0.0, 1.0, 2.0):
+        attempts.lost(0.1, now)
+    attempts.lost(BRIEF, 3.0)
+    attempts.lost(0.1, 4.0)
+    assert pauses(attempts, now=4.0) == (0.1, 0.1)
+
+
+def test_brief_connections_that_are_lost_together_count_once():
+    attempts = make()
+    for _ in range(9):
+        attempts.lost(0.1, 0.0)
+    assert pauses(attempts) == (0.1, 0.1)
+
+
+def test_a_success_does_not_end_the_pause_after_a_brief_connection():
+    attempts = make()
+    attempts.lost(0.1, 0.0)
+    succeed(attempts, 0.05)
+    assert pauses(attempts) == (0.1, 0.1)
+
+
+def test_of_two_pauses_the_longer_one_counts():
+    attempts = make()
+    attempts.lost(0.1, 0.0)
+    fail(attempts)
+    fail(attempts)
+    assert pauses(attempts) == (0.2, 0.2)
+    attempts.lost(0.1, 0.15)
+    assert pauses(attempts) == (0.35, 0.35), "the second one of these"
+
+
+def test_attempts_are_made_one_at_a_time_until_a_connection_lives_long_enough():
+    attempts = make()
+    assert not attempts.is_cautious(0.0)
+    attempts.lost(0.1, 0.0)
+    assert attempts.is_cautious(0.1 + BRIEF - 0.01)
+    assert not attempts.is_cautious(0.1 + BRIEF)
+    fail(attempts, now=9.0)
+    assert attempts.is_cautious(1e9)
+    succeed(attempts)
+    assert not attempts.is_cautious(1e9)
+
+
+@pytest.mark.parametrize("minimum", [1, 2, 5])
+@pytest.mark.parametrize("connects_in, lives", [(0.001, 0.001), (0.01, 0.05)])
+def test_a_server_that_accepts_and_hangs_up_sees_few_attempts(
+    minimum, connects_in, lives
+):
+    options = ConnectionPool(min_connections=minimum).options
+    random = Random(0).random
+    state = PoolState(options, random)
+    state.want_one()
+    begun, order, now = 0, count(), 0.0
+    events = [(0.0, next(order), "look", None)]
+    while events[0][0] < 10.0:
+        now, _, what, entry = heapq.heappop(events)
+        if what == "connected":
+            state.connected(entry, object(), now)
+            then = now + lives * (0.5 + random())
+            heapq.heappush(events, (then, next(order), "hangs up", entry))
+        elif what == "hangs up":
+            state.lost(entry, "lost", now)
+            state.closed(entry)
+        for _ in range(state.shortfall(0, now)):
+            begun += 1
+            then = now + connects_in * (0.5 + random())
+            new = state.attempts.begin(now)
+            heapq.heappush(events, (then, next(order), "connected", new))
+        if state.next_attempt() > now:
+            then = state.next_attempt()
+            heapq.heappush(events, (then, next(order), "look", None))
+    assert 20 < begun < 20 * 10

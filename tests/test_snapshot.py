@@ -1,0 +1,127 @@
+"""What a state tells of itself: that it adds up, and when it calls itself healthy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from fastapi_topaz import ConnectionPool
+from fastapi_topaz._entry import Lease
+from fastapi_topaz._snapshot import connection_statuses
+from fastapi_topaz._state import PoolState
+from fastapi_topaz.exceptions import ConnectFailed
+
+
+def make(**options):
+    options = ConnectionPool(**{"min_connections": 0, **options}).options
+    return PoolState(options, lambda: 1.0)
+
+
+def open_one(state, now=0.0, **connection):
+    entry = state.attempts.begin(now)
+    state.connected(entry, SimpleNamespace(**connection), now)
+    return entry
+
+
+def taken(state, now=0.0):
+    lease = Lease()
+    assert state.take(lease, now)
+    return lease
+
+
+def test_the_status_adds_up():
+    state = make(max_connections=5, streams_per_connection=2, min_connections=1)
+    for _ in range(3):
+        open_one(state)
+    for _ in range(3):
+        taken(state)
+    state.attempts.begin(0.0)
+    for _ in range(4):
+        state.enqueue(Lease())
+    status = state.status()
+    assert (status.total, status.idle, status.busy) == (3, 1, 2)
+    assert (status.connecting, status.waiting) == (1, 4)
+    assert (status.streams_in_use, status.streams_max) == (3, 10)
+    assert (status.min_connections, status.max_connections) == (1, 5)
+    assert str(status) == "total=3 busy=2 waiting=4 connecting=1"
+    assert repr(state) == (
+        "<PoolState open=3 connecting=1 closing=0 in_use=3 waiting=4>"
+    )
+
+
+def test_the_status_tells_the_suspect_from_the_leaving():
+    state = make(streams_per_connection=1)
+    for _ in range(4):
+        open_one(state)
+    leaving, suspected = taken(state).entry, taken(state).entry
+    state.suspect(suspected, 1.0)
+    state.suspect(leaving, 1.0)
+    state.retire(leaving, "unhealthy")
+    taken(state, 1.0)
+    status = state.status()
+    assert (status.total, status.healthy_connections) == (4, 2)
+    assert (status.suspect, status.leaving) == (1, 1)
+    conditions = [one.condition for one in connection_statuses(state, 1.0)]
+    assert conditions == ["idle", "busy", "suspect", "leaving"]
+
+
+def test_a_pool_without_connections_is_healthy_until_an_attempt_fails():
+    state = make()
+    assert state.status().healthy
+    state.connect_failed(state.attempts.begin(0.0), ConnectFailed("no"), 0.0)
+    assert not state.status().healthy
+    open_one(state)
+    assert state.status().healthy
+
+
+def test_a_pool_stays_healthy_while_its_suspects_wait_for_their_probes():
+    state = make()
+    entries = [open_one(state), open_one(state)]
+    state.broke(entries[0], 1.0)
+    assert state.status().healthy_connections == 0
+    assert state.status().healthy
+    state.unanswered(entries[0], 2.0)
+    assert state.status().healthy
+    state.answered(entries[1], 2.0)
+    assert state.status().healthy
+
+
+def test_a_pool_stays_healthy_while_all_its_connections_are_replaced():
+    state = make()
+    entry = open_one(state)
+    taken(state)
+    state.retire(entry, "drain")
+    assert state.status().leaving == 1
+    assert state.status().healthy
+
+
+def test_a_pool_of_suspects_is_unhealthy_once_an_attempt_to_connect_fails():
+    state = make()
+    entry = open_one(state)
+    state.suspect(entry, 1.0)
+    state.connect_failed(state.attempts.begin(1.0), ConnectFailed("no"), 1.0)
+    assert not state.status().healthy
+    state.answered(entry, 2.0)
+    assert state.status().healthy
+
+
+def test_each_connection_tells_where_it_leads_and_how_it_is():
+    state = make()
+    entry = open_one(state, 10.0, peer="ipv4:10.0.0.7:8282")
+    (status,) = connection_statuses(state, 15.0)
+    assert (status.peer, status.condition) == ("ipv4:10.0.0.7:8282", "idle")
+    assert (status.streams, status.age, status.idle_for) == (0, 5.0, 5.0)
+    assert status.last_error is None
+    entry.last_error = "UNAVAILABLE"
+    lease = taken(state, 15.0)
+    (status,) = connection_statuses(state, 16.0)
+    assert (status.streams, status.age, status.idle_for) == (1, 6.0, 0.0)
+    assert (status.condition, status.last_error) == ("busy", "UNAVAILABLE")
+    state.give_back(lease, 17.0)
+    (status,) = connection_statuses(state, 20.0)
+    assert (status.age, status.idle_for) == (10.0, 3.0)
+
+
+def test_a_connection_that_does_not_know_where_it_leads_tells_nothing_of_it():
+    state = make()
+    open_one(state)
+    assert connection_statuses(state, 0.0)[0].peer is None

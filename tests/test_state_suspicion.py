@@ -1,0 +1,360 @@
+"""What the state makes of calls and probes that fail, and of servers that hang up."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastapi_topaz import ConnectionPool
+from fastapi_topaz._attempts import BRIEF
+from fastapi_topaz._entry import Lease
+from fastapi_topaz._state import PoolState
+
+
+class Link:
+    lost = False
+
+    def is_lost(self):
+        return self.lost
+
+
+def make(**options):
+    options = ConnectionPool(**{"min_connections": 0, **options}).options
+    return PoolState(options, lambda: 1.0)
+
+
+def open_one(state, now=0.0):
+    entry = state.attempts.begin(now)
+    state.connected(entry, Link(), now)
+    return entry
+
+
+def open_some(state, count):
+    return [open_one(state) for _ in range(count)]
+
+
+def taken(state, now=0.0):
+    lease = Lease()
+    assert state.take(lease, now)
+    return lease
+
+
+def probes(state):
+    """Return the entries that are to be probed now, and forget them."""
+    entries = list(state.to_probe)
+    state.to_probe.clear()
+    return entries
+
+
+def suspects(*entries):
+    return [entry.suspect for entry in entries]
+
+
+# -- suspects -----------------------------------------------------------------------
+
+
+def test_a_suspect_is_not_leased_until_a_probe_is_answered():
+    state = make()
+    entry = open_one(state)
+    state.suspect(entry, 1.0)
+    assert not state.take(Lease(), 1.0)
+    assert state.status().healthy_connections == 0
+    state.answered(entry, 2.0)
+    assert taken(state, 2.0).entry is entry
+
+
+def test_a_suspect_is_probed_at_once_and_once():
+    state = make()
+    entry = open_one(state)
+    state.suspect(entry, 1.0)
+    state.suspect(entry, 2.0)
+    assert probes(state) == [entry]
+    assert entry.suspected_at == 1.0
+
+
+def test_a_suspect_whose_lease_comes_back_still_waits_for_its_probe():
+    state = make()
+    entry = open_one(state)
+    lease = taken(state)
+    state.suspect(entry, 1.0)
+    state.give_back(lease, 1.0)
+    assert not state.take(Lease(), 1.0)
+    state.answered(entry, 1.0)
+    assert taken(state, 1.0)
+
+
+def test_an_answer_makes_nothing_ready_that_is_full_or_about_to_go():
+    state = make()
+    full, leaving = open_some(state, 2)
+    leases = [taken(state), taken(state)]
+    state.retire(leaving, "drain")
+    state.answered(full, 1.0)
+    state.answered(leaving, 1.0)
+    assert not state.take(Lease(), 1.0)
+    for lease in leases:
+        state.give_back(lease, 1.0)
+    assert state.to_close == [leaving]
+    assert taken(state, 1.0).entry is full
+
+
+def test_what_is_about_to_go_is_not_suspected_any_more():
+    state = make()
+    entry = open_one(state)
+    taken(state)
+    state.retire(entry, "drain")
+    for accuse in (state.suspect, state.broke, state.timed_out, state.unanswered):
+        accuse(entry, 1.0)
+    assert probes(state) == []
+    assert entry.retired == "drain"
+
+
+def test_a_call_that_ends_after_its_connection_was_closed_accuses_nothing():
+    state = make()
+    entry = open_one(state)
+    state.retire(entry, "idle")
+    state.closed(entry)
+    for accuse in (state.suspect, state.broke, state.timed_out, state.unanswered):
+        accuse(entry, 1.0)
+    state.answered(entry, 2.0)
+    assert not entry.suspect
+    assert state.to_close == [entry]
+    assert not state.take(Lease(), 2.0)
+
+
+# -- probes -------------------------------------------------------------------------
+
+
+def test_a_first_failed_probe_makes_suspect_and_asks_for_a_second_one_at_once():
+    state = make()
+    entry, other = open_some(state, 2)
+    state.unanswered(entry, 1.0)
+    assert suspects(entry, other) == [True, False]
+    assert entry.retired is None
+    assert probes(state) == [entry]
+
+
+def test_the_second_failed_probe_retires():
+    state = make()
+    entry = open_one(state)
+    state.unanswered(entry, 1.0)
+    state.unanswered(entry, 2.0)
+    assert entry.retired == "unhealthy"
+    assert state.to_close == [entry]
+
+
+def test_an_answer_between_two_failed_probes_makes_up_for_the_first():
+    state = make()
+    entry = open_one(state)
+    state.unanswered(entry, 1.0)
+    state.answered(entry, 2.0)
+    state.unanswered(entry, 30.0)
+    assert entry.retired is None
+
+
+def test_one_failed_probe_is_the_end_of_what_a_call_had_made_suspect():
+    state = make()
+    entry = open_one(state)
+    state.suspect(entry, 1.0)
+    state.unanswered(entry, 2.0)
+    assert entry.retired == "unhealthy"
+
+
+def test_an_unhealthy_connection_closes_when_its_last_lease_is_back():
+    state = make()
+    entry = open_one(state)
+    lease = taken(state)
+    state.unanswered(entry, 1.0)
+    state.unanswered(entry, 2.0)
+    assert state.to_close == []
+    assert state.status().leaving == 1
+    state.give_back(lease, 3.0)
+    assert state.to_close == [entry]
+
+
+def test_an_unhealthy_connection_makes_those_suspect_that_have_not_answered_since():
+    state = make()
+    entry, silent, answering = open_some(state, 3)
+    state.unanswered(entry, 1.0)
+    answering.proven_at = 1.5
+    probes(state)
+    state.unanswered(entry, 2.0)
+    assert suspects(silent, answering) == [True, False]
+    assert probes(state) == [silent]
+
+
+# -- calls --------------------------------------------------------------------------
+
+
+def test_a_server_that_cannot_be_had_makes_its_own_connection_suspect_only():
+    state = make()
+    entry, other = open_some(state, 2)
+    state.suspect(entry, 1.0)
+    assert suspects(entry, other) == [True, False]
+
+
+def test_a_broken_call_makes_all_siblings_suspect():
+    state = make()
+    entries = open_some(state, 3)
+    state.broke(entries[0], 1.0)
+    assert suspects(*entries) == [True] * 3
+    assert set(probes(state)) == set(entries)
+
+
+def test_a_broken_connection_makes_its_siblings_suspect_once_and_not_once_per_call():
+    state = make()
+    broken, *siblings = open_some(state, 3)
+    state.broke(broken, 1.0)
+    for sibling in siblings:
+        state.answered(sibling, 1.5)
+    probes(state)
+    for now in (1.6, 1.7, 1.8):
+        state.broke(broken, now)
+    assert suspects(*siblings) == [False, False]
+    assert probes(state) == []
+
+
+def test_a_connection_that_has_answered_and_breaks_again_accuses_again():
+    state = make()
+    broken, sibling = open_some(state, 2)
+    state.broke(broken, 1.0)
+    state.answered(broken, 1.5)
+    state.answered(sibling, 1.5)
+    state.broke(broken, 2.0)
+    assert suspects(broken, sibling) == [True, True]
+
+
+def test_what_answered_in_the_moment_of_the_break_is_not_suspected():
+    state = make()
+    broken, sibling = open_some(state, 2)
+    sibling.proven_at = 1.0
+    state.broke(broken, 1.0)
+    assert suspects(broken, sibling) == [True, False]
+
+
+def test_one_call_without_an_answer_is_no_reason_for_suspicion_but_two_are():
+    state = make()
+    entry, other = open_some(state, 2)
+    state.timed_out(entry, 1.0)
+    assert suspects(entry, other) == [False, False]
+    state.timed_out(entry, 2.0)
+    assert suspects(entry, other) == [True, False]
+    assert probes(state) == [entry]
+
+
+def test_an_answer_between_two_calls_without_one_starts_the_count_anew():
+    state = make()
+    entry = open_one(state)
+    state.timed_out(entry, 1.0)
+    entry.proven_at = 1.5
+    state.timed_out(entry, 2.0)
+    assert not entry.suspect
+    state.timed_out(entry, 3.0)
+    assert entry.suspect
+
+
+def test_a_slow_server_is_cleared_by_its_probe():
+    state = make()
+    entry = open_one(state)
+    state.timed_out(entry, 1.0)
+    state.timed_out(entry, 2.0)
+    state.answered(entry, 2.5)
+    state.timed_out(entry, 3.0)
+    assert not entry.suspect
+
+
+# -- proven too long ago ------------------------------------------------------------
+
+
+def test_after_a_jump_of_the_clock_connections_are_suspected_instead_of_leased():
+    state = make(health_check_interval=30, health_check_timeout=5)
+    entries = open_some(state, 2)
+    assert not state.take(Lease(), 70.1)
+    waiter = Lease()
+    state.enqueue(waiter)
+    assert state.serve(tokens=1, now=70.1) == []
+    assert set(probes(state)) == set(entries)
+    state.answered(entries[0], 70.2)
+    assert state.serve(tokens=1, now=70.2) == [waiter]
+
+
+def test_a_connection_is_leased_as_long_as_its_next_probe_may_be_under_way():
+    state = make(health_check_interval=30, health_check_timeout=5)
+    open_one(state)
+    assert taken(state, 70.0)
+
+
+def test_those_who_wait_get_what_was_proven_since():
+    state = make(health_check_interval=30, health_check_timeout=5)
+    proven, stale = open_some(state, 2)
+    proven.proven_at = 60.0
+    state.enqueue(Lease())
+    (served,) = state.serve(tokens=1, now=80.0)
+    assert served.entry is proven
+    assert probes(state) == [stale]
+
+
+def test_without_health_checks_nothing_is_ever_proven_too_long_ago():
+    state = make(health_check_interval=0)
+    open_one(state)
+    assert taken(state, 1e9)
+
+
+# -- lost ---------------------------------------------------------------------------
+
+
+def test_a_lost_connection_is_not_leased_but_closed():
+    state = make()
+    well, lost = open_some(state, 2)
+    lost.connection.lost = True
+    assert not state.take(Lease(), 1.0)
+    state.enqueue(Lease())
+    (served,) = state.serve(tokens=1, now=1.0)
+    assert served.entry is well
+    assert lost.retired == "lost"
+    assert state.to_close == [lost]
+    assert probes(state) == []
+
+
+def test_a_lost_connection_is_noticed_when_it_is_looked_at():
+    state = make()
+    well, lost = open_some(state, 2)
+    lost.connection.lost = True
+    assert [state.look_at(entry, 1.0) for entry in (well, lost)] == [False, True]
+    assert state.to_close == [lost]
+
+
+def test_a_connection_that_cannot_tell_is_not_lost():
+    state = make()
+    entry = state.attempts.begin(0.0)
+    state.connected(entry, object(), 0.0)
+    assert not state.look_at(entry, 1.0)
+    assert taken(state, 1.0)
+
+
+def test_a_suspect_that_is_lost_needs_no_probe():
+    state = make()
+    entry, sibling = open_some(state, 2)
+    entry.connection.lost = sibling.connection.lost = True
+    state.broke(entry, 1.0)
+    assert probes(state) == []
+    assert set(state.to_close) == {entry, sibling}
+
+
+def test_a_lost_connection_closes_when_its_last_lease_is_back():
+    state = make()
+    entry = open_one(state)
+    lease = taken(state)
+    state.lost(entry, "lost", 1.0)
+    state.lost(entry, "unhealthy", 1.0)
+    assert state.to_close == []
+    state.give_back(lease, 2.0)
+    assert state.to_close == [entry]
+    assert entry.retired == "lost"
+
+
+@pytest.mark.parametrize("lived, wanted", [(BRIEF - 0.1, 0), (BRIEF, 1)])
+def test_only_a_connection_that_lived_long_is_replaced_at_once(lived, wanted):
+    state = make()
+    entry = open_one(state, 10.0)
+    state.enqueue(Lease())
+    state.lost(entry, "lost", 10.0 + lived)
+    assert state.shortfall(tokens=1, now=10.0 + lived) == wanted
