@@ -1,0 +1,104 @@
+"""
+How long a pool needs to recover, and what an outage costs meanwhile.
+
+    .venv/bin/python benchmarks/outage.py [--backend trio] [--down 30] [--callers 20]
+
+Callers ask an embedded authorizer all the time, which is stopped and started again. The
+numbers are those of one run on one machine: attempts to connect per second while it is
+down, how long callers were kept before they were told, the share of one CPU that all of
+it took, and the time from the port listening again to the first answer and to the last
+connection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+
+import anyio
+from anyio.to_thread import run_sync
+
+from fastapi_topaz import ConnectFailed, ConnectionPool
+from fastapi_topaz.testing import EmbeddedAuthorizer
+
+
+POLICY = "myapp.GET.documents"
+
+
+class Callers:
+    """Ask one question after the other, and remember how that went."""
+
+    def __init__(self, pool):
+        self.pool = pool
+        self.first_answer = None
+        self.told_after = []
+        self.lost = 0
+        self.stopped = False
+
+    async def ask(self):
+        while not self.stopped:
+            began = time.monotonic()
+            try:
+                async with self.pool.acquire() as conn:
+                    await conn.decisions(policy_path=POLICY)
+            except ConnectFailed:
+                self.told_after.append(time.monotonic() - began)
+            except Exception:  # noqa: BLE001  (a call that was under way)
+                self.lost += 1
+            else:
+                self.first_answer = self.first_answer or time.monotonic()
+            await anyio.sleep(0.005)
+
+
+async def until(predicate):
+    while not predicate():  # noqa: ASYNC110  (nobody tells)
+        await anyio.sleep(0.001)
+
+
+async def main(down, count):
+    logging.getLogger("fastapi_topaz").setLevel(logging.ERROR)
+    with EmbeddedAuthorizer({POLICY: True}) as authorizer:
+        pool = ConnectionPool()
+        pool.configure(authorizer.options)
+        callers = Callers(pool)
+        async with pool, anyio.create_task_group() as tasks:
+            for _ in range(count):
+                tasks.start_soon(callers.ask)
+            await until(lambda: pool.status().total == 10)
+            await run_sync(authorizer.stop)
+            await until(lambda: pool.status().failing)
+            failures = pool._counters.connect_failures
+            attempts, cpu = sum(failures.values()), time.process_time()
+            began = time.monotonic()
+            await anyio.sleep(down)
+            took = time.monotonic() - began
+            attempts = sum(failures.values()) - attempts
+            cpu = time.process_time() - cpu
+            callers.first_answer = None
+            await run_sync(authorizer.start)
+            back = time.monotonic()
+            await until(lambda: authorizer.connections_open == 10)
+            full = time.monotonic() - back
+            await until(lambda: callers.first_answer)
+            callers.stopped = True
+        first = callers.first_answer - back
+    told = callers.told_after
+    print(f"down for {took:.1f} s, asked by {count} callers")
+    print(f"attempts to connect:      {attempts / took:.1f} /s")
+    print(f"CPU of the process:       {100 * cpu / took:.1f} %")
+    print(f"calls cut off:            {callers.lost}")
+    print(f"told after, median:       {statistics.median(told):.3f} s")
+    print(f"told after, at most:      {max(told):.3f} s")
+    print(f"back: first answer after  {first:.3f} s")
+    print(f"back: all connections     {full:.3f} s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--backend", default="asyncio", choices=["asyncio", "trio"])
+    parser.add_argument("--down", type=float, default=30.0)
+    parser.add_argument("--callers", type=int, default=20)
+    options = parser.parse_args()
+    anyio.run(main, options.down, options.callers, backend=options.backend)
