@@ -21,6 +21,9 @@ BRIEF = 2.0
 """Seconds. A connection lost earlier is no sign that the server is well."""
 
 
+FORGIVEN = 60.0
+"""Seconds without such a loss, after which the pauses are short again."""
+
 PATIENCE = 2.0
 """Seconds. An attempt that takes longer may hang: others are begun in its stead."""
 
@@ -89,9 +92,11 @@ class Attempts:
         A server that accepts and hangs up again would have connections made as fast
         as they can be, each of them a success.
         """
-        if lived >= BRIEF:
+        if lived >= BRIEF or now > self._brief_until + FORGIVEN:
             self._brief = 0
-        elif now >= self._brief_until:  # those lost together count once
+        if lived >= BRIEF:
+            return
+        if now >= self._brief_until:  # those lost together count once
             self._brief += 1
             pause = full_jitter(self._brief, self._random(), DEMAND_CAP)
             self._brief_until = now + pause

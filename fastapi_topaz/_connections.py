@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 
 from fastapi_topaz._runtime import told
+from fastapi_topaz._snapshot import peer_of
 from fastapi_topaz.exceptions import ConnectFailed, PoolError
 
 
@@ -76,7 +77,7 @@ async def connect(runtime: Runtime, entry: PoolEntry) -> None:
 
 def place(runtime: Runtime, entry: PoolEntry) -> str:
     """Return where *entry* leads, as exactly as that is known."""
-    peer = getattr(entry.connection, "peer", None)
+    peer = peer_of(entry)
     return f"{runtime.target} ({peer})" if peer else runtime.target
 
 

@@ -48,6 +48,19 @@ class PoolEntry:
     # Why it is to go. It closes when its last lease is back, because closing it
     # under a caller would fail that caller's call.
     retired: str | None = None
+
+    def is_gone(self) -> bool:
+        """Say whether the connection says that its other side has gone away."""
+        if self.is_lost is None:
+            return False
+        try:
+            return self.is_lost()
+        except Exception as error:  # noqa: BLE001  (a connection may raise anything)
+            # It cannot tell, and is not asked again.
+            self.is_lost = None
+            self.last_error = repr(error)
+            return False
+
     # Tells whether the other side has gone away, if the connection can tell.
     is_lost: Callable[[], bool] | None = None
 

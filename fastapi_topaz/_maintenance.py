@@ -177,15 +177,21 @@ async def _lookout(runtime: Runtime) -> None:
             if entries:
                 # In turn, because it takes long enough to be noticed if many are.
                 entry = entries[next(turn) % len(entries)]
-                getattr(entry.connection, "look_closely", _nothing)()
+                _look_closely(runtime, entry)
             if [entry for entry in entries if state.look_at(entry, now)]:
                 runtime.connections_changed()
         else:
             await runtime.progress.wait()
 
 
-def _nothing() -> None:
-    pass
+def _look_closely(runtime: Runtime, entry: PoolEntry) -> None:
+    look = getattr(entry.connection, "look_closely", None)
+    if look is None:
+        return
+    try:
+        look()
+    except Exception:
+        logger.warning("%s: look_closely() failed", runtime.label, exc_info=True)
 
 
 async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:

@@ -117,12 +117,15 @@ class Runtime:
             self.limiter.acquire_on_behalf_of_nowait(lease)
         except anyio.WouldBlock:
             return False
-        if self.state.take(lease, now):
+        taken = self.state.take(lease, now)
+        if not taken:
+            self.limiter.release_on_behalf_of(lease)
+        if self.state.to_probe or self.state.to_close:
+            self.settle()  # some were unfit
+        if taken:
             self.counters.acquisitions += 1
             self.observer.acquired(0.0)
-            return True
-        self.limiter.release_on_behalf_of(lease)
-        return False
+        return taken
 
     async def wait(self, lease: Lease, timeout: float) -> None:
         """
@@ -178,7 +181,15 @@ class Runtime:
     def judge(self, entry: PoolEntry, error: Exception) -> None:
         """Draw the consequences of *error*, raised by a call on *entry*."""
         judge = getattr(entry.connection, "judge", None)
-        verdict = None if judge is None else judge(error)
+        if judge is None:
+            return
+        try:
+            verdict = judge(error)
+        except Exception:
+            logger.warning(
+                "%s: judge() of a connection failed", self.label, exc_info=True
+            )
+            return
         if verdict is None:
             return
         entry.last_error = told(error)

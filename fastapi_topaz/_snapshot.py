@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._status import ConnectionCondition
 
 
-__all__ = ["connection_statuses", "pool_status"]
+__all__ = ["connection_statuses", "peer_of", "pool_status"]
 
 
 def pool_status(state: PoolState) -> PoolStatus:
@@ -44,7 +44,7 @@ def connection_statuses(state: PoolState, now: float) -> tuple[ConnectionStatus,
     """Return a snapshot of each open connection, the oldest first."""
     return tuple(
         ConnectionStatus(
-            peer=getattr(entry.connection, "peer", None),
+            peer=peer_of(entry),
             condition=_condition(entry),
             streams=entry.leases,
             age=now - entry.opened_at,
@@ -53,6 +53,15 @@ def connection_statuses(state: PoolState, now: float) -> tuple[ConnectionStatus,
         )
         for entry in tuple(state.open)
     )
+
+
+def peer_of(entry: PoolEntry) -> str | None:
+    """Return the address of the other side, if the connection tells."""
+    try:
+        peer = getattr(entry.connection, "peer", None)
+    except Exception:  # noqa: BLE001  (a connection may raise anything)
+        return None
+    return None if peer is None else str(peer)
 
 
 def _condition(entry: PoolEntry) -> ConnectionCondition:

@@ -15,8 +15,8 @@ A failed call or probe makes an entry suspect; a failed probe of a suspect retir
 
 What holds after every method:
 
-- open + connecting + closing never exceeds `max_connections`, except after it was
-  lowered below the number of connections that are leased.
+- open + connecting + closing never grows beyond `max_connections`. Lowering it does
+  not cut leases short, nor attempts.
 - an entry has at most `streams` leases, and `in_use` is the sum of them.
 - leases are served in the order they came; nobody is served past one who waits.
 - nobody who may be served waits: see `serve`.
@@ -106,13 +106,10 @@ class PoolState:
 
     def take(self, lease: Lease, now: float) -> bool:
         """Serve *lease* at once; False if nothing is ready or somebody waits."""
-        if not self._ready or self.waiting:
-            return False
-        entry = next(reversed(self._ready))
-        if not self._is_fit(entry, now):
-            return False
-        self._assign(lease, entry)
-        return True
+        entry = None if self.waiting else self._pick(now)
+        if entry is not None:
+            self._assign(lease, entry)
+        return entry is not None
 
     def enqueue(self, lease: Lease) -> None:
         """Let *lease* wait, behind all others."""
@@ -134,22 +131,21 @@ class PoolState:
         `waiting`: there are `tokens - in_use` of them.
         """
         served = []
-        while self.waiting and self._ready and self.in_use < tokens:
-            entry = next(reversed(self._ready))
-            if not self._is_fit(entry, now):
-                self.suspect(entry, now)
-                continue
+        while self.waiting and self.in_use < tokens and (entry := self._pick(now)):
             lease, _ = self.waiting.popitem(last=False)
             self._assign(lease, entry)
             served.append(lease)
         return served
 
-    def _is_fit(self, entry: PoolEntry, now: float) -> bool:
+    def _pick(self, now: float) -> PoolEntry | None:
         # The channel of a dead server says so within a moment, and asking it costs a
         # fraction of a microsecond.
-        if entry.is_lost is not None and entry.is_lost():
-            return False
-        return now - entry.proven_at <= self._stale_after
+        while self._ready:
+            entry = next(reversed(self._ready))
+            if now - entry.proven_at <= self._stale_after and not entry.is_gone():
+                return entry
+            self.suspect(entry, now)
+        return None
 
     def _assign(self, lease: Lease, entry: PoolEntry) -> None:
         entry.leases += 1
@@ -263,13 +259,14 @@ class PoolState:
 
     def look_at(self, entry: PoolEntry, now: float) -> bool:
         """Retire *entry* if its other side has gone away, and say so."""
-        is_lost = entry.is_lost is not None and entry.is_lost()
-        if is_lost:
-            self.lost(entry, "lost", now)
-        return is_lost
+        if not entry.is_gone():
+            return False
+        self.lost(entry, "lost", now)
+        return True
 
     def suspect(self, entry: PoolEntry, now: float) -> None:
         """Lease *entry* to nobody until a probe, to be made at once, clears it."""
+        self._ready.pop(entry, None)
         if entry.suspect or entry.retired is not None or entry not in self.open:
             return
         # Asked to probe, a channel that is lost would connect to whatever it finds.
@@ -277,7 +274,6 @@ class PoolState:
             return
         entry.suspect = True
         entry.suspected_at = now
-        self._ready.pop(entry, None)
         self.to_probe.append(entry)
 
     def broke(self, entry: PoolEntry, now: float) -> None:
@@ -308,6 +304,10 @@ class PoolState:
         """Suspect *entry*, which failed a probe; the second time it has to go."""
         if not entry.suspect:
             self.suspect(entry, now)
+        elif entry.proven_at > entry.suspected_at:
+            # A call was answered since, so this is the first failure.
+            entry.suspected_at = now
+            self.to_probe.append(entry)
         elif entry.retired is None:
             self.lost(entry, "unhealthy", now)
             # Those that have answered since then are no part of it.

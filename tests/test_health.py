@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import anyio
 import pytest
-from waiting import eventually
+import trio
+from anyio.lowlevel import current_token
 
 from fastapi_topaz import ConnectionPool, PoolTimeout
 from fastapi_topaz.exceptions import ConnectionLost
@@ -27,6 +29,15 @@ async def fill(pool, count):
 
 async def ask(conn):
     return await conn.call("/a/b", b"?")
+
+
+def jump(seconds):
+    """Let the clock of the loop go on at once, as if the loop had been blocked."""
+    clock = current_token().native_token
+    if isinstance(clock, asyncio.AbstractEventLoop):
+        clock.now += seconds
+    else:
+        trio.lowlevel.current_clock().jump(seconds)
 
 
 def warnings(caplog):
@@ -337,13 +348,13 @@ async def test_a_server_that_accepts_and_hangs_up_is_not_connected_to_without_a_
 async def test_after_the_clock_jumped_idle_connections_answer_before_they_serve():
     """As when a machine wakes up: no probe was made when its time had come."""
     connector = FakeConnector()
-    async with make(connector, max_connections=3) as pool:
+    options = {"max_connections": 3, "max_idle_time": 0, "max_lifetime": 0}
+    async with make(connector, **options) as pool:
         leases = [await pool.acquire() for _ in range(3)]
         for conn in leases[:2]:
             await pool.release(conn)
         connector.connections[1].alive = False
-        for entry in pool._runtime.state.open:
-            entry.proven_at -= 8 * 3600
+        jump(8 * 3600)
         async with pool.acquire() as conn:
             assert conn.connection.number != 2
             await ask(conn)
@@ -362,30 +373,42 @@ async def test_with_health_checks_off_no_connection_ever_goes_stale():
             assert conn.connection.number == 1
 
 
-@pytest.mark.real_clock
 async def test_a_blocked_event_loop_evicts_no_healthy_connection():
-    """The probe is answered while the loop is blocked, and found late."""
-    import time
-
+    """Each probe is answered while the loop is blocked, and its deadline is over."""
     connector = FakeConnector()
-    async with make(
-        connector, health_check_interval=0.05, health_check_timeout=0.2
-    ) as pool:
+    options = {"health_check_interval": 10, "health_check_timeout": 2}
+    async with make(connector, **options) as pool:
         await fill(pool, 2)
-        begun = anyio.Event()
 
         async def answered_meanwhile(timeout):
-            begun.set()
-            await anyio.sleep(0.1)
+            await anyio.sleep(1)
 
         for conn in connector.connections:
             conn.probe = answered_meanwhile
-        for _ in range(2):
-            begun = anyio.Event()
-            await begun.wait()
-            time.sleep(1.5)  # noqa: ASYNC251
-        await eventually(lambda: pool.status().healthy_connections == 2)
+        for _ in range(3):
+            await anyio.sleep(10.5)
+            jump(5)
+            await anyio.sleep(1)
+            assert pool.status().healthy
+        await anyio.sleep(5)
+        assert pool.status().healthy_connections == 2
         assert [conn.closed for conn in connector.connections] == [0, 0]
+
+
+async def test_a_probe_that_is_always_late_is_excused_once_only():
+    connector = FakeConnector()
+    options = {"health_check_interval": 10, "health_check_timeout": 2}
+    async with make(connector, max_connections=1, **options) as pool:
+        await fill(pool, 1)
+
+        async def late(timeout):
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(10)
+            raise ConnectionLost("at last")
+
+        connector.connections[0].probe = late
+        await anyio.sleep(41)
+        assert connector.connections[0].closed == 1
 
 
 # -- what it looks like ---------------------------------------------------------------
@@ -433,3 +456,40 @@ async def test_a_caller_gives_up_on_suspects_when_its_time_is_over():
             conn.connection.frozen = True
         with pytest.raises(PoolTimeout):
             await pool.acquire(timeout=2)
+
+
+async def test_who_does_not_wait_gets_the_next_connection_if_the_first_is_lost():
+    connector = FakeConnector()
+    async with make(connector, min_connections=2, eager_init=True) as pool:
+        async with pool.acquire() as conn:
+            conn.connection.hung_up = True
+        async with pool.acquire(timeout=0) as conn:
+            assert not conn.connection.hung_up
+        await anyio.sleep(0.01)
+        assert pool._counters.closes == {"lost": 1}
+
+
+async def test_a_connection_whose_helpers_raise_serves_all_the_same(caplog):
+    class Careless(FakeConnector):
+        async def connect(self, timeout):
+            conn = await super().connect(timeout)
+            conn.is_lost = conn.judge = conn.look_closely = broken
+            return conn
+
+    def broken(*_):
+        raise ValueError("careless")
+
+    connector = Careless()
+    async with make(connector, health_check_interval=10) as pool:
+        for _ in range(3):
+            async with pool.acquire(timeout=1) as conn:
+                await ask(conn)
+            await anyio.sleep(5)
+        connector.connections[0].alive = False
+        async with pool.acquire() as conn:
+            with pytest.raises(ConnectionLost):
+                await ask(conn)
+        await anyio.sleep(20)
+        assert connector.connections[0].closed == 1
+        assert pool._runtime.limiter.borrowed_tokens == 0
+    assert not any("host task failed" in line for line in warnings(caplog))
