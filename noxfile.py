@@ -12,7 +12,7 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "typing", "package", "demo", "oldest", "tests"]
+nox.options.sessions = ["lint", "typing", "package", "demo", "oldest", "tests", "slow"]
 
 SUPPORTED = ["3.11", "3.12", "3.13", "3.14"]
 # The floor of what pyproject.toml allows, where the resolver would not go itself.
@@ -69,6 +69,13 @@ def tests(session: nox.Session) -> None:
     """Run the tests on one Python; all that are found by default."""
     session.install("-e", ".", "--group", "test")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Run the tests that take long by their nature."""
+    session.install("-e", ".", "--group", "test")
+    session.run("pytest", "-m", "slow", *session.posargs)
 
 
 @nox.session

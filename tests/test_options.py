@@ -209,7 +209,11 @@ def test_a_name_is_a_text(value, error):
     assert names_and_shows(caught.value, "name", value)
 
 
-@pytest.mark.parametrize("value", [5, "localhost:8282", object(), print], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [5, "localhost:8282", object(), print],
+    ids=lambda value: type(value).__name__,
+)
 def test_a_connector_can_connect(value):
     with pytest.raises(TypeError, match="connector") as caught:
         ConnectionPool(connector=value)
