@@ -205,4 +205,4 @@ async def close(runtime: Runtime, entry: PoolEntry) -> None:
         logger.warning("%s: closing failed", runtime.label, exc_info=True)
     finally:
         runtime.state.closed(entry)
-        runtime.settle()
+        runtime.connections_changed()

@@ -366,3 +366,14 @@ async def test_lifetimes_end_at_exact_moments_and_the_new_one_comes_first(monkey
             (192.5, 2, 1, 6),
             (193.5, 2, 0, 6),
         ]
+
+
+async def test_a_loss_that_needs_no_replacement_spreads_the_others_all_the_same():
+    connector = FakeConnector()
+    connector.spreads = True
+    async with make(connector, min_connections=2, eager_init=True) as pool:
+        await fill(pool, 3)
+        connector.connections[2].hung_up = True
+        async with pool.acquire():
+            await anyio.sleep(5)
+        assert connector.attempts == 5

@@ -1,8 +1,8 @@
 """
-Why a connection failed, in words that say what to do.
+Why a connection or a call failed, as far as only the text of the failure tells.
 
-gRPC gives the reason only as the text of a failed call, so the text is read here,
-in one place. An unknown text is passed on as it is.
+gRPC gives the reason in no other way, so the texts are read here, in one place, and
+connections that failed get words that say what to do. An unknown text is passed on.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
+    import grpc
+
     from fastapi_topaz._options import AuthorizerOptions
     from fastapi_topaz.exceptions import FailureReason
 
 
-__all__ = ["connect_failed", "connect_timed_out"]
+__all__ = ["connect_failed", "connect_timed_out", "is_cut_off", "is_refused_stream"]
 
 
 # (parts of gRPC's text, reason, permanent, what to tell); the first match wins.
@@ -142,3 +144,22 @@ def connect_timed_out(options: AuthorizerOptions, timeout: float) -> ConnectFail
         f"{timeout:g} s; the server may be overloaded, or accept and stay silent",
         reason="timeout",
     )
+
+
+# What gRPC, and no server, says of a call whose socket was closed.
+_CUT_OFF = ("Stream removed", "Socket closed", "Connection reset", "Broken pipe")
+
+
+def is_refused_stream(error: grpc.aio.AioRpcError) -> bool:
+    """
+    Say whether the server refused this one stream, as it does when it has too many.
+
+    RFC 9113, section 8.7: it did nothing with the request, and the connection is well.
+    """
+    return "RST_STREAM" in (error.details() or "")
+
+
+def is_cut_off(error: grpc.aio.AioRpcError) -> bool:
+    """Say whether the socket was closed under the call; the channel may not know."""
+    details = error.details() or ""
+    return any(text in details for text in _CUT_OFF)

@@ -27,7 +27,12 @@ import grpc.aio
 
 from fastapi_topaz import _fork
 from fastapi_topaz._transport._base import Verdict
-from fastapi_topaz._transport._failures import connect_failed, connect_timed_out
+from fastapi_topaz._transport._failures import (
+    connect_failed,
+    connect_timed_out,
+    is_cut_off,
+    is_refused_stream,
+)
 from fastapi_topaz._transport._peer import Peer
 from fastapi_topaz.exceptions import ConnectionLost
 
@@ -57,15 +62,6 @@ _GOING = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 _MAX_INT = 2**31 - 1
 _READY = grpc.ChannelConnectivity.READY
 _FAILED = grpc.ChannelConnectivity.TRANSIENT_FAILURE
-
-
-def is_refused_stream(error: grpc.aio.AioRpcError) -> bool:
-    """
-    Say whether the server refused this one stream, as it does when it has too many.
-
-    RFC 9113, section 8.7: it did nothing with the request, and the connection is well.
-    """
-    return "RST_STREAM" in (error.details() or "")
 
 
 def _version() -> str:
@@ -266,12 +262,16 @@ class Link:
         try:
             call.__await__().send(None)
         except StopIteration as stop:
-            response: bytes = stop.value
-            return response
+            if stop.value is not None:
+                return bytes(stop.value)
+            # OK without a message, which gRPC lets pass: nothing was answered.
         except grpc.aio.AioRpcError as error:
             del call
             raise error.with_traceback(None)  # noqa: B904  (the same error)
         except asyncio.CancelledError:
+            pass
+        except KeyError:
+            # A status that gRPC 1.80 does not know; later ones call it UNKNOWN.
             pass
         del call
         raise self.lost(method)
@@ -318,8 +318,9 @@ class Link:
             return Verdict.SILENT
         if code not in _GOING or is_refused_stream(error):
             return Verdict.ANSWERED
-        # When the socket goes the channel leaves READY before the call has failed.
-        return Verdict.BROKEN if self.is_lost() else Verdict.UNAVAILABLE
+        if is_cut_off(error) or self.is_lost():
+            return Verdict.BROKEN
+        return Verdict.UNAVAILABLE
 
     def is_lost(self) -> bool:
         """
@@ -349,7 +350,8 @@ class Link:
     def lost(self, method: str) -> ConnectionLost:
         """Return the error of a call whose connection was closed."""
         return ConnectionLost(
-            f"the connection to {self._target} was closed under the call {method}"
+            f"the call {method} to {self._target} ended without an answer: the "
+            "connection was closed under it, or the server broke the protocol"
         )
 
     # -- probing and closing ----------------------------------------------------

@@ -183,6 +183,9 @@ class Relay:
         self._empty.set()
         self._listener = socket.create_server(("127.0.0.1", port), backlog=1024)
         self._listener.setblocking(False)
+        # Accepted sockets inherit it; asyncio would not set it for these, and then one
+        # answer in a few waits 40 ms for an acknowledgement.
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return int(self._listener.getsockname()[1])
 
     def serve(self, target_port: int) -> None:

@@ -1,0 +1,1 @@
+"""Servers that fail on request, for the tests only."""
