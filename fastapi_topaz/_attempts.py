@@ -51,10 +51,13 @@ class Attempts:
         self._retry_at = self._demand_at = float("-inf")
         # Connections in a row that were lost as soon as they were made.
         self._brief = 0
-        self._brief_until = float("-inf")
+        self._brief_until = self._paced_until = float("-inf")
 
     def begin(self, now: float) -> PoolEntry:
         """Add an entry whose connection is being established."""
+        if now < self._brief_until + BRIEF:
+            # Successes follow each other as fast as they are lost again.
+            self._paced_until = now + self._brief_pause()
         entry = PoolEntry(started_at=now, round=self._round)
         self.under_way.add(entry)
         return entry
@@ -98,8 +101,10 @@ class Attempts:
             return
         if now >= self._brief_until:  # those lost together count once
             self._brief += 1
-            pause = full_jitter(self._brief, self._random(), DEMAND_CAP)
-            self._brief_until = now + pause
+            self._brief_until = now + self._brief_pause()
+
+    def _brief_pause(self) -> float:
+        return full_jitter(self._brief, self._random(), DEMAND_CAP)
 
     def is_cautious(self, now: float) -> bool:
         """Say whether the server's state calls for one attempt at a time."""
@@ -108,7 +113,7 @@ class Attempts:
     def next_attempt(self, *, waiting: bool) -> float:
         """Return when the next attempt may be made; sooner if somebody is *waiting*."""
         retry_at = self._demand_at if waiting else self._retry_at
-        return max(retry_at, self._brief_until)
+        return max(retry_at, self._brief_until, self._paced_until)
 
     def coming(self, *, waiting: bool) -> int:
         """Return how many connections may be expected from the attempts under way."""
@@ -146,6 +151,6 @@ class Attempts:
             return False
         return (
             self.failures >= options.attempts
-            or now - self._since >= options.acquire_timeout
+            or 0 < options.acquire_timeout <= now - self._since
             or bool(getattr(self.error, "permanent", False))
         )

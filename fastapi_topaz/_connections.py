@@ -7,6 +7,7 @@ outlives the request which wanted it serves the next one.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from typing import TYPE_CHECKING, TypeVar
@@ -59,6 +60,8 @@ async def _within(
         if scope.cancel_called:
             raise TimeoutError from error
         raise ConnectionAbortedError("it cancelled itself") from error
+    except asyncio.CancelledError as error:  # on trio
+        raise ConnectionAbortedError("it was cancelled on asyncio") from error
 
 
 async def connect(runtime: Runtime, entry: PoolEntry) -> None:
@@ -113,7 +116,7 @@ def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
         )
     else:
         failed = ConnectFailed(
-            f"cannot connect to {runtime.target}: {str(error) or repr(error)}",
+            f"cannot connect to {runtime.target}: {told(error)}",
             # The process was forked, which stays as it is.
             permanent=type(error) is PoolError,
         )
@@ -179,8 +182,10 @@ def _unanswered(
 def _in_one_line(error: Exception) -> str:
     # gRPC prints its errors over five lines.
     details = getattr(error, "details", None)
-    text = str(details()) if callable(details) else str(error) or repr(error)
-    return f"{told(error)}: {text}" if callable(details) else text
+    try:
+        return f"{told(error)}: {details()}" if callable(details) else told(error)
+    except Exception:  # noqa: BLE001  (as in told)
+        return told(error)
 
 
 async def close(runtime: Runtime, entry: PoolEntry) -> None:

@@ -191,7 +191,7 @@ def _look_closely(runtime: Runtime, entry: PoolEntry) -> None:
     try:
         look()
     except Exception:
-        logger.warning("%s: look_closely() failed", runtime.label, exc_info=True)
+        logger.debug("%s: look_closely() failed", runtime.label, exc_info=True)
 
 
 async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:

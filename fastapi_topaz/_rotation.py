@@ -70,8 +70,13 @@ class Rotation:
             self._expired.setdefault(entry, "drain")
 
     def next(self) -> PoolEntry | None:
-        """Return the next entry to be replaced, None if there is none."""
-        return next((entry for entry in self._expired if not entry.retired), None)
+        """
+        Return the next entry to be replaced, None if there is none.
+
+        An idle one if there is any: it closes at once, and nobody waits for leases.
+        """
+        left = [entry for entry in self._expired if not entry.retired]
+        return min(left, key=lambda entry: entry.leases > 0, default=None)
 
     def is_idle(self) -> bool:
         """Say whether no expired entry waits for its last lease to come back."""

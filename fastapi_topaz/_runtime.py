@@ -49,10 +49,13 @@ _PACKAGE = os.path.dirname(__file__) + os.sep  # noqa: PTH120  (a prefix of file
 
 def told(error: Exception) -> str:
     """Return what *error* says, without what an authorizer may name in its details."""
-    code = getattr(error, "code", None)
-    if callable(code):
-        return str(getattr(code(), "name", code()))
-    return str(error) or repr(error)
+    try:
+        code = getattr(error, "code", None)
+        if callable(code):
+            return str(getattr(code(), "name", code()))
+        return str(error) or repr(error)
+    except Exception:  # noqa: BLE001  (it is anybody's error, and this is for a log)
+        return type(error).__name__
 
 
 class Runtime:

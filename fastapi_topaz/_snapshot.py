@@ -59,9 +59,9 @@ def peer_of(entry: PoolEntry) -> str | None:
     """Return the address of the other side, if the connection tells."""
     try:
         peer = getattr(entry.connection, "peer", None)
+        return None if peer is None else str(peer)
     except Exception:  # noqa: BLE001  (a connection may raise anything)
         return None
-    return None if peer is None else str(peer)
 
 
 def _condition(entry: PoolEntry) -> ConnectionCondition:

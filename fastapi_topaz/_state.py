@@ -207,7 +207,7 @@ class PoolState:
     def connected(self, entry: PoolEntry, connection: Any, now: float) -> None:
         """Open *entry*; one success makes up for all failures."""
         self.wish = 0
-        if self.attempts.failures:
+        if self.attempts.failures and not self._usable():
             # Servers come back one by one, and this is the first.
             self.rotation.lost(now)
         self.attempts.succeeded(entry)
@@ -343,7 +343,7 @@ class PoolState:
             return
         floor = self.options.min_connections if self.warm else 0
         surplus = not entry.leases and not self.waiting and self._usable() > floor
-        full = self.room() <= 0 and not self.connecting
+        full = self.room() <= 0 and not self.connecting and not self.attempts.failures
         if surplus or (full and (self.rotation.is_idle() or not entry.leases)):
             self.retire(entry, self.rotation.reason(entry))
 

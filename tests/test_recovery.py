@@ -377,3 +377,87 @@ async def test_a_loss_that_needs_no_replacement_spreads_the_others_all_the_same(
         async with pool.acquire():
             await anyio.sleep(5)
         assert connector.attempts == 5
+
+
+@pytest.mark.parametrize("lives", [0.01, 0.1, 1.0])
+async def test_connections_that_are_lost_soon_are_not_made_faster_than_failed_ones(
+    lives,
+):
+    class Brief(Timed):
+        async def connect(self, timeout):
+            conn = await super().connect(timeout)
+            ends = anyio.current_time() + lives
+            conn.is_lost = lambda: anyio.current_time() >= ends
+            return conn
+
+    connector = Brief(default=slow(0.001))
+    async with make(connector, acquire_timeout=1000) as pool:
+
+        async def caller():
+            while True:
+                async with pool.acquire():
+                    await anyio.sleep(0.02)
+
+        with anyio.move_on_after(30):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(50):
+                    tasks.start_soon(caller)
+    assert most_within(connector.begun[10:], 1.0) <= 20
+
+
+@pytest.mark.parametrize("goes_wrong", [fail(), hang()], ids=["refused", "hangs"])
+async def test_a_replica_that_stays_sick_does_not_keep_the_others_rotating(goes_wrong):
+    class EveryThird(FakeConnector):
+        spreads = True
+
+        async def connect(self, timeout):
+            self.default = goes_wrong if self.attempts % 3 == 2 else ok()
+            return await super().connect(timeout)
+
+    connector = EveryThird()
+    options = {"connection_timeout": 1, "max_lifetime": 0}
+    async with make(connector, min_connections=10, eager_init=True, **options) as pool:
+        await anyio.sleep(10)
+        pool._runtime.state.rotation._respread.clear()
+        attempts = connector.attempts
+        connector.connections[0].hung_up = True
+        await anyio.sleep(3600)
+        # One in its stead, and three times ten, of which each third goes wrong.
+        assert connector.attempts - attempts <= 50
+
+
+async def test_draining_a_full_pool_replaces_the_idle_connections_first():
+    connector = FakeConnector()
+    async with make(connector, max_connections=3) as pool:
+        leases = [await pool.acquire() for _ in range(3)]
+        await pool.release(leases.pop())
+        pool.drain()
+        await anyio.sleep(0.1)
+        assert [conn.closed for conn in connector.connections[:3]] == [0, 0, 1]
+        for conn in leases:
+            await pool.release(conn)
+        await anyio.sleep(0.1)
+        assert [conn.closed for conn in connector.connections[:3]] == [1, 1, 1]
+
+
+async def test_a_check_on_a_silent_connection_ends_with_its_budget():
+    from starlette.requests import Request
+
+    from fastapi_topaz import AuthorizerOptions, Identity, IdentityType, TopazConfig
+
+    connector = FakeConnector()
+    config = TopazConfig(
+        authorizer_options=AuthorizerOptions(),
+        policy_path_root="myapp",
+        identity_provider=lambda _request: Identity(IdentityType.NONE),
+        connection_pool=make(connector),
+        check_timeout=3,
+    )
+    async with config.connection_pool as pool:
+        await fill(pool, 1)
+        connector.connections[0].frozen = True
+        began = anyio.current_time()
+        request = Request({"type": "http", "headers": [], "path_params": {}})
+        with pytest.raises(TimeoutError):
+            await config.is_allowed(request, "myapp.GET.documents")
+        assert anyio.current_time() - began == pytest.approx(3)

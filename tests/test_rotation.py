@@ -153,11 +153,17 @@ def test_a_lost_connection_spreads_the_others():
 
 def test_the_end_of_an_outage_spreads_because_servers_come_back_one_by_one():
     state = make_state(spreads=True, max_lifetime=0)
-    open_one(state, 50.0)
-    assert state.rotation.next_at(state.open) == float("inf")
     state.connect_failed(state.attempts.begin(60.0), ConnectFailed("no"), 60.0)
     open_one(state, 100.0)
     assert state.rotation.next_at(state.open) == 100.0 + RESPREAD[0]
+
+
+def test_an_attempt_that_fails_while_others_serve_spreads_nothing():
+    state = make_state(spreads=True, max_lifetime=0)
+    open_one(state, 50.0)
+    state.connect_failed(state.attempts.begin(60.0), ConnectFailed("no"), 60.0)
+    open_one(state, 100.0)
+    assert state.rotation.next_at(state.open) == float("inf")
 
 
 def test_a_connection_that_was_only_closed_spreads_nothing():
@@ -253,9 +259,9 @@ def test_an_idle_connection_makes_room_while_a_leased_one_waits_for_its_last_lea
     idle = next(entry for entry in state.open if entry is not leased)
     state.rotation.drain([leased, idle])
     state.rotate()
-    assert leased.retired == "drain"
+    assert state.to_close == [idle], "it closes at once"
     state.rotate()
-    assert state.to_close == [idle]
+    assert leased.retired is None, "one at a time"
 
 
 def test_a_surplus_idle_connection_is_drained_without_a_replacement():

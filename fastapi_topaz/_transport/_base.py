@@ -91,7 +91,7 @@ class RpcConnection(Connection, Protocol):
         timeout: float | None,
         metadata: Metadata,
     ) -> bytes:
-        """Make one unary-unary call and return the response."""
+        """Make one unary-unary call that ends within *timeout* seconds."""
         ...
 
     def judge(self, error: BaseException, /) -> Verdict | None:

@@ -124,7 +124,9 @@ class _Forward(_Exchange):
         def abort(raise_: Callable[[], object]) -> trio.lowlevel.Abort:
             nonlocal raise_cancel
             raise_cancel = raise_
-            self._thread.call_soon(lambda: self._running and self._running.cancel())
+            # Suppressed: the loop has ended, and by that what ran in it.
+            with contextlib.suppress(RuntimeError):
+                self._thread.call_soon(lambda: self._running and self._running.cancel())
             # What was begun has to be ended before the caller goes on: a
             # connection that nobody owns would stay open for ever.
             return trio.lowlevel.Abort.FAILED

@@ -87,12 +87,25 @@ class FakeConnection:
         self.probes += 1
         await self._answer()
 
-    async def call(self, method: str, request: bytes, **_options: Any) -> bytes:
-        """Return what the connector's `answer` makes of the request."""
+    async def call(
+        self,
+        method: str,
+        request: bytes,
+        *,
+        timeout: float | None = None,
+        **_options: Any,
+    ) -> bytes:
+        """
+        Return what the connector's `answer` makes of the request.
+
+        Raises:
+            TimeoutError: It took more than *timeout* seconds.
+        """
         self.calls += 1
-        await self._answer()
-        answer = self.connector.answer(method, request)
-        response: bytes = await answer if inspect.isawaitable(answer) else answer
+        with anyio.fail_after(timeout):
+            await self._answer()
+            answer = self.connector.answer(method, request)
+            response: bytes = await answer if inspect.isawaitable(answer) else answer
         return response
 
     def judge(self, error: BaseException, /) -> Verdict | None:
