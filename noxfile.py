@@ -92,7 +92,8 @@ def coverage(session: nox.Session) -> None:
     """Run the tests and show the lines and branches they miss."""
     session.install("-e", ".", "--group", "test")
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    # In this very process, which is the one that is measured.
+    session.run("coverage", "run", "-m", "pytest", "-n0", *session.posargs)
     session.run("coverage", "combine")
     session.run("coverage", "report")
 

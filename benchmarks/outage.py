@@ -60,7 +60,7 @@ async def until(predicate):
 async def main(down, count):
     logging.getLogger("fastapi_topaz").setLevel(logging.ERROR)
     with EmbeddedAuthorizer({POLICY: True}) as authorizer:
-        pool = ConnectionPool()
+        pool = ConnectionPool(min_connections=10, eager_init=True)
         pool.configure(authorizer.options)
         callers = Callers(pool)
         async with pool, anyio.create_task_group() as tasks:

@@ -19,7 +19,7 @@ from fastapi_topaz._options import (
     text,
 )
 from fastapi_topaz._pool import ConnectionPool
-from fastapi_topaz.exceptions import ConnectionLost
+from fastapi_topaz.exceptions import ConnectionLost, TopazError
 
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ class TopazConfig:
         """
         Ask whether the caller of *request* may do what *policy_path* is about.
 
-        A decision that is lost with its connection is asked for once more on another
-        one, within `check_timeout`.
+        A decision that is lost with its connection, or ends UNAVAILABLE or CANCELLED,
+        is asked for once more within `check_timeout`.
 
         Args:
             request: Whose identity, and whose path parameters, are sent.
@@ -190,9 +190,9 @@ class TopazConfig:
         """
         Return the answer of the authorizer.
 
-        A decision is a read, so it is asked for once more if its connection is lost.
-        By then the pool leases that connection to nobody, nor any other that it has
-        reason to suspect, before it has answered a probe.
+        A decision is a read, so it is asked for once more if it was lost. By then the
+        pool leases no connection that it has reason to suspect before it has answered
+        a probe.
         """
         # One budget: what waiting or a first attempt takes, the rest has less.
         deadline = anyio.current_time() + self.check_timeout
@@ -201,7 +201,11 @@ class TopazConfig:
         except (ConnectionLost, grpc.aio.AioRpcError) as error:
             if not _is_worth_a_retry(error) or anyio.current_time() >= deadline:
                 raise
-        return await self._ask_once(question, deadline)
+            lost = error
+        try:
+            return await self._ask_once(question, deadline)
+        except TopazError as error:
+            raise error from lost
 
     async def _ask_once(self, question: Question, deadline: float) -> bool:
         pool = self.connection_pool

@@ -158,7 +158,6 @@ async def probe(runtime: Runtime, entry: PoolEntry) -> None:
 def _unanswered(
     runtime: Runtime, entry: PoolEntry, error: Exception, late: float
 ) -> None:
-    runtime.counters.probe_failures += 1
     entry.last_error = told(error)
     if late > LATE and not entry.excused:
         # This loop was blocked, or the machine asleep: the answer may be there.
@@ -166,6 +165,7 @@ def _unanswered(
         entry.suspect = False
         runtime.state.suspect(entry, runtime.now())
         return
+    runtime.counters.probe_failures += 1
     second = entry.suspect
     runtime.state.unanswered(entry, runtime.now())
     logger.log(

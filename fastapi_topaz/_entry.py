@@ -49,6 +49,13 @@ class PoolEntry:
     # under a caller would fail that caller's call.
     retired: str | None = None
 
+    def watch(self, connection: Any) -> None:
+        """Ask *connection* from now on whether it is lost, if it can tell."""
+        try:
+            self.is_lost = getattr(connection, "is_lost", None)
+        except Exception:  # noqa: BLE001  (a connection may raise anything)
+            self.is_lost = None
+
     def is_gone(self) -> bool:
         """Say whether the connection says that its other side has gone away."""
         if self.is_lost is None:
@@ -58,7 +65,7 @@ class PoolEntry:
         except Exception as error:  # noqa: BLE001  (a connection may raise anything)
             # It cannot tell, and is not asked again.
             self.is_lost = None
-            self.last_error = repr(error)
+            self.last_error = f"is_lost() raised {type(error).__name__}"
             return False
 
     # Tells whether the other side has gone away, if the connection can tell.

@@ -185,11 +185,10 @@ async def _lookout(runtime: Runtime) -> None:
 
 
 def _look_closely(runtime: Runtime, entry: PoolEntry) -> None:
-    look = getattr(entry.connection, "look_closely", None)
-    if look is None:
-        return
     try:
-        look()
+        look = getattr(entry.connection, "look_closely", None)
+        if look is not None:
+            look()
     except Exception:
         logger.debug("%s: look_closely() failed", runtime.label, exc_info=True)
 

@@ -62,7 +62,8 @@ class ConnectionPool(PoolLife):
         health_check_interval: How often connections that have answered nothing
             since are probed, default 30; 0 is never.
         health_check_timeout: How long the answer may take, default 5. Without one
-            the connection is probed again at once, and then closed.
+            the connection is probed again at once, and then closed; one that a failed
+            call made suspect is closed the first time.
         eager_init: Whether `initialize()` waits for *min_connections*, default
             False.
         retry_on_failure: Whether a failed attempt is repeated for those who wait,

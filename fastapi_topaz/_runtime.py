@@ -183,11 +183,9 @@ class Runtime:
 
     def judge(self, entry: PoolEntry, error: Exception) -> None:
         """Draw the consequences of *error*, raised by a call on *entry*."""
-        judge = getattr(entry.connection, "judge", None)
-        if judge is None:
-            return
         try:
-            verdict = judge(error)
+            judge = getattr(entry.connection, "judge", None)
+            verdict = None if judge is None else judge(error)
         except Exception:
             logger.warning(
                 "%s: judge() of a connection failed", self.label, exc_info=True
@@ -224,7 +222,7 @@ class Runtime:
             state.to_close
             or state.shortfall(tokens, now)
             # The opener has more to look out for than it did when it went to sleep.
-            or (state.waiting and (state.connecting or state.attempts.failures))
+            or (state.waiting and (state.connecting or state.next_attempt() > now))
         ):
             self.work.set()
         if state.shut and not state.in_use:

@@ -11,7 +11,8 @@ An open entry is *ready* while it may take another lease: it is below its number
 streams, not *suspect* (waiting for a probe) and not *retired* (waiting for its last
 lease to come back). An *expired* entry still serves, until a new one replaces it.
 
-A failed call or probe makes an entry suspect; a failed probe of a suspect retires it.
+A call that is cut off, or two in a row without an answer, or a failed probe makes an
+entry suspect; a failed probe of a suspect retires it.
 
 What holds after every method:
 
@@ -89,7 +90,7 @@ class PoolState:
         self.wish = 0
         self.shut = False
         # Had its time come, a connection would have been probed by then: if it was
-        # not, the clock has jumped, as it does when a machine wakes up.
+        # not, the clock has jumped, or the process was stopped.
         interval = options.health_check_interval
         self._stale_after = (
             2 * (interval + options.health_check_timeout) if interval else float("inf")
@@ -212,7 +213,7 @@ class PoolState:
             self.rotation.lost(now)
         self.attempts.succeeded(entry)
         entry.connection = connection
-        entry.is_lost = getattr(connection, "is_lost", None)
+        entry.watch(connection)
         entry.opened_at = entry.last_used_at = entry.proven_at = now
         self.rotation.begin(entry, self.options.max_lifetime, now)
         self.open[entry] = None
@@ -259,7 +260,7 @@ class PoolState:
 
     def look_at(self, entry: PoolEntry, now: float) -> bool:
         """Retire *entry* if its other side has gone away, and say so."""
-        if not entry.is_gone():
+        if entry.retired is not None or not entry.is_gone():
             return False
         self.lost(entry, "lost", now)
         return True

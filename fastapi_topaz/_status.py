@@ -89,8 +89,10 @@ class ConnectionStatus:
             it), or `leaving` (it closes when its last lease is back).
         streams: Leases it serves.
         age: Seconds since it was established.
-        idle_for: Seconds since its last lease came back; 0 while it has one.
-        last_error: What the last call or probe on it that failed said of it.
+        idle_for: Seconds since its last lease came back, or it was made; 0 while it
+            has a lease.
+        last_error: What the last call or probe on it that failed said of it, also if
+            others were answered since.
     """
 
     peer: str | None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib.util
+import itertools
 import logging
+import os
+import socket
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import trio.testing
 
@@ -18,6 +23,12 @@ from autojump import AutojumpLoop
 
 
 pytest_plugins = ["fastapi_topaz.testing.fixtures"]
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+    "unhurried", parent=hypothesis.settings(), deadline=None
+)
+hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_generate_tests(metafunc):
@@ -63,6 +74,40 @@ def eager_loop():
     loop = AutojumpLoop()
     loop.set_task_factory(asyncio.eager_task_factory)
     return loop
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ports_of_ones_own():
+    """
+    Let no other process get the port of a server that is stopped and started again.
+
+    Whoever asks the system for any free port might get it, and other tests do so at
+    the same time. Hence servers get ports that the system does not give away, and
+    those of each worker of pytest-xdist are others.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    count = 1_000
+    first = 12_000 + worker % 20 * count
+    # Not the same ones as another run that was started at the same time.
+    begin = os.getpid() % count
+    ports = itertools.cycle(first + (begin + step) % count for step in range(count))
+    create_server = socket.create_server
+
+    def create(address, **options):
+        host, port, *rest = address
+        if port:
+            return create_server(address, **options)
+        for candidate in itertools.islice(ports, count):
+            try:
+                return create_server((host, candidate, *rest), **options)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        return create_server(address, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "create_server", create)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -70,6 +71,36 @@ def run(*args, **env):
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
+MANY = """
+import contextlib, io, json, sys
+from fastapi_topaz.cli import main
+
+ended = []
+for args in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(args)
+        except SystemExit as error:
+            ended.append((error.code or 0, out.getvalue(), err.getvalue()))
+print(json.dumps(ended))
+"""
+
+
+def run_each(lines):
+    """Run one command line after the other in one process, which starts slowly."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", MANY, json.dumps(lines)],
+        env=environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=50,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return [Ended(*ended) for ended in json.loads(done.stdout)]
+
+
 @pytest.fixture
 def nobody():
     """An address where a connection is refused, as long as the test runs."""
@@ -78,11 +109,13 @@ def nobody():
         yield f"127.0.0.1:{taken.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_all_is_answered_as_the_policies_say(backend):
-    ended = run(
-        "demo", "--requests", "200", "--concurrency", "20", "--backend", backend
-    )
+@pytest.fixture(scope="module", params=BACKENDS)
+def demo(request):
+    return run("demo", "--requests", "200", "--backend", request.param)
+
+
+def test_all_is_answered_as_the_policies_say(demo):
+    ended = demo
 
     assert (ended.code, ended.err) == (0, "")
     assert ended.number("requests") == 200
@@ -95,9 +128,8 @@ def test_all_is_answered_as_the_policies_say(backend):
     assert ended.number("requests per second") > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_there_are_never_more_connections_than_allowed(backend):
-    ended = run("demo", "--requests", "200", "--backend", backend)
+def test_there_are_never_more_connections_than_allowed(demo):
+    ended = demo
 
     status, total, idle, busy, healthy, most, streams = ended.row("afterwards")
     assert (status, busy, streams) == ("ok", "0", "0/10")
@@ -183,40 +215,50 @@ def test_some_requests_that_fail_are_enough_for_exit_code_1():
     assert "Cause: no decision on myapp.DELETE.documents.__id" in ended.out
 
 
-@pytest.mark.parametrize(
-    "args, complaint",
-    [
-        ("demo --bogus", "--bogus"),
-        ("demo --requests 0", "--requests"),
-        ("demo --concurrency=-1", "--concurrency"),
-        ("demo --streams 0", "--streams"),
-        ("demo --backend curio", "--backend"),
-        ("demo --insecure", "need --url"),
-        ("demo --url http://topaz", "without a scheme"),
-        ("demo --url x:1 --cert there-is-none.pem", "--cert"),
-        (f"demo --url x:1 --insecure --cert {__file__}", "exclude"),
-        ("demo --policy-root=", "policy_path_root"),
-        ("dmeo", "dmeo"),
-    ],
-)
-def test_wrong_usage(args, complaint):
-    ended = run(*args.split())
-
-    assert ended.code == 2
-    assert complaint in ended.err
-    assert "Traceback" not in ended.err
+WRONG = {
+    "demo --bogus": "--bogus",
+    "demo --requests 0": "--requests",
+    "demo --concurrency=-1": "--concurrency",
+    "demo --streams 0": "--streams",
+    "demo --backend curio": "--backend",
+    "demo --insecure": "need --url",
+    "demo --url http://topaz": "without a scheme",
+    "demo --url x:1 --cert there-is-none.pem": "--cert",
+    f"demo --url x:1 --insecure --cert {__file__}": "exclude",
+    "demo --policy-root=": "policy_path_root",
+    "dmeo": "dmeo",
+}
+QUESTIONS = {
+    "--version": r"^fastapi-topaz \d+\.\d+",
+    "--help": "Usage: fastapi-topaz",
+    "demo --help": "Usage: fastapi-topaz demo",
+}
 
 
-@pytest.mark.parametrize("args", [["--version"], ["--help"], ["demo", "--help"]])
-def test_questions_about_itself(args):
-    ended = run(*args)
+@pytest.fixture(scope="module")
+def said():
+    """What each command line that starts no demo ended with."""
+    lines = [*WRONG, *QUESTIONS]
+    ended = run_each([line.split() for line in lines])
+    return dict(zip(lines, ended, strict=True))
 
-    assert (ended.code, ended.err) == (0, "")
-    assert re.search(
-        r"^fastapi-topaz \d+\.\d+" if "--version" in args else "Usage: fastapi-topaz",
-        ended.out,
-        re.MULTILINE,
-    )
+
+@pytest.mark.parametrize("line, complaint", WRONG.items())
+def test_wrong_usage(line, complaint, said):
+    assert said[line].code == 2
+    assert complaint in said[line].err
+    assert "Traceback" not in said[line].err
+
+
+@pytest.mark.parametrize("line, answer", QUESTIONS.items())
+def test_questions_about_itself(line, answer, said):
+    assert (said[line].code, said[line].err) == (0, "")
+    assert re.search(answer, said[line].out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", ["dmeo", "--version"])
+def test_a_process_of_its_own_says_the_same(line, said):
+    assert run(*line.split()) == said[line]
 
 
 MISSING = """

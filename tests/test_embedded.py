@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager
 
@@ -45,7 +46,7 @@ NOBODY = IdentityContext(type=IdentityType.NONE)
 OWN_SOCKET = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=20.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
@@ -609,9 +610,12 @@ def test_tls_without_trustme_names_the_extra(monkeypatch):
 
 
 def test_constructing_starts_nothing():
-    before = psutil.Process().num_threads(), psutil.Process().num_fds()
+    before = set(threading.enumerate()), psutil.Process().num_fds()
     authorizer = EmbeddedAuthorizer(tls=True)
-    assert (psutil.Process().num_threads(), psutil.Process().num_fds()) == before
+    threads, fds = before
+    # Of those before, gRPC's own may have ended meanwhile.
+    assert set(threading.enumerate()) <= threads
+    assert psutil.Process().num_fds() <= fds
     for name in ("port", "url", "options"):
         with pytest.raises(RuntimeError, match="start"):
             getattr(authorizer, name)
@@ -665,11 +669,11 @@ def test_stop_closes_the_sockets_of_clients(authorizer):
 
 
 def test_a_port_of_ones_own_and_one_that_is_taken(authorizer):
-    threads = psutil.Process().num_threads()
+    threads = threading.active_count()
     second = EmbeddedAuthorizer(port=authorizer.port)
     with pytest.raises(OSError, match="in use"):
         second.start()
-    until(lambda: psutil.Process().num_threads() <= threads)
+    until(lambda: threading.active_count() <= threads)
     authorizer.stop()
     with second:
         assert second.url == authorizer.url
@@ -770,11 +774,14 @@ def test_fifty_starts_leave_no_descriptor_thread_or_port(grace):
 
     for _ in range(3):
         cycle()
-    fds, threads = process.num_fds(), process.num_threads()
+    fds, threads = process.num_fds(), threading.active_count()
+    native = process.num_threads()
     for _ in range(50):
         cycle()
     until(lambda: process.num_fds() <= fds)
-    until(lambda: process.num_threads() <= threads)
+    until(lambda: threading.active_count() <= threads)
+    # gRPC has a pool of threads without Python, which grows by a few under load.
+    assert process.num_threads() <= native + 8
     assert authorizer.connections_accepted == 53
     assert not is_listening(authorizer.port)
 

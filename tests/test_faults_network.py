@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
+import datetime as dt
 import functools
+import gc
 import itertools
 import logging
 import random
@@ -46,6 +47,7 @@ from fastapi_topaz import (
     PoolTimeout,
     TopazConfig,
 )
+from fastapi_topaz._backoff import FLOOR
 from fastapi_topaz.testing import EmbeddedAuthorizer, FakeConnector, slow
 from fastapi_topaz.testing._certs import Certificates
 
@@ -71,7 +73,8 @@ class Gate:
     async def __call__(self, _check):
         self.held += 1
         try:
-            while not self.is_open:
+            # It is opened by another thread, whose loop may not even be of asyncio.
+            while not self.is_open:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
         finally:
             self.held -= 1
@@ -188,7 +191,24 @@ def lines(caplog, level=logging.WARNING):
     return [r.getMessage() for r in caplog.records if r.levelno >= level]
 
 
-# -- F1: the server is killed -----------------------------------------------------------
+@contextlib.contextmanager
+def paced(pool):
+    """No more attempts fail than may be made in the time; a slow machine makes less."""
+    failures = pool._counters.connect_failures
+    began, before = anyio.current_time(), sum(failures.values())
+    yield
+    took = anyio.current_time() - began
+    # The first two are made at once.
+    assert sum(failures.values()) - before <= 3 + took / FLOOR
+
+
+def forget_errors(caplog):
+    """Let go of those in the log: one may keep the socket of its attempt open."""
+    caplog.clear()
+    gc.collect()
+
+
+# -- F1: the server is killed ---------------------------------------------------------
 
 
 @sockets
@@ -211,11 +231,11 @@ async def test_calls_in_flight_on_a_killed_server_end_with_an_error_of_their_own
         assert all(is_a_lost_connection(error) for error in outcomes)
         assert pool.status().healthy_connections == 0
         await soon(lambda: pool.status().leaving == 3)
+        for conn in leases:
+            await pool.release(conn)
         with pytest.raises(ConnectFailed) as caught:
             await pool.acquire(timeout=PATIENCE)
         assert caught.value.reason == "refused"
-        for conn in leases:
-            await pool.release(conn)
         await soon(lambda: sum(pool._counters.closes.values()) == 3)
         assert pool.status().total == 0
         # The first one by itself, the others by that or by their probe.
@@ -307,7 +327,7 @@ async def test_a_check_that_is_lost_with_its_server_fails_with_the_reason(
         assert error.reason == "refused"
 
 
-# -- F2: the server is down at startup --------------------------------------------------
+# -- F2: the server is down at startup ------------------------------------------------
 
 
 @sockets
@@ -345,7 +365,7 @@ async def test_a_pool_that_starts_before_its_server_says_why_and_recovers(
         assert pool.status().healthy
 
 
-# -- F3: refused for a while ------------------------------------------------------------
+# -- F3: refused for a while ----------------------------------------------------------
 
 
 @sockets
@@ -359,9 +379,10 @@ async def test_refused_callers_fail_with_each_attempt_and_add_none_of_their_own(
                     await pool.acquire(timeout=PATIENCE)
                 assert caught.value.reason == "refused"
 
-        async with anyio.create_task_group() as tasks:
-            for _ in range(50):
-                tasks.start_soon(caller)
+        with paced(pool):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(50):
+                    tasks.start_soon(caller)
         assert pool._counters.failed == 150
         # Two at once, then three retries, then one for each time they asked again.
         assert pool._counters.connect_failures["refused"] <= 15
@@ -388,7 +409,8 @@ async def test_who_waits_when_the_server_is_back_is_served_in_order_by_the_next_
             for number in range(10):
                 tasks.start_soon(caller, number)
                 await queued(pool, number + 1)
-            await soon(lambda: failures.get("refused", 0) >= 5)
+            with paced(pool):
+                await soon(lambda: failures.get("refused", 0) >= 7)
             proxy.listen()
             # One may have been under way while the door opened.
             before = failures["refused"]
@@ -398,12 +420,12 @@ async def test_who_waits_when_the_server_is_back_is_served_in_order_by_the_next_
         assert not pool.status().failing, "one success resets all backoff"
 
 
-# -- F4: the server accepts and stays silent --------------------------------------------
+# -- F4: the server accepts and stays silent ------------------------------------------
 
 
 @sockets
 @pytest.mark.parametrize("tls", [False, True], ids=["plaintext", "tls"])
-async def test_a_server_that_accepts_and_hangs_costs_an_attempt_its_time(tls):
+async def test_a_server_that_accepts_and_hangs_costs_an_attempt_its_time(tls, caplog):
     with (
         EmbeddedAuthorizer({PATH: True}, tls=tls) as authorizer,
         Proxy([authorizer.port]) as proxy,
@@ -416,14 +438,16 @@ async def test_a_server_that_accepts_and_hangs_costs_an_attempt_its_time(tls):
             assert (caught.value.reason, caught.value.permanent) == ("timeout", False)
             assert set(pool._counters.connect_failures) == {"timeout"}
             assert pool.status().connecting == 0
-            await soon(lambda: proxy.open == 0)
             proxy.heal()
             assert await served(pool)
+            del caught
+            forget_errors(caplog)
+            await soon(lambda: proxy.open == 1)
 
 
 @sockets
 async def test_while_one_of_two_backends_hangs_the_other_serves_all_who_wait(
-    authorizer,
+    authorizer, caplog
 ):
     # Nobody accepts: the kernel does, and stays silent.
     with (
@@ -447,10 +471,11 @@ async def test_while_one_of_two_backends_hangs_the_other_serves_all_who_wait(
                     tasks.start_soon(caller)
             assert set(pool._counters.connect_failures) == {"timeout"}
             assert pool.status().total == 4
+            forget_errors(caplog)
             await soon(lambda: authorizer.connections_open == 4)
 
 
-# -- F5: the TLS handshake is slow ------------------------------------------------------
+# -- F5: the TLS handshake is slow ----------------------------------------------------
 
 
 @pytest.fixture
@@ -486,7 +511,9 @@ async def test_a_slow_tls_handshake_within_the_limit_counts_as_time_to_connect(
 
 
 @sockets
-async def test_a_tls_handshake_over_the_limit_is_a_failed_attempt(tls, tls_proxy):
+async def test_a_tls_handshake_over_the_limit_is_a_failed_attempt(
+    tls, tls_proxy, caplog
+):
     tls_proxy.slow_handshake(HOURS)
     options = {"connection_timeout": 0.3, "max_retries": 0}
     async with pool_to(via(tls_proxy, tls.ca_cert_path), **options) as pool:
@@ -494,9 +521,11 @@ async def test_a_tls_handshake_over_the_limit_is_a_failed_attempt(tls, tls_proxy
             await pool.acquire(timeout=PATIENCE)
         assert (caught.value.reason, caught.value.permanent) == ("timeout", False)
         assert set(pool._counters.connect_failures) == {"timeout"}
-        await soon(lambda: tls_proxy.open == 0)
         tls_proxy.heal()
         assert await served(pool)
+        del caught
+        forget_errors(caplog)
+        await soon(lambda: tls_proxy.open == 1)
 
 
 @sockets
@@ -529,10 +558,10 @@ async def test_a_slow_tls_handshake_keeps_nobody_from_a_connection_that_is_there
         assert not pool._counters.connect_failures
 
 
-# -- F6: TLS fails ----------------------------------------------------------------------
+# -- F6: TLS fails --------------------------------------------------------------------
 
 
-LONG_AGO = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
+LONG_AGO = dt.datetime(2001, 1, 1, tzinfo=dt.UTC)
 
 
 def certified(authority, *names, **dates):
@@ -573,7 +602,9 @@ async def test_what_tls_refuses_is_permanent_until_the_server_is_put_right(
     authorizer._certificates = wrong(authority)
     with authorizer:
         options = AuthorizerOptions(url=authorizer.url, cert_file_path=path)
-        async with pool_to(options) as pool:
+        # It is no matter of retries: there would be enough of them.
+        endless = {"max_retries": 1_000_000, "acquire_timeout": HOURS}
+        async with pool_to(options, **endless) as pool:
 
             async def caller():
                 for _ in range(3):
@@ -582,9 +613,10 @@ async def test_what_tls_refuses_is_permanent_until_the_server_is_put_right(
                     assert caught.value.reason == "tls"
                     assert caught.value.permanent
 
-            async with anyio.create_task_group() as tasks:
-                for _ in range(50):
-                    tasks.start_soon(caller)
+            with paced(pool):
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(50):
+                        tasks.start_soon(caller)
             assert pool._counters.failed == 150
             # Two at once, then one for each time they asked again.
             assert set(pool._counters.connect_failures) == {"tls"}
@@ -596,7 +628,7 @@ async def test_what_tls_refuses_is_permanent_until_the_server_is_put_right(
             assert await served(pool)
 
 
-# -- F8 and F9: the network loses everything, or the server is frozen -------------------
+# -- F8 and F9: the network loses everything, or the server is frozen -----------------
 
 
 silences = pytest.mark.parametrize("silence", ["half_open", "freeze"])
@@ -631,9 +663,8 @@ async def test_two_calls_without_an_answer_have_all_silent_connections_evicted(
 
 
 @sockets
-@silences
 async def test_silent_connections_that_nobody_uses_are_evicted_by_the_health_check(
-    silence, proxy
+    proxy,
 ):
     pool = pool_to(
         via(proxy),
@@ -645,7 +676,7 @@ async def test_silent_connections_that_nobody_uses_are_evicted_by_the_health_che
     )
     async with pool:
         old = [entry.connection for entry in pool._runtime.state.open]
-        getattr(proxy, silence)()
+        proxy.half_open()
         await soon(lambda: not pool.status().healthy)
         assert pool._counters.closes["unhealthy"] >= 2
         proxy.heal()
@@ -688,7 +719,9 @@ async def test_of_three_replicas_a_silent_one_fails_only_the_checks_it_holds(
             await soon(lambda: failures)
             # Whatever was sent before the fault has arrived by now.
             since = anyio.current_time()
-            await soon(lambda: all(e.proven_at > since for e in pool._runtime.state.open))
+            await soon(
+                lambda: all(e.proven_at > since for e in pool._runtime.state.open)
+            )
             tasks.cancel_scope.cancel()
         for error in failures:
             # Their own deadline: it ended while they asked, or while they waited.
@@ -705,7 +738,7 @@ async def test_of_three_replicas_a_silent_one_fails_only_the_checks_it_holds(
         assert outcomes == [True] * 100
 
 
-# -- F10: a response breaks off ---------------------------------------------------------
+# -- F10: a response breaks off -------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -775,7 +808,7 @@ async def test_a_check_whose_response_breaks_off_is_answered_by_another_replica(
             assert sum(replicas.calls(i)["Is"] for i in range(3)) == 4
 
 
-# -- F17: the server is slow ------------------------------------------------------------
+# -- F17: the server is slow ----------------------------------------------------------
 
 
 @sockets
@@ -827,7 +860,7 @@ async def test_a_slow_server_makes_the_queue_shed_load_and_no_new_connections(
         await assert_whole(pool)
 
 
-# -- F25: the wall clock jumps ----------------------------------------------------------
+# -- F25: the wall clock jumps --------------------------------------------------------
 
 
 @pytest.fixture
@@ -861,10 +894,10 @@ async def test_a_jump_of_the_wall_clock_ends_no_life_and_changes_no_turn(jump, s
         assert probed == {0: 0, 1: 31, 2: 61, 3: 91}
         assert connector.attempts == 2
         assert not pool._counters.closes
+        leases = [await pool.acquire() for _ in range(10)]
+        began = anyio.current_time()
+        jump(-seconds)
         with pytest.raises(PoolTimeout):
-            jump(-seconds)
-            leases = [await pool.acquire() for _ in range(10)]
-            began = anyio.current_time()
             await pool.acquire(timeout=3)
         assert anyio.current_time() - began == pytest.approx(3)
         for conn in leases:
@@ -895,7 +928,7 @@ async def test_a_jump_of_the_wall_clock_is_not_noticed_by_real_connections(
         assert not pool._counters.closes
 
 
-# -- F26: somebody else's code ----------------------------------------------------------
+# -- F26: somebody else's code --------------------------------------------------------
 
 
 PROVIDERS = ("identity_provider", "resource_context_provider")
@@ -918,7 +951,7 @@ def virtual(connector=None, **parameters):
 @pytest.mark.parametrize("name", PROVIDERS)
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(
-    "error", [ZeroDivisionError("mine"), ConnectionLost("mine")], ids=lambda e: str(e)
+    "error", [ZeroDivisionError("mine"), ConnectionLost("mine")], ids=repr
 )
 async def test_what_a_provider_raises_reaches_the_caller_and_costs_nothing(
     name, is_async, error
@@ -1028,7 +1061,7 @@ async def test_a_connection_whose_probe_and_close_hang_is_given_up_on(caplog):
         await assert_whole(pool)
 
 
-# -- F18, F19 and F20: cancellation -----------------------------------------------------
+# -- F18, F19 and F20: cancellation ---------------------------------------------------
 
 
 STEPS = range(15)

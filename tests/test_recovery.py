@@ -461,3 +461,13 @@ async def test_a_check_on_a_silent_connection_ends_with_its_budget():
         with pytest.raises(TimeoutError):
             await config.is_allowed(request, "myapp.GET.documents")
         assert anyio.current_time() - began == pytest.approx(3)
+
+
+async def test_who_waits_after_a_brief_connection_is_served_after_its_pause():
+    pool = make(FakeConnector(), streams_per_connection=5)
+    async with pool, pool.acquire() as conn:
+        await anyio.sleep(0.5)
+        conn.connection.hung_up = True
+        began = anyio.current_time()
+        async with pool.acquire():
+            assert anyio.current_time() - began <= 0.1

@@ -225,7 +225,8 @@ class Books:
         self.one_of([*self.state.open]).connection.lost = True
         if self.one_of([True, False]):
             for entry in [*self.state.open]:
-                assert self.state.look_at(entry, self.now) == entry.connection.lost
+                news = entry.connection.lost and entry.retired is None
+                assert self.state.look_at(entry, self.now) == news
             self.connections_changed()
 
     @operation(10, lambda books: books.closing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 
 
-async def eventually(predicate, timeout=5.0):
+async def eventually(predicate, timeout=10.0):
     """Return the first true value of *predicate*; fail with the last one."""
     deadline = anyio.current_time() + timeout
     while not (value := predicate()):
@@ -16,7 +16,7 @@ async def eventually(predicate, timeout=5.0):
     return value
 
 
-async def eventually_at_most(measure, before, timeout=10.0):
+async def eventually_at_most(measure, before, timeout=20.0):
     """Return when no number of *measure()* is above *before*; fail with both."""
 
     def fallen():

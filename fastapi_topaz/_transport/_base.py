@@ -34,7 +34,8 @@ class Connection(Protocol):
         Return if the other side answers within *timeout* seconds.
 
         Raises:
-            Exception: It does not; the second time the pool closes the connection.
+            Exception: It does not; the pool closes the connection if it is suspect
+                already, and probes it again if not.
         """
 
     async def close(self, grace: float, /) -> None:
@@ -60,13 +61,15 @@ class Connector(Protocol):
 
     What it makes needs `async probe(timeout)`, which raises if the other side does not
     answer, and `async close(grace)`. With `async call(method, request, *, timeout,
-    metadata)` from bytes to bytes, leases of it make gRPC calls. Neither may shield
-    itself from cancellation for long: the pool ends them by cancelling.
+    metadata)` from bytes to bytes, leases of it make gRPC calls. None of these may
+    shield itself from cancellation for long: the pool ends them by cancelling.
 
-    The rest is used where it is there. `judge(error)` tells what the error of a call
-    says of the connection. `is_lost()`, asked before each lease, tells that the other
-    side has gone away, so that no call has to find out; `look_closely()` is called
-    now and then so that it may. `peer` is the address of the other side.
+    The rest is used where it is there, and none of it is a coroutine. `judge(error)`
+    returns the `Verdict` that the error of a call is on the connection, or None if it
+    says nothing. `is_lost()`, asked before each lease and every second, tells that the
+    other side has gone away, so that no call has to find out; `look_closely()` is
+    called now and then so that it may. `peer` is the address of the other side, and is
+    read from any thread.
     """
 
     async def connect(self, timeout: float, /) -> Connection:

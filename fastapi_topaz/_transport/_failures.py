@@ -152,9 +152,9 @@ _CUT_OFF = ("Stream removed", "Socket closed", "Connection reset", "Broken pipe"
 
 def is_refused_stream(error: grpc.aio.AioRpcError) -> bool:
     """
-    Say whether the server refused this one stream, as it does when it has too many.
+    Say whether the server ended this one stream, as it does when it has too many.
 
-    RFC 9113, section 8.7: it did nothing with the request, and the connection is well.
+    RFC 9113, section 5.4.2: it is an error of the stream, and the connection is well.
     """
     return "RST_STREAM" in (error.details() or "")
 

@@ -59,6 +59,9 @@ _SPREAD = '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}'
 # Nobody here has cancelled a call that ends CANCELLED: a server does that as it stops.
 _GOING = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 
+LAST_CALLS = 1.0
+"""Seconds that calls which were cut off get to end by themselves."""
+
 _MAX_INT = 2**31 - 1
 _READY = grpc.ChannelConnectivity.READY
 _FAILED = grpc.ChannelConnectivity.TRANSIENT_FAILURE
@@ -330,8 +333,9 @@ class Link:
         is asked and not watched: with a watch under way, a process forked from this one
         crashes at random in gRPC, also if it never uses it.
         """
-        if not self._lost:
-            self._lost = self._closed or self._channel.get_state() is not _READY
+        # Never set to False: on trio two threads do this.
+        if self._closed or self._channel.get_state() is not _READY:
+            self._lost = True
         return self._lost
 
     def look_closely(self) -> None:
@@ -340,7 +344,8 @@ class Link:
 
         After GOAWAY the calls that were under way may bring it there at once.
         """
-        self._lost = self._lost or self._peer.is_gone()
+        if self._peer.is_gone():
+            self._lost = True
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         del self._calls[task]
@@ -388,4 +393,7 @@ class Link:
             for call in self._calls.values():
                 call._cancel("connection closed")  # noqa: SLF001
             await self._channel.close()
+            if self._calls:
+                # Else their last events reach another loop, once this one is closed.
+                await asyncio.wait(list(self._calls), timeout=LAST_CALLS)
             _fork.forget(self._channel)

@@ -47,8 +47,7 @@ class Peer:
         with cls._lock:
             channel = open_channel()
             try:
-                found = _read(cygrpc.channelz_get_top_channels, cls._newest + 1)
-                number = max(int(top["ref"]["channelId"]) for top in found["channel"])
+                number = _newest_after(cls._newest)
             except Exception:  # noqa: BLE001  (the books are not part of any contract)
                 return channel, cls(None)
             cls._newest = number
@@ -60,15 +59,19 @@ class Peer:
             return None
         try:
             channel = _read(cygrpc.channelz_get_channel, self._number)["channel"]
-            for reference in channel["subchannelRef"]:
-                number = int(reference["subchannelId"])
+            numbers = [int(one["subchannelId"]) for one in channel["subchannelRef"]]
+        except Exception:  # noqa: BLE001  (as above)
+            return None
+        for number in numbers:
+            try:
                 found = _read(cygrpc.channelz_get_subchannel, number)["subchannel"]
                 for socket in found.get("socketRef", ()):
                     self._socket = int(socket["socketId"])
                     # It is called "chttp2 ipv4:127.0.0.1:8282".
                     return str(socket["name"]).rpartition(" ")[2]
-        except Exception:  # noqa: BLE001  (as above)
-            return None
+            except Exception:  # noqa: BLE001, S112
+                # Those of the addresses that were not chosen go while we read.
+                continue
         return None
 
     def is_gone(self) -> bool:
@@ -82,6 +85,15 @@ class Peer:
         except Exception:  # noqa: BLE001  (as above)
             return False
         return False
+
+
+def _newest_after(number: int) -> int:
+    more = True
+    while more:  # a page holds a hundred
+        page = _read(cygrpc.channelz_get_top_channels, number + 1)
+        number = max(int(top["ref"]["channelId"]) for top in page["channel"])
+        more = not page.get("end", True)
+    return number
 
 
 def _read(book: Callable[[int], str], number: int) -> Any:
