@@ -431,7 +431,7 @@ async def test_a_server_that_accepts_and_hangs_costs_an_attempt_its_time(tls, ca
         Proxy([authorizer.port]) as proxy,
     ):
         proxy.hang()
-        options = {"connection_timeout": 0.3, "max_retries": 0}
+        options = {"connection_timeout": 1, "max_retries": 0}
         async with pool_to(via(proxy, authorizer.ca_cert_path), **options) as pool:
             with pytest.raises(ConnectFailed) as caught:
                 await pool.acquire(timeout=PATIENCE)
@@ -454,7 +454,7 @@ async def test_while_one_of_two_backends_hangs_the_other_serves_all_who_wait(
         socket.create_server(("127.0.0.1", 0)) as silent,
         Proxy([silent.getsockname()[1], authorizer.port]) as proxy,
     ):
-        options = {"max_connections": 4, "connection_timeout": 0.3}
+        options = {"max_connections": 4, "connection_timeout": 1}
         pool = pool_to(via(proxy), **options, max_retries=1_000, acquire_timeout=HOURS)
         async with pool:
             leases = []
@@ -515,7 +515,7 @@ async def test_a_tls_handshake_over_the_limit_is_a_failed_attempt(
     tls, tls_proxy, caplog
 ):
     tls_proxy.slow_handshake(HOURS)
-    options = {"connection_timeout": 0.3, "max_retries": 0}
+    options = {"connection_timeout": 1, "max_retries": 0}
     async with pool_to(via(tls_proxy, tls.ca_cert_path), **options) as pool:
         with pytest.raises(ConnectFailed) as caught:
             await pool.acquire(timeout=PATIENCE)
@@ -639,7 +639,7 @@ silences = pytest.mark.parametrize("silence", ["half_open", "freeze"])
 async def test_two_calls_without_an_answer_have_all_silent_connections_evicted(
     silence, proxy
 ):
-    options = {"health_check_timeout": 0.3, "connection_timeout": 0.3, "max_retries": 0}
+    options = {"health_check_timeout": 0.3, "connection_timeout": 2, "max_retries": 0}
     pool = pool_to(via(proxy), min_connections=2, eager_init=True, **options)
     async with pool:
         leases = [await pool.acquire() for _ in range(2)]
@@ -672,7 +672,7 @@ async def test_silent_connections_that_nobody_uses_are_evicted_by_the_health_che
         eager_init=True,
         health_check_interval=0.1,
         health_check_timeout=0.3,
-        connection_timeout=0.3,
+        connection_timeout=2,
     )
     async with pool:
         old = [entry.connection for entry in pool._runtime.state.open]
