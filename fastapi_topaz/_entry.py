@@ -80,22 +80,18 @@ class Lease:
     that nothing the caller holds is kept alive by the pool.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "acquired_at",
-        "entry",
-        "failure",
-        "holder",
-        "wake",
-        "warned",
-    )
-
-    def __init__(self) -> None:
-        self.entry: PoolEntry | None = None
-        self.failure: Exception | None = None
-        self.acquired_at = 0.0
-        # Set by a caller that holds a token and sleeps until it is served.
-        self.wake: Callable[[], None] | None = None
-        # Who took it and where, if leaks are looked for.
-        self.holder = ""
-        self.warned = False
+    # Defaults of the class and no __init__: one is made for each acquire(), most end
+    # with only the first two ever set, and setting all took longer than all else here.
+    entry: PoolEntry | None = None
+    acquired_at = 0.0
+    failure: Exception | None = None
+    # Until when it may wait, and whether it was told that it has waited for too long.
+    deadline = float("inf")
+    expired = False
+    # Whether the limiter has lent it a token, as far as the caller knows by now, and
+    # what wakes a caller that holds one and sleeps until it is served.
+    has_token = False
+    wake: Callable[[], None] | None = None
+    # Who took it and where, if leaks are looked for.
+    holder = ""
+    warned = False

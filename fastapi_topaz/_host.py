@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyio.lowlevel import current_token
 
-from fastapi_topaz import _fork
+from fastapi_topaz._fork import current as process
 from fastapi_topaz.exceptions import PoolError
 
 
@@ -38,7 +38,7 @@ class Home:
 
     def __init__(self) -> None:
         self._native: Any = current_token().native_token
-        self._pid = _fork.current.pid
+        self._pid = process.pid
         self._task: Any = None
         self._current: Callable[[], object]
         self.now: Callable[[], float]
@@ -67,13 +67,13 @@ class Home:
     def is_here(self) -> bool:
         """Say whether this is the process and the event loop of the pool."""
         try:
-            return self._current() is self._native and self._pid == _fork.current.pid
+            return self._current() is self._native and self._pid == process.pid
         except RuntimeError:  # no loop, or one of the other backend
             return False
 
     def is_forked(self) -> bool:
         """Say whether this process was forked from that of the pool."""
-        return bool(self._pid != _fork.current.pid)
+        return bool(self._pid != process.pid)
 
     def is_gone(self) -> bool:
         """Say whether the loop was closed without ending its tasks."""
@@ -120,7 +120,7 @@ class Home:
         if self.is_forked():
             return PoolError(
                 f"{pool} was opened in process {self._pid} and is used in process "
-                f"{_fork.current.pid}, which was forked from it; gRPC connections do "
+                f"{process.pid}, which was forked from it; gRPC connections do "
                 "not survive a fork, so open the pool in each worker, in the lifespan "
                 "or a startup hook"
             )

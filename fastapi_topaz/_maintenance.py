@@ -48,6 +48,7 @@ async def host(runtime: Runtime) -> None:
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_opener, runtime, tasks)
+            tasks.start_soon(_timekeeper, runtime)
             tasks.start_soon(_reaper, runtime)
             tasks.start_soon(_rotator, runtime)
             tasks.start_soon(_lookout, runtime)
@@ -145,6 +146,15 @@ def _next_look(state: PoolState, now: float) -> float:
     """Return when the opener may have something to do that nobody tells it."""
     attempt = state.next_attempt()
     return min(state.attempts.next_overdue(), attempt if attempt > now else math.inf)
+
+
+async def _timekeeper(runtime: Runtime) -> None:
+    """Send those away who have waited for too long."""
+    while True:
+        runtime.earlier = anyio.Event()
+        with anyio.CancelScope(deadline=runtime.alarm):
+            await runtime.earlier.wait()
+        runtime.expire()
 
 
 async def _reaper(runtime: Runtime) -> None:

@@ -218,9 +218,17 @@ class ConnectionPool(PoolLife):
             )
         self._release(conn)
 
+    def _acquire_nowait(self) -> PooledConnection | None:
+        """Lease what is free, if there is anything; None leaves it to `_acquire`."""
+        runtime = self._runtime
+        if runtime is None or runtime.state.shut or not runtime.home.is_here():
+            return None
+        lease = Lease()
+        return PooledConnection(self, runtime, lease) if runtime.take(lease) else None
+
     async def _acquire(self, timeout: float | None) -> PooledConnection:
         runtime = self._runtime
-        if runtime is None or runtime.done.is_set() or not runtime.home.is_here():
+        if runtime is None or not runtime.home.is_here():
             runtime = self._first_use()
         while runtime.state.shut:
             if self._closed:
@@ -233,8 +241,6 @@ class ConnectionPool(PoolLife):
             await runtime.wait(
                 lease, self._options.acquire_timeout if timeout is None else timeout
             )
-        if self._options.leak_threshold:
-            runtime.remember(lease)
         return PooledConnection(self, runtime, lease)
 
     def _release(self, conn: PooledConnection) -> None:
@@ -242,16 +248,16 @@ class ConnectionPool(PoolLife):
         if lease is None:
             raise ValueError(f"{conn!r} was released to {self._label()} before")
         runtime = conn._runtime  # noqa: SLF001
-        if runtime is not self._runtime or runtime.home.is_gone():
-            # The pool was closed since, and nothing is left to be given back.
-            conn._lease = None  # noqa: SLF001
-            return
-        runtime.home.check(self._label())
+        if not runtime.home.is_here() or runtime is not self._runtime:
+            if runtime is not self._runtime or runtime.home.is_gone():
+                # The pool was closed since, and nothing is left to be given back.
+                conn._lease = None  # noqa: SLF001
+                return
+            runtime.home.check(self._label())
         conn._lease = None  # noqa: SLF001
         if runtime.leases:
             runtime.leases.pop(lease, None)
         runtime.release(lease)
-        self._metrics.released(runtime.now() - lease.acquired_at)
 
     # -- telling and changing -----------------------------------------------------
 
@@ -298,16 +304,18 @@ class Acquire:
     Strictly private.
     """
 
-    __slots__ = ("_conn", "_entered", "_pool", "_timeout")
+    _conn: PooledConnection | None = None
+    _entered = False
 
     def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
         self._pool = pool
         self._timeout = timeout
-        self._conn: PooledConnection | None = None
-        self._entered = False
 
     def __await__(self) -> Generator[Any, Any, PooledConnection]:
-        return self._pool._acquire(self._timeout).__await__()  # noqa: SLF001
+        conn = self._pool._acquire_nowait()  # noqa: SLF001
+        if conn is None:
+            conn = yield from self._pool._acquire(self._timeout).__await__()  # noqa: SLF001
+        return conn
 
     async def __aenter__(self) -> PooledConnection:
         if self._entered:
@@ -315,11 +323,14 @@ class Acquire:
         # Before the wait, or two tasks could share it, and one lease be lost.
         self._entered = True
         try:
-            self._conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
+            conn = self._pool._acquire_nowait()  # noqa: SLF001
+            if conn is None:
+                conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
         except BaseException:
             self._entered = False
             raise
-        return self._conn
+        self._conn = conn
+        return conn
 
     async def __aexit__(
         self,

@@ -17,16 +17,11 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from fastapi_topaz import _refusals
 from fastapi_topaz._host import Home
 from fastapi_topaz._state import PoolState
 from fastapi_topaz._transport import Verdict
-from fastapi_topaz.exceptions import (
-    ConnectFailed,
-    PoolClosed,
-    PoolError,
-    PoolSaturated,
-    PoolTimeout,
-)
+from fastapi_topaz.exceptions import PoolClosed
 
 
 if TYPE_CHECKING:
@@ -92,6 +87,11 @@ class Runtime:
         self.suspicion = anyio.Event()
         # Set once the host has ended and nothing is left.
         self.done = anyio.Event()
+        # When the first of those who wait has waited for too long, and the latest
+        # deadline of them. Set: the first has moved; replaced by the timekeeper.
+        self.alarm = math.inf
+        self.earlier = anyio.Event()
+        self._latest = 0.0
         # Leases in the order they were taken, if leaks are looked for.
         self.leases: dict[Lease, None] = {}
         # Calls of initialize() under way, and whether one succeeded or a lease was
@@ -115,19 +115,22 @@ class Runtime:
     def take(self, lease: Lease) -> bool:
         """Serve *lease* without waiting, if that passes nobody who waits."""
         self.adopted = True
+        state = self.state
+        # Asked first, because what the limiter raises costs more than all the rest.
+        if state.waiting or not state.ready:
+            return False
         now = lease.acquired_at = self.now()
         try:
             self.limiter.acquire_on_behalf_of_nowait(lease)
         except anyio.WouldBlock:
             return False
-        taken = self.state.take(lease, now)
+        taken = state.take(lease, now)
         if not taken:
             self.limiter.release_on_behalf_of(lease)
-        if self.state.to_probe or self.state.to_close:
+        if state.to_probe or state.to_close:
             self.settle()  # some were unfit
         if taken:
-            self.counters.acquisitions += 1
-            self.observer.acquired(0.0)
+            self._lent(lease, 0.0)
         return taken
 
     async def wait(self, lease: Lease, timeout: float) -> None:
@@ -141,45 +144,121 @@ class Runtime:
         if timeout <= 0:
             self.state.want_one()
             self.settle()
-            raise self._timed_out(timeout)
-        self._check_saturation()
+            raise _refusals.timed_out(self, timeout)
+        _refusals.check_saturation(self)
         began = self.now()
-        has_token = served = False
+        lease.deadline = began + timeout
+        served = False
+        watched = self._watch(lease.deadline)
         self.state.enqueue(lease)
         try:
-            with anyio.CancelScope(deadline=began + timeout):
-                await self.limiter.acquire_on_behalf_of(lease)
-                has_token = True
-                self.settle()
-                if lease.entry is None and lease.failure is None:
-                    event = anyio.Event()
-                    lease.wake = event.set
-                    await event.wait()
+            if watched:
+                await self._queue(lease)
+            else:
+                with anyio.CancelScope(deadline=lease.deadline):
+                    await self._queue(lease)
             # A stream that was handed over beats the deadline, unless the limiter
             # took the token back: it does when both come in one tick of asyncio.
-            served = has_token and lease.entry is not None
+            served = lease.has_token and lease.entry is not None
         except BaseException:
             self.counters.cancelled += 1
             raise
         finally:
             if not served:
-                self._withdraw(lease, has_token=has_token)
+                self._withdraw(lease)
         if served:
-            self.counters.acquisitions += 1
             lease.acquired_at = self.now()
-            self.observer.acquired(lease.acquired_at - began)
+            self._lent(lease, lease.acquired_at - began)
         elif lease.failure is not None:
-            raise self._failed(lease.failure)
+            raise _refusals.failed(self, lease.failure)
         else:
-            raise self._timed_out(timeout)
+            raise _refusals.timed_out(self, timeout)
+
+    async def _queue(self, lease: Lease) -> None:
+        """Return when *lease* has a stream, or will not get one."""
+        await self.limiter.acquire_on_behalf_of(lease)
+        lease.has_token = True
+        if lease.entry is None:
+            self.settle()
+        if lease.entry is None and lease.failure is None and not lease.expired:
+            event = anyio.Event()
+            lease.wake = event.set
+            await event.wait()
+
+    def _lent(self, lease: Lease, waited: float) -> None:
+        self.counters.acquisitions += 1
+        self.observer.acquired(waited)
+        if self.state.options.leak_threshold:
+            self._remember(lease)
 
     def release(self, lease: Lease) -> None:
         """Take back what *lease* holds, and serve the next one with it."""
-        self.state.give_back(lease, self.now())
-        self.limiter.release_on_behalf_of(lease)
         state = self.state
-        if state.waiting or state.to_close or state.shut:
+        now = self.now()
+        state.give_back(lease, now)
+        self.limiter.release_on_behalf_of(lease)
+        unserved = state.waiting and self._serve(now)
+        if unserved or state.to_close or state.to_probe or state.shut:
             self.settle()
+        self.observer.released(now - lease.acquired_at)
+
+    def _serve(self, now: float) -> bool:
+        """Serve those who may be, and say whether a connection is missing to others."""
+        tokens = self.limiter.borrowed_tokens
+        for lease in self.state.serve(tokens, now):
+            if lease.wake is not None:
+                lease.wake()
+        return self.state.in_use < tokens
+
+    def _withdraw(self, lease: Lease) -> None:
+        self.state.withdraw(lease, self.now())
+        if lease.has_token:
+            self.limiter.release_on_behalf_of(lease)
+        self.settle()
+
+    # -- deadlines --------------------------------------------------------------
+
+    # A scope for each who waits would cost more than the rest of the waiting. They are
+    # served in order and mostly share one timeout, so the first to come is the first
+    # whose time is over, and one task can look after all of them.
+
+    def _watch(self, deadline: float) -> bool:
+        """Say whether *deadline* can be watched; one before that of others can not."""
+        if not self.state.waiting:
+            self._latest = deadline
+        elif deadline < self._latest:
+            return False
+        self._latest = deadline
+        if deadline < self.alarm:
+            self.alarm = deadline
+            self.earlier.set()
+        return True
+
+    def expire(self) -> None:
+        """Send those away whose time is over, and set the alarm for the next."""
+        now = self.now()
+        self.alarm = math.inf
+        due = 0
+        for lease in self.state.waiting:
+            if lease.deadline > now:
+                self.alarm = lease.deadline
+                break
+            due += 1
+            lease.expired = True
+            if lease.wake is not None:
+                lease.wake()
+        # Of those who wait the first hold a token, and are awake or were woken.
+        asleep = due - (self.limiter.borrowed_tokens - self.state.in_use)
+        if asleep > 0:
+            self._lend(asleep)
+
+    def _lend(self, count: float) -> None:
+        """Lend a token to the next *count* in the limiter's queue, to wake them."""
+        # For a moment only, and none to anybody else: they give it back at once. This
+        # is how the limiter's public interface lets them go.
+        total = self.limiter.total_tokens
+        self.limiter.total_tokens = self.limiter.borrowed_tokens + count
+        self.limiter.total_tokens = total
 
     def judge(self, entry: PoolEntry, error: Exception) -> None:
         """Draw the consequences of *error*, raised by a call on *entry*."""
@@ -212,15 +291,12 @@ class Runtime:
         state = self.state
         now = self.now()
         state.rotate()
-        tokens = self.limiter.borrowed_tokens
-        for lease in state.serve(tokens, now):
-            if lease.wake is not None:
-                lease.wake()
+        self._serve(now)
         if state.to_probe:
             self.suspicion.set()
         if (
             state.to_close
-            or state.shortfall(tokens, now)
+            or state.shortfall(self.limiter.borrowed_tokens, now)
             # The opener has more to look out for than it did when it went to sleep.
             or (state.waiting and (state.connecting or state.next_attempt() > now))
         ):
@@ -228,22 +304,12 @@ class Runtime:
         if state.shut and not state.in_use:
             self._close_changed.set()
 
-    def _withdraw(self, lease: Lease, *, has_token: bool) -> None:
-        self.state.withdraw(lease, self.now())
-        if has_token:
-            self.limiter.release_on_behalf_of(lease)
-        self.settle()
-
     def _dismiss(self, failure: Exception) -> None:
         """Send everybody who waits away with *failure*, at once."""
         for lease in self.state.fail_waiting(failure):
             if lease.wake is not None:
                 lease.wake()
-        # Those in the limiter's queue wake when they get a token; lending each one
-        # for a moment is how its public interface lets them go.
-        total = self.limiter.total_tokens
-        self.limiter.total_tokens = math.inf
-        self.limiter.total_tokens = total
+        self._lend(math.inf)
 
     # -- life ---------------------------------------------------------------------
 
@@ -271,54 +337,6 @@ class Runtime:
         self.state.resize(options)
         self.limiter.total_tokens = options.capacity
         self.connections_changed()
-
-    # -- errors -----------------------------------------------------------------
-
-    def _check_saturation(self) -> None:
-        allowed = self.options.max_waiting
-        if allowed is None or self.limiter.available_tokens > 0:
-            return
-        # Those who hold a token wait for a connection, not for capacity.
-        entitled = self.limiter.borrowed_tokens - self.state.in_use
-        if len(self.state.waiting) - entitled >= allowed:
-            self.counters.rejected += 1
-            raise PoolSaturated(
-                f"{self.label} is saturated: max_waiting={allowed} callers wait for "
-                f"{self.target} already ({self.state.status()})"
-            )
-
-    def _timed_out(self, timeout: float) -> PoolTimeout:
-        self.counters.timeouts += 1
-        cause = self.state.attempts.error
-        if cause is not None:
-            hint = f"; the last attempt to connect failed: {cause}"
-        elif self.state.in_use >= self.options.capacity:
-            hint = (
-                f"; all {self.state.in_use} leases are out: raise max_connections or "
-                "streams_per_connection, or look for leaks with leak_threshold"
-            )
-        else:
-            hint = ""
-        error = PoolTimeout(
-            f"{self.label}: no connection to {self.target} became available within "
-            f"{timeout:g} s ({self.state.status()}){hint}"
-        )
-        error.__cause__ = cause
-        return error
-
-    def _failed(self, failure: Exception) -> PoolError:
-        if isinstance(failure, PoolClosed):
-            self.counters.closed += 1
-            return PoolClosed(f"{failure} ({self.state.status()})")
-        self.counters.failed += 1
-        # A new exception for each caller: they would share one traceback.
-        error = ConnectFailed(
-            f"{self.label}: {failure} ({self.state.status()})",
-            reason=getattr(failure, "reason", "other"),
-            permanent=getattr(failure, "permanent", False),
-        )
-        error.__cause__ = failure
-        return error
 
     # -- connections --------------------------------------------------------------
 
@@ -361,7 +379,7 @@ class Runtime:
 
     # -- leaks --------------------------------------------------------------------
 
-    def remember(self, lease: Lease) -> None:
+    def _remember(self, lease: Lease) -> None:
         """Note who took *lease*, for a warning if it does not come back."""
         task = anyio.get_current_task()
         frames = [

@@ -80,7 +80,7 @@ class PoolState:
 
         # A stack: the last used is leased first, so that the others grow idle and
         # can be reaped. A dict, because any of them may have to leave.
-        self._ready: dict[PoolEntry, None] = {}
+        self.ready: dict[PoolEntry, None] = {}
         self.waiting: OrderedDict[Lease, None] = OrderedDict()
         self.in_use = 0
 
@@ -107,10 +107,10 @@ class PoolState:
 
     def take(self, lease: Lease, now: float) -> bool:
         """Serve *lease* at once; False if nothing is ready or somebody waits."""
-        entry = None if self.waiting else self._pick(now)
-        if entry is not None:
-            self._assign(lease, entry)
-        return entry is not None
+        if self.waiting or (entry := self._pick(now)) is None:
+            return False
+        self._assign(lease, entry)
+        return True
 
     def enqueue(self, lease: Lease) -> None:
         """Let *lease* wait, behind all others."""
@@ -141,8 +141,8 @@ class PoolState:
     def _pick(self, now: float) -> PoolEntry | None:
         # The channel of a dead server says so within a moment, and asking it costs a
         # fraction of a microsecond.
-        while self._ready:
-            entry = next(reversed(self._ready))
+        while self.ready:
+            entry = next(reversed(self.ready))
             if now - entry.proven_at <= self._stale_after and not entry.is_gone():
                 return entry
             self.suspect(entry, now)
@@ -151,7 +151,7 @@ class PoolState:
     def _assign(self, lease: Lease, entry: PoolEntry) -> None:
         entry.leases += 1
         if entry.leases == self.streams:
-            del self._ready[entry]
+            del self.ready[entry]
         self.in_use += 1
         lease.entry = entry
 
@@ -166,7 +166,7 @@ class PoolState:
         if entry.retired is not None:
             self.retire(entry, entry.retired)
         elif not entry.suspect:
-            self._ready.setdefault(entry)
+            self.ready.setdefault(entry)
 
     def fail_waiting(self, failure: Exception) -> list[Lease]:
         """Give *failure* to everybody who waits, and return them."""
@@ -220,7 +220,7 @@ class PoolState:
         if self.shut:
             self.retire(entry, "close")
             return
-        self._ready[entry] = None
+        self.ready[entry] = None
         expired = self.rotation.next()
         if expired is not None:
             self.retire(expired, self.rotation.reason(expired))
@@ -246,7 +246,7 @@ class PoolState:
         """Lease *entry* to nobody any more; it closes when it is idle."""
         if entry.retired is None:
             entry.retired = reason
-        self._ready.pop(entry, None)
+        self.ready.pop(entry, None)
         if not entry.leases and entry in self.open:
             self._close(entry)
 
@@ -267,7 +267,7 @@ class PoolState:
 
     def suspect(self, entry: PoolEntry, now: float) -> None:
         """Lease *entry* to nobody until a probe, to be made at once, clears it."""
-        self._ready.pop(entry, None)
+        self.ready.pop(entry, None)
         if entry.suspect or entry.retired is not None or entry not in self.open:
             return
         # Asked to probe, a channel that is lost would connect to whatever it finds.
@@ -299,7 +299,7 @@ class PoolState:
         entry.proven_at = now
         entry.suspect = entry.broken = entry.excused = False
         if entry in self.open and entry.retired is None and entry.leases < self.streams:
-            self._ready.setdefault(entry)
+            self.ready.setdefault(entry)
 
     def unanswered(self, entry: PoolEntry, now: float) -> None:
         """Suspect *entry*, which failed a probe; the second time it has to go."""
@@ -370,7 +370,7 @@ class PoolState:
 
     def _close(self, entry: PoolEntry) -> None:
         del self.open[entry]
-        self._ready.pop(entry, None)
+        self.ready.pop(entry, None)
         self.rotation.forget(entry)
         self.closing.add(entry)
         self.to_close.append(entry)

@@ -15,8 +15,11 @@ PACKAGE = Path(__file__).parent.parent / "fastapi_topaz"
 LAYERS = [
     {"exceptions", "_options", "_backoff", "_status", "_fork"},
     {"_attempts", "_entry", "_rotation", "_snapshot", "_state"},
-    {"_messages", "_authorizer", "_metrics", "_transport"},
-    {"_host", "_connections", "_maintenance", "_runtime", "_life", "_lease", "_pool"},
+    {"_resource", "_messages", "_authorizer", "_metrics", "_transport"},
+    {
+        *("_host", "_refusals", "_runtime", "_connections", "_maintenance"),
+        *("_life", "_lease", "_pool"),
+    },
     {"_config", "_dependencies"},
     {"testing"},
     {"_demo", "_demo_server", "_demo_command", "cli", "__main__"},

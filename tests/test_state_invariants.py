@@ -314,11 +314,11 @@ class Books:
         state = self.state
         for entry in state.open:
             well = not entry.suspect and entry.retired is None
-            assert (entry in state._ready) == (well and entry.leases < state.streams)
+            assert (entry in state.ready) == (well and entry.leases < state.streams)
             assert entry.leases or entry.retired is None, "closed when it is idle"
             if entry.suspect and entry.retired is None:
                 assert entry in state.to_probe + self.probing, "a probe decides"
-        assert state._ready.keys() <= state.open.keys()
+        assert state.ready.keys() <= state.open.keys()
         maximum = 0 if state.shut else state.options.max_connections
         assert len(self.usable) <= maximum
 
@@ -326,7 +326,7 @@ class Books:
         state = self.state
         if not state.waiting or len(self.holders) <= state.in_use:
             return
-        assert not state._ready
+        assert not state.ready
         if state.room() > 0:
             wanted = state.shortfall(len(self.holders), self.now)
             coming = not all(entry.overdue for entry in state.connecting)

@@ -1,0 +1,80 @@
+"""What those are told who get no lease: what happened, where, with which counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi_topaz.exceptions import (
+    ConnectFailed,
+    PoolClosed,
+    PoolError,
+    PoolSaturated,
+    PoolTimeout,
+)
+
+
+if TYPE_CHECKING:
+    from fastapi_topaz._runtime import Runtime
+
+
+__all__ = ["check_saturation", "failed", "timed_out"]
+
+
+def check_saturation(runtime: Runtime) -> None:
+    """
+    Return if one more may wait.
+
+    Raises:
+        PoolSaturated: `max_waiting` callers wait for capacity already.
+    """
+    allowed = runtime.options.max_waiting
+    limiter, state = runtime.limiter, runtime.state
+    if allowed is None or limiter.available_tokens > 0:
+        return
+    # Those who hold a token wait for a connection, not for capacity.
+    entitled = limiter.borrowed_tokens - state.in_use
+    if len(state.waiting) - entitled >= allowed:
+        runtime.counters.rejected += 1
+        raise PoolSaturated(
+            f"{runtime.label} is saturated: max_waiting={allowed} callers wait for "
+            f"{runtime.target} already ({state.status()})"
+        )
+
+
+def timed_out(runtime: Runtime, timeout: float) -> PoolTimeout:
+    """Return the error of a caller who has waited for *timeout* seconds."""
+    runtime.counters.timeouts += 1
+    state = runtime.state
+    cause = state.attempts.error
+    if cause is not None:
+        hint = f"; the last attempt to connect failed: {cause}"
+    elif state.in_use >= runtime.options.capacity:
+        hint = (
+            f"; all {state.in_use} leases are out: raise max_connections or "
+            "streams_per_connection, or look for leaks with leak_threshold"
+        )
+    else:
+        hint = ""
+    error = PoolTimeout(
+        f"{runtime.label}: no connection to {runtime.target} became available within "
+        f"{timeout:g} s ({state.status()}){hint}"
+    )
+    error.__cause__ = cause
+    return error
+
+
+def failed(runtime: Runtime, failure: Exception) -> PoolError:
+    """Return the error of a caller who waited until *failure*, which hit many."""
+    counts = f"({runtime.state.status()})"
+    if isinstance(failure, PoolClosed):
+        runtime.counters.closed += 1
+        return PoolClosed(f"{failure} {counts}")
+    runtime.counters.failed += 1
+    # A new exception for each caller: they would share one traceback.
+    error = ConnectFailed(
+        f"{runtime.label}: {failure} {counts}",
+        reason=getattr(failure, "reason", "other"),
+        permanent=getattr(failure, "permanent", False),
+    )
+    error.__cause__ = failure
+    return error
