@@ -9,7 +9,7 @@ from fastapi_topaz._messages import Subject, policy_instance
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from aserto.authorizer.v2 import (
         CompileResponse,
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
         QueryResponse,
     )
 
-    from fastapi_topaz._messages import Method, ResourceContext
+    from fastapi_topaz._messages import Method
     from fastapi_topaz._options import IdentityLike
+    from fastapi_topaz._resource import ResourceContext
     from fastapi_topaz._transport._base import Metadata
 
 
@@ -55,17 +56,10 @@ class AuthorizerCalls:
 
     __slots__ = ()
 
-    async def call(
-        self,
-        method: str,
-        request: Any,
-        *,
-        request_serializer: Callable[[Any], bytes] | None = None,
-        response_deserializer: Callable[[bytes], Any] | None = None,
-        timeout: float | None = None,
-        metadata: Metadata = (),
-    ) -> Any:
-        """Make one unary-unary call of any gRPC service."""
+    async def _send(
+        self, method: str, request: bytes, timeout: float | None, metadata: Metadata
+    ) -> bytes:
+        """Make one unary-unary call, from bytes to bytes."""
         raise NotImplementedError
 
     async def _call(
@@ -74,13 +68,8 @@ class AuthorizerCalls:
         request: Any,
         timeout: float | None,
     ) -> Any:
-        return await self.call(
-            method.path,
-            request,
-            request_serializer=method.request,
-            response_deserializer=method.response,
-            timeout=timeout,
-        )
+        data = method.request(request)
+        return method.response(await self._send(method.path, data, timeout, ()))
 
     async def decisions(
         self,
@@ -100,15 +89,15 @@ class AuthorizerCalls:
             Each decision by its name. One that is missing was not made: test with
             `result.get("allowed") is True`, never for the absence of a denial.
         """
-        request = Subject(
-            policy_path=policy_path,
-            decisions=decisions,
-            identity=identity,
-            resource_context=resource_context,
-            policy_instance_name=policy_instance_name,
-            policy_instance_label=policy_instance_label,
-        ).is_request()
-        response = await self._call(_messages.IS, request, timeout)
+        request = _messages.is_request(
+            policy_path,
+            decisions,
+            identity,
+            resource_context,
+            policy_instance_name,
+            policy_instance_label,
+        )
+        response = await self._send(_messages.IS, request, timeout, ())
         return _messages.decisions_of(response)
 
     async def decision_tree(

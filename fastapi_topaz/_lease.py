@@ -101,14 +101,20 @@ class PooledConnection(AuthorizerCalls):
             TypeError: The pool's connector makes connections without gRPC calls.
         """
         _check_call(method, metadata)
-        if timeout is not None and seconds("timeout", timeout, infinite=False) > EVER:
-            timeout = None
         data = request if request_serializer is None else request_serializer(request)
         if not isinstance(data, bytes):
             raise TypeError(
                 "request must be bytes, or request_serializer must make bytes of it, "
                 f"got {type(data).__name__}"
             )
+        response = await self._send(method, data, timeout, metadata)
+        return response_deserializer(response) if response_deserializer else response
+
+    async def _send(
+        self, method: str, request: bytes, timeout: float | None, metadata: Metadata
+    ) -> bytes:
+        if timeout is not None and seconds("timeout", timeout, infinite=False) > EVER:
+            timeout = None
         connection = self.connection
         # Not isinstance(): for a runtime protocol it costs more than the lease.
         rpc = getattr(connection, "call", None)
@@ -121,12 +127,14 @@ class PooledConnection(AuthorizerCalls):
         entry = self._lease.entry
         assert entry is not None  # noqa: S101
         try:
-            response = await rpc(method, data, timeout=timeout, metadata=metadata)
+            response: bytes = await rpc(
+                method, request, timeout=timeout, metadata=metadata
+            )
         except Exception as error:
             self._runtime.judge(entry, error)
             raise
         entry.proven_at = self._runtime.now()
-        return response_deserializer(response) if response_deserializer else response
+        return response
 
 
 def _check_call(method: object, metadata: object) -> None:

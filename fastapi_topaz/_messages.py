@@ -6,8 +6,8 @@ The only module that builds or reads messages on the client's side.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import attrs
@@ -34,6 +34,7 @@ from aserto.authorizer.v2.api import IdentityContext, PolicyContext, PolicyInsta
 from google.protobuf.struct_pb2 import Struct
 
 from fastapi_topaz._options import Identity, IdentityLike
+from fastapi_topaz._resource import ResourceContext, fill, text_of
 
 
 __all__ = [
@@ -48,11 +49,9 @@ __all__ = [
     "Subject",
     "decision_tree_of",
     "decisions_of",
+    "is_request",
     "policy_instance",
 ]
-
-
-ResourceContext = Mapping[str, Any]
 
 
 @attrs.frozen
@@ -72,7 +71,7 @@ def _method(name: str, request: Any, response: Any) -> Method:
     )
 
 
-IS = _method("Is", IsRequest, IsResponse)
+IS = "/aserto.authorizer.v2.Authorizer/Is"
 DECISION_TREE = _method("DecisionTree", DecisionTreeRequest, DecisionTreeResponse)
 QUERY = _method("Query", QueryRequest, QueryResponse)
 COMPILE = _method("Compile", CompileRequest, CompileResponse)
@@ -81,34 +80,19 @@ GET_POLICY = _method("GetPolicy", GetPolicyRequest, GetPolicyResponse)
 INFO = _method("Info", InfoRequest, InfoResponse)
 
 
-def _text(name: str, value: object, *, shown: bool = True) -> str:
-    """Return *value* if protobuf can carry it."""
-    if not isinstance(value, str):
-        given = repr(value) if shown else type(value).__name__
-        raise TypeError(f"{name} must be a str, got {given}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} must be text that UTF-8 knows, but has a lone surrogate at "
-            f"position {error.start}"
-        ) from None
-    return value
-
-
 def _non_empty(name: str, value: object) -> str:
-    if not _text(name, value).strip():
+    if not text_of(name, value).strip():
         raise ValueError(f"{name} must not be empty, got {value!r}")
     return str(value)
 
 
-def _names(name: str, values: object) -> list[str]:
+def _names(values: object, name: str = "decisions") -> list[str]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of str, got {values!r}")
     for value in values:
         if not isinstance(value, str):
             raise TypeError(f"{name} must hold only str, got {values!r}")
-    return [_text(name, value) for value in values]
+    return [text_of(name, value) for value in values]
 
 
 def _options(options: QueryOptions | None) -> QueryOptions | None:
@@ -122,11 +106,80 @@ def policy_instance(name: str | None, label: str | None) -> PolicyInstance | Non
     if name is None and label is None:
         return None
     if name is not None:
-        _text("policy_instance_name", name)
+        text_of("policy_instance_name", name)
     if label is not None:
-        _text("policy_instance_label", label)
+        text_of("policy_instance_label", label)
     # What Topaz's own clients send: the label is the name unless it is given.
     return PolicyInstance(name=name or "", instance_label=label or name or "")
+
+
+def _identity_context(identity: Identity) -> IdentityContext:
+    return IdentityContext(
+        type=identity.type,  # type: ignore[arg-type]
+        identity=text_of("identity", identity.value or "", shown=False),
+    )
+
+
+# `decisions` is what every request of an application waits for, so its request is not
+# built anew each time. Protobuf reads messages that are joined as one with the fields
+# of all (see "Last One Wins" in its guide to the encoding): parts are kept as bytes.
+
+
+def is_request(
+    policy_path: str,
+    decisions: Sequence[str],
+    identity: IdentityLike | None,
+    resource_context: ResourceContext | None,
+    instance_name: str | None,
+    instance_label: str | None,
+) -> bytes:
+    """
+    Return the request of `decisions`, as it goes over the wire.
+
+    Raises:
+        TypeError, ValueError: An argument cannot be sent; names it.
+    """
+    names = decisions if type(decisions) is tuple else tuple(_names(decisions))
+    try:
+        question = _question(policy_path, names, instance_name, instance_label)
+    except TypeError:
+        # Perhaps one is not hashable, which is not what is wrong with it.
+        question = _question.__wrapped__(
+            policy_path, names, instance_name, instance_label
+        )
+    asker = _asker(Identity.coerce(identity))
+    if resource_context is None:
+        return question + asker
+    rest = IsRequest()
+    fill(rest.resource_context, resource_context)
+    return question + asker + rest.SerializeToString()
+
+
+# As many as an application has policies; those with ids in their names come and go.
+@functools.lru_cache(maxsize=1024)
+def _question(
+    policy_path: str,
+    decisions: tuple[str, ...],
+    instance_name: str | None,
+    instance_label: str | None,
+) -> bytes:
+    _non_empty("policy_path", policy_path)
+    if not _names(decisions):
+        raise ValueError("decisions must not be empty, got ()")
+    return IsRequest(
+        policy_context=PolicyContext(path=policy_path, decisions=decisions),
+        policy_instance=policy_instance(instance_name, instance_label),
+    ).SerializeToString()
+
+
+def _asker(identity: Identity) -> bytes:
+    # Kept with the identity and no longer than it: it may be somebody's token.
+    encoded = identity.encoded
+    if encoded is None:
+        request = IsRequest(identity_context=_identity_context(identity))
+        encoded = request.SerializeToString()
+        object.__setattr__(identity, "encoded", encoded)
+    return encoded
 
 
 @attrs.frozen(kw_only=True)
@@ -147,27 +200,23 @@ class Subject:
         Raises:
             TypeError, ValueError: An argument cannot be sent; names it.
         """
-        decisions = _names("decisions", self.decisions)
+        decisions = _names(self.decisions)
         if not optional_path or self.policy_path:
             _non_empty("policy_path", self.policy_path)
             if not decisions:
                 raise ValueError("decisions must not be empty, got ()")
-        identity = Identity.coerce(self.identity)
+        resource = None
+        if self.resource_context is not None:
+            resource = Struct()
+            fill(resource, self.resource_context)
         return {
             "policy_context": PolicyContext(path=self.policy_path, decisions=decisions),
-            "identity_context": IdentityContext(
-                type=identity.type,  # type: ignore[arg-type]
-                identity=_text("identity", identity.value or "", shown=False),
-            ),
-            "resource_context": _struct(self.resource_context),
+            "identity_context": _identity_context(Identity.coerce(self.identity)),
+            "resource_context": resource,
             "policy_instance": policy_instance(
                 self.policy_instance_name, self.policy_instance_label
             ),
         }
-
-    def is_request(self) -> IsRequest:
-        """Return the request of `decisions`."""
-        return IsRequest(**self.fields())
 
     def decision_tree_request(
         self, separator: Literal["DOT", "SLASH"] | None
@@ -195,7 +244,7 @@ class Subject:
         return QueryRequest(
             **self.fields(optional_path=True),
             query=_non_empty("query", query),
-            input=_text("input", input_),
+            input=text_of("input", input_),
             options=_options(options),
         )
 
@@ -211,9 +260,9 @@ class Subject:
         return CompileRequest(
             **self.fields(optional_path=True),
             query=_non_empty("query", query),
-            input=_text("input", input_),
-            unknowns=_names("unknowns", unknowns),
-            disable_inlining=_names("disable_inlining", disable_inlining),
+            input=text_of("input", input_),
+            unknowns=_names(unknowns, "unknowns"),
+            disable_inlining=_names(disable_inlining, "disable_inlining"),
             options=_options(options),
         )
 
@@ -233,62 +282,17 @@ def info_request() -> InfoRequest:
     return InfoRequest()
 
 
-def _struct(context: ResourceContext | None) -> Struct | None:
-    if context is None:
-        return None
-    if not isinstance(context, Mapping):
-        raise TypeError(
-            f"resource_context must be a mapping, got {type(context).__name__}"
-        )
-    struct = Struct()
-    struct.update(_plain("resource_context", context))
-    return struct
-
-
-# A protobuf parser gives up at 100 nested messages, and a level of a Struct is three.
-_DEPTH = 30
-# Numbers of a Struct are floats; a larger whole number would become another one.
-_EXACT = 2**53
-
-
-def _plain(name: str, value: Any, depth: int = 0) -> Any:
-    """Return *value*, made of what `Struct.update` takes: list, dict and scalars."""
-    # Errors name the place and the type: the values may be personal.
-    if depth > _DEPTH:
-        raise ValueError(f"resource_context must not nest deeper than {_DEPTH} levels")
-    if isinstance(value, Mapping):
-        plain = {}
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{name} must have str keys, got {key!r}")
-            place = f"{name}[{_text(name, key)!r}]"
-            plain[key] = _plain(place, item, depth + 1)
-        return plain
-    if isinstance(value, str):
-        return _text(name, value, shown=False)
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [
-            _plain(f"{name}[{index}]", item, depth + 1)
-            for index, item in enumerate(value)
-        ]
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _EXACT:
-        raise ValueError(
-            f"{name} must not be a whole number beyond 2**53, which would be rounded; "
-            "send it as a str"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    raise TypeError(
-        f"{name} must be made of what JSON knows, got {type(value).__name__}"
-    )
-
-
-def decisions_of(response: IsResponse) -> dict[str, bool]:
+def decisions_of(response: bytes) -> dict[str, bool]:
     """Return the decisions by name; a decision not in it was not made."""
+    return _decisions_of(response).copy()
+
+
+# An application gets few different answers, and the same ones all the time.
+@functools.lru_cache(maxsize=256)
+def _decisions_of(response: bytes) -> dict[str, bool]:
     # The field is called `is`, which Python keeps for itself.
-    return {item.decision: bool(getattr(item, "is")) for item in response.decisions}
+    decisions = IsResponse.FromString(response).decisions
+    return {item.decision: getattr(item, "is") for item in decisions}
 
 
 def decision_tree_of(response: DecisionTreeResponse) -> dict[str, dict[str, bool]]:

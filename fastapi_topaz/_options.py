@@ -212,6 +212,8 @@ class Identity:
     type: IdentityType
     # Not in the repr: it may be a token, and reprs end up in logs.
     value: str | None = attrs.field(default=None, repr=False)
+    # What goes over the wire, once somebody needed it.
+    encoded: bytes | None = attrs.field(default=None, init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.type, bool) or not isinstance(self.type, int):

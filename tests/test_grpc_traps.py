@@ -362,13 +362,13 @@ import asyncio, functools, gc, json, sys
 import anyio, psutil
 import grpc, grpc.aio
 from fastapi_topaz import AuthorizerOptions
-from fastapi_topaz._messages import Subject
+from fastapi_topaz._messages import is_request
 from fastapi_topaz._transport import GrpcConnector
 
 kind, backend, url, rounds = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 IS = "/aserto.authorizer.v2.Authorizer/Is"
 REQUEST, BEGUN = (
-    Subject(policy_path=path).is_request().SerializeToString()
+    is_request(path, ("allowed",), None, None, None, None)
     for path in ("app", "begun")
 )
 AT_ONCE = 50

@@ -1,0 +1,113 @@
+"""From Python values to what protobuf can carry, or an error that names the place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from google.protobuf.struct_pb2 import Struct, Value
+
+
+__all__ = ["ResourceContext", "fill", "text_of"]
+
+
+ResourceContext = Mapping[str, Any]
+
+# A protobuf parser gives up at 100 nested messages, and a level of a Struct is three.
+_DEPTH = 30
+# Numbers of a Struct are floats; a larger whole number would become another one.
+_EXACT = 2**53
+
+
+def text_of(name: str, value: object, *, shown: bool = True) -> str:
+    """
+    Return *value* if protobuf can carry it as text.
+
+    Raises:
+        TypeError, ValueError: It cannot; shows the value only if it may be *shown*.
+    """
+    if not isinstance(value, str):
+        given = repr(value) if shown else type(value).__name__
+        raise TypeError(f"{name} must be a str, got {given}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be text that UTF-8 knows, but has a lone surrogate at "
+            f"position {error.start}"
+        ) from None
+    return value
+
+
+def fill(struct: Struct, context: ResourceContext) -> None:
+    """
+    Put *context* into *struct*, which is empty.
+
+    Raises:
+        TypeError, ValueError: A value cannot be sent; names its place, and not the
+            value, which may be personal.
+    """
+    # A dict first: the check of an abstract class costs as much as the rest.
+    if type(context) is not dict and not isinstance(context, Mapping):
+        raise TypeError(
+            f"resource_context must be a mapping, got {type(context).__name__}"
+        )
+    # Also an empty one is sent as such.
+    struct.SetInParent()
+    _fill(struct, context, "resource_context", 1)
+
+
+def _fill(struct: Struct, mapping: Mapping[str, Any], place: str, depth: int) -> None:
+    fields = struct.fields
+    for key, value in mapping.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{place} must have str keys, got {key!r}")
+        try:
+            field = fields[key]
+            # The common case. protobuf refuses what UTF-8 does not know by itself.
+            if type(value) is str:
+                field.string_value = value
+                continue
+        except UnicodeEncodeError:
+            text_of(f"{place}[{text_of(place, key)!r}]", value, shown=False)
+            raise
+        _put(field, value, f"{place}[{key!r}]", depth)
+
+
+def _put(field: Value, value: Any, place: str, depth: int) -> None:
+    if depth > _DEPTH:
+        raise ValueError(f"resource_context must not nest deeper than {_DEPTH} levels")
+    if value is None:
+        field.null_value = 0  # type: ignore[assignment]
+    elif isinstance(value, bool):
+        field.bool_value = value
+    elif isinstance(value, str):
+        field.string_value = text_of(place, value, shown=False)
+    elif isinstance(value, int | float):
+        field.number_value = _number(place, value)
+    elif isinstance(value, Mapping):
+        field.struct_value.SetInParent()
+        _fill(field.struct_value, value, place, depth + 1)
+    elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        values = field.list_value.values
+        field.list_value.SetInParent()
+        for index, item in enumerate(value):
+            _put(values.add(), item, f"{place}[{index}]", depth + 1)
+    else:
+        raise TypeError(
+            f"{place} must be made of what JSON knows, got {type(value).__name__}"
+        )
+
+
+def _number(place: str, value: float) -> float:
+    if isinstance(value, int) and abs(value) > _EXACT:
+        raise ValueError(
+            f"{place} must not be a whole number beyond 2**53, which would be rounded; "
+            "send it as a str"
+        )
+    if not math.isfinite(value):
+        raise ValueError(f"{place} must be a finite number, got {value!r}")
+    return value
