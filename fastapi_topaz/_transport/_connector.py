@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from anyio.lowlevel import current_token
 
 from fastapi_topaz import _fork
-from fastapi_topaz._transport._link import Link, root_certificates
+from fastapi_topaz._transport._channel import root_certificates
+from fastapi_topaz._transport._link import Link
 from fastapi_topaz.exceptions import ConnectFailed, PoolError
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from fastapi_topaz._transport._link import PROBE, Link
+from fastapi_topaz._transport._channel import PROBE
+from fastapi_topaz._transport._link import Link
 from fastapi_topaz._transport._loop_thread import LoopThread
 
 
@@ -42,8 +43,10 @@ class _Exchange:
 
     def report(self, *_: object) -> None:
         """Wake the trio task; called in the loop thread."""
-        with contextlib.suppress(trio.RunFinishedError):  # nobody left to tell
+        try:  # noqa: SIM105  (once for each call, and two calls less)
             self._token.run_sync_soon(self._wake)
+        except trio.RunFinishedError:
+            pass  # nobody left to tell
 
     def _wake(self) -> None:
         if not self._abandoned:
@@ -83,12 +86,10 @@ class _Call(_Exchange):
         if self._abandoned:
             return
         try:
-            self._call = self._link.start(*self._arguments)
+            self._call = self._link.start(self.report, *self._arguments)
         except BaseException as error:  # noqa: BLE001  (raised again in trio)
             self._error = error
             self.report()
-        else:
-            self._call._call_response.add_done_callback(self.report)  # noqa: SLF001
 
     def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
         self._abandoned = True
@@ -98,7 +99,7 @@ class _Call(_Exchange):
 
     def _cancel(self) -> None:
         if self._call is not None:
-            self._link.abandon(self._call)
+            self._call.cancel("cancelled by the caller")
 
 
 class _Forward(_Exchange):

@@ -1,0 +1,150 @@
+"""
+How a channel is set up and becomes ready for calls, or why it does not.
+
+All of this is for a channel that owns one TCP connection: see `_link`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from fastapi_topaz._transport._call import begin
+from fastapi_topaz._transport._failures import connect_failed
+
+
+if TYPE_CHECKING:
+    from fastapi_topaz._options import AuthorizerOptions
+    from fastapi_topaz._transport._call import Call
+
+
+__all__ = [
+    "PROBE",
+    "READY",
+    "open_channel",
+    "root_certificates",
+    "until_ready",
+]
+
+
+# Every Topaz answers it, in its default configuration even without credentials;
+# grpc.health.v1 is served on another port.
+PROBE = "/aserto.authorizer.v2.Authorizer/Info"
+
+# Each channel resolves the name anew and goes to a random one of its addresses: one
+# after the other would bring all connections of all workers to the first.
+_SPREAD = '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}'
+
+_MAX_INT = 2**31 - 1
+READY = grpc.ChannelConnectivity.READY
+_FAILED = grpc.ChannelConnectivity.TRANSIENT_FAILURE
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fastapi-topaz")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "unknown"
+
+
+def _channel_options(timeout: float) -> list[tuple[str, Any]]:
+    return [
+        # Channels to one target share one TCP connection otherwise.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.service_config", _SPREAD),
+        # Tells the peer; its traces of events would cost more than the connecting.
+        ("grpc.enable_channelz", 1),
+        ("grpc.max_channel_trace_event_memory_per_node", 0),
+        # Despite its name this is how long gRPC lets one attempt take. A little
+        # less than our own timeout, so that gRPC still gets to say the reason.
+        (
+            "grpc.min_reconnect_backoff_ms",
+            min(_MAX_INT, max(100, int(timeout * 950))),
+        ),
+        # A channel that lost its connection makes a new one by itself; it must
+        # not wait the default of up to 2 minutes.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        # grpc-go, and so Topaz, answers pings more often than every 5 minutes
+        # with GOAWAY "too_many_pings". Any value also sets TCP_USER_TIMEOUT to
+        # the keepalive timeout, which finds a cut network under calls in 10 s.
+        ("grpc.keepalive_time_ms", 310_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 0),
+        # The pool decides which idle connection goes.
+        ("grpc.client_idle_timeout_ms", _MAX_INT),
+        # gRPC would send a loopback sidecar through http_proxy.
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.primary_user_agent", f"fastapi-topaz/{_version()}"),
+    ]
+
+
+def root_certificates(options: AuthorizerOptions) -> bytes | None:
+    """
+    Return the PEM text of `cert_file_path`, or None for gRPC's own roots.
+
+    Raises:
+        ValueError: The file cannot be read, or holds no certificate.
+    """
+    if options.cert_file_path is None:
+        return None
+    wrong = (
+        f"cert_file_path must be a readable PEM file, got {options.cert_file_path!r}"
+    )
+    try:
+        with open(options.cert_file_path, "rb") as file:  # noqa: PTH123
+            pem = file.read()
+    except OSError as error:
+        raise ValueError(f"{wrong}: {error.strerror}") from error
+    if b"-----BEGIN CERTIFICATE-----" not in pem:
+        raise ValueError(f"{wrong}, which holds no certificate")
+    return pem
+
+
+def open_channel(options: AuthorizerOptions, timeout: float) -> grpc.aio.Channel:
+    arguments = _channel_options(timeout)
+    if options.insecure:
+        return grpc.aio.insecure_channel(options.url, options=arguments)
+    credentials = grpc.ssl_channel_credentials(root_certificates(options))
+    return grpc.aio.secure_channel(options.url, credentials, options=arguments)
+
+
+async def until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:
+    state = channel.get_state(try_to_connect=True)
+    while state is not READY:
+        if state is _FAILED:
+            # gRPC's own retries are not waited for: the pool paces attempts.
+            await _raise_reason(channel, options)
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
+
+
+async def _raise_reason(channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:
+    # The reason is in the status of a call, and nowhere else. No frame may hold the
+    # call when this raises: with it an error would keep the closed channel, which then
+    # goes on connecting for as long as somebody keeps the error.
+    ended = asyncio.get_running_loop().create_future()
+
+    def tell(call: Call) -> None:
+        if not ended.done():
+            ended.set_result(call.outcome())
+
+    call = begin(channel, PROBE, b"", 1, (), tell)
+    try:
+        outcome = await ended
+    except asyncio.CancelledError:
+        call.cancel("cancelled by the caller")
+        raise
+    finally:
+        del call
+    # Else it has connected meanwhile.
+    if (
+        isinstance(outcome, grpc.aio.AioRpcError)
+        and outcome.code() is grpc.StatusCode.UNAVAILABLE
+    ):
+        raise connect_failed(outcome.details() or "", options)
