@@ -113,8 +113,10 @@ class PooledConnection(AuthorizerCalls):
     async def _send(
         self, method: str, request: bytes, timeout: float | None, metadata: Metadata
     ) -> bytes:
-        if timeout is not None and seconds("timeout", timeout, infinite=False) > EVER:
-            timeout = None
+        # The usual case first; what each call does costs more than it seems, because by
+        # the next one it has left the processor's caches.
+        if type(timeout) is not float or not 0 < timeout < EVER:
+            timeout = _limit(timeout)
         connection = self.connection
         # Not isinstance(): for a runtime protocol it costs more than the lease.
         rpc = getattr(connection, "call", None)
@@ -135,6 +137,12 @@ class PooledConnection(AuthorizerCalls):
             raise
         entry.proven_at = self._runtime.now()
         return response
+
+
+def _limit(timeout: float | None) -> float | None:
+    if timeout is None or seconds("timeout", timeout, infinite=False) > EVER:
+        return None
+    return timeout
 
 
 def _check_call(method: object, metadata: object) -> None:

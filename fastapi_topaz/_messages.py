@@ -147,7 +147,8 @@ def is_request(
         question = _question.__wrapped__(
             policy_path, names, instance_name, instance_label
         )
-    asker = _asker(Identity.coerce(identity))
+    known = identity if type(identity) is Identity else Identity.coerce(identity)
+    asker = known.encoded or _encode(known)
     if resource_context is None:
         return question + asker
     rest = IsRequest()
@@ -172,13 +173,11 @@ def _question(
     ).SerializeToString()
 
 
-def _asker(identity: Identity) -> bytes:
+def _encode(identity: Identity) -> bytes:
+    request = IsRequest(identity_context=_identity_context(identity))
+    encoded = request.SerializeToString()
     # Kept with the identity and no longer than it: it may be somebody's token.
-    encoded = identity.encoded
-    if encoded is None:
-        request = IsRequest(identity_context=_identity_context(identity))
-        encoded = request.SerializeToString()
-        object.__setattr__(identity, "encoded", encoded)
+    object.__setattr__(identity, "encoded", encoded)
     return encoded
 
 

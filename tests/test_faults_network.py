@@ -48,6 +48,7 @@ from fastapi_topaz import (
     TopazConfig,
 )
 from fastapi_topaz._backoff import FLOOR
+from fastapi_topaz._transport import _call
 from fastapi_topaz.testing import EmbeddedAuthorizer, FakeConnector, slow
 from fastapi_topaz.testing._certs import Certificates
 
@@ -867,8 +868,9 @@ async def test_a_slow_server_makes_the_queue_shed_load_and_no_new_connections(
 def jump(monkeypatch):
     """Set the wall clock to another time."""
     real = time.time
-    # The core of gRPC reads the clock itself, and its Python half must read the same.
-    monkeypatch.setattr(grpc.aio._utils, "time", types.SimpleNamespace(time=real))
+    # The core of gRPC reads the clock itself, and what drives it must read the same.
+    for module in (grpc.aio._utils, _call):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(time=real))
 
     def jump(seconds):
         monkeypatch.setattr(time, "time", lambda: real() + seconds)

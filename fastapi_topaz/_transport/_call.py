@@ -4,7 +4,7 @@ One unary-unary call of gRPC, from bytes to bytes.
 A `DirectCall` is what grpc.aio does for a call without what it puts around it: a task
 and a dozen objects, which take a fifth of the CPU time of a small call. It drives the
 coroutine of gRPC's core by the callbacks of the futures that it waits for. That is not
-public, so `begin` makes a `TaskCall` of grpc.aio's own where it is not as known.
+public, so a `TaskCall` of grpc.aio's own is made where it is not as known.
 
 Two habits of grpc.aio are cured by both, because none of them may reach a caller:
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-__all__ = ["Call", "begin"]
+__all__ = ["Call", "begin", "is_direct", "learn"]
 
 
 logger = logging.getLogger("fastapi_topaz.transport")
@@ -147,12 +147,33 @@ class TaskCall:
             # CancelledError, although nobody was cancelled; and KeyError for a status
             # that gRPC 1.80 does not know.
             return None
-        raise RuntimeError("gRPC told the end of a call that goes on")
+        return None  # not ended yet: cut off
 
 
 Call: TypeAlias = DirectCall | TaskCall
 
-_kind: list[type[DirectCall | TaskCall]] = [DirectCall, TaskCall]
+_kind: type[DirectCall | TaskCall] | None = None
+
+
+def learn(channel: Any) -> None:
+    """Find out, once, how calls are made; in the event loop of *channel*."""
+    global _kind  # noqa: PLW0603  (what gRPC is like is a fact of the process)
+    if _kind is not None:
+        return
+    try:
+        core = channel._channel.call(b"/", None, None, None)  # noqa: SLF001
+        # Never begun: nothing is sent.
+        core.unary_unary(b"", (), None).close()
+        _kind = DirectCall
+    except (AttributeError, TypeError):
+        # gRPC's inside is another one than that of 1.80 to 1.85.
+        _kind = TaskCall
+        logger.info("gRPC %s is driven by its public interface", grpc.__version__)
+
+
+def is_direct() -> bool:
+    """Say whether calls may be begun in another thread than that of their loop."""
+    return _kind is DirectCall
 
 
 def begin(
@@ -166,14 +187,7 @@ def begin(
     """
     Begin a call that ends within *timeout* seconds; *on_end* is called when it has.
 
-    *on_end* is called in the event loop of the channel, and not before this returns.
+    *on_end* is not called before this returns.
     """
-    try:
-        return _kind[0](channel, method, request, timeout, metadata, on_end)
-    except (AttributeError, TypeError):
-        # Nothing was sent yet: gRPC's inside is another one than that of 1.80 to 1.85.
-        if len(_kind) == 1:
-            raise
-        del _kind[0]
-        logger.info("gRPC %s is driven by its public interface", grpc.__version__)
-    return _kind[0](channel, method, request, timeout, metadata, on_end)
+    kind = _kind or TaskCall
+    return kind(channel, method, request, timeout, metadata, on_end)

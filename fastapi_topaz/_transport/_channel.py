@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from fastapi_topaz._transport._call import begin
+from fastapi_topaz._transport._call import begin, learn
 from fastapi_topaz._transport._failures import connect_failed
 
 
@@ -107,14 +107,24 @@ def root_certificates(options: AuthorizerOptions) -> bytes | None:
 
 
 def open_channel(options: AuthorizerOptions, timeout: float) -> grpc.aio.Channel:
+    """Return a new channel, which is to be ready within *timeout* seconds."""
     arguments = _channel_options(timeout)
     if options.insecure:
-        return grpc.aio.insecure_channel(options.url, options=arguments)
-    credentials = grpc.ssl_channel_credentials(root_certificates(options))
-    return grpc.aio.secure_channel(options.url, credentials, options=arguments)
+        channel = grpc.aio.insecure_channel(options.url, options=arguments)
+    else:
+        credentials = grpc.ssl_channel_credentials(root_certificates(options))
+        channel = grpc.aio.secure_channel(options.url, credentials, options=arguments)
+    learn(channel)
+    return channel
 
 
 async def until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:
+    """
+    Return when *channel* is ready for calls.
+
+    Raises:
+        ConnectFailed: It is not to be had, and why.
+    """
     state = channel.get_state(try_to_connect=True)
     while state is not READY:
         if state is _FAILED:

@@ -20,7 +20,7 @@ import grpc.aio
 
 from fastapi_topaz import _fork
 from fastapi_topaz._transport._base import Verdict
-from fastapi_topaz._transport._call import begin
+from fastapi_topaz._transport._calls import LAST_CALLS, Calls
 from fastapi_topaz._transport._channel import (
     PROBE,
     READY,
@@ -37,11 +37,8 @@ from fastapi_topaz.exceptions import ConnectionLost
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fastapi_topaz._options import AuthorizerOptions
     from fastapi_topaz._transport._base import Metadata
-    from fastapi_topaz._transport._call import Call
 
 
 __all__ = ["Link"]
@@ -52,9 +49,6 @@ _NOT_ALIVE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EX
 
 # Nobody here has cancelled a call that ends CANCELLED: a server does that as it stops.
 _GOING = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
-
-LAST_CALLS = 1.0
-"""Seconds that calls which were cut off get to end by themselves."""
 
 
 class Link:
@@ -71,16 +65,12 @@ class Link:
         self._peer = peer
         self.peer = peer.address()
         self._target = options.url
-        self._metadata = options.metadata
         self._loop = asyncio.get_running_loop()
-        # Calls in flight, and whom their end is told.
-        self._calls: dict[Call, Callable[[], None]] = {}
-        self._closed = False
+        self._calls = self.new_calls(options)
         self._lost = False
-        self._quiet: asyncio.Event | None = None
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open"
+        state = "closed" if self._calls.closed else "open"
         return f"<Link to {self._target} {state} calls={len(self._calls)}>"
 
     @classmethod
@@ -113,46 +103,9 @@ class Link:
 
     # -- calls ------------------------------------------------------------------
 
-    def start(
-        self,
-        on_end: Callable[[], None],
-        method: str,
-        request: bytes,
-        timeout: float | None,
-        metadata: Metadata,
-    ) -> Call:
-        """
-        Begin a call; *on_end* is called when it has ended.
-
-        Raises:
-            ConnectionLost: The link is closed.
-        """
-        if self._closed:
-            raise self.lost(method)
-        # Noted, because the call makes the channel connect anew: it may be READY again
-        # before anybody asks.
-        self.is_lost()
-        metadata = (*self._metadata, *metadata) if metadata else self._metadata
-        call = begin(self._channel, method, request, timeout, metadata, self._ended)
-        self._calls[call] = on_end
-        return call
-
-    def finish(self, call: Call, method: str) -> bytes:
-        """
-        Return the response of *call*, which has ended; callable from any thread.
-
-        Raises:
-            grpc.aio.AioRpcError: The call ended with another status than OK.
-            ConnectionLost: The link was closed under the call.
-        """
-        outcome = call.outcome()
-        # The frames of an error live as long as somebody keeps it, and a call in
-        # one of them keeps its socket open, even that of a closed channel.
-        del call
-        if isinstance(outcome, bytes):
-            return outcome
-        # OK without a message gRPC lets pass, but nothing was answered.
-        raise self.lost(method) if outcome is None else outcome
+    def new_calls(self, options: AuthorizerOptions) -> Calls:
+        """Return a book of calls on this link, for one thread to make them in."""
+        return Calls(self._channel, options.url, options.metadata)
 
     async def call(
         self,
@@ -169,10 +122,13 @@ class Link:
             if not ended.done():
                 ended.set_result(None)
 
-        call = self.start(wake, method, request, timeout, metadata)
+        # Noted, because the call makes the channel connect anew: it may be READY again
+        # before anybody asks.
+        self.is_lost()
+        call = self._calls.begin(wake, method, request, timeout, metadata)
         try:
             await ended
-            return self.finish(call, method)
+            return self._calls.result(call, method)
         except asyncio.CancelledError:
             call.cancel("cancelled by the caller")
             raise
@@ -203,7 +159,7 @@ class Link:
         crashes at random in gRPC, also if it never uses it.
         """
         # Never set to False: on trio two threads do this.
-        if self._closed or self._channel.get_state() is not READY:
+        if self._calls.closed or self._channel.get_state() is not READY:
             self._lost = True
         return self._lost
 
@@ -215,18 +171,6 @@ class Link:
         """
         if self._peer.is_gone():
             self._lost = True
-
-    def _ended(self, call: Call) -> None:
-        self._calls.pop(call)()
-        if self._quiet is not None and not self._calls:
-            self._quiet.set()
-
-    def lost(self, method: str) -> ConnectionLost:
-        """Return the error of a call whose connection was closed."""
-        return ConnectionLost(
-            f"the call {method} to {self._target} ended without an answer: the "
-            "connection was closed under it, or the server broke the protocol"
-        )
 
     # -- probing and closing ----------------------------------------------------
 
@@ -247,23 +191,24 @@ class Link:
 
     async def close(self, grace: float, /) -> None:
         """Close the channel after *grace* seconds, or once its calls have ended."""
-        self._closed = True
+        self._calls.closed = True
         try:
             if grace > 0:
-                await self._until_quiet(grace)
+                await self.until_quiet(grace)
         finally:
             # Before the channel closes, because close() cancels what it finds in
             # flight in the way that leaks.
-            for call in self._calls:
-                call.cancel("connection closed")
+            self._calls.cut_off()
             await self._channel.close()
             # Else their last events reach another loop, once this one is closed.
-            await self._until_quiet(LAST_CALLS)
+            await self.until_quiet(LAST_CALLS)
             _fork.forget(self._channel)
 
-    async def _until_quiet(self, timeout: float) -> None:
+    async def until_quiet(self, timeout: float) -> None:
+        """Return when the last call has ended, or after *timeout* seconds."""
         if self._calls:
-            self._quiet = asyncio.Event()
+            quiet = asyncio.Event()
+            self._calls.when_quiet(quiet.set)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
-                    await self._quiet.wait()
+                    await quiet.wait()

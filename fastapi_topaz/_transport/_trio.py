@@ -1,18 +1,21 @@
 """
 gRPC for trio: a link that lives on the loop thread, driven from trio tasks.
 
-Nothing here blocks trio's thread. A call costs one wake-up in each direction:
-`call_soon_threadsafe` to start it, `run_sync_soon` when it has ended.
+Nothing here blocks trio's thread. A call is begun in it, and its end comes through the
+loop thread, which costs one wake-up of each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
+from fastapi_topaz._transport._call import is_direct
+from fastapi_topaz._transport._calls import LAST_CALLS
 from fastapi_topaz._transport._channel import PROBE
 from fastapi_topaz._transport._link import Link
 from fastapi_topaz._transport._loop_thread import LoopThread
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
     from fastapi_topaz._options import AuthorizerOptions
     from fastapi_topaz._transport._base import Metadata
+    from fastapi_topaz._transport._call import Call
 
 
 __all__ = ["BridgedLink"]
@@ -31,93 +35,53 @@ __all__ = ["BridgedLink"]
 T = TypeVar("T")
 
 
-class _Exchange:
-    """One trio task that waits for something the loop thread does for it."""
+class _Waiter:
+    """One trio task that waits for the end of its call, or gives up waiting."""
 
-    __slots__ = ("_abandoned", "_task", "_token")
+    __slots__ = ("_task", "call")
 
     def __init__(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        self._task = trio.lowlevel.current_task()
-        self._abandoned = False
+        self._task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
+        self.call: Call
 
-    def report(self, *_: object) -> None:
-        """Wake the trio task; called in the loop thread."""
-        try:  # noqa: SIM105  (once for each call, and two calls less)
-            self._token.run_sync_soon(self._wake)
-        except trio.RunFinishedError:
-            pass  # nobody left to tell
+    def wake(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
 
-    def _wake(self) -> None:
-        if not self._abandoned:
-            trio.lowlevel.reschedule(self._task)
-
-
-class _Call(_Exchange):
-    """One RPC. A cancelled caller leaves at once; the RPC is cancelled after it."""
-
-    __slots__ = ("_arguments", "_call", "_error", "_link", "_thread")
-
-    def __init__(self, link: Link, thread: LoopThread, *arguments: Any) -> None:
-        super().__init__()
-        self._link = link
-        self._thread = thread
-        self._arguments = arguments
-        self._call: Any = None
-        self._error: BaseException | None = None
-
-    async def run(self) -> bytes:
-        try:
-            self._thread.call_soon(self._start)
-        except RuntimeError:  # the loop is closed
-            raise self._link.lost(self._arguments[0]) from None
-        await trio.lowlevel.wait_task_rescheduled(self._abort)
-        if self._error is not None:
-            raise self._error
-        # Given away, because the frame of an error that somebody keeps would keep
-        # this exchange, and with the call its socket.
-        call, self._call = self._call, None
-        try:
-            return self._link.finish(call, self._arguments[0])
-        finally:
-            del call
-
-    def _start(self) -> None:
-        if self._abandoned:
-            return
-        try:
-            self._call = self._link.start(self.report, *self._arguments)
-        except BaseException as error:  # noqa: BLE001  (raised again in trio)
-            self._error = error
-            self.report()
-
-    def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
-        self._abandoned = True
-        with contextlib.suppress(RuntimeError):  # loop closed, the call with it
-            self._thread.call_soon(self._cancel)
+    def abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self._task = None
+        self.take().cancel("cancelled by the caller")
         return trio.lowlevel.Abort.SUCCEEDED
 
-    def _cancel(self) -> None:
-        if self._call is not None:
-            self._call.cancel("cancelled by the caller")
+    def take(self) -> Call:
+        """Return the call, and hold it no more: the frames of an error would."""
+        call = self.call
+        del self.call
+        return call
 
 
-class _Forward(_Exchange):
+class _Forward:
     """One coroutine run on the loop thread. A cancelled caller waits for its end."""
 
     __slots__ = ("_running", "_thread")
 
     def __init__(self, thread: LoopThread) -> None:
-        super().__init__()
         self._thread = thread
         self._running: asyncio.Task[Any] | None = None
 
     async def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        token = trio.lowlevel.current_trio_token()
+        task = trio.lowlevel.current_task()
         raise_cancel: Callable[[], object] | None = None
 
         def start() -> None:
             self._running = asyncio.ensure_future(coroutine())
-            self._running.add_done_callback(self.report)
+            self._running.add_done_callback(report)
+
+        def report(_running: object) -> None:
+            with contextlib.suppress(trio.RunFinishedError):  # nobody left to tell
+                token.run_sync_soon(trio.lowlevel.reschedule, task)
 
         async def coroutine() -> T:
             return await function(*args)
@@ -134,7 +98,7 @@ class _Forward(_Exchange):
 
         self._thread.call_soon(start)
         await trio.lowlevel.wait_task_rescheduled(abort)
-        assert self._running is not None  # noqa: S101  (start ran before report)
+        assert self._running is not None  # noqa: S101  (it ran before report)
         if self._running.cancelled() and raise_cancel is not None:
             raise_cancel()
         result: T = self._running.result()
@@ -164,17 +128,22 @@ class BridgedLink:
     Strictly private.
     """
 
-    def __init__(self, link: Link, thread: LoopThread) -> None:
+    def __init__(
+        self, link: Link, thread: LoopThread, options: AuthorizerOptions
+    ) -> None:
         self._link = link
         self._thread = thread
-        self._closed = False
+        self._target = options.url
+        # Those of trio's thread; the link has a book of its own for the other.
+        self._calls = link.new_calls(options)
         self.judge = link.judge
         self.is_lost = link.is_lost
         self.look_closely = link.look_closely
         self.peer = link.peer
 
     def __repr__(self) -> str:
-        return f"<Bridged{repr(self._link)[1:]}"
+        state = "closed" if self._calls.closed else "open"
+        return f"<BridgedLink to {self._target} {state} calls={len(self._calls)}>"
 
     @classmethod
     async def open(
@@ -189,7 +158,7 @@ class BridgedLink:
         except BaseException:
             await _let_go(thread)
             raise
-        return cls(link, thread)
+        return cls(link, thread, options)
 
     async def call(
         self,
@@ -200,21 +169,53 @@ class BridgedLink:
         metadata: Metadata,
     ) -> bytes:
         """Make one call and return its response."""
-        exchange = _Call(self._link, self._thread, method, request, timeout, metadata)
-        return await exchange.run()
+        if self._calls.closed:
+            raise self._calls.lost(method)
+        if not is_direct():
+            ask = functools.partial(
+                self._link.call, method, request, timeout=timeout, metadata=metadata
+            )
+            return await _Forward(self._thread).run(ask)
+        waiter = _Waiter()
+        # Noted, because the call makes the channel connect anew: it may be READY again
+        # before anybody asks.
+        self.is_lost()
+        waiter.call = self._thread.lend(
+            self._calls.begin, waiter.wake, method, request, timeout, metadata
+        )
+        await trio.lowlevel.wait_task_rescheduled(waiter.abort)
+        return self._calls.result(waiter.take(), method)
 
     async def probe(self, timeout: float, /) -> None:
         """Ask the authorizer for its version; see `Link.probe`."""
-        if self._closed:
-            raise self._link.lost(PROBE)
+        if self._calls.closed:
+            raise self._calls.lost(PROBE)
         await _Forward(self._thread).run(self._link.probe, timeout)
 
     async def close(self, grace: float, /) -> None:
         """Close the channel; see `Link.close`."""
-        if self._closed:
+        if self._calls.closed:
             return
-        self._closed = True
+        self._calls.closed = True
         try:
-            await _Forward(self._thread).run(self._link.close, grace)
+            if grace > 0 and is_direct():
+                await self._until_quiet(grace)
+            elif grace > 0:
+                await _Forward(self._thread).run(self._link.until_quiet, grace)
         finally:
-            await _let_go(self._thread)
+            self._calls.cut_off()
+            # Cancelled before its first step, the closing would not take place.
+            with trio.CancelScope(shield=True):
+                try:
+                    await _Forward(self._thread).run(self._link.close, 0)
+                    # Else their last events come when no loop is left to pass them on.
+                    await self._until_quiet(LAST_CALLS)
+                finally:
+                    await _let_go(self._thread)
+
+    async def _until_quiet(self, timeout: float) -> None:
+        if self._calls:
+            quiet = trio.Event()
+            self._calls.when_quiet(quiet.set)
+            with trio.move_on_after(timeout):
+                await quiet.wait()

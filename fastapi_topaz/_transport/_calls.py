@@ -1,0 +1,107 @@
+"""The calls in flight on one channel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi_topaz._transport._call import begin
+from fastapi_topaz.exceptions import ConnectionLost
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastapi_topaz._transport._base import Metadata
+    from fastapi_topaz._transport._call import Call
+
+
+__all__ = ["LAST_CALLS", "Calls"]
+
+
+LAST_CALLS = 1.0
+"""Seconds that calls which were cut off get to end by themselves."""
+
+
+class Calls:
+    """
+    Those who wait for a call on one channel, and the end of it.
+
+    Strictly private. Used in one thread, but for what says otherwise.
+    """
+
+    def __init__(self, channel: Any, target: str, metadata: Metadata) -> None:
+        self._channel = channel
+        self._target = target
+        self._metadata = tuple(metadata)
+        # By call, whom its end is told.
+        self._waiting: dict[Call, Callable[[], object]] = {}
+        self._on_quiet: Callable[[], object] | None = None
+        self.closed = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def begin(
+        self,
+        on_end: Callable[[], object],
+        method: str,
+        request: bytes,
+        timeout: float | None,
+        metadata: Metadata,
+    ) -> Call:
+        """
+        Begin a call; *on_end* is called when it has ended.
+
+        Raises:
+            ConnectionLost: The connection is closed.
+        """
+        if self.closed:
+            raise self.lost(method)
+        pairs = (*self._metadata, *metadata) if metadata else self._metadata
+        call = begin(self._channel, method, request, timeout, pairs, self._ended)
+        self._waiting[call] = on_end
+        return call
+
+    def result(self, call: Call, method: str) -> bytes:
+        """
+        Return the response of *call*, which has ended.
+
+        Raises:
+            grpc.aio.AioRpcError: The call ended with another status than OK.
+            ConnectionLost: The connection was closed under the call.
+        """
+        outcome = call.outcome()
+        # The frames of an error live as long as somebody keeps it, and a call in
+        # one of them keeps its socket open, even that of a closed channel.
+        del call
+        if isinstance(outcome, bytes):
+            return outcome
+        # OK without a message gRPC lets pass, but nothing was answered.
+        raise self.lost(method) if outcome is None else outcome
+
+    def lost(self, method: str) -> ConnectionLost:
+        """Return the error of a call whose connection was closed; from any thread."""
+        return ConnectionLost(
+            f"the call {method} to {self._target} ended without an answer: the "
+            "connection was closed under it, or the server broke the protocol"
+        )
+
+    def cut_off(self) -> None:
+        """Cancel all calls, and let those who wait for them go at once."""
+        for call, on_end in list(self._waiting.items()):
+            self._waiting[call] = _nobody
+            call.cancel("connection closed")
+            on_end()
+
+    def when_quiet(self, then: Callable[[], object]) -> None:
+        """Call *then* once the last of the calls has ended."""
+        self._on_quiet = then
+
+    def _ended(self, call: Call) -> None:
+        self._waiting.pop(call)()
+        if self._on_quiet is not None and not self._waiting:
+            self._on_quiet()
+
+
+def _nobody() -> None:
+    """Be told of an end that nobody waits for any more."""
