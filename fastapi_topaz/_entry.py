@@ -85,9 +85,9 @@ class Lease:
     entry: PoolEntry | None = None
     acquired_at = 0.0
     failure: Exception | None = None
-    # Until when it may wait, and whether it was told that it has waited for too long.
+    # Until when it may wait, and whether it was sent away: then, or with the failure.
     deadline = float("inf")
-    expired = False
+    dismissed = False
     # Whether the limiter has lent it a token, as far as the caller knows by now, and
     # what wakes a caller that holds one and sleeps until it is served.
     has_token = False

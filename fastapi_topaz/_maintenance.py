@@ -135,7 +135,7 @@ async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
         now = runtime.now()
         if state.attempts.overdue(now) or state.room() <= 0:
             runtime.dismiss_hopeless()
-        for _ in range(state.shortfall(runtime.limiter.borrowed_tokens, now)):
+        for _ in range(state.shortfall(runtime.tokens(), now)):
             entry = state.attempts.begin(now)
             tasks.start_soon(_connections.connect, runtime, entry)
         with anyio.CancelScope(deadline=_next_look(state, now)):

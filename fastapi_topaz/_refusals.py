@@ -32,7 +32,7 @@ def check_saturation(runtime: Runtime) -> None:
     if allowed is None or limiter.available_tokens > 0:
         return
     # Those who hold a token wait for a connection, not for capacity.
-    entitled = limiter.borrowed_tokens - state.in_use
+    entitled = runtime.tokens() - state.in_use
     if len(state.waiting) - entitled >= allowed:
         runtime.counters.rejected += 1
         raise PoolSaturated(

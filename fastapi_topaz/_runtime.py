@@ -92,6 +92,8 @@ class Runtime:
         self.alarm = math.inf
         self.earlier = anyio.Event()
         self._latest = 0.0
+        # Those who were sent away, and hold a token until they have had their turn.
+        self._dismissed = 0
         # Leases in the order they were taken, if leaks are looked for.
         self.leases: dict[Lease, None] = {}
         # Calls of initialize() under way, and whether one succeeded or a lease was
@@ -108,7 +110,7 @@ class Runtime:
         return self.state.options
 
     def __repr__(self) -> str:
-        return f"<Runtime of {self.label} {self.state!r}>"
+        return f"<Runtime of {self.label} {self.state.status()}>"
 
     # -- acquire and release ----------------------------------------------------
 
@@ -178,9 +180,9 @@ class Runtime:
         """Return when *lease* has a stream, or will not get one."""
         await self.limiter.acquire_on_behalf_of(lease)
         lease.has_token = True
-        if lease.entry is None:
+        if lease.entry is None and not lease.dismissed:
             self.settle()
-        if lease.entry is None and lease.failure is None and not lease.expired:
+        if lease.entry is None and not lease.dismissed:
             event = anyio.Event()
             lease.wake = event.set
             await event.wait()
@@ -204,14 +206,20 @@ class Runtime:
 
     def _serve(self, now: float) -> bool:
         """Serve those who may be, and say whether a connection is missing to others."""
-        tokens = self.limiter.borrowed_tokens
+        tokens = self.tokens()
         for lease in self.state.serve(tokens, now):
             if lease.wake is not None:
                 lease.wake()
         return self.state.in_use < tokens
 
+    def tokens(self) -> int:
+        """Return how many are lent to those who have a stream, or may get one."""
+        return self.limiter.borrowed_tokens - self._dismissed
+
     def _withdraw(self, lease: Lease) -> None:
         self.state.withdraw(lease, self.now())
+        if lease.dismissed:
+            self._dismissed -= 1
         if lease.has_token:
             self.limiter.release_on_behalf_of(lease)
         self.settle()
@@ -236,29 +244,28 @@ class Runtime:
 
     def expire(self) -> None:
         """Send those away whose time is over, and set the alarm for the next."""
-        now = self.now()
-        self.alarm = math.inf
-        due = 0
-        for lease in self.state.waiting:
-            if lease.deadline > now:
-                self.alarm = lease.deadline
-                break
-            due += 1
-            lease.expired = True
+        self._send_away(self.state.dismiss(self.now()))
+        waiting = self.state.waiting
+        self.alarm = next(iter(waiting)).deadline if waiting else math.inf
+
+    def _dismiss(self, failure: Exception) -> None:
+        """Send everybody who waits away with *failure*, at once."""
+        self._send_away(self.state.fail_waiting(failure))
+
+    def _send_away(self, dismissed: list[Lease]) -> None:
+        """Wake those of *dismissed* who sleep, each for itself or in the limiter."""
+        # The first of all who wait hold a token; they are awake, or woken here.
+        asleep = len(dismissed) - (self.tokens() - self.state.in_use)
+        self._dismissed += len(dismissed)
+        for lease in dismissed:
             if lease.wake is not None:
                 lease.wake()
-        # Of those who wait the first hold a token, and are awake or were woken.
-        asleep = due - (self.limiter.borrowed_tokens - self.state.in_use)
         if asleep > 0:
-            self._lend(asleep)
-
-    def _lend(self, count: float) -> None:
-        """Lend a token to the next *count* in the limiter's queue, to wake them."""
-        # For a moment only, and none to anybody else: they give it back at once. This
-        # is how the limiter's public interface lets them go.
-        total = self.limiter.total_tokens
-        self.limiter.total_tokens = self.limiter.borrowed_tokens + count
-        self.limiter.total_tokens = total
+            # They are lent a token for a moment, and nobody else is: they give it back
+            # at once. This is how the limiter's public interface lets them go.
+            total = self.limiter.total_tokens
+            self.limiter.total_tokens = self.limiter.borrowed_tokens + asleep
+            self.limiter.total_tokens = total
 
     def judge(self, entry: PoolEntry, error: Exception) -> None:
         """Draw the consequences of *error*, raised by a call on *entry*."""
@@ -296,20 +303,13 @@ class Runtime:
             self.suspicion.set()
         if (
             state.to_close
-            or state.shortfall(self.limiter.borrowed_tokens, now)
+            or state.shortfall(self.tokens(), now)
             # The opener has more to look out for than it did when it went to sleep.
             or (state.waiting and (state.connecting or state.next_attempt() > now))
         ):
             self.work.set()
         if state.shut and not state.in_use:
             self._close_changed.set()
-
-    def _dismiss(self, failure: Exception) -> None:
-        """Send everybody who waits away with *failure*, at once."""
-        for lease in self.state.fail_waiting(failure):
-            if lease.wake is not None:
-                lease.wake()
-        self._lend(math.inf)
 
     # -- life ---------------------------------------------------------------------
 

@@ -96,13 +96,6 @@ class PoolState:
             2 * (interval + options.health_check_timeout) if interval else float("inf")
         )
 
-    def __repr__(self) -> str:
-        return (
-            f"<PoolState open={len(self.open)} connecting={len(self.connecting)} "
-            f"closing={len(self.closing)} in_use={self.in_use} "
-            f"waiting={len(self.waiting)}>"
-        )
-
     # -- leases -----------------------------------------------------------------
 
     def take(self, lease: Lease, now: float) -> bool:
@@ -127,9 +120,9 @@ class PoolState:
         """
         Serve those who wait, first come first served, and return them.
 
-        *tokens* is how many the limiter has lent. Its queue and `waiting` are in
-        the same order, so whoever holds a token and no stream is at the head of
-        `waiting`: there are `tokens - in_use` of them.
+        *tokens* is how many the limiter has lent, but to those who were dismissed. Its
+        queue and `waiting` are in the same order, so whoever holds a token and no
+        stream is at the head of `waiting`: there are `tokens - in_use` of them.
         """
         served = []
         while self.waiting and self.in_use < tokens and (entry := self._pick(now)):
@@ -170,11 +163,19 @@ class PoolState:
 
     def fail_waiting(self, failure: Exception) -> list[Lease]:
         """Give *failure* to everybody who waits, and return them."""
-        failed = list(self.waiting)
-        self.waiting.clear()
+        failed = self.dismiss(float("inf"))
         for lease in failed:
             lease.failure = failure
         return failed
+
+    def dismiss(self, deadline: float) -> list[Lease]:
+        """Return those in front who wait until *deadline* at most, and forget them."""
+        dismissed = []
+        while self.waiting and next(iter(self.waiting)).deadline <= deadline:
+            lease, _ = self.waiting.popitem(last=False)
+            lease.dismissed = True
+            dismissed.append(lease)
+        return dismissed
 
     # -- connecting -------------------------------------------------------------
 

@@ -43,9 +43,6 @@ def test_the_status_adds_up():
     assert (status.streams_in_use, status.streams_max) == (3, 10)
     assert (status.min_connections, status.max_connections) == (1, 5)
     assert str(status) == "total=3 busy=2 waiting=4 connecting=1"
-    assert repr(state) == (
-        "<PoolState open=3 connecting=1 closing=0 in_use=3 waiting=4>"
-    )
 
 
 def test_the_status_tells_the_suspect_from_the_leaving():

@@ -60,7 +60,7 @@ class Books:
         if operation.possible(self):
             self.number = number
             operation(self)
-            note(f"{operation.__name__} {number}: {self.state!r}")
+            note(f"{operation.__name__} {number}: {self.state.status()}")
             self.check()
 
     def one_of(self, things):
@@ -396,4 +396,5 @@ def close(books):
         books.ended(entry)
     assert not books.entries, "each one was closed"
     assert state.rotation.is_idle()
-    assert repr(state) == "<PoolState open=0 connecting=0 closing=0 in_use=0 waiting=0>"
+    assert not (state.open or state.connecting or state.closing or state.waiting)
+    assert state.in_use == 0
