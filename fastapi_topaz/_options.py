@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import math
 import os
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import attrs
 
@@ -195,7 +195,7 @@ class IdentityType(enum.IntEnum):
     """Handed to the policy as it is, without looking anybody up."""
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Identity:
     """
     On whose behalf a decision is asked for.
@@ -212,8 +212,8 @@ class Identity:
     type: IdentityType
     # Not in the repr: it may be a token, and reprs end up in logs.
     value: str | None = attrs.field(default=None, repr=False)
-    # What goes over the wire, once somebody needed it.
-    encoded: bytes | None = attrs.field(default=None, init=False, eq=False, repr=False)
+    # What goes over the wire, once somebody needed it; no part of what it is.
+    encoded: ClassVar[bytes | None] = None
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.type, bool) or not isinstance(self.type, int):
@@ -237,6 +237,9 @@ class Identity:
                 f"value must not be empty for an identity of type {kind.name}"
             )
         object.__setattr__(self, "type", kind)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"type": self.type, "value": self.value}
 
     @classmethod
     def coerce(cls, identity: object) -> Identity:

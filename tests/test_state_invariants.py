@@ -396,5 +396,6 @@ def close(books):
         books.ended(entry)
     assert not books.entries, "each one was closed"
     assert state.rotation.is_idle()
-    assert not (state.open or state.connecting or state.closing or state.waiting)
+    assert not (state.open or state.connecting or state.closing)
+    assert not state.waiting
     assert state.in_use == 0
