@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,16 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "typing", "package", "demo", "oldest", "tests", "slow"]
+nox.options.sessions = [
+    "lint",
+    "typing",
+    "package",
+    "demo",
+    "oldest",
+    "tests",
+    "slow",
+    "bench",
+]
 
 SUPPORTED = ["3.11", "3.12", "3.13", "3.14"]
 # The floor of what pyproject.toml allows, where the resolver would not go itself.
@@ -122,3 +132,19 @@ def demo(session: nox.Session) -> None:
     session.install("-e", ".[demo]")
     for backend in ("asyncio", "trio"):
         session.run("fastapi-topaz", "demo", "--backend", backend)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run every benchmark shortly, so that none rots; the numbers mean nothing."""
+    session.install("-e", ".", "--group", "peers")
+    results = Path(session.create_tmp()) / "results"
+    shutil.rmtree(results, ignore_errors=True)
+    scripts = Path("benchmarks")
+    drawers = {scripts / "plots.py", scripts / "report.py"}
+    for script in sorted({*scripts.glob("[!_]*.py")} - drawers):
+        session.run("python", str(script), "--quick", "--save", str(results))
+    for script in sorted(drawers):
+        session.run(
+            "python", str(script), "--results", str(results), "--to", str(results)
+        )

@@ -1,7 +1,8 @@
 """
 How long a pool needs to recover, and what an outage costs meanwhile.
 
-    .venv/bin/python benchmarks/outage.py [--backend trio] [--down 30] [--callers 20]
+    .venv/bin/python benchmarks/outage.py [--backend trio] [--down 30]
+        [--callers 20] [--quick] [--save]
 
 Callers ask an embedded authorizer all the time, which is stopped and started again. The
 numbers are those of one run on one machine: attempts to connect per second while it is
@@ -12,12 +13,12 @@ connection.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 import time
 
 import anyio
+from _rounds import parsed, parser, save
 from anyio.to_thread import run_sync
 
 from fastapi_topaz import ConnectFailed, ConnectionPool
@@ -57,7 +58,8 @@ async def until(predicate):
         await anyio.sleep(0.001)
 
 
-async def main(down, count):
+async def main(options):
+    down, count = options.down, options.callers
     logging.getLogger("fastapi_topaz").setLevel(logging.ERROR)
     with EmbeddedAuthorizer({POLICY: True}) as authorizer:
         pool = ConnectionPool(min_connections=10, eager_init=True)
@@ -85,20 +87,26 @@ async def main(down, count):
             callers.stopped = True
         first = callers.first_answer - back
     told = callers.told_after
-    print(f"down for {took:.1f} s, asked by {count} callers")
-    print(f"attempts to connect:      {attempts / took:.1f} /s")
-    print(f"CPU of the process:       {100 * cpu / took:.1f} %")
-    print(f"calls cut off:            {callers.lost}")
-    print(f"told after, median:       {statistics.median(told):.3f} s")
-    print(f"told after, at most:      {max(told):.3f} s")
-    print(f"back: first answer after  {first:.3f} s")
-    print(f"back: all connections     {full:.3f} s")
+    rows = {
+        "attempts to connect": f"{attempts / took:.1f} /s",
+        "CPU of the process": f"{100 * cpu / took:.1f} %",
+        "calls cut off": str(callers.lost),
+        "told after, median": f"{statistics.median(told):.3f} s",
+        "told after, at most": f"{max(told):.3f} s",
+        "back: first answer after": f"{first:.3f} s",
+        "back: all connections after": f"{full:.3f} s",
+    }
+    title = f"Down for {took:.1f} s, asked by {count} callers on {options.backend}"
+    print(title)
+    for name, value in rows.items():
+        print(f"  {name:<28}{value}")
+    save(options, f"outage-{options.backend}", {"title": title, "rows": rows})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--backend", default="asyncio", choices=["asyncio", "trio"])
-    parser.add_argument("--down", type=float, default=30.0)
-    parser.add_argument("--callers", type=int, default=20)
-    options = parser.parse_args()
-    anyio.run(main, options.down, options.callers, backend=options.backend)
+    arguments = parser(__doc__)
+    arguments.add_argument("--backend", default="asyncio", choices=["asyncio", "trio"])
+    arguments.add_argument("--down", type=float, default=30.0)
+    arguments.add_argument("--callers", type=int, default=20)
+    given = parsed(arguments, down=3.0)
+    anyio.run(main, given, backend=given.backend)

@@ -1,0 +1,320 @@
+"""
+Pools that lease connections which do nothing, all used in one way.
+
+What a benchmark of them measures is what the pools do themselves. Each is used as its
+documentation says, with its own default timeout for a lease, or one of 5 seconds if it
+has none, since an application that never gives up waiting is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import subprocess
+import sys
+import types
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from fastapi_topaz import ConnectionPool
+from fastapi_topaz.testing import FakeConnector
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
+
+
+BACKENDS = ("asyncio", "uvloop", "trio")
+OURS = "ours"
+PREDECESSOR = "fastapi-topaz 1.1.0"
+
+CACHE = Path(__file__).parent / ".peers"
+
+TIMEOUT = 5.0
+"""Seconds for a lease, where the pool has no default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """
+    One pool.
+
+    Attributes:
+        name: With the version.
+        open: Called with a number of connections, returns a context manager that makes
+            them all, and gives a function whose result is entered for one lease.
+        backends: Those of `BACKENDS` that it runs on.
+    """
+
+    name: str
+    open: Callable[[int], AbstractAsyncContextManager[Callable[[], Any]]]
+    backends: tuple[str, ...] = ("asyncio", "uvloop")
+
+
+def run(backend, function, *arguments):
+    """Run an async function on *backend*, and return its result."""
+    if backend == "uvloop":
+        options = {"use_uvloop": True}
+        return anyio.run(function, *arguments, backend_options=options)
+    return anyio.run(function, *arguments, backend=backend)
+
+
+def fill(lease, count):
+    """Return a context manager that holds *count* leases at once."""
+
+    @contextlib.asynccontextmanager
+    async def held():
+        async with contextlib.AsyncExitStack() as leases:
+            for _ in range(count):
+                await leases.enter_async_context(lease())
+            yield
+
+    return held()
+
+
+# -- pools ------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def open_ours(count):
+    """Open the pool of this package; yield the pool."""
+    async with ConnectionPool(
+        connector=FakeConnector(),
+        min_connections=count,
+        max_connections=count,
+        eager_init=True,
+    ) as pool:
+        yield pool
+
+
+def ours():
+    @contextlib.asynccontextmanager
+    async def opened(count):
+        async with open_ours(count) as pool:
+            yield pool.acquire  # waits 5 s
+
+    return Peer(OURS, opened, BACKENDS)
+
+
+def predecessor():
+    """Return the package that had this name before; only its pool is loaded."""
+    module = _predecessor_module()
+
+    @contextlib.asynccontextmanager
+    async def opened(count):
+        pool = module.ConnectionPool(min_connections=count, max_connections=count)
+
+        async def create():
+            conn = module.PooledConnection(client=object())
+            pool._connections.add(conn)
+            return conn
+
+        pool._create_connection = create
+        await pool.initialize()
+        async with fill(pool.connection, count):
+            pass
+        try:
+            yield pool.connection  # waits 5 s
+        finally:
+            await pool.close()
+
+    return Peer(PREDECESSOR, opened)
+
+
+def _predecessor_module():
+    name, number = PREDECESSOR.split()
+    source = CACHE / f"{name}-{number}" / "connection_pool.py"
+    if not source.exists():
+        # Not installed, because it would replace this package.
+        pip = "-m pip download -q --no-deps --disable-pip-version-check"
+        subprocess.run(
+            [sys.executable, *pip.split(), "--dest", CACHE, f"{name}=={number}"],
+            check=False,  # judged by what it leaves behind
+        )
+        wheels = list(CACHE.glob(f"fastapi_topaz-{number}-*.whl"))
+        if not wheels:
+            raise ImportError(f"pip could not download {name}=={number}")
+        source.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            source.write_bytes(wheel.read("fastapi_topaz/connection_pool.py"))
+    spec = importlib.util.spec_from_file_location("predecessor_pool", source)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their names
+    spec.loader.exec_module(module)
+    return module
+
+
+def generic_connection_pool():
+    from generic_connection_pool.asyncio import (  # noqa: PLC0415
+        BaseConnectionManager,
+        ConnectionPool,
+    )
+
+    class Manager(BaseConnectionManager):
+        async def create(self, endpoint):  # noqa: ARG002
+            return object()
+
+        async def dispose(self, endpoint, conn):
+            pass
+
+    @contextlib.asynccontextmanager
+    async def opened(count):
+        pool = ConnectionPool(
+            Manager(),
+            min_idle=count,
+            max_size=count,
+            acquire_timeout=TIMEOUT,  # has no default
+            background_collector=True,  # as its README does
+        )
+        lease = functools.partial(pool.connection, "endpoint")
+        async with fill(lease, count):
+            pass
+        try:
+            yield lease
+        finally:
+            # Without a limit it tries for ever if a connection is lost.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await pool.close(timeout=1)
+
+    return Peer(_named("generic-connection-pool"), opened)
+
+
+def aiosqlitepool():
+    from aiosqlitepool import SQLiteConnectionPool  # noqa: PLC0415
+
+    class Connection:
+        async def execute(self, *args, **kwargs):
+            pass
+
+        async def rollback(self):
+            pass
+
+        async def close(self):
+            pass
+
+    async def connect():
+        return Connection()
+
+    @contextlib.asynccontextmanager
+    async def opened(count):
+        async with SQLiteConnectionPool(connect, pool_size=count) as pool:
+            async with fill(pool.connection, count):
+                pass
+            yield pool.connection  # waits 30 s
+
+    return Peer(_named("aiosqlitepool"), opened)
+
+
+class _DBAPIConnection:
+    """What SQLAlchemy's pools need of a connection."""
+
+    def rollback(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def sqlalchemy_async():
+    """Return the pool below `AsyncEngine`, which runs it in greenlets as here."""
+    from sqlalchemy.pool import AsyncAdaptedQueuePool  # noqa: PLC0415
+    from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415
+
+    class Lease:
+        __slots__ = ("conn", "pool")
+
+        def __init__(self, pool):
+            self.pool = pool
+
+        async def __aenter__(self):
+            self.conn = await greenlet_spawn(self.pool.connect)
+            return self.conn
+
+        async def __aexit__(self, *_):
+            await greenlet_spawn(self.conn.close)
+
+    @contextlib.asynccontextmanager
+    async def opened(count):
+        pool = AsyncAdaptedQueuePool(_DBAPIConnection, pool_size=count, max_overflow=0)
+        lease = functools.partial(Lease, pool)
+        async with fill(lease, count):
+            pass
+        yield lease  # waits 30 s
+        await greenlet_spawn(pool.dispose)
+
+    return Peer(f"{_named('SQLAlchemy')} AsyncAdaptedQueuePool", opened)
+
+
+def sqlalchemy_sync(count):
+    """Return SQLAlchemy's pool for threads, with all connections made; no `Peer`."""
+    from sqlalchemy.pool import QueuePool  # noqa: PLC0415
+
+    pool = QueuePool(_DBAPIConnection, pool_size=count, max_overflow=0)
+    for conn in [pool.connect() for _ in range(count)]:
+        conn.close()
+    return pool
+
+
+def psycopg_pool():
+    from psycopg.pq import TransactionStatus  # noqa: PLC0415
+    from psycopg_pool import AsyncConnectionPool  # noqa: PLC0415
+
+    class Connection:
+        def __init__(self):
+            self.pgconn = types.SimpleNamespace(
+                transaction_status=TransactionStatus.IDLE
+            )
+
+        @classmethod
+        async def connect(cls, _conninfo, **_kwargs):
+            return cls()
+
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *_):
+            pass
+
+        async def close(self):
+            pass
+
+    @contextlib.asynccontextmanager
+    async def opened(count):
+        pool = AsyncConnectionPool(
+            connection_class=Connection, min_size=count, max_size=count, open=False
+        )
+        async with pool:
+            await pool.wait()
+            yield pool.connection  # waits 30 s
+
+    return Peer(_named("psycopg-pool"), opened)
+
+
+def _named(package):
+    return f"{package} {version(package)}"
+
+
+def peers():
+    """Return ours and all others that are installed; say which are not, and why."""
+    found = []
+    for adapter in (
+        ours,
+        predecessor,
+        generic_connection_pool,
+        aiosqlitepool,
+        sqlalchemy_async,
+        psycopg_pool,
+    ):
+        try:
+            found.append(adapter())
+        except Exception as error:  # noqa: BLE001  (not installed, or no network)
+            print(f"left out: {adapter.__name__}: {error}", file=sys.stderr)
+    return found

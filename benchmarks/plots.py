@@ -1,0 +1,296 @@
+"""
+Draw what the benchmarks saved.
+
+    .venv/bin/python benchmarks/plots.py [--results DIRECTORY] [--to DIRECTORY]
+
+Pictures of results that are missing are left out.
+"""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import numpy as np
+from _peers import BACKENDS, OURS
+from _rounds import drawing_options, loaded, race_of
+from PIL import Image
+
+
+mpl.use("Agg")  # no display
+
+from matplotlib import pyplot as plt
+
+
+MINE = "#0b7a5b"
+OTHER = "#b9c1ca"
+FLOOR = "#dfe4ea"
+MINE_TOO = "#a9d6c6"
+LINE = "#e0803a"
+TEXT = "#1f2933"
+FAINT = "#5b6773"
+FAIR = 3
+
+LABELS = {
+    "floor": "floor: a limiter and a list",
+    "limiter": "floor: anyio's limiter",
+    "limiter, fail_after": "floor: limiter with a timeout",
+}
+
+plt.rcParams.update(
+    {
+        "font.size": 11,
+        "text.color": TEXT,
+        "axes.labelcolor": FAINT,
+        "xtick.color": FAINT,
+        "ytick.color": TEXT,
+        "axes.edgecolor": "#cfd6dd",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.bottom": False,
+        "xtick.bottom": False,
+        "ytick.left": False,
+    }
+)
+
+
+def label(name):
+    """Return how pictures and tables call a contestant."""
+    return LABELS.get(name, name).replace("AsyncAdaptedQueuePool", "async")
+
+
+def color(name):
+    if name.startswith((OURS, "pool")):
+        return MINE
+    return FLOOR if name.startswith(("floor", "limiter")) else OTHER
+
+
+def figure(title, subtitle, columns=1, **more):
+    drawn, axes = plt.subplots(
+        1, columns, figsize=(8, 4.5), dpi=100, squeeze=False, **more
+    )
+    drawn.suptitle(title, x=0.02, y=0.98, ha="left", fontsize=13, fontweight="bold")
+    drawn.text(0.02, 0.895, subtitle, ha="left", va="top", fontsize=10, color=FAINT)
+    return drawn, list(axes[0])
+
+
+def bars(axis, names, values, texts):
+    """Draw bars from the top to the bottom, with a text at the end of each."""
+    shades = [color(name) for name in names]
+    axis.barh(names, values, color=shades, height=0.72 * min(1, len(names) / 5))
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlim(0, max(values) * 1.02)
+    axis.set_xticks([])
+    for place, (name, value, text) in enumerate(zip(names, values, texts, strict=True)):
+        axis.annotate(
+            text,
+            (value, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            fontweight="bold" if color(name) == MINE else "normal",
+        )
+
+
+def name_bars(axis, names):
+    axis.set_yticks(range(len(names)), [label(name) for name in names])
+    for name, tick in zip(names, axis.get_yticklabels(), strict=True):
+        if color(name) == MINE:
+            tick.set_fontweight("bold")
+            tick.set_color(MINE)
+
+
+def acquire(data, backend):
+    race = race_of(data)
+    names = sorted(race.rounds, key=race.median)
+    drawn, (axis,) = figure(
+        f"Taking a free connection and giving it back, on {backend}",
+        f"Microseconds for one lease, one task, median of {rounds(data)}; "
+        "x: times ours",
+    )
+    bars(
+        axis,
+        names,
+        [race.median(name) for name in names],
+        [f"{race.median(name):.1f}   {times(race, name)}" for name in names],
+    )
+    name_bars(axis, names)
+    drawn.subplots_adjust(left=0.39, right=0.85, top=0.82, bottom=0.04)
+    return drawn
+
+
+def contended(data, backend):
+    race = race_of(data)
+    names = sorted(race.rounds, key=race.median)
+    settings = data["settings"]
+    drawn, (costs, waits) = figure(
+        f"{settings['tasks']} tasks share 10 connections, on {backend}",
+        f"Each takes {settings['leases']} leases; median of {rounds(data)}; "
+        f"x: times ours; dashed: goal, {FAIR}",
+        columns=2,
+        width_ratios=(3, 2),
+    )
+    bars(
+        costs,
+        names,
+        [race.median(name) for name in names],
+        [f"{race.median(name):.0f}   {times(race, name)}" for name in names],
+    )
+    name_bars(costs, names)
+    costs.set_title("microseconds for one lease", **PANEL)
+    longest = [data["waits"][name]["by mean"] for name in names]
+    bars(waits, names, longest, [f"{each:.1f}" for each in longest])
+    waits.set_yticks([])
+    waits.axvline(FAIR, color=LINE, linewidth=1, linestyle="--")
+    waits.set_xlim(0, max(FAIR + 1, *longest))
+    waits.set_title("longest wait / mean wait", **PANEL)
+    drawn.subplots_adjust(left=0.31, right=0.94, top=0.77, bottom=0.04, wspace=0.5)
+    return drawn
+
+
+PANEL = {"loc": "left", "fontsize": 10, "color": FAINT}
+
+
+def check(results):
+    """Return a picture with a panel for each number of callers."""
+    found = {
+        count: data
+        for count in (1, 10, 20, 100)
+        if (data := loaded(results, f"check-{count}"))
+    }
+    if not found:
+        return None
+    names = [
+        f"{who}, {backend}" for who in ("bare stub", "pool") for backend in BACKENDS
+    ]
+    names = [name for name in names if name in next(iter(found.values()))["rounds"]]
+    drawn, axes = figure(
+        "One check: the pool, and bare gRPC with nothing around it",
+        "Microseconds of CPU of the process, and times what the bare stub takes on "
+        "asyncio",
+        columns=len(found),
+    )
+    most = 0
+    for axis, (count, data) in zip(axes, found.items(), strict=True):
+        race = race_of(data)
+        medians = [race.median(name) for name in names]
+        ratios = [race.ratio(name, "bare stub, asyncio") for name in names]
+        bars(axis, names, medians, [f"{each:.2f} x" for each in ratios])
+        for place, each in enumerate(medians):
+            axis.annotate(
+                f"{each:.0f}",
+                (0, place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color="white" if color(names[place]) == MINE else TEXT,
+            )
+        axis.set_yticks([])
+        axis.set_title("one at a time" if count == 1 else f"{count} at once", **PANEL)
+        most = max(most, *medians)
+    for axis in axes:
+        axis.set_xlim(0, most * 1.62)
+    name_bars(axes[0], names)
+    drawn.subplots_adjust(left=0.2, right=0.99, top=0.77, bottom=0.04, wspace=0.08)
+    return drawn
+
+
+def streams(data):
+    limits = {MINE: 100, MINE_TOO: None}
+    rows = [row for row in data["table"] if row["backend"] == "asyncio"]
+    counts = sorted({row["streams"] for row in rows})
+    if not rows:
+        return None
+    drawn, (rates, failures) = figure(
+        "A server that lets a connection carry 100 calls",
+        "Each answer takes 100 ms, so that what counts is how many calls fit",
+        columns=2,
+        width_ratios=(3, 2),
+    )
+    for offset, (shade, limit) in zip((-0.2, 0.2), limits.items(), strict=True):
+        chosen = [row for row in rows if row["limit"] == limit]
+        chosen.sort(key=lambda row: row["streams"])
+        places = [counts.index(row["streams"]) + offset for row in chosen]
+        rates.barh(
+            places,
+            [row["rate"] for row in chosen],
+            height=0.38,
+            color=shade,
+            label=f"limit of {limit}" if limit else "no limit",
+        )
+        for place, row in zip(places, chosen, strict=True):
+            failed = sum(row["failed"].values())
+            told = f"{row['rate']:,.0f}"
+            told += f", {failed / row['checks']:.1%} fail" if failed else ""
+            rates.annotate(
+                told,
+                (row["rate"], place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=10,
+            )
+    rates.set_ylim(len(counts) - 0.5, -0.5)
+    rates.set_yticks(range(len(counts)), [f"10 x {count}" for count in counts])
+    rates.set_xlim(0, 1.5 * max(row["rate"] for row in rows))
+    rates.set_xticks([])
+    rates.legend(frameon=False, loc="upper right", fontsize=10)
+    rates.set_title("checks per second of pools, connections x streams", **PANEL)
+    told = {
+        "one shared channel, asyncio": "one shared\nchannel",
+        "pool of 10 x 50, asyncio": "pool 10 x 50,\nasyncio",
+        "pool of 10 x 50, trio": "pool 10 x 50,\ntrio",
+    }
+    names = [name for name in told if name in data["failures"]]
+    shares = []
+    texts = []
+    for name in names:
+        failed = sum(data["failures"][name]["failed"].values())
+        shares.append(100 * failed / data["failures"][name]["checks"])
+        texts.append(f"{shares[-1]:.0f} %" if failed else "none")
+    bars(failures, names, shares, texts)
+    failures.set_xlim(0, 120)
+    failures.set_yticks(range(len(names)), [told[name] for name in names])
+    failures.set_title("checks that failed, 500 callers", **PANEL)
+    drawn.subplots_adjust(left=0.12, right=0.97, top=0.77, bottom=0.04, wspace=0.5)
+    return drawn
+
+
+def rounds(data):
+    count = data["settings"]["rounds"]
+    return f"{count} rounds" if count > 1 else "one round"
+
+
+def times(race, name):
+    ratio = race.ratio(name, OURS)
+    return "" if name == OURS else f"{ratio:.{1 if ratio > 2 else 2}f} x"
+
+
+def pictures(results):
+    """Yield names and pictures of what was saved."""
+    for backend in BACKENDS:
+        for draw in (acquire, contended):
+            name = f"{draw.__name__}-{backend}"
+            if data := loaded(results, name):
+                yield name, draw(data, backend)
+    yield "check", check(results)
+    if data := loaded(results, "streams"):
+        yield "streams", streams(data)
+
+
+def main(options):
+    directory = options.to / "plots"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, drawn in pictures(options.results):
+        if drawn is None:
+            continue
+        path = directory / f"{name}.png"
+        drawn.canvas.draw()
+        image = Image.fromarray(np.asarray(drawn.canvas.buffer_rgba()))
+        # Few colors do, and take a third of the bytes.
+        image.convert("RGB").quantize(64).save(path, optimize=True)
+        plt.close(drawn)
+        print(f"{name}.png: {path.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main(drawing_options(__doc__))
