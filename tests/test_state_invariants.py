@@ -396,6 +396,5 @@ def close(books):
         books.ended(entry)
     assert not books.entries, "each one was closed"
     assert state.rotation.is_idle()
-    assert not (state.open or state.connecting or state.closing)
-    assert not state.waiting
+    assert not any((state.open, state.connecting, state.closing, state.waiting))
     assert state.in_use == 0

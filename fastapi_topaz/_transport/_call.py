@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-__all__ = ["Call", "begin", "is_direct", "learn"]
+__all__ = ["Call", "TaskCall", "is_direct", "kind", "learn"]
 
 
 logger = logging.getLogger("fastapi_topaz.transport")
@@ -171,23 +171,16 @@ def learn(channel: Any) -> None:
         logger.info("gRPC %s is driven by its public interface", grpc.__version__)
 
 
+def kind() -> type[Call]:
+    """
+    Return how calls are made: a class to be called with what the call is.
+
+    The last argument is called with the call when it has ended, and not before the
+    class has returned it.
+    """
+    return _kind or TaskCall
+
+
 def is_direct() -> bool:
     """Say whether calls may be begun in another thread than that of their loop."""
     return _kind is DirectCall
-
-
-def begin(
-    channel: grpc.aio.Channel,
-    method: str,
-    request: bytes,
-    timeout: float | None,
-    metadata: tuple[Any, ...],
-    on_end: Callable[[Call], object],
-) -> Call:
-    """
-    Begin a call that ends within *timeout* seconds; *on_end* is called when it has.
-
-    *on_end* is not called before this returns.
-    """
-    kind = _kind or TaskCall
-    return kind(channel, method, request, timeout, metadata, on_end)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi_topaz._transport._call import begin
+from fastapi_topaz._transport._call import kind
 from fastapi_topaz.exceptions import ConnectionLost
 
 
@@ -30,6 +30,7 @@ class Calls:
     """
 
     def __init__(self, channel: Any, target: str, metadata: Metadata) -> None:
+        self._kind = kind()
         self._channel = channel
         self._target = target
         self._metadata = tuple(metadata)
@@ -58,7 +59,7 @@ class Calls:
         if self.closed:
             raise self.lost(method)
         pairs = (*self._metadata, *metadata) if metadata else self._metadata
-        call = begin(self._channel, method, request, timeout, pairs, self._ended)
+        call = self._kind(self._channel, method, request, timeout, pairs, self._ended)
         self._waiting[call] = on_end
         return call
 
