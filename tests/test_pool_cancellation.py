@@ -178,24 +178,6 @@ async def test_close_in_the_middle_of_anything(steps):
     await pool.close()
 
 
-async def test_10_000_waiters_cancelled_while_connections_are_returned():
-    async with make(max_connections=10) as pool:
-        held = [await pool.acquire() for _ in range(10)]
-
-        async def wait():
-            async with pool.acquire():
-                pytest.fail("cancelled before anything was free")
-
-        async with anyio.create_task_group() as tasks:
-            for _ in range(10_000):
-                tasks.start_soon(wait)
-            await queued(pool, 10_000)
-            tasks.cancel_scope.cancel()
-            for conn in held:
-                await pool.release(conn)
-        await assert_whole(pool)
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("streams", [1, 3])
 async def test_random_cancellation_of_everything(seed, streams):

@@ -359,7 +359,10 @@ def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
-async def test_10_000_calls_cancelled_at_random_points_leave_nothing(authorizer):
+@pytest.mark.parametrize("each", [60, pytest.param(200, marks=pytest.mark.slow)])
+async def test_thousands_of_calls_cancelled_at_random_points_leave_nothing(
+    authorizer, each
+):
     rng = random.Random(7)
     process = psutil.Process()
 
@@ -388,7 +391,7 @@ async def test_10_000_calls_cancelled_at_random_points_leave_nothing(authorizer)
 
         async def caller():
             nonlocal cancelled
-            for _ in range(200):
+            for _ in range(each):
                 steps = rng.randrange(60)
                 with anyio.CancelScope() as scope:
                     async with anyio.create_task_group() as tasks:
@@ -406,7 +409,7 @@ async def test_10_000_calls_cancelled_at_random_points_leave_nothing(authorizer)
         async with anyio.create_task_group() as tasks:
             for _ in range(50):
                 tasks.start_soon(caller)
-        assert cancelled > 1_000
+        assert cancelled > 50 * each / 10
         assert pool.status().streams_in_use == 0
         assert pool._runtime.limiter.borrowed_tokens == 0
         leases = [await pool.acquire(timeout=10) for _ in range(50)]
