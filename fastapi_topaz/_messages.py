@@ -140,13 +140,11 @@ def is_request(
         TypeError, ValueError: An argument cannot be sent; names it.
     """
     names = decisions if type(decisions) is tuple else tuple(_names(decisions))
-    try:
-        question = _question(policy_path, names, instance_name, instance_label)
-    except TypeError:
-        # Perhaps one is not hashable, which is not what is wrong with it.
-        question = _question.__wrapped__(
-            policy_path, names, instance_name, instance_label
-        )
+    parts = policy_path, instance_name, instance_label
+    # Anything else may call itself equal to what it is not.
+    sound = _PLAIN.issuperset(map(type, (*parts, *names)))
+    ask = _question if sound else _question.__wrapped__
+    question = ask(policy_path, names, instance_name, instance_label)
     known = identity if type(identity) is Identity else Identity.coerce(identity)
     asker = known.encoded or _encode(known)
     if resource_context is None:
@@ -154,6 +152,9 @@ def is_request(
     rest = IsRequest()
     fill(rest.resource_context, resource_context)
     return question + asker + rest.SerializeToString()
+
+
+_PLAIN = frozenset({str, type(None)})
 
 
 # As many as an application has policies; those with ids in their names come and go.
@@ -176,8 +177,9 @@ def _question(
 def _encode(identity: Identity) -> bytes:
     request = IsRequest(identity_context=_identity_context(identity))
     encoded = request.SerializeToString()
-    # Kept with the identity and no longer than it: it may be somebody's token.
-    object.__setattr__(identity, "encoded", encoded)
+    if type(identity) is Identity:  # not of a kind that may change
+        # Kept with it and no longer than it: it may be somebody's token.
+        object.__setattr__(identity, "encoded", encoded)
     return encoded
 
 
@@ -283,7 +285,12 @@ def info_request() -> InfoRequest:
 
 def decisions_of(response: bytes) -> dict[str, bool]:
     """Return the decisions by name; a decision not in it was not made."""
-    return _decisions_of(response).copy()
+    read = _decisions_of if len(response) < _LARGE else _decisions_of.__wrapped__
+    return read(bytes(response)).copy()
+
+
+_LARGE = 1024
+"""Bytes of an answer that is not worth keeping."""
 
 
 # An application gets few different answers, and the same ones all the time.

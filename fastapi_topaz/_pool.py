@@ -248,7 +248,7 @@ class ConnectionPool(PoolLife):
         if lease is None:
             raise ValueError(f"{conn!r} was released to {self._label()} before")
         runtime = conn._runtime  # noqa: SLF001
-        if not runtime.home.is_here() or runtime is not self._runtime:
+        if runtime is not self._runtime or not runtime.home.is_near():
             if runtime is not self._runtime or runtime.home.is_gone():
                 # The pool was closed since, and nothing is left to be given back.
                 conn._lease = None  # noqa: SLF001

@@ -28,11 +28,11 @@ def check_saturation(runtime: Runtime) -> None:
         PoolSaturated: `max_waiting` callers wait for capacity already.
     """
     allowed = runtime.options.max_waiting
-    limiter, state = runtime.limiter, runtime.state
-    if allowed is None or limiter.available_tokens > 0:
+    state, tokens = runtime.state, runtime.tokens()
+    if allowed is None or tokens < runtime.options.capacity:
         return
     # Those who hold a token wait for a connection, not for capacity.
-    entitled = runtime.tokens() - state.in_use
+    entitled = tokens - state.in_use
     if len(state.waiting) - entitled >= allowed:
         runtime.counters.rejected += 1
         raise PoolSaturated(

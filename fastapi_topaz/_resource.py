@@ -61,6 +61,8 @@ def fill(struct: Struct, context: ResourceContext) -> None:
 
 
 def _fill(struct: Struct, mapping: Mapping[str, Any], place: str, depth: int) -> None:
+    if depth > _DEPTH and mapping:
+        raise ValueError(f"resource_context must not nest deeper than {_DEPTH} levels")
     fields = struct.fields
     for key, value in mapping.items():
         if not isinstance(key, str):
@@ -71,9 +73,9 @@ def _fill(struct: Struct, mapping: Mapping[str, Any], place: str, depth: int) ->
             if type(value) is str:
                 field.string_value = value
                 continue
-        except UnicodeEncodeError:
+        except ValueError:  # UnicodeEncodeError, if protobuf is not pure Python
             text_of(f"{place}[{text_of(place, key)!r}]", value, shown=False)
-            raise
+            raise ValueError(f"{place}[{key!r}] cannot be sent") from None
         _put(field, value, f"{place}[{key!r}]", depth)
 
 

@@ -92,7 +92,8 @@ class Runtime:
         self.alarm = math.inf
         self.earlier = anyio.Event()
         self._latest = 0.0
-        # Those who were sent away, and hold a token until they have had their turn.
+        # Those who were sent away and have not had their turn yet. Until then each
+        # holds a token, but for one that is cancelled in the same moment.
         self._dismissed = 0
         # Leases in the order they were taken, if leaks are looked for.
         self.leases: dict[Lease, None] = {}
@@ -132,7 +133,10 @@ class Runtime:
         if state.to_probe or state.to_close:
             self.settle()  # some were unfit
         if taken:
-            self._lent(lease, 0.0)
+            self.counters.acquisitions += 1
+            self.observer.acquired(0.0)
+            if state.options.leak_threshold:
+                self._remember(lease)
         return taken
 
     async def wait(self, lease: Lease, timeout: float) -> None:
@@ -170,7 +174,10 @@ class Runtime:
                 self._withdraw(lease)
         if served:
             lease.acquired_at = self.now()
-            self._lent(lease, lease.acquired_at - began)
+            self.counters.acquisitions += 1
+            self.observer.acquired(lease.acquired_at - began)
+            if self.options.leak_threshold:
+                self._remember(lease)
         elif lease.failure is not None:
             raise _refusals.failed(self, lease.failure)
         else:
@@ -186,12 +193,6 @@ class Runtime:
             event = anyio.Event()
             lease.wake = event.set
             await event.wait()
-
-    def _lent(self, lease: Lease, waited: float) -> None:
-        self.counters.acquisitions += 1
-        self.observer.acquired(waited)
-        if self.state.options.leak_threshold:
-            self._remember(lease)
 
     def release(self, lease: Lease) -> None:
         """Take back what *lease* holds, and serve the next one with it."""
@@ -254,7 +255,9 @@ class Runtime:
 
     def _send_away(self, dismissed: list[Lease]) -> None:
         """Wake those of *dismissed* who sleep, each for itself or in the limiter."""
-        # The first of all who wait hold a token; they are awake, or woken here.
+        # The first of all who wait hold a token; they are awake, or woken here. If one
+        # is just about to leave by itself, somebody else gets a token too early, and
+        # keeps it: a stream it gets in its turn all the same.
         asleep = len(dismissed) - (self.tokens() - self.state.in_use)
         self._dismissed += len(dismissed)
         for lease in dismissed:

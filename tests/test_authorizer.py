@@ -8,7 +8,7 @@ import attrs
 import grpc
 import grpc.aio
 import pytest
-from aserto.authorizer.v2 import IsResponse, QueryOptions
+from aserto.authorizer.v2 import IsRequest, IsResponse, QueryOptions
 from aserto.authorizer.v2.api import IdentityType as AsertoIdentityType
 from google.protobuf.json_format import MessageToDict
 from waiting import eventually
@@ -19,6 +19,7 @@ from fastapi_topaz import (
     Identity,
     IdentityType,
     PoolError,
+    _messages,
 )
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
@@ -658,6 +659,40 @@ async def test_the_other_calls_name_what_cannot_be_sent_too(
         await getattr(conn, method)(**arguments)
     assert authorizer.calls.total() == 0
     assert (await conn.info()).version == "embedded"
+
+
+@pytest.mark.parametrize("leaf", ["text", 1, None, ["text"]], ids=repr)
+async def test_a_context_is_as_deep_as_may_be_and_no_deeper(asked, leaf):
+    deepest = 29 if isinstance(leaf, list) else 30
+    for depth in (deepest, deepest + 1):
+        context = {"leaf": leaf}
+        for _ in range(depth - 1):
+            context = {"in": context}
+        if depth == deepest:
+            await asked(resource_context=context)
+        else:
+            with pytest.raises(ValueError, match="30 levels"):
+                await asked(resource_context=context)
+
+
+def test_what_calls_itself_equal_to_another_policy_is_not_taken_for_it():
+    class Careless(str):
+        __slots__ = ()
+
+        def __eq__(self, other):
+            return self.lower() == other.lower()
+
+        def __hash__(self):
+            return hash(self.lower())
+
+    def sent(path, decision):
+        data = _messages.is_request(path, (decision,), None, None, None, None)
+        context = IsRequest.FromString(data).policy_context
+        return context.path, list(context.decisions)
+
+    assert sent("pol.x", "seen") == ("pol.x", ["seen"])
+    assert sent(Careless("POL.X"), "seen") == ("POL.X", ["seen"])
+    assert sent("pol.x", Careless("SEEN")) == ("pol.x", ["SEEN"])
 
 
 async def test_a_whole_number_that_json_cannot_carry_is_not_rounded(asked):

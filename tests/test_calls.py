@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 
 import anyio
@@ -13,7 +14,7 @@ import pytest
 import trio
 from waiting import eventually
 
-from fastapi_topaz import ConnectionLost, ConnectionPool, _messages
+from fastapi_topaz import ConnectFailed, ConnectionLost, ConnectionPool, _messages
 from fastapi_topaz._transport import GrpcConnector, _call
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
@@ -166,6 +167,45 @@ async def test_a_caller_cancelled_before_it_asks_asks_nobody(authorizer):
             await ask(connection)
         assert scope.cancelled_caught
         assert await ask(connection)
+
+
+async def test_an_error_is_gone_with_the_last_who_keeps_it(authorizer):
+    """It makes no circle with its own frames, which hold what callers have sent."""
+
+    def errors():
+        return sum(isinstance(x, grpc.aio.AioRpcError) for x in gc.get_objects())
+
+    authorizer.fail("NOT_FOUND")
+    async with connected(authorizer) as connection:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await ask(connection)
+            assert errors() <= 1
+        finally:
+            gc.enable()
+
+
+async def test_interceptors_that_others_put_on_all_channels_are_passed_by(
+    authorizer, monkeypatch
+):
+    class Nosy(grpc.aio.UnaryUnaryClientInterceptor):
+        async def intercept_unary_unary(self, continuation, details, request):
+            raise AssertionError("asked")
+
+    plain = grpc.aio.insecure_channel
+    monkeypatch.setattr(
+        grpc.aio,
+        "insecure_channel",
+        lambda target, options: plain(target, options=options, interceptors=[Nosy()]),
+    )
+    async with connected(authorizer) as connection:
+        assert await ask(connection)
+    authorizer.stop()
+    with pytest.raises(ConnectFailed, match="refused"):
+        await GrpcConnector(authorizer.options).connect(10)
 
 
 @pytest.mark.parametrize("kind", [None], indirect=True)

@@ -124,8 +124,10 @@ class TaskCall:
     ) -> None:
         # Bytes in, bytes out: grpc.aio swallows what a serializer raises, and sends
         # an empty request.
-        begin_ = channel.unary_unary(method)
-        self._call: Any = begin_(request, timeout=timeout, metadata=metadata)
+        begin = channel.unary_unary(method)
+        # Those that others have put on all channels; a call with them is no such call.
+        begin._interceptors = ()  # noqa: SLF001
+        self._call: Any = begin(request, timeout=timeout, metadata=metadata)
         self._call._call_response.add_done_callback(lambda _: on_end(self))  # noqa: SLF001
 
     def cancel(self, why: str) -> None:
@@ -140,8 +142,6 @@ class TaskCall:
         except StopIteration as stop:
             return None if stop.value is None else bytes(stop.value)
         except grpc.aio.AioRpcError as error:
-            # The frames of an error live as long as somebody keeps it, and a call in
-            # one of them keeps its socket open, even that of a closed channel.
             return error.with_traceback(None)
         except BaseException:  # noqa: BLE001
             # CancelledError, although nobody was cancelled; and KeyError for a status

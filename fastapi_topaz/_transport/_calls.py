@@ -72,13 +72,17 @@ class Calls:
             ConnectionLost: The connection was closed under the call.
         """
         outcome = call.outcome()
-        # The frames of an error live as long as somebody keeps it, and a call in
-        # one of them keeps its socket open, even that of a closed channel.
+        # The frames of an error live as long as somebody keeps it. A call in one of
+        # them keeps its socket open, even that of a closed channel; the error itself
+        # makes a circle, which all of them wait in for the garbage collector.
         del call
-        if isinstance(outcome, bytes):
-            return outcome
-        # OK without a message gRPC lets pass, but nothing was answered.
-        raise self.lost(method) if outcome is None else outcome
+        try:
+            if isinstance(outcome, bytes):
+                return outcome
+            # OK without a message gRPC lets pass, but nothing was answered.
+            raise self.lost(method) if outcome is None else outcome
+        finally:
+            del outcome
 
     def lost(self, method: str) -> ConnectionLost:
         """Return the error of a call whose connection was closed; from any thread."""

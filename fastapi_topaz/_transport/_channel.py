@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from fastapi_topaz._transport._call import TaskCall, learn
+from fastapi_topaz._transport._call import kind, learn
 from fastapi_topaz._transport._failures import connect_failed
 
 
 if TYPE_CHECKING:
     from fastapi_topaz._options import AuthorizerOptions
-    from fastapi_topaz._transport._call import Call
 
 
 __all__ = [
@@ -138,19 +137,15 @@ async def _raise_reason(channel: grpc.aio.Channel, options: AuthorizerOptions) -
     # The reason is in the status of a call, and nowhere else. No frame may hold the
     # call when this raises: with it an error would keep the closed channel, which then
     # goes on connecting for as long as somebody keeps the error.
-    ended = asyncio.get_running_loop().create_future()
-
-    def tell(call: Call) -> None:
-        if not ended.done():
-            ended.set_result(call.outcome())
-
-    # With a task of its own: nobody sees a cancelled call to its end before the loop is
-    # closed, but every loop ends its tasks first.
-    call = TaskCall(channel, PROBE, b"", 1, (), tell)
+    ended = asyncio.Event()
+    call = kind()(channel, PROBE, b"", 1, (), lambda _call: ended.set())
     try:
-        outcome = await ended
+        await ended.wait()
+        outcome = call.outcome()
     except asyncio.CancelledError:
         call.cancel("cancelled by the caller")
+        # It ends soon, but not if its loop is closed before: loops wait for tasks.
+        asyncio.ensure_future(ended.wait())  # noqa: RUF006  (the call keeps it)
         raise
     finally:
         del call

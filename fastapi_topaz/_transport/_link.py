@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
 from fastapi_topaz import _fork
 from fastapi_topaz._transport._base import Verdict
+from fastapi_topaz._transport._call import is_direct
 from fastapi_topaz._transport._calls import LAST_CALLS, Calls
 from fastapi_topaz._transport._channel import (
     PROBE,
-    READY,
     open_channel,
     until_ready,
 )
@@ -37,12 +37,16 @@ from fastapi_topaz.exceptions import ConnectionLost
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastapi_topaz._options import AuthorizerOptions
     from fastapi_topaz._transport._base import Metadata
 
 
 __all__ = ["Link"]
 
+
+_READY = grpc.ChannelConnectivity.READY.value[0]
 
 # An answer with any other status was sent by the server itself: it is alive.
 _NOT_ALIVE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
@@ -58,15 +62,20 @@ class Link:
     Strictly private.
     """
 
-    def __init__(
-        self, channel: grpc.aio.Channel, peer: Peer, options: AuthorizerOptions
-    ) -> None:
+    def __init__(self, channel: Any, peer: Peer, options: AuthorizerOptions) -> None:
         self._channel = channel
         self._peer = peer
         self.peer = peer.address()
         self._target = options.url
         self._loop = asyncio.get_running_loop()
         self._calls = self.new_calls(options)
+        # Twice for each call: get_state() takes four times as long as what it asks.
+        self._check: Callable[[bool], int]
+        if is_direct():
+            core: Any = channel._channel  # noqa: SLF001
+            self._check = core.check_connectivity_state
+        else:
+            self._check = lambda connect: channel.get_state(connect).value[0]
         self._lost = False
 
     def __repr__(self) -> str:
@@ -159,7 +168,7 @@ class Link:
         crashes at random in gRPC, also if it never uses it.
         """
         # Never set to False: on trio two threads do this.
-        if self._calls.closed or self._channel.get_state() is not READY:
+        if self._calls.closed or self._check(False) != _READY:
             self._lost = True
         return self._lost
 

@@ -28,10 +28,11 @@ T = TypeVar("T")
 
 class _Landing:
     """
-    A future for what begins in trio's thread and ends in that of the loop.
+    What a call that begins in trio's thread has for a future, and no more than that.
 
-    It is awaited by the coroutine of a call, whose steps are all taken by trio. So the
-    callback is there before trio has a turn to call it, and no lock is needed.
+    It is awaited by the coroutine of that call alone, whose steps are all taken by
+    trio. So the one callback is there before trio has a turn to call it, and no lock is
+    needed; the thread of the loop only tells that the time has come.
     """
 
     __slots__ = ("_asyncio_future_blocking", "_callback", "_error", "_token")
@@ -76,7 +77,7 @@ class _Loop(asyncio.SelectorEventLoop):
     owner: int | None = None
 
     def create_future(self) -> Any:
-        """Return a future that belongs where it is made."""
+        """Return a future that belongs where it is made: here, or in trio's thread."""
         if self.owner in (None, threading.get_ident()):
             return super().create_future()
         return _Landing()

@@ -98,11 +98,16 @@ class _Forward:
 
         self._thread.call_soon(start)
         await trio.lowlevel.wait_task_rescheduled(abort)
-        assert self._running is not None  # noqa: S101  (it ran before report)
-        if self._running.cancelled() and raise_cancel is not None:
-            raise_cancel()
-        result: T = self._running.result()
-        return result
+        running, self._running = self._running, None
+        assert running is not None  # noqa: S101  (it ran before report)
+        try:
+            if running.cancelled() and raise_cancel is not None:
+                raise_cancel()
+            result: T = running.result()
+            return result
+        finally:
+            # It keeps the error it ended with, whose frames would keep it.
+            del running
 
 
 async def _let_go(thread: LoopThread) -> None:
