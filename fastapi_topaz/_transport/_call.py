@@ -89,7 +89,7 @@ class DirectCall:
         if self._outcome is not None or core.is_ok() or core.is_locally_cancelled():
             return self._outcome
         status = _result(core.status())
-        return grpc.aio.AioRpcError(
+        error: Exception = grpc.aio.AioRpcError(
             # gRPC before 1.81 has no name for a number that servers make up.
             _CODES.get(int(status.code()), grpc.StatusCode.UNKNOWN),
             grpc.aio.Metadata(*(_result(core.initial_metadata()) or ())),
@@ -97,6 +97,7 @@ class DirectCall:
             details=status.details(),
             debug_error_string=status.debug_error_string(),
         )
+        return error
 
 
 def _result(finished: Any) -> Any:
@@ -142,7 +143,8 @@ class TaskCall:
         except StopIteration as stop:
             return None if stop.value is None else bytes(stop.value)
         except grpc.aio.AioRpcError as error:
-            return error.with_traceback(None)
+            failure: Exception = error.with_traceback(None)
+            return failure
         except BaseException:  # noqa: BLE001
             # CancelledError, although nobody was cancelled; and KeyError for a status
             # that gRPC 1.80 does not know.

@@ -86,12 +86,18 @@ class _Forward:
         async def coroutine() -> T:
             return await function(*args)
 
+        def cancel() -> None:
+            # Read once: the other thread lets go of it when it has ended.
+            running = self._running
+            if running is not None:
+                running.cancel()
+
         def abort(raise_: Callable[[], object]) -> trio.lowlevel.Abort:
             nonlocal raise_cancel
             raise_cancel = raise_
             # Suppressed: the loop has ended, and by that what ran in it.
             with contextlib.suppress(RuntimeError):
-                self._thread.call_soon(lambda: self._running and self._running.cancel())
+                self._thread.call_soon(cancel)
             # What was begun has to be ended before the caller goes on: a
             # connection that nobody owns would stay open for ever.
             return trio.lowlevel.Abort.FAILED
