@@ -450,8 +450,8 @@ async def test_a_server_that_accepts_and_hangs_costs_an_attempt_its_time(tls, ca
 async def test_while_one_backend_hangs_the_others_serve_all_who_wait(
     authorizer, caplog
 ):
-    # Nobody accepts: the kernel does, and stays silent. gRPC tries again by itself before
-    # it is told to stop, so with two places in turn every attempt might begin at it.
+    # Nobody accepts: the kernel does, and stays silent. gRPC tries again by itself
+    # before it is told to stop: of two in turn, each attempt might begin at this one.
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         Proxy([silent.getsockname()[1], *[authorizer.port] * 2]) as proxy,
