@@ -1,4 +1,4 @@
-"""Calls end alike, driven on gRPC's core or through its public interface."""
+"""Calls end alike, driven on gRPC's core or made by grpc.aio itself."""
 
 from __future__ import annotations
 
@@ -245,16 +245,14 @@ class AnotherInside:
 
 @pytest.mark.parametrize("kind", [None], indirect=True)
 @pytest.mark.parametrize("channel", [AnotherInside(), object()])
-def test_where_grpc_is_another_inside_its_public_interface_is_used(
-    channel, kind, caplog
-):
+def test_where_grpc_has_another_inside_its_own_calls_are_used(channel, kind, caplog):
     with caplog.at_level(logging.INFO, "fastapi_topaz"):
         _call.learn(channel)
         _call.learn(channel)
     assert _call._kind is _call.TaskCall
     assert not _call.is_direct()
     assert [r.message for r in caplog.records] == [
-        f"gRPC {grpc.__version__} is driven by its public interface"
+        f"gRPC {grpc.__version__} has another inside than known: its own calls are used"
     ]
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-__all__ = ["Call", "TaskCall", "is_direct", "kind", "learn"]
+__all__ = ["Call", "is_direct", "kind", "learn"]
 
 
 logger = logging.getLogger("fastapi_topaz.transport")
@@ -170,7 +170,10 @@ def learn(channel: Any) -> None:
     except (AttributeError, TypeError):
         # gRPC's inside is another one than that of 1.80 to 1.85.
         _kind = TaskCall
-        logger.info("gRPC %s is driven by its public interface", grpc.__version__)
+        logger.info(
+            "gRPC %s has another inside than known: its own calls are used",
+            grpc.__version__,
+        )
 
 
 def kind() -> type[Call]:
