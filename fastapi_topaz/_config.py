@@ -19,13 +19,17 @@ from fastapi_topaz._options import (
     text,
 )
 from fastapi_topaz._pool import ConnectionPool
+from fastapi_topaz._telemetry import Tracing
 from fastapi_topaz.exceptions import ConnectionLost, TopazError
 
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from opentelemetry.trace import TracerProvider
     from starlette.requests import Request
+
+    from fastapi_topaz._telemetry import CheckSpan
 
     IdentityProvider = Callable[[Request], IdentityLike | Awaitable[IdentityLike]]
     ResourceContextProvider = Callable[
@@ -63,6 +67,8 @@ class TopazConfig:
         connection_pool: The pool; None makes one with the defaults.
         check_timeout: Seconds for one check, waiting for a connection and asking
             together. Default 5.
+        tracer_provider: Where the spans of checks go; None is OpenTelemetry's global
+            one.
 
     Raises:
         TypeError, ValueError: An argument is wrong; names it.
@@ -80,6 +86,7 @@ class TopazConfig:
         resource_context_provider: ResourceContextProvider | None = None,
         connection_pool: ConnectionPool | None = None,
         check_timeout: float = 5.0,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
         text("policy_path_root", policy_path_root, optional=False)
         if not all(policy_path_root.split(".")):
@@ -98,6 +105,10 @@ class TopazConfig:
             raise TypeError(
                 f"connection_pool must be a ConnectionPool, got {connection_pool!r}"
             )
+        if tracer_provider is not None and not hasattr(tracer_provider, "get_tracer"):
+            raise TypeError(
+                f"tracer_provider must be a TracerProvider, got {tracer_provider!r}"
+            )
         self.authorizer_options = AuthorizerOptions.coerce(authorizer_options)
         self.policy_path_root = policy_path_root
         self.identity_provider = identity_provider
@@ -108,6 +119,7 @@ class TopazConfig:
         self.check_timeout = seconds(
             "check_timeout", check_timeout, zero=False, infinite=False
         )
+        self._tracing = Tracing(tracer_provider)
         already = connection_pool.authorizer_options
         if already not in (None, self.authorizer_options):
             raise ValueError(
@@ -188,30 +200,44 @@ class TopazConfig:
 
     async def _ask(self, question: Question) -> bool:
         """
-        Return the answer of the authorizer.
+        Return the answer of the authorizer, in a span of its own.
 
         A decision is a read, so it is asked for once more if it was lost. By then the
         pool leases no connection that it has reason to suspect before it has answered
         a probe.
         """
+        (decision,) = question["decisions"]
+        pool = self.connection_pool.options.name
+        with self._tracing.check(question["policy_path"], decision, pool) as span:
+            allowed = await self._answer(question, span)
+            span.decided(allowed)
+            return allowed
+
+    async def _answer(self, question: Question, span: CheckSpan) -> bool:
         # One budget: what waiting or a first attempt takes, the rest has less.
         deadline = anyio.current_time() + self.check_timeout
         try:
-            return await self._ask_once(question, deadline)
+            return await self._ask_once(question, deadline, span)
         except (ConnectionLost, grpc.aio.AioRpcError) as error:
             if not _is_worth_a_retry(error) or anyio.current_time() >= deadline:
                 raise
             lost = error
+        self.connection_pool._counters.retries += 1  # noqa: SLF001
+        span.lost(lost)
         try:
-            return await self._ask_once(question, deadline)
+            return await self._ask_once(question, deadline, span)
         except TopazError as error:
             raise error from lost
 
-    async def _ask_once(self, question: Question, deadline: float) -> bool:
+    async def _ask_once(
+        self, question: Question, deadline: float, span: CheckSpan
+    ) -> bool:
         pool = self.connection_pool
         left = max(0.0, deadline - anyio.current_time())
         wait = min(left, pool.options.acquire_timeout)
         async with pool.acquire(timeout=wait) as conn:
+            if conn.waited:
+                span.waited(conn.waited)
             left = max(0.0, deadline - anyio.current_time())
             decisions = await conn.decisions(**question, timeout=left)
         (decision,) = question["decisions"]

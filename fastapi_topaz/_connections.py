@@ -36,6 +36,8 @@ T = TypeVar("T")
 LATE = 1.0
 """Seconds. A probe that ends this long after its time is up proves nothing."""
 
+_LOSSES = frozenset({"lost", "unhealthy"})
+
 CLOSE_LIMIT = 5.0
 """Seconds that closing one connection may take."""
 
@@ -99,10 +101,20 @@ async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
         )
         _failed(runtime, entry, nothing)
         return
-    runtime.state.connected(entry, connection, runtime.now())
+    now = runtime.now()
+    rounds = runtime.state.attempts.failures
+    runtime.state.connected(entry, connection, now)
     runtime.counters.connects += 1
-    runtime.observer.connected(runtime.now() - began)
-    logger.debug("%s: connected to %s", runtime.label, runtime.target)
+    runtime.observer.connected(now - began)
+    logger.log(
+        logging.INFO if rounds else logging.DEBUG,
+        "%s: connected to %s in %.3f s%s (%s)",
+        runtime.label,
+        place(runtime, entry),
+        now - began,
+        f", after {rounds} rounds of attempts that failed" if rounds else "",
+        runtime.state.status(),
+    )
 
 
 def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
@@ -190,13 +202,21 @@ def _in_one_line(error: Exception) -> str:
 
 async def close(runtime: Runtime, entry: PoolEntry) -> None:
     """Close the connection of *entry*, whose leases are back or out of time."""
+    where, reason = place(runtime, entry), entry.retired or "close"
     connection, entry.connection = entry.connection, None
-    reason = entry.retired or "close"
     try:
         if connection is None:
             return
         runtime.counters.count(runtime.counters.closes, reason)
-        logger.debug("%s: closing a connection (%s)", runtime.label, reason)
+        lost = reason in _LOSSES
+        error = f", its last error: {entry.last_error}" if entry.last_error else ""
+        logger.log(
+            # What nobody here has decided is news.
+            logging.INFO if lost else logging.DEBUG,
+            "%s: closing a connection to %s after %.1f s: %s%s (left: %s)",
+            *(runtime.label, where, runtime.now() - entry.opened_at, reason),
+            *(error if lost else "", runtime.state.status()),
+        )
         with anyio.CancelScope(shield=True):
             await _within(CLOSE_LIMIT, connection.close, 0.0)
     except TimeoutError:
@@ -207,7 +227,9 @@ async def close(runtime: Runtime, entry: PoolEntry) -> None:
             CLOSE_LIMIT,
         )
     except Exception:
-        logger.warning("%s: closing failed", runtime.label, exc_info=True)
+        logger.warning(
+            "%s: closing a connection to %s failed", runtime.label, where, exc_info=True
+        )
     finally:
         runtime.state.closed(entry)
         runtime.connections_changed()

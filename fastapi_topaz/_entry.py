@@ -84,6 +84,8 @@ class Lease:
     # with only the first two ever set, and setting all took longer than all else here.
     entry: PoolEntry | None = None
     acquired_at = 0.0
+    # How long it was waited for.
+    waited = 0.0
     failure: Exception | None = None
     # Until when it may wait, and whether it was sent away: then, or with the failure.
     deadline = float("inf")
@@ -92,6 +94,3 @@ class Lease:
     # what wakes a caller that holds one and sleeps until it is served.
     has_token = False
     wake: Callable[[], None] | None = None
-    # Who took it and where, if leaks are looked for.
-    holder = ""
-    warned = False

@@ -93,6 +93,22 @@ class Home:
             and self._native.is_closed()
         )
 
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """
+        Have *function* called on the loop, from any thread; never if it has ended.
+
+        *function* must not raise: on trio that would end the run.
+        """
+        try:
+            if isinstance(self._native, asyncio.AbstractEventLoop):
+                # Without the context of whoever happens to call.
+                context = contextvars.Context()
+                self._native.call_soon_threadsafe(function, context=context)
+            else:
+                self._native.run_sync_soon(function)
+        except RuntimeError:
+            pass
+
     def spawn(
         self,
         function: Callable[[], Coroutine[Any, Any, None]],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi_topaz._authorizer import AuthorizerCalls
+from fastapi_topaz._leaks import abandoned
 from fastapi_topaz._options import seconds
+from fastapi_topaz._telemetry import propagated
+from fastapi_topaz._transport._base import is_metadata_key
 from fastapi_topaz.exceptions import ConnectionLost, PoolError
 
 
@@ -24,10 +26,6 @@ __all__ = ["PooledConnection"]
 
 EVER = 10.0 * 365 * 86400
 """Seconds. gRPC overflows on deadlines far beyond this, and ends the call at once."""
-
-
-# What gRPC allows as a key: see "Requests" in its protocol over HTTP/2.
-_KEY = re.compile(r"[0-9a-z_.-]+")
 
 
 class PooledConnection(AuthorizerCalls):
@@ -50,6 +48,27 @@ class PooledConnection(AuthorizerCalls):
         state = "released" if self._lease is None else "leased"
         return f"<PooledConnection to {self._runtime.target} {state}>"
 
+    def __del__(self) -> None:
+        # Nobody can give it back any more. Not here: garbage is collected at any
+        # moment, in the midst of whatever the pool does, and in any thread.
+        lease = self._lease
+        if lease is not None:
+            self._lease = None
+            abandoned(self._runtime, lease, self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a lease cannot be copied or pickled; acquire() another one")
+
+    @property
+    def waited(self) -> float:
+        """
+        How long `acquire()` waited for it, in seconds; 0.0 if it did not have to.
+
+        Raises:
+            PoolError: The lease was released.
+        """
+        return self._held().waited
+
     @property
     def connection(self) -> Any:
         """
@@ -59,11 +78,7 @@ class PooledConnection(AuthorizerCalls):
             PoolError: The lease was released.
             ConnectionLost: The pool was closed, and its grace is over.
         """
-        lease = self._lease
-        if lease is None:
-            raise PoolError(
-                "this connection was released to its pool; acquire() another one"
-            )
+        lease = self._held()
         # A leased connection is closed only by close(), when its grace is over.
         if lease.entry is None or lease.entry.connection is None:
             raise ConnectionLost(
@@ -71,6 +86,13 @@ class PooledConnection(AuthorizerCalls):
                 f"{self._runtime.target} with it"
             )
         return lease.entry.connection
+
+    def _held(self) -> Lease:
+        if self._lease is None:
+            raise PoolError(
+                "this connection was released to its pool; acquire() another one"
+            )
+        return self._lease
 
     async def call(
         self,
@@ -130,7 +152,7 @@ class PooledConnection(AuthorizerCalls):
         assert entry is not None  # noqa: S101
         try:
             response: bytes = await rpc(
-                method, request, timeout=timeout, metadata=metadata
+                method, request, timeout=timeout, metadata=propagated(metadata)
             )
         except Exception as error:
             self._runtime.judge(entry, error)
@@ -161,7 +183,7 @@ def _check_call(method: object, metadata: object) -> None:
                 f"metadata must be pairs of str, got a {type(pair).__name__}"
             )
         key, value = pair
-        if not isinstance(key, str) or not _KEY.fullmatch(key):
+        if not is_metadata_key(key):
             raise ValueError(
                 f"metadata keys must be of a-z, 0-9, '_', '-' and '.', got {key!r}"
             )

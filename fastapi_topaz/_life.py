@@ -10,11 +10,11 @@ import anyio
 
 from fastapi_topaz._connections import CLOSE_LIMIT
 from fastapi_topaz._maintenance import host
-from fastapi_topaz._metrics import PoolMetrics
 from fastapi_topaz._options import seconds
 from fastapi_topaz._runtime import Runtime
 from fastapi_topaz._snapshot import connection_statuses
 from fastapi_topaz._status import ConnectionStatus, PoolCounters, PoolStatus
+from fastapi_topaz._telemetry import PoolMetrics, Source
 from fastapi_topaz.exceptions import PoolClosed, PoolError
 
 
@@ -46,12 +46,17 @@ class PoolLife:
         options: PoolOptions,
         connector: Connector | None,
         meter_provider: MeterProvider | None,
+        *,
+        semantic_conventions: bool,
     ) -> None:
         self._options = options
         self._connector = connector
         self._counters = PoolCounters()
         self._metrics = PoolMetrics(
-            meter_provider, options.name, self.status, self._counters
+            meter_provider,
+            options.name,
+            Source(self.status, self._counters),
+            semantic_conventions=semantic_conventions,
         )
         self._runtime: Runtime | None = None
         self._closed = False
@@ -183,7 +188,7 @@ class PoolLife:
             self._options,
             self._configured(),
             self._counters,
-            self._metrics,
+            self._metrics.observer,
         )
 
         async def live() -> None:
@@ -196,8 +201,12 @@ class PoolLife:
         runtime.home.spawn(live, partial(self._forget, runtime))
         self._runtime = runtime
         self._closed = False
-        self._metrics.attach()
-        logger.info("%s: opened, to %s", runtime.label, runtime.target)
+        self._metrics.attach(runtime.target)
+        logger.info(
+            "%s: opened, to %s (min_connections=%d, max_connections=%d)",
+            *(runtime.label, runtime.target),
+            *(self._options.min_connections, self._options.max_connections),
+        )
         return runtime
 
     def _forget(self, runtime: Runtime) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from fastapi_topaz._entry import PoolEntry
+    from fastapi_topaz._leaks import Leaks
     from fastapi_topaz._runtime import Runtime
     from fastapi_topaz._state import PoolState
 
@@ -54,8 +55,8 @@ async def host(runtime: Runtime) -> None:
             tasks.start_soon(_lookout, runtime)
             tasks.start_soon(_health_checker, runtime, tasks)
             tasks.start_soon(_prober, runtime, tasks)
-            if 0 < runtime.options.leak_threshold < math.inf:
-                tasks.start_soon(_leak_watcher, runtime)
+            if runtime.leaks is not None:
+                tasks.start_soon(_leak_watcher, runtime, runtime.leaks)
             await runtime.until_closed()
             runtime.state.abandon()
             for entry in _outbox(runtime.state.to_close):
@@ -136,6 +137,8 @@ async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
         if state.attempts.overdue(now) or state.room() <= 0:
             runtime.dismiss_hopeless()
         for _ in range(state.shortfall(runtime.tokens(), now)):
+            if state.attempts.failures:
+                runtime.counters.connect_retries += 1
             entry = state.attempts.begin(now)
             tasks.start_soon(_connections.connect, runtime, entry)
         with anyio.CancelScope(deadline=_next_look(state, now)):
@@ -161,7 +164,14 @@ async def _reaper(runtime: Runtime) -> None:
     """Every `idle_check_interval` close what was idle for `max_idle_time`."""
     while True:
         await _pause(runtime.options.idle_check_interval)
+        before = runtime.state.status()
         runtime.state.reap(runtime.now())
+        after = runtime.state.status()
+        if after.total < before.total:
+            logger.debug(
+                "%s: reaping what was idle for max_idle_time=%g s (%s -> %s)",
+                *(runtime.label, runtime.options.max_idle_time, before, after),
+            )
         runtime.settle()
 
 
@@ -237,21 +247,8 @@ async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
             tasks.start_soon(_connections.probe, runtime, entry)
 
 
-async def _leak_watcher(runtime: Runtime) -> None:
+async def _leak_watcher(runtime: Runtime, leaks: Leaks) -> None:
     """Warn of each lease that is held for longer than `leak_threshold`."""
-    threshold = runtime.options.leak_threshold
     while True:
-        now = runtime.now()
-        for lease in runtime.leases:
-            if lease.acquired_at + threshold <= now and not lease.warned:
-                lease.warned = True
-                logger.warning(
-                    "%s: a lease is out for %.1f s (leak_threshold=%g s), held by %s",
-                    runtime.label,
-                    now - lease.acquired_at,
-                    threshold,
-                    lease.holder,
-                )
-        fresh = (x.acquired_at for x in runtime.leases if not x.warned)
-        # No lease taken from now on can be due any earlier.
-        await anyio.sleep_until(next(fresh, now) + threshold)
+        due = leaks.look(runtime.now())
+        await anyio.sleep_until(due)

@@ -82,6 +82,9 @@ class ConnectionPool(PoolLife):
         connector: How connections are made; None is gRPC to the authorizer given to
             `configure()`.
         meter_provider: Where metrics go; None is OpenTelemetry's global one.
+        semantic_conventions: Whether they go there also under the names that
+            OpenTelemetry has for pools of connections, `db.client.connection.*`;
+            default False.
 
     Raises:
         TypeError: A parameter has the wrong type.
@@ -109,6 +112,7 @@ class ConnectionPool(PoolLife):
         name: str | None = None,
         connector: Connector | None = None,
         meter_provider: MeterProvider | None = None,
+        semantic_conventions: bool = False,
     ) -> None:
         options = PoolOptions(
             min_connections=min_connections,
@@ -136,7 +140,16 @@ class ConnectionPool(PoolLife):
             raise TypeError(
                 f"meter_provider must be a MeterProvider, got {meter_provider!r}"
             )
-        super().__init__(options, connector, meter_provider)
+        if not isinstance(semantic_conventions, bool):
+            raise TypeError(
+                f"semantic_conventions must be a bool, got {semantic_conventions!r}"
+            )
+        super().__init__(
+            options,
+            connector,
+            meter_provider,
+            semantic_conventions=semantic_conventions,
+        )
         # A connector of the user's own is not replaced by configure().
         self._own_connector = connector is not None
 
@@ -234,7 +247,11 @@ class ConnectionPool(PoolLife):
             if self._closed:
                 raise self._refused()
             # Nobody closed it: a cancelled initialize() takes back its opening.
-            await runtime.done.wait()
+            try:
+                await runtime.done.wait()
+            except BaseException:
+                self._counters.cancelled += 1
+                raise
             runtime = self._first_use()
         lease = Lease()
         if not runtime.take(lease):
@@ -255,8 +272,6 @@ class ConnectionPool(PoolLife):
                 return
             runtime.home.check(self._label())
         conn._lease = None  # noqa: SLF001
-        if runtime.leases:
-            runtime.leases.pop(lease, None)
         runtime.release(lease)
 
     # -- telling and changing -----------------------------------------------------
@@ -279,7 +294,13 @@ class ConnectionPool(PoolLife):
         runtime = self._alive()
         self._options = options
         if runtime is not None:
+            before = runtime.state.status()
             runtime.resize(options)
+            logger.info(
+                "%s: resized to min_connections=%d, max_connections=%d (%s -> %s)",
+                *(runtime.label, min_connections, max_connections),
+                *(before, runtime.state.status()),
+            )
 
     def drain(self) -> None:
         """
@@ -293,6 +314,10 @@ class ConnectionPool(PoolLife):
         """
         runtime = self._alive()
         if runtime is not None:
+            logger.info(
+                "%s: draining: each open connection is replaced (%s)",
+                *(runtime.label, runtime.state.status()),
+            )
             runtime.state.rotation.drain(runtime.state.open)
             runtime.settle()
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import random
-import traceback
 from typing import TYPE_CHECKING
 
 import anyio
 
 from fastapi_topaz import _refusals
 from fastapi_topaz._host import Home
+from fastapi_topaz._leaks import Leaks
 from fastapi_topaz._state import PoolState
 from fastapi_topaz._transport import Verdict
 from fastapi_topaz.exceptions import PoolClosed
@@ -35,11 +34,6 @@ __all__ = ["Runtime", "told"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
-
-STACK_DEPTH = 8
-"""Frames shown of the place where a leaked lease was taken."""
-
-_PACKAGE = os.path.dirname(__file__) + os.sep  # noqa: PTH120  (a prefix of file names)
 
 
 def told(error: Exception) -> str:
@@ -95,8 +89,9 @@ class Runtime:
         # Those who were sent away and have not had their turn yet. Until then each
         # holds a token, but for one that is cancelled in the same moment.
         self._dismissed = 0
-        # Leases in the order they were taken, if leaks are looked for.
-        self.leases: dict[Lease, None] = {}
+        self.leaks: Leaks | None = None
+        if 0 < options.leak_threshold < math.inf:
+            self.leaks = Leaks(label, options.leak_threshold, counters)
         # Calls of initialize() under way, and whether one succeeded or a lease was
         # asked for: until then nobody counts on the pool being open.
         self.initializing = 0
@@ -135,8 +130,8 @@ class Runtime:
         if taken:
             self.counters.acquisitions += 1
             self.observer.acquired(0.0)
-            if state.options.leak_threshold:
-                self._remember(lease)
+            if self.leaks is not None:
+                self.leaks.taken(lease)
         return taken
 
     async def wait(self, lease: Lease, timeout: float) -> None:
@@ -174,10 +169,11 @@ class Runtime:
                 self._withdraw(lease)
         if served:
             lease.acquired_at = self.now()
+            lease.waited = lease.acquired_at - began
             self.counters.acquisitions += 1
-            self.observer.acquired(lease.acquired_at - began)
-            if self.options.leak_threshold:
-                self._remember(lease)
+            self.observer.acquired(lease.waited)
+            if self.leaks is not None:
+                self.leaks.taken(lease)
         elif lease.failure is not None:
             raise _refusals.failed(self, lease.failure)
         else:
@@ -204,6 +200,8 @@ class Runtime:
         if unserved or state.to_close or state.to_probe or state.shut:
             self.settle()
         self.observer.released(now - lease.acquired_at)
+        if self.leaks is not None:
+            self.leaks.returned(lease, now)
 
     def _serve(self, now: float) -> bool:
         """Serve those who may be, and say whether a connection is missing to others."""
@@ -364,6 +362,10 @@ class Runtime:
         """Refuse and dismiss everybody; leases have *grace* seconds left."""
         self._close_at = min(self._close_at, self.now() + grace)
         if not self.state.shut:
+            logger.info(
+                "%s: closing, with %g s of grace (%s)",
+                *(self.label, grace, self.state.status()),
+            )
             self.state.shut_down()
             self._dismiss(PoolClosed(f"{self.label} was closed while waiting"))
             for scope in self.attempts:
@@ -379,17 +381,3 @@ class Runtime:
             self._close_changed = anyio.Event()
             with anyio.CancelScope(deadline=self._close_at):
                 await self._close_changed.wait()
-
-    # -- leaks --------------------------------------------------------------------
-
-    def _remember(self, lease: Lease) -> None:
-        """Note who took *lease*, for a warning if it does not come back."""
-        task = anyio.get_current_task()
-        frames = [
-            frame
-            for frame in traceback.extract_stack()
-            if not frame.filename.startswith(_PACKAGE)
-        ]
-        stack = "".join(traceback.format_list(frames[-STACK_DEPTH:]))
-        lease.holder = f"task {task.name!r}, which took it here:\n{stack}"
-        self.leases[lease] = None

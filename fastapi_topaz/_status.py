@@ -8,6 +8,7 @@ import attrs
 
 
 __all__ = [
+    "CloseReason",
     "ConnectionCondition",
     "ConnectionStatus",
     "PoolCounters",
@@ -103,6 +104,11 @@ class ConnectionStatus:
     last_error: str | None
 
 
+CloseReason: TypeAlias = Literal[
+    "idle", "lifetime", "lost", "unhealthy", "spread", "drain", "resize", "close"
+]
+
+
 @attrs.define
 class PoolCounters:
     """
@@ -120,9 +126,15 @@ class PoolCounters:
     cancelled: int = 0
 
     connects: int = 0
+    connect_retries: int = 0
     connect_failures: dict[str, int] = attrs.Factory(dict)
     closes: dict[str, int] = attrs.Factory(dict)
     probe_failures: int = 0
+    # Checks that were lost and asked once more.
+    retries: int = 0
+    # Leases held for longer than `leak_threshold`, and those nobody gave back.
+    leaked: int = 0
+    reclaimed: int = 0
 
     def count(self, which: dict[str, int], reason: str) -> None:
         """Add one to *reason* in one of the counters that are kept by reason."""

@@ -137,7 +137,7 @@ async def test_a_stream_handed_over_in_the_tick_of_the_deadline_is_used_or_goes_
 
 async def test_a_closing_pool_and_a_failing_one_tell_before_the_deadline():
     async with make(acquire_timeout=50) as pool:
-        await pool.acquire()
+        _held = await pool.acquire()
         async with anyio.create_task_group() as callers:
 
             async def refused():

@@ -1113,7 +1113,7 @@ async def test_opening_and_closing_can_be_cancelled_at_each_step(steps, method):
     pool = virtual(connector, min_connections=2, eager_init=True)
     if method == "close":
         await pool.initialize()
-        await pool.acquire()
+        _held = await pool.acquire()
     await cancelled_after(steps, getattr(pool, method))
     if method == "close":
         await anyio.sleep(0.01)

@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "fastapi_topaz"
 
 # From the ground up: a module may import those of its own layer and below.
 LAYERS = [
-    {"exceptions", "_options", "_backoff", "_status", "_fork"},
+    {"exceptions", "_options", "_backoff", "_status", "_fork", "_version"},
     {"_attempts", "_entry", "_rotation", "_snapshot", "_state"},
-    {"_resource", "_messages", "_authorizer", "_metrics", "_transport"},
+    {"_resource", "_messages", "_authorizer", "_telemetry", "_transport"},
     {
-        *("_host", "_refusals", "_runtime", "_connections", "_maintenance"),
+        *("_host", "_refusals", "_leaks", "_runtime", "_connections", "_maintenance"),
         *("_life", "_lease", "_pool"),
     },
     {"_config", "_dependencies"},
@@ -31,7 +31,7 @@ ALLOWED = [
     set(),
     set(),
     {"anyio", "aserto", "google", "grpc", "opentelemetry", "trio"},
-    {"anyio", "opentelemetry", "trio"},
+    {"anyio", "trio"},
     {"anyio", "fastapi", "grpc", "starlette"},
     {"anyio", "aserto", "google", "grpc", "pytest", "trustme"},
     None,

@@ -351,45 +351,7 @@ async def test_one_outage_is_one_warning(caplog):
     assert sum("out of order" in line for line in warnings(caplog)) == 1
 
 
-# -- leaks ------------------------------------------------------------------------
-
-
-async def test_a_lease_held_too_long_is_warned_of_once_with_its_place(caplog):
-    pool = make(leak_threshold=10, name="main")
-    async with pool:
-        conn = await pool.acquire()
-        await anyio.sleep(9.9)
-        assert not warnings(caplog)
-        await anyio.sleep(0.2)
-        (line,) = warnings(caplog)
-        assert "pool 'main'" in line
-        assert "10.0 s" in line
-        assert "test_maintenance.py" in line
-        await anyio.sleep(100)
-        assert len(warnings(caplog)) == 1
-        await pool.release(conn)
-
-
-async def test_a_leak_is_found_whenever_it_was_taken(caplog):
-    pool = make(leak_threshold=10)
-    async with pool:
-        first = await pool.acquire()
-        await anyio.sleep(7)
-        second = await pool.acquire()
-        await anyio.sleep(3.1)
-        assert len(warnings(caplog)) == 1
-        await pool.release(first)
-        await anyio.sleep(7)
-        assert len(warnings(caplog)) == 2
-        await pool.release(second)
-
-
-async def test_leases_that_come_back_in_time_are_not_warned_of(caplog):
-    async with make(leak_threshold=10) as pool:
-        for _ in range(50):
-            async with pool.acquire():
-                await anyio.sleep(1)
-    assert not warnings(caplog)
+# -- what hangs ------------------------------------------------------------------
 
 
 async def test_one_hanging_probe_keeps_no_other_suspect_out_of_service():

@@ -13,7 +13,8 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client import REGISTRY, generate_latest
 
-from fastapi_topaz import ConnectionPool, PoolTimeout
+from fastapi_topaz import ConnectionPool, PoolError, PoolTimeout
+from fastapi_topaz._telemetry._instruments import TOPAZ
 from fastapi_topaz.testing import FakeConnector, fail
 
 
@@ -29,11 +30,11 @@ def provider():
     provider.shutdown()
 
 
-def scrape(registry):
+def scrape(registry, prefix="topaz_pool"):
     """Return the samples by name and the labels that are ours."""
     samples = {}
     for line in generate_latest(registry).decode().splitlines():
-        if line.startswith("topaz_pool"):
+        if line.startswith(prefix):
             series, value = line.rsplit(" ", 1)
             name, _, labels = series.partition("{")
             ours = [
@@ -134,8 +135,103 @@ async def test_every_instrument_has_a_description_and_every_duration_a_unit():
         (resource,) = data.resource_metrics
         (scope,) = resource.scope_metrics
         assert scope.scope.name == "fastapi_topaz"
+        assert scope.scope.version
+        assert {metric.name for metric in scope.metrics} == {
+            instrument.name
+            for instrument in (*TOPAZ.durations, *TOPAZ.levels, *TOPAZ.events)
+        }
         for metric in scope.metrics:
             assert metric.description, metric.name
-            if metric.name.endswith(("_time", "_latency")):
-                assert metric.unit == "s"
+            duration = metric.name.endswith(("_time", "_latency"))
+            assert metric.unit == "s" if duration else metric.unit[0] + metric.unit[-1]
     provider.shutdown()
+
+
+async def test_each_reason_is_there_before_anything_happened(provider, registry):
+    async with make(provider):
+        samples = scrape(registry)
+    for reason in ("refused", "resolve", "tls", "timeout", "other"):
+        name = f'topaz_pool_connect_failures_total{{reason="{reason}"}}'
+        assert samples[name] == 0
+    for reason in ("idle", "lifetime", "lost", "unhealthy", "spread", "drain", "close"):
+        assert samples[f'topaz_pool_closes_total{{reason="{reason}"}}'] == 0
+
+
+async def test_each_call_of_acquire_is_counted_where_it_ended(provider, registry):
+    pool = make(provider, max_connections=1, max_waiting=1, acquire_timeout=10)
+    async with pool, anyio.create_task_group() as tasks:
+        endings = []
+
+        async def ask(timeout=None):
+            try:
+                async with pool.acquire(timeout=timeout):
+                    endings.append("lease")
+            except PoolError as error:
+                endings.append(type(error).__name__)
+            except BaseException:
+                endings.append("cancelled")
+                raise
+
+        async with pool.acquire():
+            tasks.start_soon(ask, 1)  # waits, and is not served in time
+            await anyio.sleep(0.1)
+            tasks.start_soon(ask)  # one too many
+            await anyio.sleep(2)
+            with anyio.move_on_after(1):
+                await ask()
+        tasks.start_soon(ask)
+        await anyio.sleep(1)
+        samples = scrape(registry)
+        assert sorted(endings) == ["PoolSaturated", "PoolTimeout", "cancelled", "lease"]
+        counted = {
+            name: samples[f"topaz_pool_{name}_total"]
+            for name in ("acquisitions", "timeouts", "rejected", "cancelled")
+        }
+        expected = {"acquisitions": 2, "timeouts": 1, "rejected": 1, "cancelled": 1}
+        assert counted == expected
+        assert samples['topaz_pool_failed_total{reason="connect"}'] == 0
+
+
+async def test_retries_of_connecting_are_counted(provider, registry):
+    connector = FakeConnector([fail(), fail()])
+    async with make(provider, connector) as pool:
+        async with pool.acquire():
+            pass
+        samples = scrape(registry)
+        assert samples["topaz_pool_connect_retries_total"] == 2
+        assert samples["topaz_pool_connects_total"] == 1
+
+
+async def test_pools_of_one_name_are_reported_as_one(provider, registry):
+    one, two = make(provider), make(provider)
+    async with one, two, one.acquire(), two.acquire(), two.acquire():
+        samples = scrape(registry)
+        assert samples['topaz_pool_connections_total{state="busy"}'] == 3
+        assert samples["topaz_pool_acquisitions_total"] == 3
+        assert samples["topaz_pool_streams_max"] == 20
+
+
+async def test_the_names_of_opentelemetry_come_on_request(provider, registry):
+    pool = make(provider, max_connections=7, semantic_conventions=True)
+    async with pool, pool.acquire():
+        samples = scrape(registry, "db_client")
+        of_pool = 'db_client_connection_pool_name="fake"'
+        name = "db_client_connection_count{%s,db_client_connection_state=%s}"
+        assert samples[name % (of_pool, '"used"')] == 1
+        assert samples[name % (of_pool, '"idle"')] == 0
+        assert samples[f"db_client_connection_max{{{of_pool}}}"] == 7
+        wait = f"db_client_connection_wait_time_seconds_count{{{of_pool}}}"
+        assert samples[wait] == 1
+        assert scrape(registry)["topaz_pool_acquisitions_total"] == 1
+    assert not scrape(registry, "db_client_connection_max")
+
+
+async def test_they_do_not_come_without(provider, registry):
+    async with make(provider) as pool, pool.acquire():
+        assert not scrape(registry, "db_client")
+
+
+@pytest.mark.parametrize("wrong", [None, 1, "yes"])
+def test_whether_they_come_is_a_bool(wrong):
+    with pytest.raises(TypeError, match="semantic_conventions must be a bool"):
+        ConnectionPool(semantic_conventions=wrong)

@@ -70,7 +70,8 @@ def test_the_defaults_are_those_of_the_guide():
 def test_the_signature_tells_the_same_defaults():
     parameters = inspect.signature(ConnectionPool).parameters
     told = {name: parameter.default for name, parameter in parameters.items()}
-    assert told == DEFAULTS | {"connector": None, "meter_provider": None}
+    others = {"connector": None, "meter_provider": None, "semantic_conventions": False}
+    assert told == DEFAULTS | others
     kinds = {parameter.kind for parameter in parameters.values()}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
 

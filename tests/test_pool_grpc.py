@@ -316,12 +316,14 @@ def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
         from fastapi_topaz import AuthorizerOptions, ConnectionPool
 
         class Expected(Exception): pass
+        held = []
 
         async def main():
             pool = ConnectionPool(min_connections=2, eager_init=True)
             pool.configure(AuthorizerOptions(url={authorizer.url!r}, insecure=True))
             await pool.initialize()
             conn = await pool.acquire()
+            held.append(conn)
             with anyio.move_on_after(0.3):
                 await conn.decisions(policy_path="myapp.GET.documents")
             if {end!r} == "raise":

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
 
-__all__ = ["Connection", "Connector", "Metadata", "RpcConnection", "Verdict"]
+__all__ = [
+    "Connection",
+    "Connector",
+    "Metadata",
+    "RpcConnection",
+    "Verdict",
+    "is_metadata",
+    "is_metadata_key",
+]
 
 
 Metadata = Sequence[tuple[str, str | bytes]]
+
+# What gRPC allows as a key: see "Requests" in its protocol over HTTP/2.
+_KEY = re.compile(r"[0-9a-z_.-]+")
+
+
+def is_metadata_key(key: object) -> bool:
+    """Say whether gRPC takes *key*."""
+    return isinstance(key, str) and _KEY.fullmatch(key) is not None
+
+
+def is_metadata(key: object, value: object) -> bool:
+    """Say whether gRPC takes *value* under *key*, as text."""
+    return (
+        is_metadata_key(key)
+        and not str(key).endswith("-bin")
+        and isinstance(value, str)
+        and value.isascii()
+        and value.isprintable()
+    )
 
 
 class Verdict(enum.Enum):

@@ -7,7 +7,7 @@ All of this is for a channel that owns one TCP connection: see `_link`.
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
+import os
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,6 +15,7 @@ import grpc.aio
 
 from fastapi_topaz._transport._call import kind, learn
 from fastapi_topaz._transport._failures import connect_failed
+from fastapi_topaz._version import version
 
 
 if TYPE_CHECKING:
@@ -41,13 +42,6 @@ _SPREAD = '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}'
 _MAX_INT = 2**31 - 1
 READY = grpc.ChannelConnectivity.READY
 _FAILED = grpc.ChannelConnectivity.TRANSIENT_FAILURE
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("fastapi-topaz")
-    except importlib.metadata.PackageNotFoundError:  # run from its sources
-        return "unknown"
 
 
 def _channel_options(timeout: float) -> list[tuple[str, Any]]:
@@ -79,7 +73,7 @@ def _channel_options(timeout: float) -> list[tuple[str, Any]]:
         ("grpc.client_idle_timeout_ms", _MAX_INT),
         # gRPC would send a loopback sidecar through http_proxy.
         ("grpc.enable_http_proxy", 0),
-        ("grpc.primary_user_agent", f"fastapi-topaz/{_version()}"),
+        ("grpc.primary_user_agent", f"fastapi-topaz/{version()}"),
     ]
 
 
@@ -107,6 +101,9 @@ def root_certificates(options: AuthorizerOptions) -> bytes | None:
 
 def open_channel(options: AuthorizerOptions, timeout: float) -> grpc.aio.Channel:
     """Return a new channel, which is to be ready within *timeout* seconds."""
+    # Without a file descriptor gRPC aborts the process: its first channel opens
+    # /dev/urandom. Here it is an error, which the pool knows what to do with.
+    os.close(os.open(os.devnull, os.O_RDONLY))
     arguments = _channel_options(timeout)
     if options.insecure:
         channel = grpc.aio.insecure_channel(options.url, options=arguments)
