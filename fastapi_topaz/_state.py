@@ -183,10 +183,9 @@ class PoolState:
         """
         Return how many connections to begin to establish now.
 
-        For those who hold a token and no stream, for `min_connections` once the
-        pool is in use, and one to replace an expired connection. Attempts are
-        ramped: two at once at first, then as many as there are connections. During an
-        outage one at a time, each after its backoff, however many wait.
+        For those who hold a token and no stream, for `min_connections` once the pool is
+        in use, and one to replace an expired connection. At first two at once, then as
+        many as there are; in an outage one by one, each after its backoff.
         """
         room = self.room()
         if room <= 0 or self.shut or now < self.next_attempt():
@@ -195,9 +194,10 @@ class PoolState:
         ramp = 1 if self.attempts.is_cautious(now) else max(RAMP, self._usable())
         entitled = min(len(self.waiting), tokens - self.in_use)
         needed = -(-entitled // self.streams) - coming
-        if self.warm:
-            needed = max(needed, self.options.min_connections - self._usable() - coming)
-        needed = max(needed, self.wish - self._usable() - coming)
+        floor = self.options.min_connections if self.warm else 0
+        # After a failure until one succeeds, or nobody would know that it is over.
+        floor = max(floor, self.wish, min(1, self.attempts.failures))
+        needed = max(needed, floor - self._usable() - coming)
         if not coming and self.rotation.next() is not None:
             needed = max(needed, 1)
         return max(0, min(needed, room, ramp - coming))

@@ -122,6 +122,19 @@ async def test_a_server_that_hangs_makes_callers_fail_fast_once_that_is_known():
         assert connector.peak <= 10
 
 
+async def test_a_pool_that_keeps_no_connections_finds_out_that_an_outage_is_over():
+    connector = FakeConnector([fail()] * 5)
+    pool = make(connector, min_connections=0, max_retries=0)
+    async with pool:
+        with pytest.raises(ConnectFailed):
+            await pool.acquire()
+        assert not pool.status().healthy
+        # Nobody asks any more: who routes by its health sends no requests.
+        await anyio.sleep(20)
+        assert pool.status().healthy
+        assert connector.attempts == 6
+
+
 async def test_an_attempt_that_hangs_keeps_nobody_from_another_server():
     """Behind one address, one of several servers accepts and stays silent."""
     connector = FakeConnector([hang()])

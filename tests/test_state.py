@@ -143,11 +143,23 @@ def test_whoever_does_not_wait_has_one_connection_made_if_there_is_none():
     attempt = state.attempts.begin(0.0)
     assert state.shortfall(tokens=0, now=0.0) == 0
     state.connect_failed(attempt, ConnectFailed("no"), 0.0)
-    assert state.shortfall(tokens=0, now=9.0) == 0, "one attempt for one wish"
-    state.want_one()
+    assert state.wish == 0
     open_one(state)
     state.want_one()
     assert state.shortfall(tokens=0, now=9.0) == 0
+
+
+def test_after_a_failure_attempts_go_on_until_one_succeeds_though_nobody_asks():
+    # Else a pool that keeps no connections would call itself failing for ever, and
+    # whoever routes requests by that would never send one again.
+    state = make(min_connections=0)
+    state.want_one()
+    for now in (0.0, 9.0, 18.0):
+        attempt = state.attempts.begin(now)
+        state.connect_failed(attempt, ConnectFailed("no"), now)
+        assert state.shortfall(tokens=0, now=now + 9.0) == 1
+    open_one(state)
+    assert state.shortfall(tokens=0, now=99.0) == 0
 
 
 @pytest.mark.parametrize(
