@@ -17,6 +17,7 @@ nox.options.sessions = [
     "lint",
     "typing",
     "package",
+    "alerts",
     "demo",
     "oldest",
     "tests",
@@ -124,6 +125,44 @@ def package(session: nox.Session) -> None:
     # Somewhere else: here, the sources would be imported instead.
     with session.chdir(session.create_tmp()):
         session.run("fastapi-topaz", "demo", "--requests", "200")
+
+
+def found_promtool(cache: Path) -> str | None:
+    """Return promtool: this machine's, or else that of Debian's package, unpacked."""
+    if found := shutil.which("promtool"):
+        return found
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        return None
+    unpacked = cache / "usr" / "bin" / "promtool"
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (cache / folder).mkdir(parents=True, exist_ok=True)
+    # With package lists of its own it takes no root.
+    apt = ["apt-get", "-q", "-o", f"Dir::State::Lists={cache / 'lists'}"]
+    apt += ["-o", f"Dir::Cache={cache / 'cache'}", "-o", "APT::Sandbox::User=root"]
+    apt += ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20"]
+    try:
+        if not unpacked.exists():
+            for command in (["update"], ["download", "prometheus"]):
+                subprocess.run([*apt, *command], cwd=cache, check=True, timeout=300)
+            (package,) = cache.glob("prometheus_*.deb")
+            subprocess.run(["dpkg-deb", "-x", package, cache], check=True)
+            package.unlink()
+        subprocess.run([unpacked, "--version"], check=True, capture_output=True)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        print(error)  # noqa: T201
+        return None
+    return str(unpacked)
+
+
+@nox.session(python=False)
+def alerts(session: nox.Session) -> None:
+    """Check the alert rules, and run their unit tests, with promtool."""
+    promtool = found_promtool(Path(session.cache_dir).resolve() / "promtool")
+    if promtool is None:
+        session.skip("no promtool, and Debian's package `prometheus` cannot be had")
+    check = ("check", "rules", "--lint=all", "--lint-fatal")
+    session.run(promtool, *check, "observability/alerts.yaml", external=True)
+    session.run(promtool, "test", "rules", "tests/alerts_test.yaml", external=True)
 
 
 @nox.session
