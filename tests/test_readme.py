@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
+from typing import get_args
 
 import anyio
 import httpx
 import pytest
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz import _metrics as metrics
 from fastapi_topaz._demo import serving
+from fastapi_topaz._status import CloseReason
+from fastapi_topaz._telemetry._instruments import BOUNDARIES, TOPAZ
+from fastapi_topaz._telemetry._semconv import DB_CLIENT
+from fastapi_topaz.exceptions import FailureReason
 
 
 pytestmark = pytest.mark.real_clock
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+OBSERVABILITY = (ROOT / "docs" / "observability.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -73,12 +80,66 @@ def test_every_parameter_is_in_the_table_with_its_default():
     assert {name: str(p.default) for name, p in parameters.items()} == rows
 
 
-def test_every_metric_is_in_the_table():
-    named = set(re.findall(r"^\| `(topaz_pool_\w+)", README, re.MULTILINE))
-    expected = {"topaz_pool_connections_total"}
-    expected |= {name for name, *_ in metrics.GAUGES}
-    counters = (*metrics.COUNTERS, *metrics.COUNTERS_BY_REASON)
-    expected |= {f"{name}_total" for name, *_ in counters}
-    for name in ("acquire_latency", "hold_time", "connect_time"):
-        expected.add(f"topaz_pool_{name}_seconds")
-    assert named == expected
+def test_the_metrics_are_in_the_table_as_the_code_has_them():
+    kinds = (TOPAZ.levels, "gauge", ""), (TOPAZ.events, "counter", "_total")
+    expected = [
+        (
+            instrument.name + suffix,
+            instrument.label,
+            kind,
+            instrument.description,
+        )
+        for instruments, kind, suffix in kinds
+        for instrument in instruments
+    ]
+    expected += [
+        (f"{duration.name}_seconds", "", "histogram", duration.description)
+        for duration in TOPAZ.durations
+    ]
+    row = r"^\| `(topaz_pool_\w+)(?:\{(\w+)[^}]*\})?` \| (\w+) \| (.+) \|$"
+    assert re.findall(row, OBSERVABILITY, re.MULTILINE) == expected
+
+
+def test_every_reason_is_told():
+    for reasons in (CloseReason, FailureReason):
+        for reason in get_args(reasons):
+            assert f"`{reason}`" in OBSERVABILITY
+    listed = ", ".join(f"{boundary:g}" for boundary in BOUNDARIES)
+    assert listed.replace(", 10", " and 10") in OBSERVABILITY
+
+
+def test_every_name_of_opentelemetry_is_told():
+    for instrument in (*DB_CLIENT.levels, *DB_CLIENT.events, *DB_CLIENT.durations):
+        short = instrument.name.removeprefix("db.client.connection")
+        assert f"`{short}`" in OBSERVABILITY or f"`{instrument.name}`" in OBSERVABILITY
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_application_that_is_scraped_runs(backend, embedded_authorizer):
+    """In a process of its own, since it sets the global provider."""
+    (code,) = re.findall(r"```python\n(.*?)```", OBSERVABILITY, re.DOTALL)
+    program = f"""
+import httpx
+from fastapi import Depends
+from fastapi_topaz import *
+from fastapi_topaz._demo import serving
+real = AuthorizerOptions(url={embedded_authorizer.url!r}, insecure=True)
+get_identity = lambda request: Identity(IdentityType.NONE)
+{code.replace('AuthorizerOptions(url="localhost:8282")', "real")}
+guard = Depends(require_policy_allowed(config, "myapp.GET.documents"))
+app.get("/documents", dependencies=[guard])(lambda: 1)
+with serving(app, {backend!r}) as url:
+    assert httpx.get(url + "/documents").status_code == 200
+    print(httpx.get(url + "/metrics", follow_redirects=True).text)
+"""
+    embedded_authorizer.policies = {"myapp.GET.documents": True}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    line = r'^topaz_pool_acquisitions_total\{.*pool="main"\} 1\.0$'
+    assert re.search(line, result.stdout, re.MULTILINE)
