@@ -7,6 +7,8 @@ One that nobody can give back, because it is garbage, is taken back, threshold o
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import logging
 import os
 import traceback
@@ -15,9 +17,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
+import attrs
 
 
 if TYPE_CHECKING:
+    from types import CodeType
+
     from fastapi_topaz._entry import Lease
     from fastapi_topaz._runtime import Runtime
     from fastapi_topaz._status import PoolCounters
@@ -34,6 +39,33 @@ STACK_DEPTH = 8
 _PACKAGE = os.path.dirname(__file__) + os.sep  # noqa: PTH120  (a prefix of file names)
 
 
+@attrs.frozen
+class _Holder:
+    """Who took a lease, and where; made into text only if somebody is to read it."""
+
+    task: str
+    # Innermost first. Of the code and not of the frames, which hold all that is there.
+    places: tuple[tuple[CodeType, int], ...]
+
+    @classmethod
+    def here(cls) -> _Holder:
+        """Return the running task, and where its code outside of this package is."""
+        outside = (
+            (frame.f_code, line)
+            for frame, line in traceback.walk_stack(inspect.currentframe())
+            if not frame.f_code.co_filename.startswith(_PACKAGE)
+        )
+        places = tuple(itertools.islice(outside, STACK_DEPTH))
+        return cls(anyio.get_current_task().name or "without a name", places)
+
+    def __str__(self) -> str:
+        stack = traceback.StackSummary.from_list(
+            (code.co_filename, line, code.co_name, None)
+            for code, line in reversed(self.places)
+        )
+        return f"task {self.task!r}, which took it here:\n{''.join(stack.format())}"
+
+
 class Leaks:
     """
     The leases that are out, and which of them are late.
@@ -46,19 +78,12 @@ class Leaks:
         self._threshold = threshold
         self._counters = counters
         # In the order they were taken, with who took them and where.
-        self._out: dict[Lease, str] = {}
+        self._out: dict[Lease, _Holder] = {}
         self._late: set[Lease] = set()
 
     def taken(self, lease: Lease) -> None:
         """Note who took *lease*."""
-        task = anyio.get_current_task()
-        frames = [
-            frame
-            for frame in traceback.extract_stack()
-            if not frame.filename.startswith(_PACKAGE)
-        ]
-        stack = "".join(traceback.format_list(frames[-STACK_DEPTH:]))
-        self._out[lease] = f"task {task.name!r}, which took it here:\n{stack}"
+        self._out[lease] = _Holder.here()
 
     def returned(self, lease: Lease, now: float) -> None:
         """Forget *lease*, and say so if it was told of."""
@@ -72,9 +97,9 @@ class Leaks:
                 len(self._late),
             )
 
-    def holder(self, lease: Lease) -> str:
-        """Return who took *lease*, and where."""
-        return self._out.get(lease, "nobody knows whom; leak_threshold would tell")
+    def holder(self, lease: Lease) -> object:
+        """Return who took *lease*, and where, for a message."""
+        return self._out[lease]
 
     def look(self, now: float) -> float:
         """Tell of each lease that is late by now, and return when to look again."""
