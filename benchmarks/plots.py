@@ -12,6 +12,8 @@ import matplotlib as mpl
 import numpy as np
 from _peers import BACKENDS, OURS
 from _rounds import drawing_options, loaded, race_of
+from metrics import FLOOR as NO_METRICS
+from metrics import LEAKS, above
 from PIL import Image
 
 
@@ -33,6 +35,7 @@ LABELS = {
     "floor": "floor: a limiter and a list",
     "limiter": "floor: anyio's limiter",
     "limiter, fail_after": "floor: limiter with a timeout",
+    NO_METRICS: "floor: no metrics",
 }
 
 plt.rcParams.update(
@@ -255,6 +258,44 @@ def streams(data):
     return drawn
 
 
+def metrics(results):
+    """Return a picture with a panel for each backend."""
+    found = {
+        backend: data
+        for backend in BACKENDS
+        if (data := loaded(results, f"metrics-{backend}"))
+    }
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    # It takes many times what the others do, and is for finding a leak.
+    names = [name for name in first["rounds"] if name != LEAKS]
+    drawn, axes = figure(
+        "What metrics cost a lease",
+        f"Microseconds for one lease, one task, median of {rounds(first)}; "
+        "+: above the floor",
+        columns=len(found),
+    )
+    most = 0
+    for axis, (backend, data) in zip(axes, found.items(), strict=True):
+        race = race_of(data)
+        medians = [race.median(name) for name in names]
+        texts = [
+            f"{race.median(name):.1f}"
+            + (f"   {above(race, name, NO_METRICS):+.1f}" if name != NO_METRICS else "")
+            for name in names
+        ]
+        bars(axis, names, medians, texts)
+        axis.set_yticks([])
+        axis.set_title(f"on {backend}", **PANEL)
+        most = max(most, *medians)
+    for axis in axes:
+        axis.set_xlim(0, most * 1.75)
+    name_bars(axes[0], names)
+    drawn.subplots_adjust(left=0.31, right=0.99, top=0.77, bottom=0.04, wspace=0.08)
+    return drawn
+
+
 def rounds(data):
     count = data["settings"]["rounds"]
     return f"{count} rounds" if count > 1 else "one round"
@@ -275,6 +316,7 @@ def pictures(results):
     yield "check", check(results)
     if data := loaded(results, "streams"):
         yield "streams", streams(data)
+    yield "metrics", metrics(results)
 
 
 def main(options):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from _peers import BACKENDS, OURS
 from _rounds import drawing_options, loaded, race_of
 from cancellation import WAITERS
+from metrics import FLOOR, LEASE, NO_SDK, above
 
 
 START = "<!-- results: written by report.py -->"
@@ -25,11 +26,13 @@ FILES = (
     "cancellation",
     "memory",
     *(f"outage-{backend}" for backend in ("asyncio", "trio")),
+    *(f"metrics-{backend}" for backend in BACKENDS),
+    "metrics-calls",
 )
 HARDLY = 0.1
 """Leases for one task below which a contestant was hardly exercised."""
 
-LABELS = {OURS: "**ours**"}
+LABELS = {OURS: "**ours**", NO_SDK: f"**{NO_SDK}**"}
 
 
 def table(heads, rows, *, words=1):
@@ -264,13 +267,43 @@ def outages(saved):
     return "\n\n".join(["### An outage", *parts]) if parts else ""
 
 
+def telemetry(saved):
+    """Return what metrics and traces cost, and what is recorded of a lease."""
+    parts = []
+    for backend in BACKENDS:
+        if data := saved.get(f"metrics-{backend}"):
+            race = race_of(data)
+            rows = [
+                (
+                    label(name),
+                    f"{race.median(name):.1f}",
+                    f"{above(race, name, FLOOR):+.2f}",
+                    f"{race.ratio(name, NO_SDK):.2f} x",
+                )
+                for name in race.rounds
+            ]
+            heads = (f"on {backend}", "us per lease", "above the floor", "times ours")
+            parts.append(table(heads, rows))
+    if parts:
+        parts[-1] += picture("metrics", "What metrics cost a lease")
+    if data := saved.get("metrics-calls"):
+        race = race_of(data)
+        rows = [
+            (name, f"{race.median(name):.2f}", f"{race.ratio(name, LEASE):.2f} x")
+            for name in race.rounds
+        ]
+        heads = ("by itself, in a hot loop", "us", f"times {LEASE}")
+        parts += [table(heads, rows), f"With {data['with']}."]
+    return "\n\n".join(["### Metrics and traces", *parts]) if parts else ""
+
+
 def main(options):
     walls = [f"{name}-wall" for name in FILES if name.startswith("check")]
     saved = {name: loaded(options.results, name) for name in FILES}
     saved = {name: data for name, data in saved.items() if data}
     head = [measured(saved), goals(saved)]
     saved |= {name: loaded(options.results, name) for name in walls}
-    chapters = (leases, checks, streams, cancellation, memory, outages)
+    chapters = (leases, checks, streams, cancellation, memory, outages, telemetry)
     parts = head + [chapter(saved) for chapter in chapters]
     path = options.to / "README.md"
     text = path.read_text() if path.exists() else f"{START}\n{END}\n"

@@ -1,9 +1,4 @@
-"""
-Leases that do not come back.
-
-One that is out for longer than `leak_threshold` is told of, with who took it and where.
-One that nobody can give back, because it is garbage, is taken back, threshold or not.
-"""
+"""Leases that are out for longer than `leak_threshold`: who took them, and where."""
 
 from __future__ import annotations
 
@@ -12,8 +7,6 @@ import itertools
 import logging
 import os
 import traceback
-import warnings
-from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -24,11 +17,10 @@ if TYPE_CHECKING:
     from types import CodeType
 
     from fastapi_topaz._entry import Lease
-    from fastapi_topaz._runtime import Runtime
     from fastapi_topaz._status import PoolCounters
 
 
-__all__ = ["Leaks", "abandoned"]
+__all__ = ["Leaks"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
@@ -118,40 +110,3 @@ class Leaks:
                 )
         # No lease taken from now on can be due any earlier.
         return now + self._threshold
-
-
-def abandoned(runtime: Runtime, lease: Lease, conn: object) -> None:
-    """
-    Have *lease* taken back soon, whose *conn* is being destroyed; from any thread.
-
-    Garbage is collected at any moment: here, nothing of the pool may be changed.
-    """
-    if runtime.done.is_set() or runtime.home.is_forked():
-        return  # nothing is left that could be given back
-    runtime.home.call_soon(partial(_reclaim, runtime, lease))
-    warnings.warn(
-        f"{runtime.label}: {conn!r} was garbage-collected and not released; use "
-        "`async with pool.acquire()`, or release() it",
-        ResourceWarning,
-        stacklevel=3,
-        source=conn,
-    )
-
-
-def _reclaim(runtime: Runtime, lease: Lease) -> None:
-    if runtime.done.is_set():
-        return
-    held = runtime.now() - lease.acquired_at
-    before = runtime.state.status()
-    holder = "" if runtime.leaks is None else f", by {runtime.leaks.holder(lease)}"
-    runtime.counters.reclaimed += 1
-    runtime.release(lease)
-    logger.warning(
-        "%s: took back a lease that was garbage-collected after %.1f s and not "
-        "released (streams in use: %d -> %d)%s",
-        runtime.label,
-        held,
-        before.streams_in_use,
-        runtime.state.in_use,
-        holder,
-    )

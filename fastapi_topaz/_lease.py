@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi_topaz._authorizer import AuthorizerCalls
-from fastapi_topaz._leaks import abandoned
 from fastapi_topaz._options import seconds
 from fastapi_topaz._telemetry import propagated
 from fastapi_topaz._transport._base import is_metadata_key
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 
 __all__ = ["PooledConnection"]
+
+
+logger = logging.getLogger("fastapi_topaz.pool")
 
 
 EVER = 10.0 * 365 * 86400
@@ -54,7 +59,7 @@ class PooledConnection(AuthorizerCalls):
         lease = self._lease
         if lease is not None:
             self._lease = None
-            abandoned(self._runtime, lease, self)
+            _abandon(self._runtime, lease, self)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a lease cannot be copied or pickled; acquire() another one")
@@ -194,3 +199,41 @@ def _check_call(method: object, metadata: object) -> None:
             )
         if isinstance(value, str) and not (value.isascii() and value.isprintable()):
             raise ValueError(f"metadata {key!r} must be printable ASCII")
+
+
+def _abandon(runtime: Runtime, lease: Lease, conn: object) -> None:
+    """
+    Have *lease* taken back soon, whose *conn* is being destroyed; from any thread.
+
+    Garbage is collected at any moment: here, nothing of the pool may be changed.
+    """
+    if runtime.done.is_set() or runtime.home.is_forked():
+        return  # nothing is left that could be given back
+    runtime.home.call_soon(partial(_reclaim, runtime, lease))
+    warnings.warn(
+        f"{runtime.label}: a lease of a connection to {runtime.target} was "
+        "garbage-collected and not released; use `async with pool.acquire()`, or "
+        "release() it",
+        ResourceWarning,
+        stacklevel=3,
+        source=conn,
+    )
+
+
+def _reclaim(runtime: Runtime, lease: Lease) -> None:
+    if runtime.done.is_set():
+        return
+    held = runtime.now() - lease.acquired_at
+    before = runtime.state.status()
+    holder = "" if runtime.leaks is None else f", by {runtime.leaks.holder(lease)}"
+    runtime.counters.reclaimed += 1
+    runtime.release(lease)
+    logger.warning(
+        "%s: took back a lease that was garbage-collected after %.1f s and not "
+        "released (streams in use: %d -> %d)%s",
+        runtime.label,
+        held,
+        before.streams_in_use,
+        runtime.state.in_use,
+        holder,
+    )
