@@ -24,6 +24,9 @@ BRIEF = 2.0
 FORGIVEN = 60.0
 """Seconds without such a loss, after which the pauses are short again."""
 
+FORGOTTEN = 1.0
+"""Seconds without any attempt since one might have been made again."""
+
 PATIENCE = 2.0
 """Seconds. An attempt that takes longer may hang: others are begun in its stead."""
 
@@ -48,7 +51,7 @@ class Attempts:
         self.error: Exception | None = None
         self._round = 0
         self._since = 0.0
-        self._retry_at = self._demand_at = float("-inf")
+        self._retry_at = self._demand_at = self._failed_at = float("-inf")
         # Connections in a row that were lost as soon as they were made.
         self._brief = 0
         self._brief_until = self._paced_until = float("-inf")
@@ -58,6 +61,11 @@ class Attempts:
         if now < self._brief_until + BRIEF:
             # Successes follow each other as fast as they are lost again.
             self._paced_until = now + self._brief_pause()
+        quiet_since = max(self._retry_at, self._failed_at)
+        if self.failures and not self.under_way and now > quiet_since + FORGOTTEN:
+            # Nobody needed another one since: what failed then says nothing of now.
+            self.failures = 0
+            self.error = None
         entry = PoolEntry(started_at=now, round=self._round)
         self.under_way.add(entry)
         return entry
@@ -73,6 +81,7 @@ class Attempts:
         """Drop *entry*, and wait before the next round."""
         self.under_way.remove(entry)
         self.error = error
+        self._failed_at = now
         # Not after each failure: an attempt begun meanwhile would always be under
         # way, and the next would follow each failure without any pause.
         if entry.round == self._round:

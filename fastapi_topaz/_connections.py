@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
-from fastapi_topaz._runtime import told
+from fastapi_topaz._errors import told
 from fastapi_topaz._snapshot import peer_of
 from fastapi_topaz.exceptions import ConnectFailed, PoolError
 
@@ -112,7 +112,7 @@ async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
         runtime.label,
         place(runtime, entry),
         now - began,
-        f", after {rounds} rounds of attempts that failed" if rounds else "",
+        f", the outage is over (failed attempts: {rounds})" if rounds else "",
         runtime.state.status(),
     )
 
@@ -186,18 +186,9 @@ def _unanswered(
         runtime.label,
         place(runtime, entry),
         " and is closed" if second else ", and gets a second one",
-        _in_one_line(error),
+        entry.last_error,
         runtime.state.status(),
     )
-
-
-def _in_one_line(error: Exception) -> str:
-    # gRPC prints its errors over five lines.
-    details = getattr(error, "details", None)
-    try:
-        return f"{told(error)}: {details()}" if callable(details) else told(error)
-    except Exception:  # noqa: BLE001  (as in told)
-        return told(error)
 
 
 async def close(runtime: Runtime, entry: PoolEntry) -> None:

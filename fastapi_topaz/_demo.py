@@ -194,10 +194,8 @@ def _uvicorn(app: FastAPI, started: Started) -> None:
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            started.set_result(Running(url, self.leave))
-
-        def leave(self) -> None:
-            self.should_exit = True
+            stop = partial(setattr, self, "should_exit", True)
+            started.set_result(Running(url, stop))
 
     config = uvicorn.Config(
         app,
@@ -211,6 +209,8 @@ def _uvicorn(app: FastAPI, started: Started) -> None:
         timeout_graceful_shutdown=3,
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        # asyncio does not do it for such sockets, and answers would take 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         Server(config).run(sockets=[listener])
 

@@ -60,7 +60,9 @@ def require_policy_auto(config: TopazConfig) -> Callable[[Request], Awaitable[No
     `GET /documents/{id}` of the root `myapp` asks `myapp.GET.documents.__id`.
     Otherwise as `require_policy_allowed`. What an application is mounted under is part
     of the path, and a dot in a path separates as a slash does: `/users.export` and
-    `/users/export` have one policy.
+    `/users/export` have one policy. Below a mount with parameters, such as
+    `app.mount("/{tenant}", ...)`, it raises RuntimeError: clients would choose what is
+    asked.
     """
     _check_config(config)
 
@@ -70,7 +72,16 @@ def require_policy_auto(config: TopazConfig) -> Callable[[Request], Awaitable[No
         prefix = scope.get("root_path", "").removeprefix(
             scope.get("app_root_path", scope.get("root_path", ""))
         )
-        template = prefix + scope["route"].path_format
+        route = scope["route"]
+        mounted = set(request.path_params) - set(route.param_convertors)
+        if any(f"/{request.path_params[name]}/" in f"{prefix}/" for name in mounted):
+            # As it stands in the prefix, the client would choose which policy is asked.
+            raise RuntimeError(
+                "require_policy_auto cannot name the policy of a route below a mount "
+                f"with parameters ({', '.join(sorted(mounted))}): name it with "
+                "require_policy_allowed"
+            )
+        template = prefix + route.path_format
         path = policy_path_of(config.policy_path_root, request.method, template)
         await _check(config, request, path)
 

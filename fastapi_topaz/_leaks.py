@@ -25,6 +25,9 @@ __all__ = ["Leaks"]
 
 logger = logging.getLogger("fastapi_topaz.pool")
 
+PAUSE = 0.05
+"""Seconds between two looks at least, however small the threshold is."""
+
 STACK_DEPTH = 8
 """Frames shown of the place where a lease was taken."""
 
@@ -48,7 +51,11 @@ class _Holder:
             if not frame.f_code.co_filename.startswith(_PACKAGE)
         )
         places = tuple(itertools.islice(outside, STACK_DEPTH))
-        return cls(anyio.get_current_task().name or "without a name", places)
+        try:
+            task = anyio.get_current_task().name or "without a name"
+        except RuntimeError:  # driven by hand, in no task
+            task = "unknown"
+        return cls(task, places)
 
     def __str__(self) -> str:
         stack = traceback.StackSummary.from_list(
@@ -69,9 +76,10 @@ class Leaks:
         self._label = label
         self._threshold = threshold
         self._counters = counters
-        # In the order they were taken, with who took them and where.
+        # With who took them and where; those that are out in the order they were taken,
+        # until they are late.
         self._out: dict[Lease, _Holder] = {}
-        self._late: set[Lease] = set()
+        self._late: dict[Lease, _Holder] = {}
 
     def taken(self, lease: Lease) -> None:
         """Note who took *lease*."""
@@ -80,8 +88,7 @@ class Leaks:
     def returned(self, lease: Lease, now: float) -> None:
         """Forget *lease*, and say so if it was told of."""
         self._out.pop(lease, None)
-        if lease in self._late:
-            self._late.remove(lease)
+        if self._late.pop(lease, None) is not None:
             logger.info(
                 "%s: a lease that was late came back after %.1f s (still late: %d)",
                 self._label,
@@ -90,23 +97,21 @@ class Leaks:
             )
 
     def holder(self, lease: Lease) -> object:
-        """Return who took *lease*, and where, for a message."""
-        return self._out[lease]
+        """Return who has taken *lease*, and where, for a message."""
+        return self._out.get(lease) or self._late.get(lease)
 
     def look(self, now: float) -> float:
         """Tell of each lease that is late by now, and return when to look again."""
-        for lease, holder in self._out.items():
-            if lease.acquired_at + self._threshold > now:
-                return lease.acquired_at + self._threshold
-            if lease not in self._late:
-                self._late.add(lease)
+        due = now
+        while self._out and due <= now:
+            lease = next(iter(self._out))
+            due = lease.acquired_at + self._threshold
+            if due <= now:
+                self._late[lease] = holder = self._out.pop(lease)
                 self._counters.leaked += 1
                 logger.warning(
                     "%s: a lease is out for %.1f s (leak_threshold=%g s), held by %s",
-                    self._label,
-                    now - lease.acquired_at,
-                    self._threshold,
-                    holder,
+                    *(self._label, now - lease.acquired_at, self._threshold, holder),
                 )
         # No lease taken from now on can be due any earlier.
-        return now + self._threshold
+        return max(due if self._out else now + self._threshold, now + PAUSE)

@@ -56,7 +56,8 @@ class PooledConnection(AuthorizerCalls):
     def __del__(self) -> None:
         # Nobody can give it back any more. Not here: garbage is collected at any
         # moment, in the midst of whatever the pool does, and in any thread.
-        lease = self._lease
+        # Without the attribute where __init__ was not run.
+        lease = getattr(self, "_lease", None)
         if lease is not None:
             self._lease = None
             _abandon(self._runtime, lease, self)
@@ -223,17 +224,14 @@ def _abandon(runtime: Runtime, lease: Lease, conn: object) -> None:
 def _reclaim(runtime: Runtime, lease: Lease) -> None:
     if runtime.done.is_set():
         return
-    held = runtime.now() - lease.acquired_at
-    before = runtime.state.status()
-    holder = "" if runtime.leaks is None else f", by {runtime.leaks.holder(lease)}"
+    before = runtime.state.in_use
+    holder = None if runtime.leaks is None else runtime.leaks.holder(lease)
     runtime.counters.reclaimed += 1
     runtime.release(lease)
     logger.warning(
         "%s: took back a lease that was garbage-collected after %.1f s and not "
-        "released (streams in use: %d -> %d)%s",
-        runtime.label,
-        held,
-        before.streams_in_use,
-        runtime.state.in_use,
-        holder,
+        "released (streams in use: %d -> %d), held by %s",
+        *(runtime.label, runtime.now() - lease.acquired_at),
+        *(before, runtime.state.in_use),
+        holder or "whom leak_threshold would tell",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -366,5 +367,15 @@ class Acquire:
         conn, self._conn = self._conn, None
         self._entered = False
         # Who released it inside the block has said so clearly enough.
-        if conn is not None and conn._lease is not None:  # noqa: SLF001
+        if conn is None or conn._lease is None:  # noqa: SLF001
+            return
+        if exc_type is GeneratorExit:
+            # Maybe of a task that is garbage, which is collected at any moment, in the
+            # midst of whatever the pool does. The loop has it done in its turn.
+            conn._runtime.home.call_soon(partial(self._give_back, conn))  # noqa: SLF001
+        else:
+            self._pool._release(conn)  # noqa: SLF001
+
+    def _give_back(self, conn: PooledConnection) -> None:
+        if conn._lease is not None:  # noqa: SLF001
             self._pool._release(conn)  # noqa: SLF001

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from fastapi_topaz import _refusals
+from fastapi_topaz._errors import alone, told
 from fastapi_topaz._host import Home
 from fastapi_topaz._leaks import Leaks
 from fastapi_topaz._state import PoolState
@@ -30,21 +31,10 @@ if TYPE_CHECKING:
     from fastapi_topaz._transport import Connector
 
 
-__all__ = ["Runtime", "told"]
+__all__ = ["Runtime"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
-
-
-def told(error: Exception) -> str:
-    """Return what *error* says, without what an authorizer may name in its details."""
-    try:
-        code = getattr(error, "code", None)
-        if callable(code):
-            return str(getattr(code(), "name", code()))
-        return str(error) or repr(error)
-    except Exception:  # noqa: BLE001  (it is anybody's error, and this is for a log)
-        return type(error).__name__
 
 
 class Runtime:
@@ -273,9 +263,11 @@ class Runtime:
         try:
             judge = getattr(entry.connection, "judge", None)
             verdict = None if judge is None else judge(error)
-        except Exception:
+        except Exception as failure:
             logger.warning(
-                "%s: judge() of a connection failed", self.label, exc_info=True
+                "%s: judge() of a connection failed",
+                self.label,
+                exc_info=alone(failure),
             )
             return
         if verdict is None:

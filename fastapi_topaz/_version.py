@@ -1,18 +1,19 @@
-"""Which version of the package this is."""
+"""Which version of the package is installed."""
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 
 
-__all__ = ["version"]
+__all__ = ["VERSION"]
 
 
-@functools.cache
-def version() -> str:
-    """Return the version that is installed."""
+def _installed() -> str:
     try:
         return importlib.metadata.version("fastapi-topaz")
     except importlib.metadata.PackageNotFoundError:  # run from its sources
         return "unknown"
+
+
+# Read when the package is imported: building a pool opens no file.
+VERSION = _installed()

@@ -166,6 +166,18 @@ def test_the_policy_path_has_prefix_and_converters_of_the_route(embedded_authori
     assert seen == ["myapp.GET.v1.files.__name"]
 
 
+def test_a_client_cannot_choose_the_policy_by_the_parameters_of_a_mount(
+    embedded_authorizer,
+):
+    embedded_authorizer.policies = {"myapp.GET.public.documents.__id": True}
+    config = configured(embedded_authorizer)
+    app = FastAPI(lifespan=config.lifespan)
+    app.mount("/{tenant}", application(config))
+    client = TestClient(app)
+    with client, pytest.raises(RuntimeError, match=r"mount with parameters \(tenant\)"):
+        client.get("/public/documents/7")
+
+
 def test_what_an_application_is_mounted_under_is_part_of_the_path(embedded_authorizer):
     embedded_authorizer.policies = {
         "myapp.GET.documents.__id": True,

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "fastapi_topaz"
 
 # From the ground up: a module may import those of its own layer and below.
 LAYERS = [
-    {"exceptions", "_options", "_backoff", "_status", "_fork", "_version"},
+    {"exceptions", "_errors", "_options", "_backoff", "_status", "_fork", "_version"},
     {"_attempts", "_entry", "_rotation", "_snapshot", "_state"},
     {"_resource", "_messages", "_authorizer", "_telemetry", "_transport"},
     {
@@ -47,6 +47,7 @@ PURE = [
     "_backoff.py",
     "_status.py",
     "_options.py",
+    "_errors.py",
     "exceptions.py",
 ]
 

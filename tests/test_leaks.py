@@ -92,6 +92,53 @@ async def test_a_leak_is_found_whenever_it_was_taken(caplog):
         await pool.release(second)
 
 
+async def test_many_that_are_late_are_told_of_once_each_and_in_order(caplog):
+    async with make(leak_threshold=10, streams_per_connection=50) as pool:
+        leases = []
+        for _ in range(100):
+            leases.append(await pool.acquire())
+            await anyio.sleep(0.2)
+        await anyio.sleep(20)
+        assert len(lines(caplog)) == pool._counters.leaked == 100
+        for conn in leases:
+            await pool.release(conn)
+        assert not pool._runtime.leaks._out
+        assert not pool._runtime.leaks._late
+
+
+async def test_a_tiny_threshold_does_not_keep_the_loop_busy():
+    looks = 0
+    async with make(leak_threshold=1e-9) as pool:
+        original = pool._runtime.leaks.look
+
+        def look(now):
+            nonlocal looks
+            looks += 1
+            return original(now)
+
+        pool._runtime.leaks.look = look
+        await anyio.sleep(1)
+    assert looks <= 21
+
+
+def test_a_lease_that_no_task_takes_is_not_lost():
+    async def main():
+        pool = make(leak_threshold=10, max_connections=1)
+        async with pool:
+            async with pool.acquire():
+                pass
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(anyio, "get_current_task", no_task)
+                async with pool.acquire(timeout=0):
+                    pass
+            assert pool.status().streams_in_use == 0
+
+    def no_task():
+        raise anyio.NoEventLoopError
+
+    anyio.run(main)
+
+
 async def test_leases_that_come_back_in_time_are_not_warned_of(caplog):
     async with make(leak_threshold=10) as pool:
         for _ in range(50):
@@ -192,6 +239,41 @@ async def test_a_warning_made_an_error_loses_nothing():
             del conn
         async with pool.acquire(timeout=1):
             pass
+
+
+async def test_a_block_that_is_destroyed_gives_back_in_the_turn_of_the_loop():
+    # As a task that is garbage is, at any moment: in the midst of what the pool does.
+    async with make(max_connections=1) as pool:
+
+        async def hold():
+            async with pool.acquire():
+                await anyio.sleep(10)
+
+        async with pool.acquire():
+            pass
+        task = hold().__await__()
+        task.send(None)
+        assert pool.status().streams_in_use == 1
+        task.close()
+        assert pool.status().streams_in_use == 1
+        async with pool.acquire(timeout=1):
+            assert pool.status().streams_in_use == 1
+    assert pool._counters.reclaimed == 0
+
+
+async def test_an_asynchronous_generator_that_is_closed_gives_back():
+    async with make(max_connections=1) as pool:
+
+        async def connections():
+            async with pool.acquire() as conn:
+                yield conn
+
+        for _ in range(3):
+            lent = connections()
+            await anext(lent)
+            await lent.aclose()
+            async with pool.acquire(timeout=1):
+                pass
 
 
 async def test_a_released_lease_and_one_of_a_closed_pool_are_dropped_in_silence(caplog):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
+import subprocess
+import sys
+import warnings
 import weakref
 
 import anyio
@@ -101,6 +106,73 @@ async def test_named_pools_are_told_apart_and_do_not_disturb_each_other(
             assert samples[busy % "one"] == 1
             assert samples[busy % "two"] == 2
         assert scrape(registry)['topaz_pool_acquisitions_total{pool="two"}'] == 2
+
+
+@pytest.mark.parametrize("order", [("late", "given"), ("given", "late")])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_provider_that_one_finds_and_one_is_given_shows_both(order, early):
+    """In a process of its own, since it sets the global provider."""
+    program = f"""
+import anyio
+from fastapi_topaz import ConnectionPool
+from fastapi_topaz.testing import FakeConnector
+from opentelemetry import metrics
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from prometheus_client import generate_latest
+
+provider = MeterProvider([PrometheusMetricReader()])
+
+def make(name):
+    given = provider if name == "given" else None
+    return ConnectionPool(connector=FakeConnector(), name=name, meter_provider=given)
+
+async def main():
+    if {early} and {order[0]!r} == "late":
+        pools = [make({order[0]!r})]
+        metrics.set_meter_provider(provider)
+        pools.append(make({order[1]!r}))
+    else:
+        metrics.set_meter_provider(provider)
+        pools = [make(name) for name in {order!r}]
+    async with pools[0], pools[1]:
+        for pool in pools:
+            async with pool.acquire():
+                pass
+        print(generate_latest().decode())
+
+anyio.run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    for name in order:
+        line = rf'^topaz_pool_acquisitions_total\{{.*pool="{name}"\}} 1.0$'
+        assert len(re.findall(line, done.stdout, re.MULTILINE)) == 1
+
+
+async def test_a_forked_child_reports_no_pools_of_its_parent(provider, registry):
+    async with make(provider):
+        assert scrape(registry)["topaz_pool_healthy"] == 1
+        with warnings.catch_warnings():
+            # Of Python 3.12 and newer, about threads that other tests may have left.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            os._exit(len(scrape(registry)))
+        assert os.waitpid(child, 0) == (child, 0)  # noqa: ASYNC222  (it ends at once)
+
+
+async def test_a_connector_without_a_target_is_called_by_its_class(provider, registry):
+    class Odd(FakeConnector):
+        target = property()  # raises AttributeError
+
+    async with make(provider, Odd(), semantic_conventions=True):
+        samples = scrape(registry, "db_client_connection_max")
+    assert list(samples) == [
+        'db_client_connection_max{db_client_connection_pool_name="Odd"}'
+    ]
 
 
 async def test_a_pool_leaves_no_reference_behind(provider):

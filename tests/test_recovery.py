@@ -135,6 +135,23 @@ async def test_a_pool_that_keeps_no_connections_finds_out_that_an_outage_is_over
         assert connector.attempts == 6
 
 
+async def test_an_old_failure_to_grow_is_no_part_of_an_outage_that_comes_later(caplog):
+    connector = FakeConnector([ok(), fail("the limit"), fail("a hiccup")])
+    options = {"min_connections": 0, "acquire_timeout": 1, "max_retries": 3}
+    async with make(connector, max_connections=2, **options) as pool:
+        async with pool.acquire():
+            with pytest.raises(PoolTimeout):
+                await pool.acquire(timeout=0.01)
+        await anyio.sleep(10)
+        connector.connections[0].hung_up = True
+        caplog.clear()
+        async with pool.acquire():
+            pass
+    assert [r.levelname for r in caplog.records if "a hiccup" in r.getMessage()] == [
+        "WARNING"
+    ]
+
+
 async def test_an_attempt_that_hangs_keeps_nobody_from_another_server():
     """Behind one address, one of several servers accepts and stays silent."""
     connector = FakeConnector([hang()])

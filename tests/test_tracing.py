@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import subprocess
 import sys
 import textwrap
@@ -312,6 +314,38 @@ async def test_tracing_that_raises_fails_no_check(
             assert await traced.ask() is True
         assert trace.get_current_span() is trace.INVALID_SPAN
     assert any("checks go on without" in r.message for r in caplog.records)
+
+
+async def test_what_the_authorizer_said_is_not_in_the_traceback_of_that(
+    authorizer, monkeypatch, caplog
+):
+    monkeypatch.setattr("fastapi_topaz._telemetry._tracing._broken", set())
+    traced = Traced(authorizer, processor=Broken("end"))
+    async with traced.pool:
+        authorizer.fail(grpc.StatusCode.INTERNAL, f"no {SECRET} here")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await traced.ask()
+    assert "OSError: no collector" in caplog.text
+    assert SECRET not in caplog.text
+
+
+async def test_a_check_that_is_garbage_ends_its_span_without_a_word(authorizer, caplog):
+    authorizer.delay = 30
+    traced = Traced(authorizer)
+    async with traced.pool:
+        check = traced.ask()
+
+        class Never:
+            def __await__(self):
+                yield from check.__await__()
+
+        # Run to its first wait, as a task would that nobody holds, then destroyed.
+        step = Never().__await__()
+        with contextlib.suppress(BaseException):
+            contextvars.Context().run(step.send, None)
+        step.close()
+        check.close()
+    assert "Failed to detach" not in caplog.text
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -9,6 +9,7 @@ things happen.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,9 +18,10 @@ import attrs
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 
+from fastapi_topaz._errors import alone
 from fastapi_topaz._telemetry._instruments import BOUNDARIES, TOPAZ
 from fastapi_topaz._telemetry._semconv import DB_CLIENT
-from fastapi_topaz._version import version
+from fastapi_topaz._version import VERSION
 
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ class _Report:
         # What breaks the recording must not break the pool.
         if not self._broken:
             self._broken = True
-            logger.warning("recording a metric failed", exc_info=error)
+            logger.warning("recording a metric failed", exc_info=alone(error))
 
 
 class _Both:
@@ -168,7 +170,7 @@ class _Instruments:
     Instruments cannot be taken back, and two of one name disturb each other.
     """
 
-    _making: ClassVar = threading.Lock()
+    _making: ClassVar[threading.Lock] = threading.Lock()
     _known: ClassVar[weakref.WeakKeyDictionary[object, dict[str, _Instruments]]] = (
         weakref.WeakKeyDictionary()
     )
@@ -179,20 +181,31 @@ class _Instruments:
     @classmethod
     def of(cls, provider: MeterProvider | None, convention: Convention) -> _Instruments:
         with cls._making:
-            if provider is None:
-                known = cls._global
+            current = metrics.get_meter_provider()
+            if provider is None or provider is current:
+                # Whether it was found late or given: one set, since of a second one of
+                # the same names the SDK drops the callbacks.
+                known = cls._known.get(current, cls._global)
             else:
                 known = cls._known.setdefault(provider, {})
             if convention.pool not in known:
                 source: Any = metrics if provider is None else provider
-                meter = source.get_meter(SCOPE, version())
+                meter = source.get_meter(SCOPE, VERSION)
                 known[convention.pool] = cls(meter, convention)
             return known[convention.pool]
 
+    @classmethod
+    def after_fork_in_child(cls) -> None:
+        """Report no pools of the parent, and wait for no lock that it holds."""
+        cls._making = threading.Lock()
+        for known in (cls._global, *cls._known.values()):
+            for instruments in known.values():
+                instruments.reports.clear()
+
     def __init__(self, meter: Meter, convention: Convention) -> None:
-        self._reports: weakref.WeakSet[_Report] = weakref.WeakSet()
-        # Metrics are collected in threads of their own.
-        self._lock = threading.Lock()
+        # Metrics are collected in threads of their own. No lock, which a fork might
+        # find locked: each use of the dict is one step.
+        self.reports: dict[weakref.ref[_Report], None] = {}
         self.durations: dict[str, Histogram] = {
             duration.phase: meter.create_histogram(
                 duration.name,
@@ -218,16 +231,15 @@ class _Instruments:
             )
 
     def attach(self, report: _Report) -> None:
-        with self._lock:
-            self._reports.add(report)
+        reports = self.reports
+        reports[weakref.ref(report, lambda gone: reports.pop(gone, None))] = None
 
     def detach(self, report: _Report) -> None:
-        with self._lock:
-            self._reports.discard(report)
+        self.reports.pop(weakref.ref(report), None)
 
     def _attached(self) -> list[_Report]:
-        with self._lock:
-            return list(self._reports)
+        reports = [reference() for reference in list(self.reports)]
+        return [report for report in reports if report is not None]
 
     def _level(self, level: Level) -> Callback:
         def observe(_options: CallbackOptions) -> Iterator[Observation]:
@@ -254,3 +266,7 @@ def _observations(
         return
     for kind, count in value.items():
         yield Observation(count, {**attributes, label: kind})
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_Instruments.after_fork_in_child)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Self
 from opentelemetry import context, propagate, trace
 from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_span
 
+from fastapi_topaz._errors import alone, kind_of
 from fastapi_topaz._transport._base import is_metadata
-from fastapi_topaz._version import version
+from fastapi_topaz._version import VERSION
 
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def _failed(what: str, error: Exception) -> None:
     # Once, or it would be as many lines as there are checks.
     if what not in _broken:
         _broken.add(what)
-        logger.warning("%s failed; checks go on without", what, exc_info=error)
+        logger.warning("%s failed; checks go on without", what, exc_info=alone(error))
 
 
 def propagated(metadata: Metadata) -> Metadata:
@@ -76,7 +77,7 @@ class Tracing:
     def __init__(self, provider: TracerProvider | None) -> None:
         # Without one: the global one, also if it is set later.
         source: Any = trace if provider is None else provider
-        self._tracer = source.get_tracer(SCOPE, version())
+        self._tracer = source.get_tracer(SCOPE, VERSION)
 
     def check(self, policy_path: str, decision: str, pool: str | None) -> CheckSpan:
         """Return the span of one check, to be entered; it is begun already."""
@@ -117,11 +118,14 @@ class CheckSpan:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        context.detach(self._token)
+        # It is not where the garbage collector ends a check: that has a context of its
+        # own, in which nothing was attached.
+        if get_current_span() is self._span:
+            context.detach(self._token)
         try:
             if isinstance(exc, Exception):
-                self._span.set_attribute("error.type", _kind(exc))
-                self._span.set_status(StatusCode.ERROR, _kind(exc))
+                self._span.set_attribute("error.type", kind_of(exc))
+                self._span.set_status(StatusCode.ERROR, kind_of(exc))
             elif exc is not None:
                 self._outcome = "cancelled"
             self._span.set_attribute("topaz.outcome", self._outcome)
@@ -139,7 +143,7 @@ class CheckSpan:
 
     def lost(self, error: Exception) -> None:
         """Note that the answer was lost with *error*, and is asked for once more."""
-        self._event("topaz.retry", {"error.type": _kind(error)})
+        self._event("topaz.retry", {"error.type": kind_of(error)})
 
     def _event(self, name: str, attributes: Mapping[str, float | str]) -> None:
         try:
@@ -168,11 +172,3 @@ class _NoSpan(CheckSpan):
 
 
 _NOTHING = _NoSpan()
-
-
-def _kind(error: Exception) -> str:
-    """Return what kind of error it is; its text may name whom the check is about."""
-    try:
-        return str(error.code().name)  # type: ignore[attr-defined]
-    except Exception:  # noqa: BLE001  (most errors have none, and it is anybody's)
-        return type(error).__name__

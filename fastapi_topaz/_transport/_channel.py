@@ -15,7 +15,7 @@ import grpc.aio
 
 from fastapi_topaz._transport._call import kind, learn
 from fastapi_topaz._transport._failures import connect_failed
-from fastapi_topaz._version import version
+from fastapi_topaz._version import VERSION
 
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _channel_options(timeout: float) -> list[tuple[str, Any]]:
         ("grpc.client_idle_timeout_ms", _MAX_INT),
         # gRPC would send a loopback sidecar through http_proxy.
         ("grpc.enable_http_proxy", 0),
-        ("grpc.primary_user_agent", f"fastapi-topaz/{version()}"),
+        ("grpc.primary_user_agent", f"fastapi-topaz/{VERSION}"),
     ]
 
 
