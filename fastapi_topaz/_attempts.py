@@ -61,14 +61,23 @@ class Attempts:
         if now < self._brief_until + BRIEF:
             # Successes follow each other as fast as they are lost again.
             self._paced_until = now + self._brief_pause()
-        quiet_since = max(self._retry_at, self._failed_at)
-        if self.failures and not self.under_way and now > quiet_since + FORGOTTEN:
-            # Nobody needed another one since: what failed then says nothing of now.
-            self.failures = 0
-            self.error = None
         entry = PoolEntry(started_at=now, round=self._round)
         self.under_way.add(entry)
         return entry
+
+    def forget(self, now: float) -> bool:
+        """
+        Forget an outage that nobody followed up, and say whether there was one.
+
+        To be called when an attempt is needed. Nobody needed one for a while since one
+        might have been made again, so what failed then says nothing of now.
+        """
+        quiet_since = max(self._retry_at, self._failed_at)
+        if not self.failures or self.under_way or now <= quiet_since + FORGOTTEN:
+            return False
+        self.failures = 0
+        self.error = None
+        return True
 
     def succeeded(self, entry: PoolEntry) -> None:
         """Drop *entry*, and the outage: one success makes up for all failures."""

@@ -136,7 +136,10 @@ async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
         now = runtime.now()
         if state.attempts.overdue(now) or state.room() <= 0:
             runtime.dismiss_hopeless()
-        for _ in range(state.shortfall(runtime.tokens(), now)):
+        wanted = state.shortfall(runtime.tokens(), now)
+        if wanted and state.attempts.forget(now):
+            wanted = state.shortfall(runtime.tokens(), now)
+        for _ in range(wanted):
             if state.attempts.failures:
                 runtime.counters.connect_retries += 1
             entry = state.attempts.begin(now)

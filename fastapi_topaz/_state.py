@@ -371,7 +371,6 @@ class PoolState:
 
     def _close(self, entry: PoolEntry) -> None:
         del self.open[entry]
-        self.ready.pop(entry, None)
         self.rotation.forget(entry)
         self.closing.add(entry)
         self.to_close.append(entry)

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz._attempts import BRIEF, PATIENCE, Attempts
+from fastapi_topaz._attempts import BRIEF, FORGIVEN, PATIENCE, Attempts
 from fastapi_topaz._backoff import DEMAND_CAP, FLOOR
 from fastapi_topaz._state import PoolState
 from fastapi_topaz.exceptions import ConnectFailed
@@ -297,3 +297,80 @@ def test_a_server_that_accepts_and_hangs_up_sees_few_attempts(
             then = state.next_attempt()
             heapq.heappush(events, (then, next(order), "look", None))
     assert 20 < begun < 20 * 10
+
+
+# -- edges --------------------------------------------------------------------------
+
+
+def test_a_later_round_counts_once_as_well():
+    attempts = make()
+    fail(attempts)
+    for failures in (2, 3, 4):
+        for entry in [attempts.begin(0.0) for _ in range(3)]:
+            attempts.failed(entry, ConnectFailed("no"), 0.0)
+        assert attempts.failures == failures
+
+
+def test_a_round_that_ends_late_is_none_of_those_that_began_since():
+    attempts = make()
+    late = attempts.begin(0.0)
+    for _ in range(3):
+        fail(attempts)
+    attempts.failed(late, ConnectFailed("no"), 0.0)
+    assert attempts.failures == 3
+
+
+@pytest.mark.parametrize("timeout, is_hopeless", [(0, False), (0.5, True)])
+def test_a_caller_who_never_waits_has_no_time_that_could_be_over(timeout, is_hopeless):
+    attempts = make()
+    fail(attempts)
+    assert hopeless(attempts, 1.0, acquire_timeout=timeout) is is_hopeless
+
+
+def test_an_error_of_anybodys_own_may_be_mended_by_a_retry():
+    attempts = make()
+    attempts.failed(attempts.begin(0.0), OSError("no such luck"), 0.0)
+    assert not hopeless(attempts, max_retries=3)
+
+
+def test_brief_connections_are_forgotten_after_a_minute_and_not_before():
+    for later, pause in ((FORGIVEN, 0.2), (FORGIVEN + 0.001, 0.1)):
+        attempts = make()
+        attempts.lost(0.0, 0.0)
+        until = attempts.next_attempt(waiting=True)
+        attempts.lost(0.0, until + later)
+        assert pauses(attempts, until + later)[1] == pause
+
+
+def test_a_connection_lost_as_the_pause_ends_is_the_next_one():
+    attempts = make()
+    attempts.lost(0.0, 0.0)
+    until = attempts.next_attempt(waiting=True)
+    attempts.lost(0.0, until)
+    assert pauses(attempts, until)[1] == 0.2
+
+
+def test_a_failure_that_nobody_followed_up_is_forgotten_and_no_other():
+    for now, forgotten in ((1.1, False), (1.11, True)):
+        attempts = make()
+        assert not attempts.forget(now), "there is none"
+        fail(attempts)  # and another may be made at 0.1
+        assert attempts.forget(now) is forgotten
+        assert attempts.failures == (not forgotten)
+        assert (attempts.error is None) is forgotten
+
+
+def test_while_an_attempt_is_under_way_no_failure_is_forgotten():
+    attempts = make()
+    attempts.begin(0.0)
+    fail(attempts)
+    assert not attempts.forget(60.0)
+
+
+def test_the_last_failure_of_a_round_is_the_one_to_follow_up():
+    attempts = make()
+    first, last = attempts.begin(0.0), attempts.begin(0.0)
+    attempts.failed(first, ConnectFailed("no"), 0.0)
+    attempts.failed(last, ConnectFailed("no"), 10.0)
+    assert not attempts.forget(11.0)
+    assert attempts.forget(11.1)

@@ -381,3 +381,66 @@ def test_a_connection_that_comes_after_the_shutdown_is_closed():
     state.connected(entry, object(), 1.0)
     assert state.to_close == [entry]
     assert not state.take(Lease(), 0.0)
+
+
+# -- what is left behind ------------------------------------------------------------
+
+
+def test_what_is_given_back_is_held_no_more():
+    state = make()
+    open_one(state)
+    lease = taken(state)
+    state.give_back(lease, 1.0)
+    assert lease.entry is None
+
+
+def test_those_who_are_sent_away_know_it_and_why():
+    state = make()
+    first, second = waiting(state, 2)
+    first.deadline = 5.0
+    assert state.dismiss(4.9) == []
+    assert state.dismiss(5.0) == [first]
+    assert (first.dismissed, first.failure, second.dismissed) == (True, None, False)
+    error = ConnectFailed("no")
+    assert state.fail_waiting(error) == [second]
+    assert (second.dismissed, second.failure) == (True, error)
+
+
+def test_the_last_failure_is_kept():
+    state = make()
+    error = ConnectFailed("no")
+    state.connect_failed(state.attempts.begin(0.0), error, 0.0)
+    assert state.attempts.error is error
+
+
+def test_a_connection_that_is_on_its_way_out_is_not_lost():
+    state = make()
+    entry = open_one(state)
+    lease = taken(state)
+    state.retire(entry, "drain")
+    state.lost(entry, "lost", 0.1)
+    assert entry.retired == "drain"
+    assert state.next_attempt() == float("-inf"), "it was not brief"
+    state.give_back(lease, 0.2)
+    state.lost(entry, "lost", 0.3)
+    assert state.next_attempt() == float("-inf")
+
+
+def test_each_knows_why_it_goes():
+    state = make(max_idle_time=10)
+    idle = open_one(state)
+    state.reap(10.0)
+    other = open_one(state, 10.0)
+    state.shut_down()
+    assert (idle.retired, other.retired) == ("idle", "close")
+
+
+def test_nothing_that_is_abandoned_may_be_leased():
+    state = make(streams_per_connection=2)
+    open_one(state)
+    taken(state)
+    state.shut_down()
+    state.abandon()
+    assert not state.ready
+    assert not state.open
+    assert len(state.to_close) == 1

@@ -357,3 +357,42 @@ def test_only_a_connection_that_lived_long_is_replaced_at_once(lived, wanted):
     state.enqueue(Lease())
     state.lost(entry, "lost", 10.0 + lived)
     assert state.shortfall(tokens=1, now=10.0 + lived) == wanted
+
+
+# -- edges --------------------------------------------------------------------------
+
+
+def test_a_connection_that_cannot_tell_whether_it_is_lost_is_asked_once():
+    asked = []
+
+    class Odd:
+        def is_lost(self):
+            asked.append(self)
+            raise OSError("no idea")
+
+    state = make()
+    entry = state.attempts.begin(0.0)
+    state.connected(entry, Odd(), 0.0)
+    for _ in range(3):
+        assert entry.is_gone() is False
+    assert len(asked) == 1
+    assert entry.is_lost is None
+    assert entry.last_error == "is_lost() raised OSError"
+
+
+def test_a_call_that_timed_out_as_another_was_answered_counts():
+    state = make()
+    entry = open_one(state)
+    entry.proven_at = 5.0
+    state.timed_out(entry, 5.0)
+    assert suspects(entry) == [False]
+    state.timed_out(entry, 6.0)
+    assert suspects(entry) == [True]
+
+
+def test_an_answer_of_the_moment_of_the_suspicion_does_not_excuse():
+    state = make()
+    entry = open_one(state)
+    state.suspect(entry, 0.0)
+    state.unanswered(entry, 1.0)
+    assert entry.retired == "unhealthy"
