@@ -16,6 +16,7 @@ from fastapi_topaz._options import (
     Identity,
     IdentityLike,
     seconds,
+    shown,
     text,
 )
 from fastapi_topaz._pool import ConnectionPool
@@ -103,11 +104,13 @@ class TopazConfig:
             connection_pool = ConnectionPool()
         elif not isinstance(connection_pool, ConnectionPool):
             raise TypeError(
-                f"connection_pool must be a ConnectionPool, got {connection_pool!r}"
+                f"connection_pool must be a ConnectionPool, got {shown(connection_pool)}"
             )
-        if tracer_provider is not None and not hasattr(tracer_provider, "get_tracer"):
+        get_tracer = getattr(tracer_provider, "get_tracer", None)
+        if tracer_provider is not None and not callable(get_tracer):
             raise TypeError(
-                f"tracer_provider must be a TracerProvider, got {tracer_provider!r}"
+                "tracer_provider must be a TracerProvider, got "
+                f"{shown(tracer_provider)}"
             )
         self.authorizer_options = AuthorizerOptions.coerce(authorizer_options)
         self.policy_path_root = policy_path_root
@@ -287,7 +290,7 @@ def _is_worth_a_retry(error: Exception) -> bool:
 
 def _callable(name: str, value: object) -> None:
     if not callable(value):
-        raise TypeError(f"{name} must be callable, got {value!r}")
+        raise TypeError(f"{name} must be callable, got {shown(value)}")
 
 
 async def _result(value: Any) -> Any:

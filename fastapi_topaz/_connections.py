@@ -96,7 +96,7 @@ async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
         return
     if connection is None:
         nothing = ConnectFailed(
-            f"cannot connect to {runtime.target}: {runtime.connector!r} returned None",
+            f"cannot connect to {runtime.target}: its connector returned None",
             permanent=True,
         )
         _failed(runtime, entry, nothing)
@@ -118,7 +118,7 @@ async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
 
 
 def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
-    if isinstance(error, ConnectFailed):
+    if isinstance(error, ConnectFailed) and _is_complete(error):
         return error
     if isinstance(error, TimeoutError):
         failed = ConnectFailed(
@@ -134,6 +134,14 @@ def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
         )
     failed.__cause__ = error
     return failed
+
+
+def _is_complete(error: ConnectFailed) -> bool:
+    # A class derived from it may not have called its constructor.
+    try:
+        return isinstance(error.reason, str) and isinstance(error.permanent, bool)
+    except Exception:  # noqa: BLE001  (a connector may raise anything)
+        return False
 
 
 def _failed(runtime: Runtime, entry: PoolEntry, error: ConnectFailed) -> None:

@@ -61,7 +61,7 @@ class PoolEntry:
         if self.is_lost is None:
             return False
         try:
-            return self.is_lost()
+            return bool(self.is_lost())
         except Exception as error:  # noqa: BLE001  (a connection may raise anything)
             # It cannot tell, and is not asked again.
             self.is_lost = None

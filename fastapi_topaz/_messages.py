@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import attrs
+import grpc.aio
 from aserto.authorizer.v2 import (
     CompileRequest,
     CompileResponse,
@@ -31,6 +32,7 @@ from aserto.authorizer.v2 import (
     QueryResponse,
 )
 from aserto.authorizer.v2.api import IdentityContext, PolicyContext, PolicyInstance
+from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
 
 from fastapi_topaz._options import Identity, IdentityLike
@@ -67,8 +69,26 @@ def _method(name: str, request: Any, response: Any) -> Method:
     return Method(
         f"/aserto.authorizer.v2.Authorizer/{name}",
         request.SerializeToString,
-        response.FromString,
+        functools.partial(_read, response),
     )
+
+
+def _read(message: Any, data: bytes) -> Any:
+    """
+    Return the *message* that *data* is.
+
+    Raises:
+        grpc.aio.AioRpcError: It is none. INTERNAL, as with stubs that gRPC generates.
+    """
+    try:
+        return message.FromString(data)
+    except DecodeError as error:
+        raise grpc.aio.AioRpcError(
+            grpc.StatusCode.INTERNAL,
+            grpc.aio.Metadata(),
+            grpc.aio.Metadata(),
+            f"the answer cannot be read as {message.__name__}",
+        ) from error
 
 
 IS = "/aserto.authorizer.v2.Authorizer/Is"
@@ -297,7 +317,7 @@ _LARGE = 1024
 @functools.lru_cache(maxsize=256)
 def _decisions_of(response: bytes) -> dict[str, bool]:
     # The field is called `is`, which Python keeps for itself.
-    decisions = IsResponse.FromString(response).decisions
+    decisions = _read(IsResponse, response).decisions
     return {item.decision: getattr(item, "is") for item in decisions}
 
 

@@ -21,18 +21,27 @@ __all__ = [
     "IdentityType",
     "PoolOptions",
     "seconds",
+    "shown",
     "text",
 ]
+
+
+def shown(value: object) -> str:
+    """Return the text of *value* for a message, whatever it is."""
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001  (Python itself refuses numbers of 4,300 digits)
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def _count(name: str, value: object, minimum: int) -> None:
     # bool is an int to isinstance, but `max_connections=True` is a mistake.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
-            f"{name} must be an int, got {value!r} ({type(value).__name__})"
+            f"{name} must be an int, got {shown(value)} ({type(value).__name__})"
         )
     if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}")
 
 
 def seconds(
@@ -41,7 +50,7 @@ def seconds(
     """Return *value* as a float of seconds, or say what is wrong with it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
-            f"{name} must be a number of seconds, got {value!r} "
+            f"{name} must be a number of seconds, got {shown(value)} "
             f"({type(value).__name__})"
         )
     given = value
@@ -62,7 +71,9 @@ def text(name: str, value: object, *, optional: bool = True) -> None:
     if value is None and optional:
         return
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"{name} must be a str, got {shown(value)} ({type(value).__name__})"
+        )
     if not value.strip():
         raise ValueError(f"{name} must not be empty, got {value!r}")
 
@@ -70,8 +81,16 @@ def text(name: str, value: object, *, optional: bool = True) -> None:
 def _flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(
-            f"{name} must be True or False, got {value!r} ({type(value).__name__})"
+            f"{name} must be True or False, got {shown(value)} ({type(value).__name__})"
         )
+
+
+# Less would keep the event loop, or the server, busy with nothing else.
+_LEAST = {
+    "idle_check_interval": 0.001,
+    "health_check_interval": 0.001,
+    "max_lifetime": 1.0,
+}
 
 
 class IdentityLike(Protocol):
@@ -138,8 +157,8 @@ class PoolOptions:
         if self.min_connections > self.max_connections:
             raise ValueError(
                 f"min_connections must not exceed max_connections, got "
-                f"min_connections={self.min_connections} (2 by default) and "
-                f"max_connections={self.max_connections}"
+                f"min_connections={shown(self.min_connections)} (2 by default) and "
+                f"max_connections={shown(self.max_connections)}"
             )
         _count("max_retries", self.max_retries, 0)
         _count("streams_per_connection", self.streams_per_connection, 1)
@@ -154,6 +173,12 @@ class PoolOptions:
             "leak_threshold",
         ):
             seconds(name, getattr(self, name))
+        for name, least in _LEAST.items():
+            if 0 < getattr(self, name) < least:
+                raise ValueError(
+                    f"{name} must be 0, which is never, or at least {least:g} seconds, "
+                    f"got {getattr(self, name)!r}"
+                )
         for name in ("connection_timeout", "health_check_timeout"):
             seconds(name, getattr(self, name), zero=False, infinite=False)
         _flag("eager_init", self.eager_init)
@@ -299,7 +324,7 @@ class AuthorizerOptions:
                 "TLS is the default, insecure=True means plaintext"
             )
         if isinstance(self.cert_file_path, os.PathLike):
-            object.__setattr__(self, "cert_file_path", str(self.cert_file_path))
+            object.__setattr__(self, "cert_file_path", os.fspath(self.cert_file_path))
         for name in ("tenant_id", "cert_file_path"):
             text(name, getattr(self, name))
         if self.api_key is not None and not isinstance(self.api_key, str):

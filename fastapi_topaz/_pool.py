@@ -16,6 +16,7 @@ from fastapi_topaz._options import (
     AuthorizerOptionsLike,
     PoolOptions,
     seconds,
+    shown,
 )
 from fastapi_topaz._transport import GrpcConnector
 from fastapi_topaz.exceptions import PoolError
@@ -59,9 +60,10 @@ class ConnectionPool(PoolLife):
         connection_timeout: How long one attempt to connect may take, default 10.
         max_idle_time: Idle for longer than this, a connection is closed, but never
             below *min_connections*. Default 300; 0 keeps them all.
-        idle_check_interval: How often that is looked for, default 60; 0 is never.
+        idle_check_interval: How often that is looked for, default 60; 0 is never, and
+            0.001 the least.
         health_check_interval: How often connections that have answered nothing
-            since are probed, default 30; 0 is never.
+            since are probed, default 30; 0 is never, and 0.001 the least.
         health_check_timeout: How long the answer may take, default 5. Without one
             the connection is probed again at once, and then closed; one that a failed
             call made suspect is closed the first time.
@@ -76,7 +78,8 @@ class ConnectionPool(PoolLife):
         max_waiting: Callers that may wait when all is leased, default None, any
             number. One more gets `PoolSaturated` at once.
         max_lifetime: After this time, less up to 10 % at random, a connection is
-            replaced, so that load spreads to new servers. Default 3600; 0 is never.
+            replaced, so that load spreads to new servers. Default 3600; 0 is never,
+            and 1 the least.
         leak_threshold: Warn of a lease that is held for longer, with the task's name
             and the place, default 0, which is off.
         name: Shown in logs and errors and as the metric attribute `pool`.
@@ -135,15 +138,17 @@ class ConnectionPool(PoolLife):
         )
         if connector is not None and not callable(getattr(connector, "connect", None)):
             raise TypeError(
-                f"connector must have a method connect(timeout), got {connector!r}"
+                f"connector must have a method connect(timeout), got {shown(connector)}"
             )
-        if meter_provider is not None and not hasattr(meter_provider, "get_meter"):
+        get_meter = getattr(meter_provider, "get_meter", None)
+        if meter_provider is not None and not callable(get_meter):
             raise TypeError(
-                f"meter_provider must be a MeterProvider, got {meter_provider!r}"
+                f"meter_provider must be a MeterProvider, got {shown(meter_provider)}"
             )
         if not isinstance(semantic_conventions, bool):
             raise TypeError(
-                f"semantic_conventions must be a bool, got {semantic_conventions!r}"
+                "semantic_conventions must be True or False, got "
+                f"{shown(semantic_conventions)}"
             )
         super().__init__(
             options,

@@ -53,7 +53,10 @@ class Runtime:
         observer: PoolObserver,
     ) -> None:
         self.label = label
-        self.target: str = getattr(connector, "target", repr(connector))
+        try:
+            self.target = str(getattr(connector, "target", connector))
+        except Exception:  # noqa: BLE001  (a connector may raise anything)
+            self.target = type(connector).__name__
         self.connector = connector
         self.counters = counters
         self.observer = observer

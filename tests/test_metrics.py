@@ -305,5 +305,5 @@ async def test_they_do_not_come_without(provider, registry):
 
 @pytest.mark.parametrize("wrong", [None, 1, "yes"])
 def test_whether_they_come_is_a_bool(wrong):
-    with pytest.raises(TypeError, match="semantic_conventions must be a bool"):
+    with pytest.raises(TypeError, match="semantic_conventions must be True or False"):
         ConnectionPool(semantic_conventions=wrong)

@@ -185,7 +185,22 @@ def test_a_limit_of_an_attempt_is_more_than_0_and_finite(name, value):
     assert names_and_shows(caught.value, name, value)
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 1, 0.5, math.inf])
+@pytest.mark.parametrize("name", ["idle_check_interval", "health_check_interval"])
+def test_an_interval_may_not_keep_the_loop_busy(name):
+    assert ConnectionPool(**{name: 0.001})
+    for value in (5e-324, 1e-6, 0.00099):
+        with pytest.raises(ValueError, match=name) as caught:
+            ConnectionPool(**{name: value})
+        assert names_and_shows(caught.value, name, value)
+
+
+def test_a_lifetime_may_not_keep_the_server_busy():
+    assert ConnectionPool(max_lifetime=1)
+    with pytest.raises(ValueError, match=r"max_lifetime must be 0, .* or at least 1 s"):
+        ConnectionPool(max_lifetime=0.999)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1, 1.5, math.inf])
 @pytest.mark.parametrize("name", TIMES)
 def test_a_time_may_be_0_or_endless(name, value):
     assert getattr(ConnectionPool(**{name: value}).options, name) == value

@@ -191,7 +191,13 @@ class _Instruments:
             if convention.pool not in known:
                 source: Any = metrics if provider is None else provider
                 meter = source.get_meter(SCOPE, VERSION)
-                known[convention.pool] = cls(meter, convention)
+                try:
+                    known[convention.pool] = cls(meter, convention)
+                except AttributeError as error:
+                    raise TypeError(
+                        "meter_provider must be a MeterProvider; what its get_meter() "
+                        f"returned has no instruments: {error}"
+                    ) from error
             return known[convention.pool]
 
     @classmethod

@@ -55,9 +55,9 @@ def propagated(metadata: Metadata) -> Metadata:
     except Exception as error:  # noqa: BLE001  (somebody else's code)
         _failed("propagating a trace", error)
         return metadata
-    given = {key for key, _ in metadata}
+    given = {key for key, _ in metadata or ()}
     return [
-        *metadata,
+        *(metadata or ()),
         *(
             (key.lower(), value)
             for key, value in carrier.items()

@@ -56,7 +56,7 @@ def _channel_options(timeout: float) -> list[tuple[str, Any]]:
         # less than our own timeout, so that gRPC still gets to say the reason.
         (
             "grpc.min_reconnect_backoff_ms",
-            min(_MAX_INT, max(100, int(timeout * 950))),
+            int(min(_MAX_INT, max(100, timeout * 950))),
         ),
         # A channel that lost its connection makes a new one by itself; it must
         # not wait the default of up to 2 minutes.
@@ -92,8 +92,10 @@ def root_certificates(options: AuthorizerOptions) -> bytes | None:
     try:
         with open(options.cert_file_path, "rb") as file:  # noqa: PTH123
             pem = file.read()
-    except OSError as error:
-        raise ValueError(f"{wrong}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: no file can be called that
+        raise ValueError(
+            f"{wrong}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if b"-----BEGIN CERTIFICATE-----" not in pem:
         raise ValueError(f"{wrong}, which holds no certificate")
     return pem
@@ -146,9 +148,11 @@ async def _raise_reason(channel: grpc.aio.Channel, options: AuthorizerOptions) -
         raise
     finally:
         del call
-    # Else it has connected meanwhile.
+    # Else it has connected meanwhile. UNKNOWN is how calls end on the channel that gRPC
+    # makes of a target it cannot read, and that one never changes its state.
     if (
         isinstance(outcome, grpc.aio.AioRpcError)
-        and outcome.code() is grpc.StatusCode.UNAVAILABLE
+        and outcome.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN}
+        and channel.get_state() is not READY
     ):
         raise connect_failed(outcome.details() or "", options)

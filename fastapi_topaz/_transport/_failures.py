@@ -61,6 +61,12 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         "gRPC cannot use the certificates that {roots}",
     ),
     (
+        ("target uri is not valid", "Failed to create channel"),
+        "resolve",
+        True,
+        "url is no target that gRPC can read; it is host:port",
+    ),
+    (
         ("Too many open files",),
         "other",
         False,
