@@ -8,8 +8,10 @@ import importlib.util
 import itertools
 import logging
 import os
+import random
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -19,7 +21,10 @@ import trio.testing
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+pytest.register_assert_rewrite("strikes", "invariants")
+
 from autojump import AutojumpLoop
+from shuffled import shuffled_loop
 
 
 pytest_plugins = ["fastapi_topaz.testing.fixtures"]
@@ -29,6 +34,40 @@ hypothesis.settings.register_profile(
     "unhurried", parent=hypothesis.settings(), deadline=None
 )
 hypothesis.settings.load_profile("unhurried")
+hypothesis.settings.register_profile(
+    "deep", parent=hypothesis.settings.get_profile("unhurried"), max_examples=5000
+)
+
+# Which tests run on a shuffled loop by default: those of the pool's own tasks.
+SHUFFLED = {"test_cancel_everywhere", "test_pool_acquire", "test_pool_lifecycle"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shuffle",
+        type=int,
+        metavar="N",
+        help="run all tests in virtual time on N asyncio loops that shuffle ready "
+        "tasks, by seeds from SHUFFLE_SEED on; default: one, for the pool's own tests",
+    )
+
+
+def pytest_configure():
+    # In the environment, where the workers of pytest-xdist find the same one.
+    os.environ.setdefault("SHUFFLE_SEED", str(random.SystemRandom().randrange(10**6)))
+
+
+def pytest_report_header():
+    return f"shuffled loops: SHUFFLE_SEED={os.environ['SHUFFLE_SEED']}"
+
+
+def shuffled_names(metafunc):
+    """Return the backends that shuffle: their seeds are in the ids of the tests."""
+    count = metafunc.config.getoption("--shuffle")
+    if count is None:
+        count = int(metafunc.module.__name__.rpartition(".")[2] in SHUFFLED)
+    first = int(os.environ["SHUFFLE_SEED"])
+    return [f"asyncio+shuffled-{first + step}" for step in range(count)]
 
 
 def pytest_generate_tests(metafunc):
@@ -49,8 +88,9 @@ def pytest_generate_tests(metafunc):
         marked = metafunc.definition.get_closest_marker("uvloop")
         if marked and importlib.util.find_spec("uvloop"):
             names.append("asyncio+uvloop")
-    elif sys.version_info >= (3, 12):
-        names.append("asyncio+eager")
+    else:
+        names += ["asyncio+eager"] * (sys.version_info >= (3, 12))
+        names += shuffled_names(metafunc)
     metafunc.parametrize("anyio_backend", names, indirect=True)
 
 
@@ -63,6 +103,9 @@ def anyio_backend(request):
         return "trio", {"clock": clock}
     if name == "asyncio+uvloop":
         return "asyncio", {"use_uvloop": True}
+    if name.startswith("asyncio+shuffled-"):
+        seed = int(name.rpartition("-")[2])
+        return "asyncio", {"loop_factory": partial(shuffled_loop, seed)}
     if name == "asyncio+eager":
         return "asyncio", {"loop_factory": eager_loop}
     return "asyncio", {} if real else {"loop_factory": AutojumpLoop}
