@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ nox.options.sessions = [
     "oldest",
     "tests",
     "slow",
+    "shuffled",
+    "soak",
     "bench",
 ]
 
@@ -87,6 +90,34 @@ def slow(session: nox.Session) -> None:
     """Run the tests that take long by their nature."""
     session.install("-e", ".", "--group", "test")
     session.run("pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session
+def shuffled(session: nox.Session) -> None:
+    """Run the pool's own tests on loops that shuffle ready tasks, by ten seeds."""
+    session.install("-e", ".", "--group", "test")
+    names = ["cancel_everywhere", "cancel_outcomes", "deadlines", "maintenance"]
+    names += ["pool_acquire", "pool_cancellation", "pool_lifecycle", "recovery"]
+    files = [f"tests/test_{name}.py" for name in names]
+    session.run("pytest", "--shuffle=10", "-k", "shuffled-", *files, *session.posargs)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Use pools in several workers while all breaks: `-- --minutes 10 --seed 17`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", default="2.5")
+    parser.add_argument("--seed", default="")
+    options, rest = parser.parse_known_args(session.posargs)
+    session.install("-e", ".", "--group", "test")
+    # It watches for stacks that stand still by itself.
+    pytest = ("pytest", "-m", "soak", "-n0", "-s", "-o", "faulthandler_timeout=0")
+    session.run(
+        *pytest,
+        "tests/test_soak.py",
+        *rest,
+        env={"SOAK_MINUTES": options.minutes, "SOAK_SEED": options.seed},
+    )
 
 
 @nox.session
