@@ -104,7 +104,8 @@ class TopazConfig:
             connection_pool = ConnectionPool()
         elif not isinstance(connection_pool, ConnectionPool):
             raise TypeError(
-                f"connection_pool must be a ConnectionPool, got {shown(connection_pool)}"
+                "connection_pool must be a ConnectionPool, got "
+                f"{shown(connection_pool)}"
             )
         get_tracer = getattr(tracer_provider, "get_tracer", None)
         if tracer_provider is not None and not callable(get_tracer):

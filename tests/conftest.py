@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 pytest.register_assert_rewrite("strikes", "invariants")
 
-from autojump import AutojumpLoop
-from shuffled import shuffled_loop
+from autojump import AutojumpLoop  # noqa: E402
+from shuffled import shuffled_loop  # noqa: E402
 
 
 pytest_plugins = ["fastapi_topaz.testing.fixtures"]
