@@ -23,6 +23,7 @@ nox.options.sessions = [
     "oldest",
     "tests",
     "slow",
+    "model",
     "shuffled",
     "soak",
     "bench",
@@ -90,6 +91,16 @@ def slow(session: nox.Session) -> None:
     """Run the tests that take long by their nature."""
     session.install("-e", ".", "--group", "test")
     session.run("pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session
+def model(session: nox.Session) -> None:
+    """Run the models of the pool, and the fuzzing, with many more examples."""
+    session.install("-e", ".", "--group", "test")
+    names = ["model_state", "model_pool", "fuzz", "fuzz_calls", "fuzz_connectors"]
+    files = [f"tests/test_{name}.py" for name in names]
+    deep = ("-rP", "--timeout=0", "--hypothesis-profile=deep")
+    session.run("pytest", *deep, *files, *session.posargs)
 
 
 @nox.session

@@ -89,7 +89,6 @@ class Attempts:
     def failed(self, entry: PoolEntry, error: Exception, now: float) -> None:
         """Drop *entry*, and wait before the next round."""
         self.under_way.remove(entry)
-        self.error = error
         self._failed_at = now
         # Not after each failure: an attempt begun meanwhile would always be under
         # way, and the next would follow each failure without any pause.
@@ -101,6 +100,9 @@ class Attempts:
             share = self._random()
             self._retry_at = now + full_jitter(self.failures, share)
             self._demand_at = now + full_jitter(self.failures, share, DEMAND_CAP)
+        # Not one begun before a success that came since: the outage is over.
+        if self.failures:
+            self.error = error
 
     def cancelled(self, entry: PoolEntry) -> None:
         """Drop *entry*, unless its attempt has ended already."""

@@ -35,7 +35,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("unhurried")
 hypothesis.settings.register_profile(
-    "deep", parent=hypothesis.settings.get_profile("unhurried"), max_examples=5000
+    "deep",
+    parent=hypothesis.settings.get_profile("unhurried"),
+    max_examples=2000,  # the models multiply theirs by a hundredth of this
+    print_blob=True,
 )
 
 # Which tests run on a shuffled loop by default: those of the pool's own tasks.

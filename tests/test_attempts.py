@@ -350,6 +350,15 @@ def test_a_connection_lost_as_the_pause_ends_is_the_next_one():
     assert pauses(attempts, until)[1] == 0.2
 
 
+def test_an_attempt_that_fails_after_a_later_one_succeeded_is_no_outage():
+    attempts = make()
+    late = attempts.begin(0.0)
+    fail(attempts)
+    succeed(attempts)
+    attempts.failed(late, ConnectFailed("no"), 0.0)
+    assert (attempts.failures, attempts.error) == (0, None)
+
+
 def test_a_failure_that_nobody_followed_up_is_forgotten_and_no_other():
     for now, forgotten in ((1.1, False), (1.11, True)):
         attempts = make()

@@ -1,0 +1,400 @@
+"""
+The state of a pool under any changes in any order, without a loop and without I/O.
+
+The machine does to the state all that a runtime does, and keeps books of it. After
+each step all `invariants` of a state hold; in the end nothing is left.
+"""
+
+from __future__ import annotations
+
+import itertools
+from random import Random
+
+import attrs
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from hypothesis.strategies import integers, sampled_from
+from invariants import EVERYWHERE, OF_THE_STATE, check, usable
+from stepwise import chosen_settings
+
+from fastapi_topaz import ConnectionPool
+from fastapi_topaz._entry import Lease
+from fastapi_topaz._state import PoolState
+from fastapi_topaz.exceptions import ConnectFailed
+
+
+EXAMPLES, STEPS = 60, 60
+"""By default; `--hypothesis-profile=deep` multiplies the first."""
+
+# One number says all about a step: of many draws, Hypothesis makes variations of a few
+# examples instead of new ones.
+NUMBERS = integers(0, 2**16 - 1)
+SETUPS = [*itertools.product((4, 3, 2, 1), (0, 1, 2), (1, 2, 3), *[(True, False)] * 2)]
+
+
+class Link:
+    """A connection."""
+
+    lost = False
+
+    def is_lost(self):
+        return self.lost
+
+
+class StateMachine(RuleBasedStateMachine):
+    """A state, and the books that are kept beside it."""
+
+    make_state = PoolState
+    steps = 0
+
+    def __init__(self):
+        super().__init__()
+        self.is_well = True
+        self.numbers = itertools.count(1)
+        self.now = 0.0
+        # In the order they came; who holds a token; who was served.
+        self.queue, self.holders, self.held = [], set(), []
+        self.came, self.unfit = {}, set()
+        self.served_now, self.begun_now = [], []
+        # In the order they were begun, unlike the set of the state.
+        self.entries, self.being_closed, self.gone, self.probing = [], [], [], []
+        self.number_before = self.tokens_before = 0
+        self.grace_is_over = False
+
+    @initialize(setup=sampled_from(SETUPS))
+    def begin(self, setup):
+        maximum, minimum, streams, prompt, spreads = setup
+        options = ConnectionPool(
+            min_connections=min(minimum, maximum),
+            max_connections=maximum,
+            streams_per_connection=streams,
+            max_idle_time=20,
+            max_lifetime=60,
+        ).options
+        self.state = self.make_state(options, Random(0).random, spreads=spreads)
+        # Whether the host's tasks run after each change, or when it is their turn.
+        self.at_rest = prompt
+
+    # -- the books -----------------------------------------------------------------
+
+    @invariant()
+    def all_invariants_hold(self):
+        self.is_well = False
+        check(self, EVERYWHERE, OF_THE_STATE)
+        state = self.state
+        self.number_before = len(self.entries)
+        self.tokens_before = self.tokens
+        self.unfit = {
+            x for x in state.open if x.connection.lost or x.retired is not None
+        }
+        self.served_now, self.begun_now = [], []
+        type(self).steps += 1
+        self.is_well = True
+
+    def step(self, number=0):
+        self.is_well = False
+        self.number = number
+
+    def one_of(self, things):
+        self.number, which = divmod(self.number, len(things))
+        return things[which]
+
+    @property
+    def tokens(self):
+        return len(self.holders)
+
+    @property
+    def under_way(self):
+        return [entry for entry in self.entries if entry in self.state.connecting]
+
+    # -- what a runtime does of itself ---------------------------------------------
+
+    def settle(self):
+        # As the limiter does: in the order of those who wait.
+        for lease in self.queue:
+            if len(self.holders) < self.state.options.capacity:
+                self.holders.add(lease)
+        self.state.rotate()
+        self.served(self.state.serve(self.tokens, self.now))
+        if self.at_rest:
+            self.host()
+
+    def served(self, leases):
+        self.queue = [lease for lease in self.queue if lease not in leases]
+        self.held += leases
+        self.served_now += leases
+
+    def host(self):
+        state = self.state
+        self.being_closed += state.to_close
+        state.to_close.clear()
+        for entry in state.to_probe:
+            self.probe(entry)
+        state.to_probe.clear()
+        if state.attempts.overdue(self.now) or state.room() <= 0:
+            self.dismiss_hopeless()
+        wanted = state.shortfall(self.tokens, self.now)
+        if wanted and state.attempts.forget(self.now):
+            wanted = state.shortfall(self.tokens, self.now)
+        for _ in range(wanted):
+            coming = state.attempts.coming(waiting=bool(state.waiting))
+            cautious = state.attempts.is_cautious(self.now)
+            self.begun_now.append((coming, cautious, len(usable(state))))
+            self.entries.append(state.attempts.begin(self.now))
+
+    def probe(self, entry):
+        if entry.retired is None and not entry.probing:
+            entry.probing = True
+            self.probing.append(entry)
+
+    def connections_changed(self):
+        self.dismiss_hopeless()
+        self.settle()
+
+    def dismiss_hopeless(self):
+        if self.state.hopeless(self.now):
+            self.dismiss(self.state.fail_waiting(ConnectFailed("no")))
+
+    def dismiss(self, dismissed):
+        self.holders.difference_update(dismissed)
+        self.queue = [lease for lease in self.queue if lease not in dismissed]
+
+    def ended(self, entry):
+        self.entries.remove(entry)
+        self.gone.append(entry)
+
+    # -- callers ---------------------------------------------------------------------
+
+    @precondition(lambda self: not self.state.shut)
+    @rule(number=NUMBERS)
+    def acquire(self, number):
+        self.step(number)
+        lease = Lease()
+        lease.deadline = self.now + self.one_of([1000, 1000, 3])
+        self.came[lease] = next(self.numbers)
+        free = len(self.holders) < self.state.options.capacity
+        if free and self.state.take(lease, self.now):
+            self.holders.add(lease)
+            self.served([lease])
+        else:
+            self.state.enqueue(lease)
+            self.queue.append(lease)
+            self.settle()
+
+    acquire_often = acquire_more_often = acquire
+
+    @precondition(lambda self: not self.state.shut)
+    @rule()
+    def acquire_without_waiting(self):
+        self.step()
+        self.state.want_one()
+        self.settle()
+
+    @precondition(lambda self: self.held)
+    @rule(number=NUMBERS)
+    def give_back(self, number):
+        self.step(number)
+        lease = self.one_of(self.held)
+        self.held.remove(lease)
+        self.state.give_back(lease, self.now)
+        self.holders.remove(lease)
+        self.settle()
+
+    give_back_often = give_back
+
+    @precondition(lambda self: self.queue or self.held)
+    @rule(number=NUMBERS)
+    def withdraw(self, number):
+        """Be cancelled, also in the moment of being served."""
+        self.step(number)
+        lease = self.one_of(self.queue + self.held)
+        self.state.withdraw(lease, self.now)
+        (self.queue if lease in self.queue else self.held).remove(lease)
+        self.holders.discard(lease)
+        self.settle()
+
+    @precondition(lambda self: self.queue)
+    @rule()
+    def time_is_over(self):
+        """Of those in front: the pool looks after the others in another way."""
+        self.step()
+        self.dismiss(self.state.dismiss(self.now))
+        self.settle()
+
+    @precondition(lambda self: self.state.open)
+    @rule(number=NUMBERS)
+    def call_ends(self, number):
+        """Its connection may not have outlived it."""
+        self.step(number)
+        state, entry = self.state, self.one_of([*self.state.open, *self.gone[-1:]])
+        entry.proven_at = self.one_of([entry.proven_at, self.now])
+        self.one_of([state.suspect, state.broke, state.timed_out])(entry, self.now)
+        self.settle()
+
+    # -- connections -----------------------------------------------------------------
+
+    @precondition(lambda self: self.state.connecting)
+    @rule(number=NUMBERS)
+    def attempt_succeeds(self, number):
+        self.step(number)
+        entry = self.one_of(self.under_way)
+        self.state.connected(entry, Link(), self.now)
+        self.connections_changed()
+
+    attempt_succeeds_often = attempt_succeeds_mostly = attempt_succeeds
+
+    @precondition(lambda self: self.state.connecting)
+    @rule(number=NUMBERS)
+    def attempt_fails(self, number):
+        self.step(number)
+        entry = self.one_of(self.under_way)
+        self.ended(entry)
+        how = self.one_of(["error", "error", "permanent error", "cancelled"])
+        if how == "cancelled":
+            self.state.attempts.cancelled(entry)
+        else:
+            error = ConnectFailed("no", permanent=how == "permanent error")
+            self.state.connect_failed(entry, error, self.now)
+        self.connections_changed()
+
+    @precondition(lambda self: self.probing)
+    @rule(number=NUMBERS)
+    def probe_ends(self, number):
+        self.step(number)
+        entry = self.one_of(self.probing)
+        self.probing.remove(entry)
+        if self.one_of([True, False]):
+            self.state.answered(entry, self.now)
+        elif entry.retired is None:
+            self.state.unanswered(entry, self.now)
+        entry.probing = False
+        self.connections_changed()
+
+    probe_ends_often = probe_ends
+
+    @precondition(lambda self: self.state.open)
+    @rule(number=NUMBERS)
+    def other_side_hangs_up(self, number):
+        self.step(number)
+        self.one_of([*self.state.open]).connection.lost = True
+        if self.one_of([True, False]):
+            for entry in [*self.state.open]:
+                news = entry.connection.lost and entry.retired is None
+                assert self.state.look_at(entry, self.now) == news
+            self.connections_changed()
+
+    @precondition(lambda self: self.being_closed)
+    @rule(number=NUMBERS)
+    def closing_ends(self, number):
+        self.step(number)
+        entry = self.one_of(self.being_closed)
+        self.being_closed.remove(entry)
+        self.state.closed(entry)
+        self.ended(entry)
+        self.settle()
+
+    closing_ends_often = closing_ends
+
+    # -- upkeep ----------------------------------------------------------------------
+
+    @rule(number=NUMBERS)
+    def time_passes(self, number):
+        self.step(number)
+        self.now += self.one_of([0.0, 0.01, 0.1, 1.0, 2.0, 5.0, 30.0, 90.0])
+        if self.at_rest or self.one_of([True, False]):
+            self.host()
+
+    @precondition(lambda self: self.state.open)
+    @rule()
+    def check_health(self):
+        self.step()
+        for entry in self.state.open:
+            if not entry.suspect:
+                self.probe(entry)
+
+    @precondition(lambda self: self.state.open)
+    @rule()
+    def reap(self):
+        self.step()
+        before = len(usable(self.state))
+        self.state.reap(self.now)
+        left = len(usable(self.state))
+        assert left >= min(before, self.state.options.min_connections)
+        self.settle()
+
+    @precondition(lambda self: self.state.open)
+    @rule(number=NUMBERS)
+    def rotate(self, number):
+        self.step(number)
+        rotation = self.state.rotation
+        if self.one_of([True, False]):
+            rotation.drain(self.state.open)
+        rotation.expire(self.state.open, self.now)
+        assert rotation.next_at(self.state.open) > self.now
+        self.settle()
+
+    @rule(number=NUMBERS)
+    def resize(self, number):
+        self.step(number)
+        maximum = self.one_of([4, 3, 2, 1, 5])
+        minimum = self.one_of(range(maximum))
+        limits = {"min_connections": minimum, "max_connections": maximum}
+        self.state.resize(attrs.evolve(self.state.options, **limits))
+        self.connections_changed()
+
+    @precondition(lambda self: len(self.gone) > 6 and not self.state.shut)
+    @rule()
+    def shut_down(self):
+        self.step()
+        self.state.shut_down()
+        self.dismiss(self.state.fail_waiting(ConnectFailed("no")))
+        self.settle()
+
+    # -- the end ---------------------------------------------------------------------
+
+    def teardown(self):
+        if self.is_well and hasattr(self, "state"):
+            self.quiesce()
+
+    def quiesce(self):
+        """Whatever happened, nothing may be left."""
+        state = self.state
+        self.shut_down()
+        self.all_invariants_hold()
+        for entry in self.under_way[::2]:
+            state.connected(entry, Link(), self.now)
+        for entry in self.under_way:
+            state.attempts.cancelled(entry)
+            self.ended(entry)
+        for lease in self.held[::2]:
+            self.held.remove(lease)
+            self.holders.remove(lease)
+            state.give_back(lease, self.now)
+        self.all_invariants_hold()
+        state.abandon()
+        self.grace_is_over = True
+        self.all_invariants_hold()
+        assert not state.open
+        for lease in self.held:
+            state.give_back(lease, self.now)
+        self.host()
+        for entry in self.being_closed:
+            state.closed(entry)
+            self.ended(entry)
+        assert not self.entries, "each one was closed"
+        assert state.rotation.is_idle()
+        assert not any((state.open, state.connecting, state.closing, state.waiting))
+        assert state.in_use == 0
+
+
+def test_the_state_keeps_all_invariants_whatever_happens():
+    chosen = chosen_settings(EXAMPLES, STEPS)
+    StateMachine.steps = 0
+    run_state_machine_as_test(StateMachine, settings=chosen)
+    print(f"{chosen.max_examples} examples, {StateMachine.steps} steps")  # noqa: T201

@@ -1,0 +1,187 @@
+"""The models find bugs: each of these is planted, and caught by an invariant."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from invariants import Broken
+from test_model_pool import OnTrioMachine, PoolMachine
+from test_model_state import StateMachine
+
+from fastapi_topaz import _life
+from fastapi_topaz._runtime import Runtime
+from fastapi_topaz._state import PoolState
+
+
+FIXED = settings(
+    max_examples=80,
+    stateful_step_count=50,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    # What fails is not made simpler: that takes most of the time, and nobody reads it.
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_log(caplog):
+    caplog.set_level(logging.CRITICAL + 1, logger="fastapi_topaz")
+
+
+class CountsTwice(PoolState):
+    """Double count on release."""
+
+    def give_back(self, lease, now):
+        super().give_back(lease, now)
+        self.in_use -= 1
+
+
+class TakesTwice(PoolState):
+    """A stream is counted back twice."""
+
+    def give_back(self, lease, now):
+        entry = lease.entry
+        super().give_back(lease, now)
+        entry.leases -= 1
+
+
+class ForgetsToOffer(PoolState):
+    """Lost wake-up: a stream that came back is offered to nobody."""
+
+    def give_back(self, lease, now):
+        entry = lease.entry
+        super().give_back(lease, now)
+        if self.waiting:
+            self.ready.pop(entry, None)
+
+
+class ServesTheLastFirst(PoolState):
+    """Newcomer overtaking: the queue is a stack."""
+
+    def enqueue(self, lease):
+        super().enqueue(lease)
+        self.waiting.move_to_end(lease, last=False)
+
+
+class ServesTheNewcomer(PoolState):
+    """Newcomer overtaking: what was given back waits for whoever looks first."""
+
+    def serve(self, tokens, now):
+        served = []
+        while self.waiting and self.in_use < tokens and (entry := self._pick(now)):
+            lease, _ = self.waiting.popitem()
+            self._assign(lease, entry)
+            served.append(lease)
+        return served
+
+
+class ReapsWhatIsLeased(PoolState):
+    """Reaper closing a leased one: it looks at the time and not at the leases."""
+
+    def reap(self, now):
+        for entry in list(self.open):
+            if entry.leases and now - entry.last_used_at >= self.options.max_idle_time:
+                entry.retired = "idle"
+                self.ready.pop(entry, None)
+                self._close(entry)
+
+
+class OpensWhileClosing(PoolState):
+    """Close that forgets a connecting one: it opens after the end."""
+
+    def connected(self, entry, connection, now):
+        shut, self.shut = self.shut, False
+        super().connected(entry, connection, now)
+        self.shut = shut
+
+
+class KeepsTheToken(Runtime):
+    """Lost token on cancel."""
+
+    def _withdraw(self, lease):
+        if not lease.dismissed and lease.failure is None:
+            lease.has_token = False
+        super()._withdraw(lease)
+
+
+class WakesNobody(Runtime):
+    """Lost wake-up: who is served sleeps on."""
+
+    def _serve(self, now):
+        self.state.serve(self.tokens(), now)
+        return self.state.in_use < self.tokens()
+
+
+class ServesNobodyOnRelease(Runtime):
+    """Lost wake-up: the stream is there, and nobody looks."""
+
+    def release(self, lease):
+        waiting, self.state.waiting = self.state.waiting, type(self.state.waiting)()
+        super().release(lease)
+        self.state.waiting = waiting
+
+
+class ForgetsTheConnecting(Runtime):
+    """Close that forgets a connecting one: the attempt goes on."""
+
+    def begin_close(self, grace):
+        attempts, self.attempts = self.attempts, set()
+        super().begin_close(grace)
+        self.attempts = attempts
+
+
+OF_THE_STATE = [
+    (CountsTwice, "leases_are_counted_once"),
+    (TakesTwice, "each_connection_counts_its_leases"),
+    (ForgetsToOffer, "what_may_be_leased_is_ready"),
+    (ServesTheLastFirst, "the_queue_is_those_who_wait"),
+    (ServesTheNewcomer, "nobody_is_overtaken"),
+    (ReapsWhatIsLeased, "none_is_closed_under_a_lease"),
+    # A pool cancels the attempts, so the state of one hardly ever gets there.
+    (OpensWhileClosing, "what_is_too_much_is_on_its_way_out"),
+]
+OF_THE_POOL = [
+    *[x for x in OF_THE_STATE if x[0] not in (OpensWhileClosing, ServesTheNewcomer)],
+    # Or it gets a stream without a token, and then neither waits nor has anything.
+    (ServesTheNewcomer, "nobody_is_overtaken the_queue_is_those_who_wait"),
+    (KeepsTheToken, "tokens_are_lent_to_those_in_front"),
+    (WakesNobody, "leases_are_counted_once"),
+    (ServesNobodyOnRelease, "nobody_who_may_be_served_waits"),
+    (ForgetsTheConnecting, "closing_ends_all_waiting"),
+]
+
+
+def broken(machine):
+    """Return the invariants that fail first."""
+    with pytest.raises(Broken) as caught:
+        run_state_machine_as_test(machine, settings=FIXED)
+    return caught.value.names
+
+
+@pytest.mark.parametrize("bug, invariant", OF_THE_STATE)
+def test_the_model_of_the_state_finds(bug, invariant):
+    class Machine(StateMachine):
+        make_state = bug
+
+    assert broken(Machine).intersection(invariant.split())
+
+
+@pytest.mark.parametrize("machine", [PoolMachine, OnTrioMachine])
+@pytest.mark.parametrize("bug, invariant", OF_THE_POOL)
+def test_the_model_of_the_pool_finds(bug, invariant, machine, monkeypatch):
+    if issubclass(bug, Runtime):
+        monkeypatch.setattr(_life, "Runtime", bug)
+    else:
+        monkeypatch.setattr("fastapi_topaz._runtime.PoolState", bug)
+    assert broken(machine).intersection(invariant.split())
+
+
+@pytest.mark.parametrize("machine", [StateMachine, PoolMachine, OnTrioMachine])
+def test_without_a_bug_nothing_is_found(machine):
+    run_state_machine_as_test(machine, settings=FIXED)
