@@ -204,8 +204,6 @@ async def close(runtime: Runtime, entry: PoolEntry) -> None:
     where, reason = place(runtime, entry), entry.retired or "close"
     connection, entry.connection = entry.connection, None
     try:
-        if connection is None:
-            return
         runtime.counters.count(runtime.counters.closes, reason)
         lost = reason in _LOSSES
         error = f", its last error: {entry.last_error}" if entry.last_error else ""

@@ -57,5 +57,5 @@ def _after_fork_in_child() -> None:
     current.pid = os.getpid()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
+if hasattr(os, "register_at_fork"):  # pragma: no branch  (not on Windows)
     os.register_at_fork(after_in_child=_after_fork_in_child)

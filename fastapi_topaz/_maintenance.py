@@ -64,8 +64,6 @@ async def host(runtime: Runtime) -> None:
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         _, failures = group.split(anyio.get_cancelled_exc_class())
-        if failures is None:
-            raise
         # A bug, and the pool is as good as closed; the next use opens it anew. It may
         # not leave this task: on trio that would end the whole run.
         logger.critical("%s: its host task failed", runtime.label, exc_info=failures)

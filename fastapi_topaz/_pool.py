@@ -260,7 +260,7 @@ class ConnectionPool(PoolLife):
                 raise
             runtime = self._first_use()
         lease = Lease()
-        if not runtime.take(lease):
+        if not runtime.take(lease):  # pragma: no branch  (nothing was free just now)
             await runtime.wait(
                 lease, self._options.acquire_timeout if timeout is None else timeout
             )

@@ -301,7 +301,8 @@ class Runtime:
             state.to_close
             or state.shortfall(self.tokens(), now)
             # The opener has more to look out for than it did when it went to sleep.
-            or (state.waiting and (state.connecting or state.next_attempt() > now))
+            or state.next_attempt() > now
+            or (state.waiting and state.connecting)
         ):
             self.work.set()
         if state.shut and not state.in_use:

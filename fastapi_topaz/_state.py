@@ -310,7 +310,7 @@ class PoolState:
             # A call was answered since, so this is the first failure.
             entry.suspected_at = now
             self.to_probe.append(entry)
-        elif entry.retired is None:
+        else:
             self.lost(entry, "unhealthy", now)
             # Those that have answered since then are no part of it.
             self._suspect_others(entry, entry.suspected_at, now)

@@ -325,8 +325,9 @@ class StateMachine(RuleBasedStateMachine):
         before = len(usable(self.state))
         self.state.reap(self.now)
         left = len(usable(self.state))
-        assert left >= min(before, self.state.options.min_connections)
         self.settle()
+        self.all_invariants_hold()
+        assert left >= min(before, self.state.options.min_connections)
 
     @precondition(lambda self: self.state.open)
     @rule(number=NUMBERS)

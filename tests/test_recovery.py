@@ -152,6 +152,22 @@ async def test_an_old_failure_to_grow_is_no_part_of_an_outage_that_comes_later(c
     ]
 
 
+async def test_who_does_not_wait_has_one_made_after_the_pause_that_a_loss_brings():
+    connector = FakeConnector()
+    async with make(connector, streams_per_connection=2) as pool, pool.acquire():
+        # So soon after it was made that the next one has to wait a little; and as it is
+        # leased, nothing is closed that would bring the matter up again.
+        connector.connections[0].hung_up = True
+        with pytest.raises(PoolTimeout):
+            await pool.acquire(timeout=0)
+        assert connector.attempts == 1
+        # Before anybody looks whether connections are lost.
+        await anyio.sleep(0.9)
+        assert connector.attempts == 2
+        async with pool.acquire(timeout=0):
+            pass
+
+
 async def test_an_attempt_that_hangs_keeps_nobody_from_another_server():
     """Behind one address, one of several servers accepts and stays silent."""
     connector = FakeConnector([hang()])

@@ -274,5 +274,5 @@ def _observations(
         yield Observation(count, {**attributes, label: kind})
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
+if hasattr(os, "register_at_fork"):  # pragma: no branch  (not on Windows)
     os.register_at_fork(after_in_child=_Instruments.after_fork_in_child)
