@@ -23,9 +23,6 @@ nox.options.sessions = [
     "oldest",
     "tests",
     "slow",
-    "model",
-    "shuffled",
-    "soak",
     "bench",
 ]
 

@@ -29,14 +29,20 @@ from shuffled import shuffled_loop  # noqa: E402
 
 pytest_plugins = ["fastapi_topaz.testing.fixtures"]
 
-# How long an example takes says how busy the machine is.
+# By default the same examples each time. How long one takes says how busy the machine
+# is.
 hypothesis.settings.register_profile(
-    "unhurried", parent=hypothesis.settings(), deadline=None
+    "unhurried",
+    parent=hypothesis.settings(),
+    deadline=None,
+    derandomize=True,
+    database=None,
 )
 hypothesis.settings.load_profile("unhurried")
 hypothesis.settings.register_profile(
     "deep",
     parent=hypothesis.settings.get_profile("unhurried"),
+    derandomize=False,
     max_examples=2000,  # the models multiply theirs by a hundredth of this
     print_blob=True,
 )
@@ -55,9 +61,12 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_configure():
-    # In the environment, where the workers of pytest-xdist find the same one.
-    os.environ.setdefault("SHUFFLE_SEED", str(random.SystemRandom().randrange(10**6)))
+def pytest_configure(config):
+    # By default the same seed each time. In the environment, where the workers of
+    # pytest-xdist find it.
+    chosen = config.getoption("--shuffle") is not None
+    seed = random.SystemRandom().randrange(10**6) if chosen else 1
+    os.environ.setdefault("SHUFFLE_SEED", str(seed))
 
 
 def pytest_report_header():
