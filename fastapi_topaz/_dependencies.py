@@ -10,7 +10,7 @@ import grpc
 from fastapi import HTTPException, Request
 
 from fastapi_topaz._config import TopazConfig
-from fastapi_topaz._options import text
+from fastapi_topaz._options import shown, text
 from fastapi_topaz.exceptions import TopazError
 
 
@@ -120,4 +120,4 @@ def _reason(error: Exception) -> str:
 
 def _check_config(config: object) -> None:
     if not isinstance(config, TopazConfig):
-        raise TypeError(f"config must be a TopazConfig, got {config!r}")
+        raise TypeError(f"config must be a TopazConfig, got {shown(config)}")

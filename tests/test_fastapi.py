@@ -166,6 +166,14 @@ def test_the_policy_path_has_prefix_and_converters_of_the_route(embedded_authori
     assert seen == ["myapp.GET.v1.files.__name"]
 
 
+@pytest.mark.parametrize(
+    "guard", [lambda c: require_policy_allowed(c, "a.b"), require_policy_auto]
+)
+def test_a_dependency_of_something_else_than_a_configuration_is_refused(guard):
+    with pytest.raises(TypeError, match="config must be a TopazConfig, got 'myapp'"):
+        guard("myapp")
+
+
 def test_a_client_cannot_choose_the_policy_by_the_parameters_of_a_mount(
     embedded_authorizer,
 ):

@@ -183,5 +183,5 @@ class LoopThread:
         # gRPC's tasks of calls cancelled a moment ago end by themselves; cutting
         # them off prints "Task was destroyed but it is pending".
         rest = asyncio.all_tasks() - {asyncio.current_task()}
-        if rest:
+        if rest:  # pragma: no cover  (if calls were cancelled just then)
             await asyncio.wait(rest, timeout=2)
