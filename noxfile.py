@@ -23,13 +23,14 @@ nox.options.sessions = [
     "oldest",
     "tests",
     "slow",
+    "mutants",
     "bench",
 ]
 
 SUPPORTED = ["3.11", "3.12", "3.13", "3.14"]
 # The floor of what pyproject.toml allows, where the resolver would not go itself.
 OLDEST = [
-    "anyio==4.15.0",
+    "anyio==4.16.0",
     "attrs==24.2.0",
     "aserto-authorizer==0.20.7",
     "fastapi==0.115.0",
@@ -98,6 +99,13 @@ def model(session: nox.Session) -> None:
     files = [f"tests/test_{name}.py" for name in names]
     deep = ("-rP", "--timeout=0", "--hypothesis-profile=deep")
     session.run("pytest", *deep, *files, *session.posargs)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Change the state of the pool in every small way, and see that tests notice."""
+    session.install("-e", ".", "--group", "mutation")
+    session.run("python", "tests/mutation/survivors.py", *session.posargs)
 
 
 @nox.session

@@ -201,10 +201,7 @@ class PoolLife:
         runtime.home.spawn(live, partial(self._forget, runtime))
         self._runtime = runtime
         self._closed = False
-        connector = runtime.connector
-        # Not its repr(), which would make a new series of each start.
-        named = hasattr(connector, "target")
-        self._metrics.attach(runtime.target if named else type(connector).__name__)
+        self._metrics.attach(runtime.series)
         logger.info(
             "%s: opened, to %s (min_connections=%d, max_connections=%d)",
             *(runtime.label, runtime.target),

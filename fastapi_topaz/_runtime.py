@@ -53,10 +53,15 @@ class Runtime:
         observer: PoolObserver,
     ) -> None:
         self.label = label
+        # Where it leads, for people and for metrics, but for these not as repr(), which
+        # would make a new series of each start.
+        self.target = self.series = type(connector).__name__
         try:
-            self.target = str(getattr(connector, "target", connector))
+            named = getattr(connector, "target", None)
+            self.target = str(connector if named is None else named)
+            self.series = self.series if named is None else self.target
         except Exception:  # noqa: BLE001  (a connector may raise anything)
-            self.target = type(connector).__name__
+            logger.debug("%s: its connector has no readable target", label)
         self.connector = connector
         self.counters = counters
         self.observer = observer
@@ -224,9 +229,7 @@ class Runtime:
 
     def _watch(self, deadline: float) -> bool:
         """Say whether *deadline* can be watched; one before that of others can not."""
-        if not self.state.waiting:
-            self._latest = deadline
-        elif deadline < self._latest:
+        if self.state.waiting and deadline < self._latest:
             return False
         self._latest = deadline
         if deadline < self.alarm:

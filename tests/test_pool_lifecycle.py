@@ -350,6 +350,19 @@ async def test_a_connection_that_will_not_close_does_not_hang_the_pool(caplog):
     assert any("given up" in line for line in warnings(caplog))
 
 
+async def test_a_connector_whose_target_cannot_be_read_works_all_the_same():
+    class Odd(FakeConnector):
+        @property
+        def target(self):
+            raise ZeroDivisionError
+
+        @target.setter
+        def target(self, _target): ...
+
+    async with make(Odd()) as pool, pool.acquire():
+        assert pool._runtime.target == "Odd"
+
+
 async def test_an_error_while_closing_is_logged_and_loses_nothing(caplog):
     class Broken(FakeConnector):
         async def connect(self, timeout):
