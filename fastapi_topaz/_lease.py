@@ -56,8 +56,10 @@ class PooledConnection(AuthorizerCalls):
     def __del__(self) -> None:
         # Nobody can give it back any more. Not here: garbage is collected at any
         # moment, in the midst of whatever the pool does, and in any thread.
-        # Without the attribute where __init__ was not run.
-        lease = getattr(self, "_lease", None)
+        try:
+            lease = self._lease
+        except AttributeError:  # __init__ was not run
+            return
         if lease is not None:
             self._lease = None
             _abandon(self._runtime, lease, self)

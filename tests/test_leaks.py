@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from fastapi_topaz import ConnectionPool, PoolTimeout
+from fastapi_topaz import ConnectionPool, PooledConnection, PoolTimeout
 from fastapi_topaz.testing import FakeConnector
 
 
@@ -343,3 +343,8 @@ def test_a_lease_outlives_the_loop_it_was_taken_on(anyio_backend_names):
 @pytest.fixture
 def anyio_backend_names():
     return ["asyncio", "trio"]
+
+
+def test_a_handle_that_was_never_made_ends_in_silence():
+    # A library that mocks or copies may make one so.
+    assert PooledConnection.__new__(PooledConnection) is not None
