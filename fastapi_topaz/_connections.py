@@ -112,7 +112,7 @@ async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
         runtime.label,
         place(runtime, entry),
         now - began,
-        f", the outage is over (failed attempts: {rounds})" if rounds else "",
+        f", the outage is over (failed rounds: {rounds})" if rounds else "",
         runtime.state.status(),
     )
 

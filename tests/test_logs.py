@@ -64,7 +64,7 @@ async def test_an_outage_has_a_first_and_a_last_line(caplog):
     told = [r.getMessage() for r in caplog.records if r.levelno >= logging.INFO]
     assert "opened, to fake" in told[0]
     assert "out of order" in told[1]
-    assert "the outage is over (failed attempts: 3)" in told[2]
+    assert "the outage is over (failed rounds: 3)" in told[2]
     assert "closing, with 5 s of grace" in told[3]
 
 
