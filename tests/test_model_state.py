@@ -139,6 +139,7 @@ class StateMachine(RuleBasedStateMachine):
         state.to_probe.clear()
         if state.attempts.overdue(self.now) or state.room() <= 0:
             self.dismiss_hopeless()
+        assert state.attempts.next_overdue() > self.now, "who is overdue is marked"
         wanted = state.shortfall(self.tokens, self.now)
         if wanted and state.attempts.forget(self.now):
             wanted = state.shortfall(self.tokens, self.now)
@@ -147,6 +148,7 @@ class StateMachine(RuleBasedStateMachine):
             cautious = state.attempts.is_cautious(self.now)
             self.begun_now.append((coming, cautious, len(usable(state))))
             self.entries.append(state.attempts.begin(self.now))
+        assert not state.shortfall(self.tokens, self.now), "none is left over"
 
     def probe(self, entry):
         if entry.retired is None and not entry.probing:
@@ -159,6 +161,9 @@ class StateMachine(RuleBasedStateMachine):
 
     def dismiss_hopeless(self):
         if self.state.hopeless(self.now):
+            assert self.state.attempts.failures
+            assert not usable(self.state)
+            assert all(entry.overdue for entry in self.state.connecting)
             self.dismiss(self.state.fail_waiting(ConnectFailed("no")))
 
     def dismiss(self, dismissed):
