@@ -113,14 +113,16 @@ class TopazConfig:
                 "tracer_provider must be a TracerProvider, got "
                 f"{shown(tracer_provider)}"
             )
-        self.authorizer_options = AuthorizerOptions.coerce(authorizer_options)
+        self.authorizer_options: AuthorizerOptions = AuthorizerOptions.coerce(
+            authorizer_options
+        )
         self.policy_path_root = policy_path_root
         self.identity_provider = identity_provider
         self.policy_instance_name = policy_instance_name
         self.policy_instance_label = policy_instance_label
         self.resource_context_provider = resource_context_provider
         self.connection_pool = connection_pool
-        self.check_timeout = seconds(
+        self.check_timeout: float = seconds(
             "check_timeout", check_timeout, zero=False, infinite=False
         )
         self._tracing = Tracing(tracer_provider)

@@ -44,9 +44,10 @@ class PooledConnection(AuthorizerCalls):
 
     __slots__ = ("__weakref__", "_lease", "_pool", "_runtime")
 
-    def __init__(self, pool: object, runtime: Runtime, lease: Lease) -> None:
+    # What a pool is made of is no part of the public types.
+    def __init__(self, pool: object, runtime: Any, lease: Any) -> None:
         self._pool = pool
-        self._runtime = runtime
+        self._runtime: Runtime = runtime
         self._lease: Lease | None = lease
 
     def __repr__(self) -> str:

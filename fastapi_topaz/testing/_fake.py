@@ -163,11 +163,13 @@ class FakeConnector:
         answer: Callable[[str, bytes], Any] | None = None,
     ) -> None:
         self._script = deque(script)
-        self.default = default or ok()
-        self.answer = answer or (lambda _method, request: request)
-        self.attempts = 0
+        self.default: Step = default or ok()
+        self.answer: Callable[[str, bytes], Any] = answer or (
+            lambda _method, request: request
+        )
+        self.attempts: int = 0
         self.connections: list[FakeConnection] = []
-        self.peak = 0
+        self.peak: int = 0
         self._connecting = 0
 
     def __repr__(self) -> str:
