@@ -123,7 +123,7 @@ class Runtime:
         taken = state.take(lease, now)
         if not taken:
             self.limiter.release_on_behalf_of(lease)
-        if state.to_probe or state.to_close:
+        if state.news or state.to_probe:
             self.settle()  # some were unfit
         if taken:
             self.counters.acquisitions += 1
@@ -298,6 +298,7 @@ class Runtime:
         now = self.now()
         state.rotate()
         self._serve(now)
+        state.news = False
         if state.to_probe:
             self.suspicion.set()
         if (

@@ -86,9 +86,9 @@ class PoolState:
 
         # In use, and so kept at its minimum.
         self.warm = False
-        # Connections wanted by callers who did not wait for them.
-        self.wish = 0
+        self.wish = 0  # Connections wanted by callers who did not wait for them.
         self.shut = False
+        self.news = False  # One was lost, which may be missed though it closes later.
         # Had its time come, a connection would have been probed by then: if it was
         # not, the clock has jumped, or the process was stopped.
         interval = options.health_check_interval
@@ -257,6 +257,7 @@ class PoolState:
             return
         self.attempts.lost(now - entry.opened_at, now)
         self.rotation.lost(now)
+        self.news = True
         self.retire(entry, reason)
 
     def look_at(self, entry: PoolEntry, now: float) -> bool:

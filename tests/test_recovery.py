@@ -152,6 +152,21 @@ async def test_an_old_failure_to_grow_is_no_part_of_an_outage_that_comes_later(c
     ]
 
 
+async def test_a_leased_one_that_is_found_lost_is_replaced_before_it_is_given_back():
+    connector = FakeConnector()
+    options = {"min_connections": 2, "max_connections": 3, "streams_per_connection": 2}
+    pool = make(connector, **options, eager_init=True)
+    async with pool, pool.acquire() as lost:
+        await anyio.sleep(0.1)  # the pool's own tasks have nothing to do any more
+        lost.connection.hung_up = True
+        async with pool.acquire() as other:
+            assert other.connection is not lost.connection
+            # Before anybody looks whether connections are lost.
+            await anyio.sleep(0.7)
+            assert pool.status().healthy_connections == 2
+            assert connector.attempts == 3
+
+
 async def test_who_does_not_wait_has_one_made_after_the_pause_that_a_loss_brings():
     connector = FakeConnector()
     async with make(connector, streams_per_connection=2) as pool, pool.acquire():
