@@ -11,6 +11,7 @@ from __future__ import annotations
 from _peers import BACKENDS, OURS
 from _rounds import drawing_options, loaded, race_of
 from cancellation import WAITERS
+from imports import OURS as OURS_IMPORTED
 from metrics import FLOOR, LEASE, NO_SDK, above
 
 
@@ -28,6 +29,7 @@ FILES = (
     *(f"outage-{backend}" for backend in ("asyncio", "trio")),
     *(f"metrics-{backend}" for backend in BACKENDS),
     "metrics-calls",
+    "imports",
 )
 HARDLY = 0.1
 """Leases for one task below which a contestant was hardly exercised."""
@@ -297,6 +299,15 @@ def telemetry(saved):
     return "\n\n".join(["### Metrics and traces", *parts]) if parts else ""
 
 
+def imports(saved):
+    data = saved.get("imports")
+    if not data:
+        return ""
+    rows = [row for _, row in rows_of(data, OURS_IMPORTED)]
+    heads = ("import", "ms of CPU", f"times {OURS_IMPORTED}")
+    return "### Imports\n\n" + table(heads, rows)
+
+
 def main(options):
     walls = [f"{name}-wall" for name in FILES if name.startswith("check")]
     saved = {name: loaded(options.results, name) for name in FILES}
@@ -304,6 +315,7 @@ def main(options):
     head = [measured(saved), goals(saved)]
     saved |= {name: loaded(options.results, name) for name in walls}
     chapters = (leases, checks, streams, cancellation, memory, outages, telemetry)
+    chapters += (imports,)
     parts = head + [chapter(saved) for chapter in chapters]
     path = options.to / "README.md"
     text = path.read_text() if path.exists() else f"{START}\n{END}\n"

@@ -5,8 +5,9 @@ Everything public stands here; the modules with an underscore do not.
 `fastapi_topaz.testing` holds an embedded authorizer and fakes for tests.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from fastapi_topaz._config import TopazConfig
-from fastapi_topaz._dependencies import require_policy_allowed, require_policy_auto
 from fastapi_topaz._lease import PooledConnection
 from fastapi_topaz._options import AuthorizerOptions, Identity, IdentityType
 from fastapi_topaz._pool import ConnectionPool
@@ -21,6 +22,10 @@ from fastapi_topaz.exceptions import (
     PoolTimeout,
     TopazError,
 )
+
+
+if TYPE_CHECKING:
+    from fastapi_topaz._dependencies import require_policy_allowed, require_policy_auto
 
 
 __all__ = [
@@ -44,3 +49,12 @@ __all__ = [
     "require_policy_allowed",
     "require_policy_auto",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # FastAPI takes longer to import than all else here, and not each program has it.
+    if name in {"require_policy_allowed", "require_policy_auto"}:
+        from fastapi_topaz import _dependencies  # noqa: PLC0415
+
+        return getattr(_dependencies, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

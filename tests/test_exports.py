@@ -113,6 +113,23 @@ asyncio.run(main())
     assert result.stdout == "{'allowed': True}\n", result.stderr
 
 
+def test_fastapi_is_imported_where_it_is_needed():
+    """It takes longer to import than all else; a program without it uses pools, too."""
+    program = """
+import sys
+import fastapi_topaz
+print({"fastapi", "starlette", "pydantic"} & sys.modules.keys())
+from fastapi_topaz import require_policy_allowed, require_policy_auto
+print("fastapi" in sys.modules)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "set()\nTrue\n", result.stderr
+    with pytest.raises(AttributeError, match="'fastapi_topaz' has no attribute 'no'"):
+        fastapi_topaz.no  # noqa: B018
+
+
 def test_the_changelog_knows_the_version():
     version = importlib.metadata.version("fastapi-topaz")
     text = (ROOT / "CHANGELOG.md").read_text()
