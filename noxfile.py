@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import nox
@@ -14,18 +15,6 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = [
-    "lint",
-    "typing",
-    "package",
-    "alerts",
-    "demo",
-    "oldest",
-    "tests",
-    "slow",
-    "mutants",
-    "bench",
-]
 
 SUPPORTED = ["3.11", "3.12", "3.13", "3.14"]
 # The floor of what pyproject.toml allows, where the resolver would not go itself.
@@ -61,6 +50,37 @@ def starts(python: str) -> bool:
     return True
 
 
+def told(
+    session: nox.Session, option: str, default: str, given: list[str] | None = None
+) -> tuple[str, list[str]]:
+    """Return the value of *option*, and what else was given after `--`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument(option, default=default)
+    options, rest = parser.parse_known_args(session.posargs if given is None else given)
+    return getattr(options, option.removeprefix("--")), rest
+
+
+PYTHONS = found_pythons()
+RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+nox.options.sessions = [
+    "lint",
+    "typing",
+    "package",
+    "alerts",
+    "demo",
+    "oldest",
+    # This one has run them by the README's command.
+    *(f"tests-{python}" for python in PYTHONS if python != RUNNING),
+    "slow",
+    "model",
+    "shuffled",
+    "mutants",
+    "soak",
+    "bench",
+]
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""
@@ -71,16 +91,20 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Check the types of the package, and of a user's program."""
-    session.install("-e", ".", "--group", "typing")
+    """Check the types of the package and of a user's program, and that all are told."""
+    session.install(".", "--group", "typing")
     session.run("mypy")
     session.run("pyright", "--pythonpath", session.virtualenv.bin + "/python")
+    # From elsewhere: what is installed is looked at.
+    with session.chdir(session.create_tmp()):
+        session.run("pyright", "--ignoreexternal", "--verifytypes", "fastapi_topaz")
 
 
-@nox.session(python=found_pythons())
+@nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests on one Python; all that are found by default."""
-    session.install("-e", ".", "--group", "test")
+    # Not editable: what is tested is the wheel, not the sources beside the tests.
+    session.install(".", "--group", "test")
     session.run("pytest", *session.posargs)
 
 
@@ -93,12 +117,15 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def model(session: nox.Session) -> None:
-    """Run the models of the pool, and the fuzzing, with many more examples."""
+    """Try many more examples of the models and the fuzzing; others: `-- --seed 17`."""
+    seed, rest = told(session, "--seed", "1")
     session.install("-e", ".", "--group", "test")
     names = ["model_state", "model_pool", "fuzz", "fuzz_calls", "fuzz_connectors"]
     files = [f"tests/test_{name}.py" for name in names]
     deep = ("-rP", "--timeout=0", "--hypothesis-profile=deep")
-    session.run("pytest", *deep, *files, *session.posargs)
+    # A long example is no hang.
+    deep += (f"--hypothesis-seed={seed}", "-o", "faulthandler_timeout=0")
+    session.run("pytest", *deep, *files, *rest)
 
 
 @nox.session
@@ -121,10 +148,8 @@ def shuffled(session: nox.Session) -> None:
 @nox.session
 def soak(session: nox.Session) -> None:
     """Use pools in several workers while all breaks: `-- --minutes 10 --seed 17`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", default="2.5")
-    parser.add_argument("--seed", default="")
-    options, rest = parser.parse_known_args(session.posargs)
+    minutes, rest = told(session, "--minutes", "2.5")
+    seed, rest = told(session, "--seed", "1", rest)
     session.install("-e", ".", "--group", "test")
     # It watches for stacks that stand still by itself.
     pytest = ("pytest", "-m", "soak", "-n0", "-s", "-o", "faulthandler_timeout=0")
@@ -132,7 +157,7 @@ def soak(session: nox.Session) -> None:
         *pytest,
         "tests/test_soak.py",
         *rest,
-        env={"SOAK_MINUTES": options.minutes, "SOAK_SEED": options.seed},
+        env={"SOAK_MINUTES": minutes, "SOAK_SEED": seed},
     )
 
 
@@ -146,7 +171,7 @@ def oldest(session: nox.Session) -> None:
 
 
 # On 3.11 tracing loses coroutines that swallow what is thrown into them.
-@nox.session(python=found_pythons()[-1:])
+@nox.session(python=PYTHONS[-1:])
 def coverage(session: nox.Session) -> None:
     """Run the tests and show the lines and branches they miss."""
     session.install("-e", ".", "--group", "test")
