@@ -1,0 +1,8 @@
+# DELETE /documents/{id}: its owner.
+package myapp.DELETE.documents.__id
+
+import rego.v1
+
+default allowed := false
+
+allowed if data.myapp.users.owners[input.resource.id] == data.myapp.users.name

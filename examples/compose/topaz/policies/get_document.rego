@@ -1,0 +1,13 @@
+# GET /documents/{id}: the first is for all users, others are for their owners.
+package myapp.GET.documents.__id
+
+import rego.v1
+
+default allowed := false
+
+allowed if {
+	input.resource.id == "1"
+	data.myapp.users.name in data.myapp.users.known
+}
+
+allowed if data.myapp.users.owners[input.resource.id] == data.myapp.users.name

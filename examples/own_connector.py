@@ -1,0 +1,145 @@
+"""
+A pool of connections to another gRPC service, through a `Connector` of one's own.
+
+The service is made up: `stock.v1.Stock/Count` takes the name of an article and returns
+how many there are. What it takes and returns are messages that come with protobuf.
+
+    python own_connector.py apples pears
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import grpc
+import grpc.aio
+from google.protobuf.wrappers_pb2 import Int64Value, StringValue
+
+from fastapi_topaz import ConnectionLost, ConnectionPool, Verdict
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+# HealthCheckRequest(), about the server as a whole, and HealthCheckResponse(SERVING),
+# as bytes: their classes are in the package grpcio-health-checking.
+CHECK = b""
+SERVING = b"\x08\x01"
+
+
+class StockConnection:
+    """One channel, and so one TCP connection, of grpc.aio."""
+
+    def __init__(self, target: str) -> None:
+        self._channel = grpc.aio.insecure_channel(
+            target,
+            # Without it, all channels to a target share one TCP connection.
+            options=[("grpc.use_local_subchannel_pool", 1)],
+        )
+
+    async def probe(self, timeout: float, /) -> None:
+        """Ask the server how it is: a channel calls itself ready long after its end."""
+        health = "/grpc.health.v1.Health/Check"
+        answer = await self.call(health, CHECK, timeout=timeout)
+        if answer != SERVING:
+            raise ConnectionLost("the server says that it does not serve")
+
+    async def call(
+        self,
+        method: str,
+        request: bytes,
+        *,
+        timeout: float | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
+    ) -> bytes:
+        """Make one call; having this, leases have `call()`, too."""
+        call = self._channel.unary_unary(method)(
+            request, timeout=timeout, metadata=tuple(metadata)
+        )
+        # Not `await call`: when it is cancelled it raises a CancelledError that
+        # anyio's scopes do not know for theirs.
+        ended = anyio.Event()
+        call.add_done_callback(lambda _: ended.set())
+        try:
+            await ended.wait()
+        finally:
+            call.cancel()  # does nothing to one that has ended
+        if call.cancelled():  # by close(): nobody cancelled the caller
+            raise ConnectionLost("the connection was closed under the call")
+        response: bytes = await call
+        return response
+
+    def judge(self, error: BaseException, /) -> Verdict | None:
+        """Tell the pool what the error of a call says of this connection."""
+        if isinstance(error, ConnectionLost):
+            return Verdict.BROKEN
+        if not isinstance(error, grpc.aio.AioRpcError):
+            return None
+        bad: dict[Any, Verdict] = {
+            grpc.StatusCode.UNAVAILABLE: Verdict.UNAVAILABLE,
+            grpc.StatusCode.DEADLINE_EXCEEDED: Verdict.SILENT,
+        }
+        return bad.get(error.code(), Verdict.ANSWERED)
+
+    async def close(self, grace: float, /) -> None:
+        """Close the channel; calls in flight have *grace* seconds."""
+        await self._channel.close(grace)
+
+
+class StockConnector:
+    """
+    Makes connections to the stock at *target*.
+
+    For asyncio, since grpc.aio knows no trio.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target  # the pool names it in its messages
+
+    async def connect(self, timeout: float, /) -> StockConnection:
+        """Return a connection that has answered, or raise."""
+        connection = StockConnection(self.target)
+        try:
+            await connection.probe(timeout)
+        except BaseException:
+            # Also when the pool gives up on it.
+            with anyio.CancelScope(shield=True):
+                await connection.close(0)
+            raise
+        return connection
+
+
+async def count(pool: ConnectionPool, article: str) -> int:
+    """Return how many there are."""
+    async with pool.acquire() as conn:
+        answer: Int64Value = await conn.call(
+            "/stock.v1.Stock/Count",
+            StringValue(value=article),
+            request_serializer=StringValue.SerializeToString,
+            response_deserializer=Int64Value.FromString,
+            timeout=2.0,
+        )
+    return answer.value
+
+
+async def main(articles: Sequence[str]) -> None:
+    target = os.environ.get("STOCK_URL", "127.0.0.1:50051")
+    pool = ConnectionPool(connector=StockConnector(target), max_connections=2)
+    counts: dict[str, int] = {}
+
+    async def look(article: str) -> None:
+        counts[article] = await count(pool, article)
+
+    async with pool, anyio.create_task_group() as tasks:
+        for article in articles:
+            tasks.start_soon(look, article)
+    for article in articles:
+        print(f"{article}: {counts[article]}")
+
+
+if __name__ == "__main__":
+    anyio.run(main, sys.argv[1:])
