@@ -4,10 +4,12 @@ What a forked child must not touch.
 gRPC cannot survive `os.fork()` with an open channel: in the child every call
 hangs or the process dies, and even garbage-collecting an inherited channel breaks
 the parent's. Nothing in the child can repair that, so it is recognised and refused.
+A closed channel that was not collected yet does the same, so it is collected first.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import weakref
 
@@ -29,6 +31,8 @@ class _Process:
 current = _Process()
 
 _open: weakref.WeakSet[object] = weakref.WeakSet()
+# Those that still exist: the thread that polls for grpc.aio ends with the last one.
+_closed: weakref.WeakSet[object] = weakref.WeakSet()
 _inherited: list[object] = []
 _parent: list[int] = []
 
@@ -39,8 +43,9 @@ def watch(channel: object) -> None:
 
 
 def forget(channel: object) -> None:
-    """Take back `watch`: *channel* is closed."""
+    """Take back `watch`: *channel* is closed, and nobody needs it any more."""
     _open.discard(channel)
+    _closed.add(channel)
 
 
 def inherited_from() -> int | None:
@@ -48,9 +53,15 @@ def inherited_from() -> int | None:
     return _parent[-1] if _parent else None
 
 
+def _before_fork() -> None:
+    # Closing leaves reference cycles behind, and collected in the child they hang it.
+    if _closed:
+        gc.collect()
+
+
 def _after_fork_in_child() -> None:
     # Held for ever: collecting one of them in the child breaks the parent's.
-    left = list(_open)
+    left = [*_open, *_closed]
     if left:
         _inherited.extend(left)
         _parent.append(current.pid)
@@ -58,4 +69,4 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch  (not on Windows)
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
