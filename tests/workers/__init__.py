@@ -1,0 +1,1 @@
+"""What `test_workers.py` has servers serve, and how it looks after them."""
