@@ -30,6 +30,10 @@ OLDEST = [
     "trio==0.32.0",
 ]
 
+# The newest release known when this was written, and where its server's program is.
+TOPAZD = "github.com/aserto-dev/topaz/topazd"
+TOPAZ_RELEASE = "v0.33.13"
+
 
 def found_pythons() -> list[str]:
     """Return every supported Python that really starts on this machine."""
@@ -68,6 +72,7 @@ nox.options.sessions = [
     "typing",
     "package",
     "alerts",
+    "topaz",
     "demo",
     "oldest",
     # This one has run them by the README's command.
@@ -236,6 +241,39 @@ def alerts(session: nox.Session) -> None:
     check = ("check", "rules", "--lint=all", "--lint-fatal")
     session.run(promtool, *check, "observability/alerts.yaml", external=True)
     session.run(promtool, "test", "rules", "tests/alerts_test.yaml", external=True)
+
+
+def found_topazd(cache: Path) -> str | None:
+    """Return topazd, built once from its Go module; None if that cannot be had."""
+    built = cache / TOPAZ_RELEASE / "topazd"
+    if built.exists():
+        return str(built)
+    if (go := shutil.which("go")) is None:
+        print("there is no Go")  # noqa: T201
+        return None
+    # Stamped as its own releases are, or it would tell no version.
+    stamp = f"-X {TOPAZD}/version.ver={TOPAZ_RELEASE.removeprefix('v')}"
+    command = [go, "install", "-ldflags", stamp, f"{TOPAZD}@{TOPAZ_RELEASE}"]
+    environment = os.environ | {"CGO_ENABLED": "0", "GOBIN": str(built.parent)}
+    try:
+        subprocess.run(command, env=environment, check=True, timeout=1800)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(error)  # noqa: T201
+        return None
+    return str(built)
+
+
+@nox.session
+def topaz(session: nox.Session) -> None:
+    """Run the pool, and what is expected of authorizers, against Topaz itself."""
+    topazd = found_topazd(Path(session.cache_dir).resolve() / "topazd")
+    if topazd is None:
+        session.skip(f"{TOPAZD}@{TOPAZ_RELEASE} cannot be had: no Go, or no module")
+    session.install("-e", ".", "--group", "test")
+    session.run(topazd, "version", external=True)
+    files = ("tests/test_conformance.py", "tests/test_topaz.py")
+    anyhow = ("-n0", "-m", "slow or not slow")
+    session.run("pytest", *anyhow, *files, *session.posargs, env={"TOPAZD": topazd})
 
 
 @nox.session

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import importlib.metadata
 import logging
 import math
 import sys
@@ -40,7 +39,6 @@ from fastapi_topaz import (
     _host,
     _messages,
     _resource,
-    _version,
     cli,
 )
 from fastapi_topaz._state import PoolState
@@ -699,17 +697,6 @@ async def test_a_second_resize_passes_over_what_leaves_already():
             await pool.release(lease)
         await anyio.sleep(1)
         assert (pool.status().total, pool.status().leaving) == (1, 0)
-
-
-# -- _version -------------------------------------------------------------------------
-
-
-def test_sources_that_are_not_installed_have_no_version(monkeypatch):
-    def version(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    assert _version._installed() == "unknown"
 
 
 # -- _telemetry -----------------------------------------------------------------------

@@ -206,25 +206,40 @@ def test_policies_may_be_changed_in_place_and_are_a_copy(authorizer, stub):
 
 
 @pytest.mark.parametrize(
-    "answer", [None, 1, "yes", {"allowed": 1}, {1: True}, ["allowed"]]
+    "answer", [None, 1, "yes", {"allowed": object()}, {1: True}, ["allowed"]]
 )
-def test_an_answer_that_is_no_answer_is_internal(authorizer, stub, answer):
+def test_an_answer_that_is_no_answer_is_an_error(authorizer, stub, answer):
     authorizer.policies = {"app.GET.x": lambda _check: answer}
     code, details = status_of(stub.Is, is_request())
-    assert code is grpc.StatusCode.INTERNAL
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "'app.GET.x' must return a bool" in details
     assert details.endswith(f"got {type(answer).__name__}")
 
 
-def test_a_policy_that_raises_is_internal_and_logged(authorizer, stub, caplog):
+@pytest.mark.parametrize("value", [None, 1, "yes", ["yes"], {"yes": True}])
+def test_without_a_boolean_there_is_no_decision_at_all(authorizer, stub, caplog, value):
+    odd = {"allowed": value, "visible": True}
+    authorizer.policies = {"app.GET.x": lambda _check: odd}
+    assert ask(stub, "app.GET.x", "visible", "allowed") == {}
+    (record,) = caplog.records
+    assert "decides 'allowed' with a " + type(value).__name__ in record.getMessage()
+    assert ask(stub, "app.GET.x", "visible") == {"visible": True}
+    assert tree(stub, "app", "allowed") == {"app.GET.x": {}}
+    assert query(stub, "x = data.app.GET.x")[0]["bindings"] == {"x": odd}
+
+
+def test_a_policy_that_raises_is_an_error_and_logged(authorizer, stub, caplog):
     def policy(_check):
         raise LookupError("no such door")
 
     authorizer.policies = {"app.GET.x": policy}
     code, details = status_of(stub.Is, is_request())
-    assert code is grpc.StatusCode.INTERNAL
-    assert details == "policy 'app.GET.x' raised LookupError: no such door"
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert details.startswith("invalid query: query evaluation failed: ")
+    assert details.endswith("policy 'app.GET.x' raised LookupError: no such door")
     assert [r.exc_info[0] for r in caplog.records] == [LookupError]
+    request = QueryRequest(query="data.app.GET.x", identity_context=NOBODY)
+    assert code_of(stub.Query, request) == "INTERNAL"
 
 
 @pytest.mark.parametrize(
@@ -299,13 +314,48 @@ def without(request, field):
             "INVALID_ARGUMENT",
             "undefined results: data.app.GET.x.allowed data.app.GET.x.nope",
         ),
+        (is_request("my-docs"), "INVALID_ARGUMENT", "data.my-docs.allowed is no "),
+        (is_request("app.GET.x", "*"), "INVALID_ARGUMENT", "data.app.GET.x.* is no "),
     ],
 )
 def test_is_refuses_as_topaz_does(authorizer, stub, request_, code, text):
-    authorizer.policies = {"app.GET.x": {"allowed": True}}
+    authorizer.policies = {"app.GET.x": {"allowed": True}, "my-docs": True}
     got, details = status_of(stub.Is, request_)
     assert got.name == code
     assert text in details
+
+
+def test_a_segment_that_is_no_identifier_is_quoted(authorizer, stub):
+    authorizer.policies = {'app.GET["my-docs"].__id': True}
+    assert ask(stub, 'app.GET["my-docs"].__id') == {"allowed": True}
+
+
+def test_those_who_are_not_in_the_directory_are_not_found():
+    with (
+        EmbeddedAuthorizer({"app.GET.x": True}, identities=["rick"]) as authorizer,
+        connect(authorizer) as stub,
+    ):
+
+        def known(kind, name):
+            who = IdentityContext(type=kind, identity=name)
+            status = "OK"
+            for call, request in (
+                (stub.Is, is_request(identity=who)),
+                (stub.Query, QueryRequest(query="data.app", identity_context=who)),
+            ):
+                try:
+                    call(request, timeout=10)
+                except grpc.RpcError as error:
+                    status = error.code().name
+            return status
+
+        assert known(IdentityType.SUB, "rick") == "OK"
+        assert known(IdentityType.JWT, "rick") == "OK"
+        assert known(IdentityType.SUB, "morty") == "NOT_FOUND"
+        assert known(IdentityType.JWT, "morty") == "NOT_FOUND"
+        # Nobody is looked up for these.
+        assert known(IdentityType.MANUAL, "morty") == "OK"
+        assert known(IdentityType.NONE, "") == "OK"
 
 
 # -- the other calls
@@ -343,7 +393,9 @@ def test_decision_tree_decides_all_paths_under_the_root(authorizer, stub):
     assert tree(stub, "app.GET.x", "allowed", slash=True) == {
         "app/GET/x": {"allowed": True}
     }
-    assert tree(stub, "app", "*").keys() == {"app.GET.x", "app.GET.y", "app.GET.z"}
+    paths = {"app.GET.x", "app.GET.y", "app.GET.z"}
+    assert tree(stub, "app", "*") == {path: {} for path in paths}
+    assert tree(stub, "web", "*") == {"web.GET": {}}
 
 
 def test_decision_tree_of_one_function_is_the_root_alone(authorizer, stub):
@@ -416,7 +468,31 @@ def test_query_without_a_name_gives_the_value_of_the_expression(authorizer, stub
     assert "bindings" not in result
 
 
-@pytest.mark.parametrize("text", ["x = data.nope", "data.app.x; data.app.x.nope"])
+def test_query_tells_where_each_statement_stands(authorizer, stub):
+    authorizer.policies = QUERIED
+    text = "  a = data.app.x ; data.app.y.any\n\n b = data.app.x"
+    (result,) = query(stub, text)
+    assert [
+        (e["text"], e["location"]["row"], e["location"]["col"])
+        for e in result["expressions"]
+    ] == [("a = data.app.x", 1, 3), ("data.app.y.any", 1, 20), ("b = data.app.x", 3, 2)]
+
+
+def test_query_of_what_policies_have_in_common_gives_them_all(authorizer, stub):
+    authorizer.policies = {"app.x": True, "app.x.y": {"allowed": False}, "apple": True}
+    bindings = {"x": {"x": {"allowed": True, "y": {"allowed": False}}}}
+    assert query(stub, "x = data.app")[0]["bindings"] == bindings
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = data.nope",
+        "data.app.x; data.app.x.nope",
+        # Of several, each must hold.
+        "x = data.app.x; data.app.x.visible",
+    ],
+)
 def test_query_of_something_undefined_has_no_result(authorizer, stub, text):
     authorizer.policies = QUERIED
     assert query(stub, text) == []
@@ -446,11 +522,9 @@ def test_query_asks_for_the_decisions_of_the_policy_context(authorizer, stub):
     "fields, text",
     [
         ({"query": ""}, "query not set"),
-        ({"query": "data.a", "identity_context": None}, "identity context not set"),
+        ({"query": "data.a", "identity_context": None}, "identity type UNKNOWN"),
         ({"query": "count(data.a) > 1"}, "no Rego engine"),
         ({"query": "x == data.a"}, "no Rego engine"),
-        ({"query": "data.a", "input": "{"}, "input is no JSON"),
-        ({"query": "data.a", "input": "[]"}, "input must be a JSON object"),
         (
             {"query": "data.a", "identity_context": IdentityContext()},
             "identity type UNKNOWN",
@@ -464,13 +538,26 @@ def test_query_and_compile_refuse_the_rest(authorizer, stub, kind, fields, text)
     assert text in details
 
 
+@pytest.mark.parametrize("kind", [QueryRequest, CompileRequest])
+@pytest.mark.parametrize(
+    "text, problem", [("{", "is no JSON"), ("[]", "must be a JSON object")]
+)
+def test_an_input_that_is_no_object_is_internal_as_in_topaz(stub, kind, text, problem):
+    call = stub.Query if kind is QueryRequest else stub.Compile
+    code, details = status_of(
+        call, kind(query="data.a", input=text, identity_context=NOBODY)
+    )
+    assert code is grpc.StatusCode.INTERNAL
+    assert problem in details
+
+
 @pytest.mark.parametrize(
     "text, always",
     [
         ("data.app.x.allowed == true", True),
         ("data.app.x.allowed", True),
         ("data.app.x.visible == true", False),
-        ("x = data.app.x.visible", True),
+        ("x := data.app.x.visible", True),
         ("data.nope.allowed == true", False),
         ("data.app.x.allowed; data.app.x.visible", False),
     ],
@@ -480,6 +567,34 @@ def test_compile_leaves_nothing_or_no_solution(authorizer, stub, text, always):
     request = CompileRequest(query=text, identity_context=NOBODY)
     response = stub.Compile(request, timeout=10)
     assert MessageToDict(response.result) == ({"queries": [[]]} if always else {})
+
+
+def test_compile_leaves_what_a_variable_is(authorizer, stub):
+    rules = {"allowed": True, "tags": ["a", 1, None]}
+    authorizer.policies = {"app.x": lambda _check: rules}
+    request = CompileRequest(
+        query="data.app.x.allowed; x = data.app.x", identity_context=NOBODY
+    )
+    result = MessageToDict(stub.Compile(request, timeout=10).result)
+    ((left,),) = result["queries"]
+    equal, variable, value = left["terms"]
+    assert equal == {"type": "ref", "value": [{"type": "var", "value": "eq"}]}
+    assert variable == {"type": "var", "value": "x"}
+    string, number = {"type": "string", "value": "a"}, {"type": "number", "value": 1}
+    null = {"type": "null", "value": None}
+    assert value == {
+        "type": "object",
+        "value": [
+            [
+                {"type": "string", "value": "allowed"},
+                {"type": "boolean", "value": True},
+            ],
+            [
+                {"type": "string", "value": "tags"},
+                {"type": "array", "value": [string, number, null]},
+            ],
+        ],
+    }
 
 
 def test_list_policies_makes_a_module_of_each_path(authorizer, stub):
@@ -494,7 +609,6 @@ def test_list_policies_makes_a_module_of_each_path(authorizer, stub):
     assert modules[1].raw == "package app.x\n\nallowed := true\n\nvisible := false\n"
     assert modules[2].raw == "package app.y\n\n# decided by a Python function\n"
     assert modules[1].package_path == "data.app.x"
-    assert modules[1].package_root == "app"
 
 
 def test_one_function_has_no_modules(authorizer, stub):
@@ -508,8 +622,8 @@ def test_one_function_has_no_modules(authorizer, stub):
     [
         (["id"], {"id"}),
         (["id", "raw"], {"id", "raw"}),
-        (["nope"], {"id", "raw", "package_path", "package_root"}),
-        ([], {"id", "raw", "package_path", "package_root"}),
+        (["nope"], {"id", "raw", "package_path"}),
+        ([], {"id", "raw", "package_path"}),
     ],
 )
 def test_a_field_mask_selects_fields_of_a_module(authorizer, stub, paths, fields):
@@ -636,6 +750,11 @@ def test_constructing_starts_nothing():
 def test_bad_arguments_are_refused_at_construction(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         EmbeddedAuthorizer(**arguments)
+
+
+def test_one_name_is_no_collection_of_identities():
+    with pytest.raises(TypeError, match="identities must be"):
+        EmbeddedAuthorizer(identities="rick")
 
 
 def test_start_and_stop_are_idempotent_and_keep_the_port():

@@ -18,7 +18,7 @@ from ._service import METHODS, AuthorizerService, Failure
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
 
 __all__ = ["EmbeddedAuthorizer"]
@@ -47,6 +47,8 @@ class EmbeddedAuthorizer:
             CA made for the purpose. Needs the extra `testing`.
         api_key: If given, calls without it get UNAUTHENTICATED; `Info` never.
         tenant_id: If given, calls without it get PERMISSION_DENIED; `Info` never.
+        identities: Who is in the directory: calls on behalf of a SUB or JWT that is
+            not among these get NOT_FOUND. None means that everybody is.
         port: Where to listen; 0 chooses a free port at the first start.
         max_concurrent_streams: HTTP/2 streams a client may have open at once on
             one connection; None means no limit.
@@ -63,6 +65,7 @@ class EmbeddedAuthorizer:
         tls: bool = False,
         api_key: str | None = None,
         tenant_id: str | None = None,
+        identities: Collection[str] | None = None,
         port: int = 0,
         max_concurrent_streams: int | None = None,
     ) -> None:
@@ -75,12 +78,18 @@ class EmbeddedAuthorizer:
                 "max_concurrent_streams must be at least 1 or None, got "
                 f"{max_concurrent_streams!r}"
             )
+        if isinstance(identities, str):
+            raise TypeError("identities must be a collection of str, got a str")
         self._tls = tls
         self._api_key = api_key
         self._tenant_id = tenant_id
         self._port = port
         self._max_concurrent_streams = max_concurrent_streams
-        self._service = AuthorizerService(api_key=api_key, tenant_id=tenant_id)
+        self._service = AuthorizerService(
+            api_key=api_key,
+            tenant_id=tenant_id,
+            identities=None if identities is None else frozenset(identities),
+        )
         self._relay = Relay()
         self._certificates: Certificates | None = None
         self._server: ServerThread | None = None

@@ -29,7 +29,6 @@ def module(path: str, policy: Policy) -> Module:
         id=path,
         raw="\n\n".join([f"package {path}", *rules]) + "\n",
         package_path=f"data.{path}",
-        package_root=path.partition(".")[0],
     )
 
 

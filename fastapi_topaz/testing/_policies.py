@@ -1,8 +1,8 @@
 """
 Policies in Python: what they are asked, and what they may answer.
 
-Everything that is not a plain yes or no is refused with a status, so a mistake
-in a policy can never look like "allowed".
+Nothing but a plain True allows: what is neither yes nor no is an error, or no decision
+at all, as in Topaz.
 """
 
 from __future__ import annotations
@@ -13,14 +13,23 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
-import grpc
 
 
 if TYPE_CHECKING:
+    import grpc
+
     from fastapi_topaz._options import Identity
 
 
-__all__ = ["Check", "Policies", "Policy", "PolicyFunction", "Refusal", "evaluate"]
+__all__ = [
+    "Check",
+    "Policies",
+    "Policy",
+    "PolicyError",
+    "PolicyFunction",
+    "Refusal",
+    "evaluate",
+]
 
 
 _LOGGER = logging.getLogger("fastapi_topaz.testing")
@@ -59,6 +68,9 @@ Policy: TypeAlias = Answer | PolicyFunction
 Policies: TypeAlias = Mapping[str, Policy] | PolicyFunction
 """Policies by path, or one function that answers for every path."""
 
+# What a rule in Rego may have as its value, besides null.
+_VALUES = (bool, int, float, str, list, Mapping)
+
 
 class Refusal(Exception):  # noqa: N818
     """
@@ -71,6 +83,14 @@ class Refusal(Exception):  # noqa: N818
         super().__init__(code, details)
         self.code = code
         self.details = details
+
+
+class PolicyError(Exception):
+    """
+    A policy fails, or answers with what no policy in Rego could answer.
+
+    Strictly private.
+    """
 
 
 def validated(policies: Policies | None) -> dict[str, Policy] | PolicyFunction:
@@ -89,7 +109,7 @@ def validated(policies: Policies | None) -> dict[str, Policy] | PolicyFunction:
             raise TypeError(f"policies must have paths as keys, got {path!r}")
         if not path:
             raise ValueError("policies must not have an empty path")
-        if not callable(policy) and _decisions(policy) is None:
+        if not callable(policy) and not _is_fixed(policy):
             raise TypeError(
                 f"policies[{path!r}] must be a bool, a mapping of decisions to bools "
                 f"or a callable, got {policy!r}"
@@ -97,14 +117,23 @@ def validated(policies: Policies | None) -> dict[str, Policy] | PolicyFunction:
     return dict(policies)
 
 
-def _decisions(answer: object, wanted: tuple[str, ...] = ()) -> dict[str, bool] | None:
+def _is_fixed(policy: object) -> bool:
+    if isinstance(policy, Mapping):
+        values = policy.values()
+        return all(isinstance(name, str) for name in policy) and all(
+            isinstance(value, bool) for value in values
+        )
+    return isinstance(policy, bool)
+
+
+def _decisions(answer: object, wanted: tuple[str, ...]) -> dict[str, object] | None:
     """Return *answer* by decision, or None if it is no answer at all."""
     # bool itself, not what is truthy: a policy that forgets to return, or
     # returns a mock, must not allow anything.
     if isinstance(answer, bool):
         return dict.fromkeys(wanted, answer)
     if isinstance(answer, Mapping) and all(
-        isinstance(name, str) and isinstance(value, bool)
+        isinstance(name, str) and (value is None or isinstance(value, _VALUES))
         for name, value in answer.items()
     ):
         return dict(answer)
@@ -116,9 +145,9 @@ async def evaluate(
     path: str,
     decisions: tuple[str, ...],
     check: Callable[[str, tuple[str, ...]], Check],
-) -> dict[str, bool]:
+) -> dict[str, object]:
     """
-    Return what *policy* says, by decision.
+    Return what *policy* says, by decision; a rule in Rego may have any value, too.
 
     Args:
         policy: A fixed answer or a function.
@@ -127,7 +156,7 @@ async def evaluate(
         check: Makes the argument of a function; not called otherwise.
 
     Raises:
-        Refusal: INTERNAL, if the function raised or the answer is no answer.
+        PolicyError: The function raised, or the answer is no answer.
     """
     answer = policy
     if callable(policy):
@@ -138,15 +167,13 @@ async def evaluate(
                 answer = await answer
         except Exception as error:
             _LOGGER.warning("policy %r raised", path, exc_info=True)
-            raise Refusal(
-                grpc.StatusCode.INTERNAL,
-                f"policy {path!r} raised {type(error).__name__}: {error}",
+            raise PolicyError(
+                f"policy {path!r} raised {type(error).__name__}: {error}"
             ) from error
     decided = _decisions(answer, decisions)
     if decided is None:
-        raise Refusal(
-            grpc.StatusCode.INTERNAL,
+        raise PolicyError(
             f"policy {path!r} must return a bool or a mapping of decisions to bools, "
-            f"got {type(answer).__name__}",
+            f"got {type(answer).__name__}"
         )
     return decided

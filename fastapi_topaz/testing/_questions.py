@@ -2,9 +2,10 @@
 What requests have in common, and the few queries that need no Rego engine.
 
 A query is a list of statements, one a line or separated by semicolons, each
-`data.<path>`, `x = data.<path>` or `x := data.<path>`, where the path is that of a
-policy or of one decision of a policy. Compiling takes the same, and `== true`
-after it; all is known here, so what remains is nothing or no solution.
+`data.<path>`, `x = data.<path>` or `x := data.<path>`, where the path is that of
+policies, of one policy or of one decision of a policy. Compiling takes the same, and
+`== true` after it; all is known here, so what remains is nothing, no solution, or
+what a variable is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import attrs
 import grpc
 import grpc.aio
 from aserto.authorizer.v2 import (
@@ -25,10 +27,19 @@ from google.protobuf.json_format import MessageToDict
 
 from fastapi_topaz._options import Identity, IdentityType
 
-from ._policies import Check, Policy, PolicyFunction, Refusal, evaluate
+from ._policies import (
+    Check,
+    Policy,
+    PolicyError,
+    PolicyFunction,
+    Refusal,
+    evaluate,
+)
 
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
     from aserto.authorizer.v2.api import IdentityContext
 
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -41,18 +52,37 @@ _Request: TypeAlias = IsRequest | DecisionTreeRequest | QueryRequest | CompileRe
 _Policies: TypeAlias = dict[str, Policy] | PolicyFunction
 
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
+_INTERNAL = grpc.StatusCode.INTERNAL
+_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+_RULE = re.compile(rf'{_NAME}(?:\.{_NAME}|\["[^"\\\n]*"\])*')
 _STATEMENT = re.compile(
-    r"(?:(?P<name>[A-Za-z_]\w*)\s*:?=(?!=)\s*)?data\.(?P<path>\w+(?:\.\w+)*)"
+    rf"(?:(?P<name>{_NAME})\s*(?P<sign>:?=)(?!=)\s*)?data\.(?P<path>\w+(?:\.\w+)*)"
 )
 _CONDITION = re.compile(_STATEMENT.pattern + r"(?:\s*==?\s*true)?")
+
+
+@attrs.frozen
+class _Statement:
+    text: str
+    name: str | None
+    sign: str | None
+    path: str
+    row: int
+    col: int
 
 
 class Question:
     """One request, as policies see it."""
 
-    def __init__(self, request: _Request, context: Context) -> None:
+    def __init__(
+        self,
+        request: _Request,
+        context: Context,
+        identities: Collection[str] | None = None,
+    ) -> None:
         self._request = request
         self._context = context
+        self._identities = identities
         self._input: dict[str, Any] = {}
 
     def need_policy(self) -> None:
@@ -62,22 +92,49 @@ class Question:
         if not self._request.policy_context.path:
             raise Refusal(_INVALID, "invalid argument: policy context path not set")
 
+    def need_rules(self) -> None:
+        """
+        Refuse paths and decisions that are no reference in Rego.
+
+        Topaz makes a query of them, so `my-docs` is there the difference of two
+        variables that nobody has set.
+        """
+        context = self._request.policy_context
+        for decision in context.decisions:
+            if not _RULE.fullmatch(rule := f"{context.path}.{decision}"):
+                raise Refusal(
+                    _INVALID,
+                    f"invalid query: data.{rule} is no reference to a rule: what is no "
+                    'identifier must be written as ["my-docs"]',
+                )
+
     def need_identity(self) -> None:
         """Refuse a request that does not say on whose behalf it is."""
-        if not self._request.HasField("identity_context"):
+        request = self._request
+        if isinstance(request, IsRequest) and not request.HasField("identity_context"):
             raise Refusal(_INVALID, "invalid argument: identity context not set")
-        identity = self._request.identity_context
-        if not identity.type:
+        if not request.identity_context.type:
             raise Refusal(_INVALID, "invalid argument: identity type UNKNOWN")
-        try:
-            _identity(identity)
-        except ValueError:
-            raise Refusal(
-                grpc.StatusCode.NOT_FOUND, "failed to resolve identity context"
-            ) from None
 
-    def statements(self, pattern: re.Pattern[str]) -> list[re.Match[str]]:
-        """Return the statements of the query, checking its input as well."""
+    def find_identity(self) -> None:
+        """Refuse a request on behalf of somebody unknown."""
+        try:
+            identity = _identity(self._request.identity_context)
+        except ValueError:
+            identity = None
+        if identity is None or (
+            self._identities is not None
+            and identity.type in (IdentityType.SUB, IdentityType.JWT)
+            and identity.value not in self._identities
+        ):
+            # Whatever the reason, a directory that is down included.
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND,
+                "authentication failed: failed to resolve identity context",
+            )
+
+    def statements(self, pattern: re.Pattern[str]) -> list[_Statement]:
+        """Return the statements of the query, after all that Topaz checks before."""
         request = self._request
         assert isinstance(request, QueryRequest | CompileRequest)  # noqa: S101
         if not request.query.strip():
@@ -86,25 +143,15 @@ class Question:
         try:
             self._input = json.loads(request.input or "{}")
         except ValueError as error:
-            raise Refusal(_INVALID, f"input is no JSON: {error}") from None
+            raise Refusal(_INTERNAL, f"input is no JSON: {error}") from None
         if not isinstance(self._input, dict):
-            raise Refusal(_INVALID, "input must be a JSON object")
-        found = []
-        for text in re.split(r"[;\n]", request.query):
-            if not text.strip():
-                continue
-            if (match := pattern.fullmatch(text.strip())) is None:
-                raise Refusal(
-                    _INVALID,
-                    f"invalid query: {text.strip()!r}: the embedded authorizer has "
-                    "no Rego engine and understands `x = data.<path>` only",
-                )
-            found.append(match)
-        return found
+            raise Refusal(_INTERNAL, "input must be a JSON object")
+        self.find_identity()
+        return list(_parsed(request.query, pattern))
 
     async def ask(
         self, policies: _Policies, path: str, decisions: tuple[str, ...]
-    ) -> dict[str, bool] | None:
+    ) -> dict[str, object] | None:
         """Return what the policy at *path* says; None if there is none."""
         if callable(policies):
             policy: Policy = policies
@@ -112,16 +159,29 @@ class Question:
             policy = policies[path]
         else:
             return None
-        return await evaluate(policy, path, decisions, self._check)
+        try:
+            return await evaluate(policy, path, decisions, self._check)
+        except PolicyError as error:
+            if isinstance(self._request, IsRequest | DecisionTreeRequest):
+                details = f"invalid query: query evaluation failed: {error}"
+                raise Refusal(_INVALID, details) from error
+            details = f"an unknown error has occurred: {error}"
+            raise Refusal(_INTERNAL, details) from error
 
-    async def value(
-        self, policies: _Policies, path: str
-    ) -> dict[str, bool] | bool | None:
-        """Return what `data.<path>` is: a policy's decisions, one of them, or None."""
+    async def value(self, policies: _Policies, path: str) -> object:
+        """Return what `data.<path>` is, None if it is undefined."""
         wanted = tuple(self._request.policy_context.decisions) or ("allowed",)
-        decided = await self.ask(policies, path, wanted)
-        if decided is not None:
-            return decided
+        document = await self.ask(policies, path, wanted)
+        for below in [] if callable(policies) else sorted(policies):
+            if below.startswith(f"{path}."):
+                node = document = {} if document is None else document
+                for segment in below.removeprefix(f"{path}.").split("."):
+                    # A package wins over a rule of its name, which Rego forbids.
+                    inner = node.get(segment)
+                    node[segment] = node = inner if isinstance(inner, dict) else {}
+                node.update(await self.ask(policies, below, wanted) or {})
+        if document is not None:
+            return document
         parent, _, decision = path.rpartition(".")
         return (await self.ask(policies, parent, (decision,)) or {}).get(decision)
 
@@ -147,19 +207,40 @@ def _identity(identity: IdentityContext) -> Identity:
     return Identity(IdentityType(identity.type), identity.identity or None)
 
 
+def _parsed(query: str, pattern: re.Pattern[str]) -> Iterator[_Statement]:
+    for part in re.finditer(r"[^;\n]*[^;\s][^;\n]*", query):
+        text = part[0].strip()
+        if (match := pattern.fullmatch(text)) is None:
+            raise Refusal(
+                _INVALID,
+                f"invalid query: {text!r}: the embedded authorizer has no Rego engine "
+                "and understands `x = data.<path>` only",
+            )
+        start = query.index(text, part.start())
+        row = query.count("\n", 0, start) + 1
+        col = start - query.rfind("\n", 0, start)
+        yield _Statement(text, match["name"], match["sign"], match["path"], row, col)
+
+
 async def queried(question: Question, policies: _Policies) -> list[dict[str, Any]]:
-    """Return the result set of a query, empty if anything in it is undefined."""
+    """Return the result set of a query, empty if anything in it does not hold."""
     bindings: dict[str, Any] = {}
     expressions: list[dict[str, Any]] = []
-    for row, statement in enumerate(question.statements(_STATEMENT), start=1):
-        value = await question.value(policies, statement["path"])
-        if value is None:
+    statements = question.statements(_STATEMENT)
+    for statement in statements:
+        value = await question.value(policies, statement.path)
+        # Alone, an expression that is false is shown as such.
+        if value is None or (
+            value is False and not statement.name and len(statements) > 1
+        ):
             return []
-        if statement["name"]:
-            bindings[statement["name"]] = value
+        if statement.name:
+            bindings[statement.name] = value
             value = True
-        location = {"row": row, "col": 1}
-        expressions.append({"text": statement[0], "value": value, "location": location})
+        location = {"row": statement.row, "col": statement.col}
+        expressions.append(
+            {"text": statement.text, "value": value, "location": location}
+        )
     result: dict[str, Any] = {"expressions": expressions}
     if bindings:
         result["bindings"] = bindings
@@ -167,10 +248,28 @@ async def queried(question: Question, policies: _Policies) -> list[dict[str, Any
 
 
 async def compiled(question: Question, policies: _Policies) -> dict[str, Any]:
-    """Return `{"queries": [[]]}` for always, and `{}` for never."""
+    """Return `{}` for never, else what is left of the query: what variables are."""
+    left: list[dict[str, Any]] = []
     for statement in question.statements(_CONDITION):
-        value = await question.value(policies, statement["path"])
+        value = await question.value(policies, statement.path)
         # `x = data.p.d` holds with any value, `data.p.d` needs one that is not false.
-        if value is None or (value is False and not statement["name"]):
+        if value is None or (value is False and not statement.name):
             return {}
-    return {"queries": [[]]}
+        if statement.sign == "=":
+            variable = {"type": "var", "value": statement.name}
+            equal = {"type": "ref", "value": [{"type": "var", "value": "eq"}]}
+            terms = [equal, variable, _term(value)]
+            left.append({"index": len(left), "terms": terms})
+    return {"queries": [left]}
+
+
+def _term(value: object) -> dict[str, Any]:
+    """Return *value* as a term of Rego's syntax tree."""
+    if isinstance(value, dict):
+        pairs = [[_term(key), _term(inner)] for key, inner in sorted(value.items())]
+        return {"type": "object", "value": pairs}
+    if isinstance(value, list):
+        return {"type": "array", "value": [_term(inner) for inner in value]}
+    kinds = {bool: "boolean", str: "string", type(None): "null"}
+    kind = kinds.get(type(value), "number")
+    return {"type": kind, "value": value}

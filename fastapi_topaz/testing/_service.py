@@ -1,15 +1,18 @@
 """
 The authorizer itself: admission, faults and the seven calls.
 
-Statuses follow the Topaz server: a request that lacks something, and a decision
-that is undefined, are INVALID_ARGUMENT; an identity nobody can be is NOT_FOUND.
+Statuses follow the Topaz server: a request that lacks something, a decision that is
+undefined and a policy that fails are INVALID_ARGUMENT; an identity nobody has is
+NOT_FOUND; what Topaz has no word for is INTERNAL.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import platform
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import attrs
@@ -41,7 +44,7 @@ from ._questions import Question, compiled, queried
 
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Collection
 
     Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -53,6 +56,9 @@ METHODS: Final = frozenset(
     {"Is", "DecisionTree", "Query", "Compile", "ListPolicies", "GetPolicy", "Info"}
 )
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
+_LOGGER = logging.getLogger("fastapi_topaz.testing")
+# Go's names of processors, where Python has others.
+_ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
 _Response = TypeVar("_Response")
 
@@ -87,8 +93,15 @@ class AuthorizerService(AuthorizerServicer):
     replace `policies`, `delay` and `failure` as a whole.
     """
 
-    def __init__(self, *, api_key: str | None, tenant_id: str | None) -> None:
+    def __init__(
+        self,
+        *,
+        api_key: str | None,
+        tenant_id: str | None,
+        identities: Collection[str] | None = None,
+    ) -> None:
         self.policies: dict[str, Policy] | PolicyFunction = {}
+        self._identities = identities
         self.delay = 0.0
         self.failure: Failure | None = None
         self.calls: dict[str, int] = {}
@@ -183,7 +196,7 @@ class AuthorizerService(AuthorizerServicer):
         return await self._answer("Info", context, work)
 
     async def _is(self, request: IsRequest, context: Context) -> IsResponse:
-        question = Question(request, context)
+        question = Question(request, context, self._identities)
         question.need_policy()
         path = request.policy_context.path
         wanted = tuple(request.policy_context.decisions)
@@ -192,6 +205,8 @@ class AuthorizerService(AuthorizerServicer):
                 _INVALID, "invalid argument: policy context decisions not set"
             )
         question.need_identity()
+        question.find_identity()
+        question.need_rules()
         decided = await question.ask(self.policies, path, wanted)
         if decided is None or not decided.keys() >= set(wanted):
             # In Rego an unknown package and an unset rule are the same: undefined.
@@ -199,6 +214,13 @@ class AuthorizerService(AuthorizerServicer):
             raise Refusal(_INVALID, f"invalid query: undefined results: {undefined}")
         response = IsResponse()
         for name in wanted:
+            if not isinstance(decided[name], bool):
+                _LOGGER.warning(
+                    "policy %r decides %r with a %s, which Topaz answers with no "
+                    "decision at all",
+                    *(path, name, type(decided[name]).__name__),
+                )
+                return IsResponse()
             # `is` is a keyword here, so it cannot be named as an argument.
             fields: dict[str, Any] = {"decision": name, "is": decided[name]}
             response.decisions.append(Decision(**fields))
@@ -207,9 +229,10 @@ class AuthorizerService(AuthorizerServicer):
     async def _tree(
         self, request: DecisionTreeRequest, context: Context
     ) -> DecisionTreeResponse:
-        question = Question(request, context)
+        question = Question(request, context, self._identities)
         question.need_policy()
         question.need_identity()
+        question.find_identity()
         root = request.policy_context.path
         wanted = tuple(request.policy_context.decisions)
         slash = request.options.path_separator == PathSeparator.PATH_SEPARATOR_SLASH
@@ -220,9 +243,12 @@ class AuthorizerService(AuthorizerServicer):
             if decided and (wanted == ("*",) or not decided.keys().isdisjoint(wanted)):
                 found = True
                 key = path.replace(".", "/") if slash else path
-                # As in Topaz, "*" selects every path but names no decision.
+                # As in Topaz, "*" selects every path but names no decision, and what
+                # is no boolean is left out.
+                booleans = {n: v for n, v in decided.items() if isinstance(v, bool)}
+                selected = booleans.keys() & set(wanted) - {"*"}
                 response.path.get_or_create_struct(key).update(
-                    {name: decided[name] for name in wanted if name in decided}
+                    {name: booleans[name] for name in selected}
                 )
         if not found:
             raise Refusal(_INVALID, "invalid argument: no decisions specified")
@@ -234,7 +260,8 @@ class AuthorizerService(AuthorizerServicer):
         return [path for path in sorted(self.policies) if path.startswith(root)]
 
     async def _query(self, request: QueryRequest, context: Context) -> QueryResponse:
-        result = await queried(Question(request, context), self.policies)
+        question = Question(request, context, self._identities)
+        result = await queried(question, self.policies)
         response = QueryResponse()
         response.response.update({"result": result})
         response.metrics.SetInParent()
@@ -244,9 +271,8 @@ class AuthorizerService(AuthorizerServicer):
         self, request: CompileRequest, context: Context
     ) -> CompileResponse:
         response = CompileResponse()
-        response.result.update(
-            await compiled(Question(request, context), self.policies)
-        )
+        question = Question(request, context, self._identities)
+        response.result.update(await compiled(question, self.policies))
         response.result.SetInParent()
         response.metrics.SetInParent()
         return response
@@ -270,8 +296,11 @@ class AuthorizerService(AuthorizerServicer):
         return GetPolicyResponse(result=masked(found, request))
 
     async def _info(self, _request: InfoRequest) -> InfoResponse:
+        machine = platform.machine().lower()
         return InfoResponse(
             version="embedded",
+            commit="undefined",
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
             os=platform.system().lower(),
-            arch=platform.machine(),
+            arch=_ARCH.get(machine, machine),
         )

@@ -1,0 +1,7 @@
+package conformance.allow
+
+import rego.v1
+
+allowed := true
+
+visible := false

@@ -1,0 +1,5 @@
+package conformance.deny
+
+import rego.v1
+
+default allowed := false

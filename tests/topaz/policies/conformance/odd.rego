@@ -1,0 +1,7 @@
+package conformance.odd
+
+import rego.v1
+
+allowed := "yes"
+
+visible := true

@@ -1,0 +1,7 @@
+package conformance.tree.GET.documents
+
+import rego.v1
+
+allowed := true
+
+visible := true
