@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from fastapi import HTTPException, Request
@@ -26,6 +27,21 @@ logger = logging.getLogger("fastapi_topaz.fastapi")
 RETRY_AFTER = "1"
 """Seconds. A pool recovers within a moment of its authorizer."""
 
+HINTS = {
+    grpc.StatusCode.INVALID_ARGUMENT: (
+        "there is no such policy, it fails, or it has no default for the decision"
+    ),
+    grpc.StatusCode.NOT_FOUND: "it does not know the identity, or cannot look it up",
+    grpc.StatusCode.UNAUTHENTICATED: "the api_key is missing or wrong",
+}
+"""What these statuses of Topaz mean for a check."""
+
+KEYWORDS = {
+    *("as", "contains", "default", "else", "every", "false", "if", "import", "in"),
+    *("not", "null", "package", "some", "true", "with"),
+}
+"""Words of Rego, which are no names."""
+
 
 def require_policy_allowed(
     config: TopazConfig, policy_path: str
@@ -34,8 +50,9 @@ def require_policy_allowed(
     Return a dependency that lets a request pass if *policy_path* allows it.
 
     Use it as `Depends(require_policy_allowed(config, "myapp.GET.documents"))`.
-    A denied request ends with 403. If the authorizer cannot be asked, or does not
-    answer, it ends with 503 and `Retry-After`. For HTTP routes, not for WebSockets.
+    A denied request ends with 403, and so does one of an identity that the authorizer
+    does not know. If the authorizer cannot be asked, or gives no decision, it ends
+    with 503 and `Retry-After`. For HTTP routes, not for WebSockets.
 
     Args:
         config: How to ask.
@@ -60,9 +77,10 @@ def require_policy_auto(config: TopazConfig) -> Callable[[Request], Awaitable[No
     `GET /documents/{id}` of the root `myapp` asks `myapp.GET.documents.__id`.
     Otherwise as `require_policy_allowed`. What an application is mounted under is part
     of the path, and a dot in a path separates as a slash does: `/users.export` and
-    `/users/export` have one policy. Below a mount with parameters, such as
-    `app.mount("/{tenant}", ...)`, it raises RuntimeError: clients would choose what is
-    asked.
+    `/users/export` have one policy. What is no name in Rego is quoted as Rego wants it:
+    `/user-profiles` asks `myapp.GET["user-profiles"]`, as its package is called, too.
+    Below a mount with parameters, such as `app.mount("/{tenant}", ...)`, it raises
+    RuntimeError: clients would choose what is asked.
     """
     _check_config(config)
 
@@ -92,7 +110,15 @@ def policy_path_of(root: str, method: str, template: str) -> str:
     """Return the policy path of a route: dots for slashes, `__id` for `{id}`."""
     # A parameter may be a part of a segment only, as in /files/{name}.json.
     named = re.sub(r"\{(\w+)\}", r"__\1", template)
-    return ".".join((root, method, *filter(None, named.split("/"))))
+    segments = filter(None, re.split(r"[/.]", named))
+    return f"{root}.{method}" + "".join(map(_reference, segments))
+
+
+def _reference(segment: str) -> str:
+    # Topaz makes a query in Rego of the path: there `my-docs` is a difference.
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", segment) and segment not in KEYWORDS:
+        return f".{segment}"
+    return f"[{json.dumps(segment, ensure_ascii=False)}]"
 
 
 async def _check(config: TopazConfig, request: Request, policy_path: str) -> None:
@@ -102,6 +128,9 @@ async def _check(config: TopazConfig, request: Request, policy_path: str) -> Non
         allowed = await config._ask(question)  # noqa: SLF001
     except (TopazError, grpc.RpcError) as error:
         logger.warning("no decision on %s: %s", policy_path, _reason(error))
+        if _code(error) is grpc.StatusCode.NOT_FOUND:
+            # Of the policy, or of anything else, Topaz says that in other words.
+            raise HTTPException(403, detail="Not allowed.") from error
         raise HTTPException(
             503,
             detail="The authorizer is not available.",
@@ -111,11 +140,16 @@ async def _check(config: TopazConfig, request: Request, policy_path: str) -> Non
         raise HTTPException(403, detail="Not allowed.")
 
 
+def _code(error: Exception) -> Any:
+    return error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+
+
 def _reason(error: Exception) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        # Not the details: an authorizer may name the identity there.
-        return f"the authorizer answered {error.code().name}"
-    return str(error)
+    if (code := _code(error)) is None:
+        return str(error)
+    # Not the details: an authorizer may name the identity there.
+    hint = HINTS.get(code)
+    return f"the authorizer answered {code.name}" + (f" ({hint})" if hint else "")
 
 
 def _check_config(config: object) -> None:

@@ -22,6 +22,7 @@ from fastapi_topaz import (
 )
 from fastapi_topaz._demo import serving
 from fastapi_topaz._dependencies import policy_path_of
+from fastapi_topaz.testing import EmbeddedAuthorizer
 
 
 pytestmark = pytest.mark.real_clock
@@ -140,6 +141,9 @@ def test_a_decision_that_was_not_made_is_a_denial(embedded_authorizer):
         ("/a/{b}/c/{d}", "myapp.GET.a.__b.c.__d"),
         ("/files/{name}.json", "myapp.GET.files.__name.json"),
         ("/a//b/", "myapp.GET.a.b"),
+        ("/user-profiles/{id}", 'myapp.GET["user-profiles"].__id'),
+        ("/v1.0/2024/in", 'myapp.GET.v1["0"]["2024"]["in"]'),
+        ('/a"b\\c/é', r'myapp.GET["a\"b\\c"]["é"]'),
     ],
 )
 def test_the_policy_path_of_a_route(template, path):
@@ -261,12 +265,32 @@ def test_an_application_starts_before_its_authorizer(backend, embedded_authorize
 
 
 @backends
-@pytest.mark.parametrize("code", ["UNAVAILABLE", "INTERNAL", "NOT_FOUND", "CANCELLED"])
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "INTERNAL", "CANCELLED"])
 def test_an_error_of_the_authorizer_is_503(backend, code, embedded_authorizer):
     embedded_authorizer.policies = lambda check: True
     with client_of(application(configured(embedded_authorizer)), backend) as client:
         embedded_authorizer.fail(grpc.StatusCode[code], methods=["Is"])
         assert unavailable(client.get("/documents/7"))
+
+
+@backends
+@pytest.mark.parametrize("identities, status", [(["alice"], 200), ([], 403)])
+def test_an_identity_that_the_authorizer_does_not_know_is_denied(
+    backend, identities, status, caplog
+):
+    with EmbeddedAuthorizer(lambda check: True, identities=identities) as authorizer:
+        application_ = application(configured(authorizer))
+        with client_of(application_, backend) as client:
+            answer = client.get("/documents/7", headers={"user": "alice"})
+    assert answer.status_code == status
+    assert ("does not know the identity" in caplog.text) == (status == 403)
+    assert "alice" not in caplog.text
+
+
+def test_the_log_says_what_may_be_wrong_with_a_policy(embedded_authorizer, caplog):
+    with TestClient(application(configured(embedded_authorizer))) as client:
+        assert unavailable(client.get("/documents/7"))
+    assert "there is no such policy" in caplog.text
 
 
 @backends
