@@ -116,7 +116,6 @@ class PoolLife:
                 validate()
             runtime = self._open()
         if not self._options.eager_init:
-            runtime.adopted = True
             return
         runtime.initializing += 1
         try:

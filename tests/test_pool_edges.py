@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -214,6 +215,38 @@ class Unspeakable(Nameless):
 async def test_a_connector_without_a_target_is_named_by_what_it_is(connector, target):
     async with make(connector) as pool, pool.acquire() as conn:
         assert repr(conn) == f"<PooledConnection to {target} leased>"
+
+
+async def test_a_wrong_timeout_is_told_by_its_name():
+    with pytest.raises(ValueError, match="timeout must be at least 0 seconds"):
+        make().acquire(timeout=-1)
+
+
+# -- leases -------------------------------------------------------------------------
+
+
+async def test_an_acquire_that_failed_may_be_entered_again():
+    async with make(max_connections=1) as pool:
+        acquire = pool.acquire(timeout=0)
+        async with pool.acquire():
+            with pytest.raises(PoolTimeout):
+                await acquire.__aenter__()
+        async with acquire as conn:
+            assert await conn.call("/a.B/C", b"works") == b"works"
+
+
+def test_a_lease_of_a_closed_pool_goes_back_wherever_that_is_and_once():
+    async def leave(pool):
+        conn = await pool.acquire()
+        await pool.close(0)
+        return conn
+
+    for first, second in itertools.product(["asyncio", "trio"], repeat=2):
+        pool = make()
+        conn = anyio.run(leave, pool, backend=first)
+        anyio.run(pool.release, conn, backend=second)
+        with pytest.raises(ValueError, match="was released to the pool before"):
+            anyio.run(pool.release, conn, backend=second)
 
 
 # -- who may wait -------------------------------------------------------------------
@@ -429,6 +462,92 @@ async def test_an_unavailable_connection_is_probed_at_once_and_no_other_one():
         assert (first.connection.probes, second.connection.probes) == (1, 0)
         for conn in (first, second):
             await pool.release(conn)
+
+
+# -- what a call carries --------------------------------------------------------------
+
+
+class Recording(Plain):
+    """A connection that answers each call with its request, and notes what it got."""
+
+    async def call(self, method, request, **options):
+        self.got = method, request, options
+        return request
+
+
+async def test_a_call_carries_what_it_is_given():
+    metadata = (("x-tenant", "a b"), ["x-key-bin", b"\0\xff"])
+    async with make(Making(Recording)) as pool, pool.acquire() as conn:
+        answer = await conn.call(
+            "/a.B/C",
+            "text",
+            request_serializer=str.encode,
+            response_deserializer=bytes.upper,
+            timeout=3,
+            metadata=metadata,
+        )
+        assert answer == b"TEXT"
+        options = {"timeout": 3, "metadata": metadata}
+        assert conn.connection.got == ("/a.B/C", b"text", options)
+        assert await conn.call("/a.B/D", b"bytes") == b"bytes"
+        options = {"timeout": None, "metadata": ()}
+        assert conn.connection.got == ("/a.B/D", b"bytes", options)
+
+
+@pytest.mark.parametrize(
+    "timeout, carried",
+    [(0, 0), (0.0, 0.0), (0.25, 0.25), (7, 7), (10**12, None), (1e12, None)],
+)
+async def test_a_call_has_its_timeout_unless_that_is_for_ages(timeout, carried):
+    async with make(Making(Recording)) as pool, pool.acquire() as conn:
+        await conn.call("/a.B/C", b"", timeout=timeout)
+        assert conn.connection.got[2]["timeout"] == carried
+
+
+@pytest.mark.parametrize("timeout", [-1, -1.0, math.inf, math.nan])
+async def test_a_call_refuses_a_timeout_that_is_no_time(timeout):
+    async with make(Making(Recording)) as pool, pool.acquire() as conn:
+        with pytest.raises(ValueError, match=r"^timeout must be "):
+            await conn.call("/a.B/C", b"", timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "metadata, error",
+    [
+        (iter([("key", "value")]), TypeError),
+        ({"key": "value"}, TypeError),
+        ([("Key", "value")], ValueError),
+        ([("key", 7)], TypeError),
+        ([("key", b"value")], TypeError),
+        ([("key-bin", "value")], TypeError),
+        ([("key", "one\ntwo")], ValueError),
+        ([("key", "\xe9")], ValueError),
+    ],
+)
+async def test_a_call_refuses_metadata_that_grpc_would_not_carry(metadata, error):
+    async with make(Making(Recording)) as pool, pool.acquire() as conn:
+        with pytest.raises(error, match=r"^metadata "):
+            await conn.call("/a.B/C", b"", metadata=metadata)
+        assert not hasattr(conn.connection, "got")
+
+
+async def test_a_lease_that_becomes_garbage_is_shown_with_its_warning():
+    async with make() as pool:
+        conn = await pool.acquire()
+        with pytest.warns(ResourceWarning, match="garbage-collected") as caught:
+            del conn
+        (warning,) = caught
+        assert repr(warning.source) == "<PooledConnection to fake released>"
+        await anyio.sleep(0.1)
+        assert pool.status().streams_in_use == 0
+
+
+async def test_who_drops_a_lease_is_warned_in_that_line():
+    async with make() as pool:
+        conn = await pool.acquire()
+        with pytest.warns(ResourceWarning, match="garbage-collected") as caught:
+            del conn
+        assert caught[0].filename == __file__
 
 
 # -- late leases --------------------------------------------------------------------

@@ -91,6 +91,16 @@ def test_a_state_spreads_nothing_unless_its_connector_does():
     assert state.rotation.next_at(state.open) == float("inf")
 
 
+def test_a_leased_one_that_is_lost_is_news_though_nothing_is_to_be_done_for_it():
+    state = make(max_connections=1)
+    entry = open_one(state)
+    taken(state)
+    assert not state.news
+    state.lost(entry, "lost", 1.0)
+    assert state.news
+    assert not state.to_close + state.to_probe
+
+
 def test_those_who_hold_a_stream_want_no_second_connection_for_their_token():
     state = make(max_connections=3)
     open_one(state)

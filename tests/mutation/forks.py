@@ -25,6 +25,9 @@ UNCHANGED = "unchanged"
 
 CHILDREN = int(os.environ.get("MUTANT_CHILDREN", "2"))
 
+PATIENCE = 8
+"""Seconds. Virtual time stands still where nobody has a timer, and so does the test."""
+
 
 def pytest_runtestloop(session):
     if session.testsfailed or session.config.option.collectonly:
@@ -49,7 +52,8 @@ def pytest_runtestloop(session):
         while len(running) >= CHILDREN:
             reap(running, fates)
         limit = 15 + 4 * sum(map(seconds.get, items))
-        running[spawn(session, name, items, limit)] = name, time.monotonic() + limit
+        child = spawn(session, name, items, seconds, limit)
+        running[child] = name, time.monotonic() + limit
     while running:
         reap(running, fates)
     if fates.pop(UNCHANGED) != "survived":
@@ -78,7 +82,7 @@ def run(item, following):
     item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
 
 
-def spawn(session, name, items, limit):
+def spawn(session, name, items, seconds, limit):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads and forks
         child = os.fork()
@@ -92,6 +96,8 @@ def spawn(session, name, items, limit):
     trampoline.set_mutant_under_test(name)
     try:
         for item, following in zip(items, [*items[1:], None], strict=True):
+            # One test that never ends must not take the time of all of them.
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE + 20 * seconds[item])
             run(item, following)
             if session.testsfailed:
                 os._exit(1)
@@ -107,7 +113,7 @@ def reap(running, fates):
         if child in running:
             name, _ = running.pop(child)
             code = os.waitstatus_to_exitcode(status)
-            late = code in {-signal.SIGKILL, -signal.SIGXCPU}
+            late = code in {-signal.SIGKILL, -signal.SIGXCPU, -signal.SIGALRM}
             fates[name] = "late" if late else "killed" if code else "survived"
             return
         for late, (_, deadline) in running.items():

@@ -37,13 +37,17 @@ LEAST = {"_state": 95.0}
 """Per cent of the mutants of a module of which more have to die."""
 
 QUICK = """
-not trio and not asyncio+eager and not asyncio+shuffled and not random_cancellation
+(not real_clock or test_options)
+and not trio and not asyncio+eager and not asyncio+shuffled and not random_cancellation
 and not for_ever and not rate_of_attempts and not however_long and not keeps_idle
 and not never_closed and not outage_do_not_grow and not finds_and_one_is_given
 and not in_any_thread and not fail_fast_with_the_cause and not half_a_second
-and not faster_than_failed
+and not faster_than_failed and not warned_in_that_line
 """
-"""One backend, in virtual time, and not the tests that take a second or more."""
+"""
+One backend, no gRPC, which does not survive a fork, no test that takes a second, and
+none that counts frames, since mutants have frames of their own.
+"""
 
 
 @attrs.frozen
@@ -57,7 +61,7 @@ class Group:
 
 
 GROUPS = {
-    # Without the random scripts of test_state_invariants: what they find is luck, and
+    # Without the random scripts of test_model_state: what they find is luck, and
     # what a rule forbids is to have a test that says so.
     "state": Group(
         modules=["_state", "_attempts", "_rotation", "_backoff", "_entry", "_snapshot"],
@@ -72,9 +76,14 @@ GROUPS = {
         ],
     ),
     "pool": Group(
-        modules=["_refusals", "_leaks", "_runtime", "_pool"],
+        modules=[
+            *("_refusals", "_leaks", "_runtime"),
+            *("_connections", "_maintenance", "_life", "_lease", "_pool"),
+        ],
         tests=[
             "test_pool_edges.py",
+            "test_connections_edges.py",
+            "test_life_edges.py",
             "test_pool_acquire.py",
             "test_pool_cancellation.py",
             "test_pool_lifecycle.py",
@@ -86,13 +95,16 @@ GROUPS = {
             "test_recovery.py",
             "test_health.py",
             "test_cancel_outcomes.py",
+            "test_cancel_everywhere.py",
+            "test_corners.py",
+            "test_snapshot.py",
             "test_streams.py",
             "test_parameters.py",
             "test_options.py",
         ],
         options=[
             "-m",
-            "not real_clock and not slow and not soak",
+            "not slow and not soak",
             "-k",
             " ".join(QUICK.split()),
         ],
@@ -169,7 +181,8 @@ def fates_of(group: Group, scratch: Path) -> dict[str, list[tuple[Mutant, str]]]
     subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-n0", "-q", "-p", "forks"),
-            *("-p", "no:cacheprovider", *group.options),
+            # No other timer than that of `forks`.
+            *("-p", "no:cacheprovider", "-o", "timeout=0", *group.options),
             *(f"tests/{test}" for test in group.tests),
         ],
         check=True,

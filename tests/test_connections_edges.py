@@ -1,0 +1,267 @@
+"""The edges of one connection's life: its attempt, its probes, and how it is closed."""
+
+from __future__ import annotations
+
+import logging
+
+import anyio
+import pytest
+
+from fastapi_topaz import ConnectFailed, ConnectionPool, PoolError
+from fastapi_topaz._transport import Verdict
+from fastapi_topaz.testing import FakeConnector, fail, slow
+
+
+def make(connector=None, **options):
+    options.setdefault("min_connections", 0)
+    return ConnectionPool(connector=connector or FakeConnector(), **options)
+
+
+@pytest.fixture(autouse=True)
+def _the_host_survived(caplog):
+    """A pool whose host fails opens anew, which can look as if all was well."""
+    yield
+    assert not [r for r in caplog.records if r.levelno >= logging.CRITICAL]
+
+
+class Recorded:
+    """A connection that fails its calls, and says when it was probed and closed."""
+
+    made = None
+
+    def __init__(self):
+        self.probed, self.closed, self.arguments = [], [], []
+        type(self).made = self
+
+    async def call(self, method, request, **options):
+        raise ZeroDivisionError
+
+    def judge(self, error, /):
+        return Verdict.UNAVAILABLE
+
+    async def probe(self, timeout, /):
+        self.arguments.append(("probe", timeout))
+        self.probed.append(anyio.current_time())
+        await self.answer()
+
+    async def answer(self):
+        pass
+
+    async def close(self, grace, /):
+        self.arguments.append(("close", grace))
+        self.closed.append(anyio.current_time())
+
+
+class Making:
+    target = "somewhere"
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.timeouts = []
+
+    async def connect(self, timeout, /):
+        self.timeouts.append(timeout)
+        return self.kind()
+
+
+async def accuse(conn):
+    """Let a call fail on *conn*, so that it has to answer a probe."""
+    with pytest.raises(ZeroDivisionError):
+        await conn.call("/a.B/C", b"")
+
+
+# -- what others are given ------------------------------------------------------------
+
+
+async def test_a_connector_and_its_connections_are_told_how_long_they_have():
+    connector = Making(Recorded)
+    options = {"connection_timeout": 7, "health_check_timeout": 3}
+    async with make(connector, **options) as pool, pool.acquire() as conn:
+        await accuse(conn)
+        await anyio.sleep(0.1)
+    assert connector.timeouts == [7]
+    assert Recorded.made.arguments == [("probe", 3), ("close", 0.0)]
+
+
+async def test_a_connection_is_observed_for_as_long_as_it_took_to_make():
+    observed = []
+
+    class Observer:
+        def connected(self, took):
+            observed.append(took)
+
+        def acquired(self, waited):
+            pass
+
+        released = acquired
+
+    async with make(FakeConnector(default=slow(3))) as pool:
+        await anyio.sleep(50)
+        pool._runtime.observer = Observer()
+        async with pool.acquire():
+            pass
+    assert observed == [pytest.approx(3)]
+
+
+# -- attempts that fail ---------------------------------------------------------------
+
+
+async def test_a_connector_that_returns_nothing_is_not_asked_again():
+    connector = Making(lambda: None)
+    async with make(connector) as pool:
+        with pytest.raises(ConnectFailed) as caught:
+            await pool.acquire()
+        assert caught.value.permanent
+        assert len(connector.timeouts) == 1
+
+
+async def test_a_process_that_was_forked_stays_so_and_is_not_tried_again():
+    connector = FakeConnector(default=fail(PoolError("this process was forked")))
+    async with make(connector) as pool:
+        with pytest.raises(ConnectFailed, match="forked") as caught:
+            await pool.acquire()
+        assert caught.value.permanent
+        assert connector.attempts == 1
+
+
+class AlikeError(Exception):
+    """Has what a `ConnectFailed` has, and means something else by it."""
+
+    reason = "CERTIFICATE_VERIFY_FAILED"
+    permanent = True
+
+
+class Uninitialised(ConnectFailed):
+    def __init__(self):
+        OSError.__init__(self, "half made")
+
+
+class WithoutPermanent(Uninitialised):
+    reason = "tls"
+
+
+class WithoutReason(Uninitialised):
+    permanent = True
+
+
+class Unreadable(Uninitialised):
+    @property
+    def reason(self):
+        raise LookupError
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [OSError, AlikeError, Uninitialised, WithoutPermanent, WithoutReason, Unreadable],
+)
+async def test_only_a_whole_connect_failed_is_believed(kind):
+    connector = FakeConnector(default=fail(kind()))
+    async with make(connector, max_retries=1) as pool:
+        with pytest.raises(ConnectFailed, match="cannot connect to fake") as caught:
+            await pool.acquire()
+        assert (caught.value.reason, caught.value.permanent) == ("other", False)
+        assert connector.attempts == 2
+        assert pool._counters.connect_failures == {"other": 2}
+
+
+# -- probes ---------------------------------------------------------------------------
+
+
+async def test_a_connection_that_answers_nothing_has_two_probes_and_both_count(caplog):
+    class Silent(Recorded):
+        async def answer(self):
+            await anyio.sleep_forever()
+
+    options = {"health_check_interval": 10, "health_check_timeout": 2}
+    async with make(Making(Silent), **options) as pool:
+        async with pool.acquire():
+            pass
+        await anyio.sleep(30)
+        first = Silent.made.probed[0]
+        assert Silent.made.probed == [pytest.approx(first), pytest.approx(first + 2)]
+        assert Silent.made.closed == [pytest.approx(first + 4)]
+        assert pool._counters.probe_failures == 2
+        assert pool._counters.closes == {"unhealthy": 1}
+    assert [r for r in caplog.records if "its last error" in r.getMessage()]
+
+
+async def test_a_connection_is_not_probed_twice_at_once():
+    under_way = anyio.Event()
+
+    class Slow(Recorded):
+        async def answer(self):
+            under_way.set()
+            await anyio.sleep(3)
+
+    options = {"health_check_interval": 10, "health_check_timeout": 5}
+    async with make(Making(Slow), **options) as pool, pool.acquire() as conn:
+        await under_way.wait()
+        await accuse(conn)
+        assert pool.status().suspect == 1
+        await anyio.sleep(4)
+        assert len(Slow.made.probed) == 1
+        assert pool.status().suspect == 0
+
+
+async def test_a_connection_on_its_way_out_is_not_probed():
+    async with make(Making(Recorded)) as pool:
+        first, second = [await pool.acquire() for _ in range(2)]
+        await accuse(first)
+        pool.resize(0, 1)
+        await anyio.sleep(1)
+        assert pool.connections()[0].condition == "leaving"
+        assert first.connection.probed == []
+        for conn in (first, second):
+            await pool.release(conn)
+
+
+async def test_a_round_of_health_checks_closes_what_hung_up_without_a_probe():
+    connector = FakeConnector()
+    async with make(connector, health_check_interval=0.5) as pool:
+        async with pool.acquire():
+            pass
+        await anyio.sleep(0.3)
+        (connection,) = connector.connections
+        probes = connection.probes
+        connection.hung_up = True
+        await anyio.sleep(0.5)  # before anybody looks out for it
+        assert (connection.probes, connection.closed) == (probes, 1)
+        assert pool._counters.closes == {"lost": 1}
+
+
+class Late(Recorded):
+    """A connection whose probes end, as on a loop that was blocked, far too late."""
+
+    times = 1
+
+    async def answer(self):
+        if len(self.probed) <= self.times:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(4)
+            raise OSError
+
+
+async def test_a_suspect_whose_probe_ended_too_late_to_prove_anything_has_another():
+    pool = make(Making(Late), health_check_timeout=2)
+    async with pool, pool.acquire() as conn:
+        await accuse(conn)
+        await anyio.sleep(5)
+        assert len(Late.made.probed) == 2
+        assert pool.connections()[0].condition == "busy"
+        assert pool._counters.probe_failures == 0
+
+
+async def test_a_probe_is_excused_once():
+    class Always(Late):
+        times = 10
+
+    pool = make(Making(Always), health_check_timeout=2)
+    async with pool:
+        async with pool.acquire() as conn:
+            await accuse(conn)
+            await anyio.sleep(10)
+            assert len(Always.made.probed) == 2
+            assert pool.connections()[0].condition == "leaving"
+        await anyio.sleep(1)
+        assert pool._counters.closes == {"unhealthy": 1}
+        assert pool._counters.probe_failures == 1
