@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -78,6 +79,7 @@ nox.options.sessions = [
     # This one has run them by the README's command.
     *(f"tests-{python}" for python in PYTHONS if python != RUNNING),
     "slow",
+    "gopeer",
     "model",
     "shuffled",
     "mutants",
@@ -243,13 +245,59 @@ def alerts(session: nox.Session) -> None:
     session.run(promtool, "test", "rules", "tests/alerts_test.yaml", external=True)
 
 
+def found_go() -> str | None:
+    """Return the command of Go, also from where its own archive is unpacked."""
+    places = os.pathsep.join((os.environ["PATH"], "/usr/local/go/bin"))
+    go = shutil.which("go", path=places)
+    if go is None:
+        print("there is no Go")  # noqa: T201
+    return go
+
+
+def built_gopeer(cache: Path) -> str | None:
+    """Return the server of tests/gopeer, built from what it is now."""
+    if (go := found_go()) is None:
+        return None
+    source = Path("tests/gopeer")
+    files = [source / "go.mod", *sorted(source.glob("*.go"))]
+    contents = hashlib.sha256(b"\0".join(file.read_bytes() for file in files))
+    folder = cache / contents.hexdigest()[:16]
+    binary = folder / "gopeer"
+    try:
+        if not binary.exists():
+            shutil.rmtree(cache, ignore_errors=True)  # those of other sources
+            folder.mkdir(parents=True)
+            for file in files:
+                shutil.copy(file, folder)
+            # In the copy, because it writes go.sum. A Go that is too old for the
+            # modules says so, and does not fetch another one.
+            build = [go, "build", "-mod=mod", "-buildvcs=false", "-o", "built", "."]
+            offered = os.environ | {"GOTOOLCHAIN": "local"}
+            subprocess.run(build, cwd=folder, env=offered, check=True, timeout=600)
+            (folder / "built").rename(binary)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(error)  # noqa: T201
+        return None
+    return str(binary)
+
+
+@nox.session
+def gopeer(session: nox.Session) -> None:
+    """Run the pool against a server on grpc-go, which Topaz is built on."""
+    binary = built_gopeer(Path(session.cache_dir).resolve() / "gopeer")
+    if binary is None:
+        session.skip("no Go, or not one that can build the server of tests/gopeer")
+    session.install("-e", ".", "--group", "test")
+    pytest = ("pytest", "-m", "slow", "-n0", "tests/test_gopeer.py")
+    session.run(*pytest, *session.posargs, env={"GOPEER": binary})
+
+
 def found_topazd(cache: Path) -> str | None:
     """Return topazd, built once from its Go module; None if that cannot be had."""
     built = cache / TOPAZ_RELEASE / "topazd"
     if built.exists():
         return str(built)
-    if (go := shutil.which("go")) is None:
-        print("there is no Go")  # noqa: T201
+    if (go := found_go()) is None:
         return None
     # Stamped as its own releases are, or it would tell no version.
     stamp = f"-X {TOPAZD}/version.ver={TOPAZ_RELEASE.removeprefix('v')}"

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from waiting import eventually
 
 from fastapi_topaz import ConnectionPool, Identity, IdentityType, TopazConfig
+from fastapi_topaz._transport import _failures
 
 
 pytestmark = pytest.mark.real_clock
@@ -217,6 +218,26 @@ async def test_a_check_whose_stream_is_cancelled_by_the_server_is_asked_again(se
         assert await check(pool)
         assert server.calls == {"Is": 2}
         assert_untouched(pool, server)
+
+
+@pytest.mark.parametrize(
+    "early, statuses",
+    [
+        (PATIENCE, ["DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED"]),
+        (0.01, ["CANCELLED", "INTERNAL", "CANCELLED"]),
+    ],
+)
+async def test_a_stream_that_is_cancelled_at_its_deadline_ends_by_its_deadline(
+    server, early, statuses, monkeypatch
+):
+    """A server on grpc-go does that, and may be faster than gRPC's own timer."""
+    monkeypatch.setattr(_failures, "_EARLY", early)  # any time is the deadline, or none
+    async with opened(server, max_connections=1) as pool:
+        found = []
+        for code, deadline in [(CANCEL, 9), (NO_ERROR, 9), (CANCEL, None)]:
+            server.reset_streams(1, code)
+            found.append(await call(pool, deadline))
+        assert found == statuses
 
 
 # -- GOAWAY --------------------------------------------------------------------------

@@ -44,7 +44,7 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 class DirectCall:
     """A call on the core of grpc.aio."""
 
-    __slots__ = ("_core", "_on_end", "_outcome", "_work")
+    __slots__ = ("_core", "_on_end", "_outcome", "_work", "deadline")
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class DirectCall:
         metadata: tuple[Any, ...],
         on_end: Callable[[Call], object],
     ) -> None:
-        deadline = None if timeout is None else time.time() + timeout
+        self.deadline = deadline = None if timeout is None else time.time() + timeout
         self._on_end = on_end
         self._outcome: Outcome = None
         self._core = channel._channel.call(method.encode(), deadline, None, None)  # noqa: SLF001
@@ -112,7 +112,7 @@ def _result(finished: Any) -> Any:
 class TaskCall:
     """A call as grpc.aio makes it."""
 
-    __slots__ = ("_call",)
+    __slots__ = ("_call", "deadline")
 
     def __init__(
         self,
@@ -123,6 +123,7 @@ class TaskCall:
         metadata: tuple[Any, ...],
         on_end: Callable[[Call], object],
     ) -> None:
+        self.deadline = None if timeout is None else time.time() + timeout
         # Bytes in, bytes out: grpc.aio swallows what a serializer raises, and sends
         # an empty request.
         begin = channel.unary_unary(method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastapi_topaz._transport._call import kind
+from fastapi_topaz._transport._failures import in_time
 from fastapi_topaz.exceptions import ConnectionLost
 
 
@@ -72,6 +73,7 @@ class Calls:
             ConnectionLost: The connection was closed under the call.
         """
         outcome = call.outcome()
+        deadline = call.deadline
         # The frames of an error live as long as somebody keeps it. A call in one of
         # them keeps its socket open, even that of a closed channel; the error itself
         # makes a circle, which all of them wait in for the garbage collector.
@@ -80,7 +82,7 @@ class Calls:
             if isinstance(outcome, bytes):
                 return outcome
             # OK without a message gRPC lets pass, but nothing was answered.
-            raise self.lost(method) if outcome is None else outcome
+            raise self.lost(method) if outcome is None else in_time(outcome, deadline)
         finally:
             del outcome
 

@@ -7,19 +7,27 @@ connections that failed get words that say what to do. An unknown text is passed
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
 
 from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
-    import grpc
-
     from fastapi_topaz._options import AuthorizerOptions
     from fastapi_topaz.exceptions import FailureReason
 
 
-__all__ = ["connect_failed", "connect_timed_out", "is_cut_off", "is_refused_stream"]
+__all__ = [
+    "connect_failed",
+    "connect_timed_out",
+    "in_time",
+    "is_cut_off",
+    "is_refused_stream",
+]
 
 
 # (parts of gRPC's text, reason, permanent, what to tell); the first match wins.
@@ -169,3 +177,33 @@ def is_cut_off(error: grpc.aio.AioRpcError) -> bool:
     """Say whether the socket was closed under the call; the channel may not know."""
     details = error.details() or ""
     return any(text in details for text in _CUT_OFF)
+
+
+_EARLY = 0.01
+"""Seconds. By so much a deadline may come before its time where the server is."""
+
+
+def in_time(error: Exception, deadline: float | None) -> Exception:
+    """
+    Return what a call ended with, DEADLINE_EXCEEDED if that was its *deadline*.
+
+    It travels with the call, and a server on grpc-go, as Topaz is, resets the stream
+    when it has passed: one time in ten that is here, as CANCELLED, before gRPC's own
+    timer goes off.
+    """
+    if (
+        deadline is None
+        or time.time() < deadline - _EARLY
+        or not isinstance(error, grpc.aio.AioRpcError)
+        or error.code() is not grpc.StatusCode.CANCELLED
+        or not is_refused_stream(error)
+    ):
+        return error
+    late: Exception = grpc.aio.AioRpcError(
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        error.initial_metadata(),
+        error.trailing_metadata(),
+        details="Deadline Exceeded",
+        debug_error_string=error.debug_error_string(),
+    )
+    return late
