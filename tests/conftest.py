@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import random
+import signal
 import socket
 import sys
 from functools import partial
@@ -26,6 +27,11 @@ pytest.register_assert_rewrite("strikes", "invariants")
 from autojump import AutojumpLoop  # noqa: E402
 from shuffled import shuffled_loop  # noqa: E402
 
+
+# Begun in the background by a shell, this ignores Ctrl-C, and so would programs that
+# tests start and stop by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["fastapi_topaz.testing.fixtures"]
 

@@ -990,6 +990,18 @@ async def test_a_connection_works_where_its_peer_cannot_be_read(
 
 
 @pytest.mark.real_clock
+async def test_an_address_without_a_socket_is_nobodys_peer(
+    monkeypatch, embedded_authorizer
+):
+    # As that of a server that was tried, and did not answer.
+    monkeypatch.setattr(
+        cygrpc, "channelz_get_subchannel", lambda _: b'{"subchannel": {}}'
+    )
+    async with connected(embedded_authorizer.options) as connection:
+        assert connection.peer is None
+
+
+@pytest.mark.real_clock
 async def test_a_socket_that_cannot_be_read_is_not_taken_for_lost(
     monkeypatch, embedded_authorizer
 ):
