@@ -471,10 +471,12 @@ async def test_while_one_backend_hangs_the_others_serve_all_who_wait(
             async with anyio.create_task_group() as tasks:
                 for _ in range(4):
                     tasks.start_soon(caller)
-            assert set(pool._counters.connect_failures) == {"timeout"}
+            # At times gRPC has tried again in the last moment of an attempt.
+            assert pool._counters.connect_failures.keys() <= {"timeout"}
             assert pool.status().total == 4
             forget_errors(caplog)
             await soon(lambda: authorizer.connections_open == 4)
+            assert proxy.accepted > authorizer.connections_accepted, "the silent one"
 
 
 # -- F5: the TLS handshake is slow ----------------------------------------------------
