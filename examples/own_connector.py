@@ -40,6 +40,7 @@ class StockConnection:
             # Without it, all channels to a target share one TCP connection.
             options=[("grpc.use_local_subchannel_pool", 1)],
         )
+        self._closed = False
 
     async def probe(self, timeout: float, /) -> None:
         """Ask the server how it is: a channel calls itself ready long after its end."""
@@ -68,8 +69,13 @@ class StockConnection:
             await ended.wait()
         finally:
             call.cancel()  # does nothing to one that has ended
-        if call.cancelled():  # by close(): nobody cancelled the caller
+        if call.cancelled() and self._closed:
             raise ConnectionLost("the connection was closed under the call")
+        if call.cancelled():  # by the server, which is an answer like others
+            none = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(
+                await call.code(), none, none, details=await call.details()
+            )
         response: bytes = await call
         return response
 
@@ -87,6 +93,7 @@ class StockConnection:
 
     async def close(self, grace: float, /) -> None:
         """Close the channel; calls in flight have *grace* seconds."""
+        self._closed = True
         await self._channel.close(grace)
 
 

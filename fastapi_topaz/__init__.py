@@ -51,6 +51,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # FastAPI takes longer to import than all else here, and not each program has it.
     if name in {"require_policy_allowed", "require_policy_auto"}:

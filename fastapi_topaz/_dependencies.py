@@ -51,8 +51,9 @@ def require_policy_allowed(
 
     Use it as `Depends(require_policy_allowed(config, "myapp.GET.documents"))`.
     A denied request ends with 403, and so does one of an identity that the authorizer
-    does not know. If the authorizer cannot be asked, or gives no decision, it ends
-    with 503 and `Retry-After`. For HTTP routes, not for WebSockets.
+    does not know, or could not look up. If the authorizer cannot be asked, or the
+    policy fails or is undefined, it ends with 503 and `Retry-After`. For HTTP routes,
+    not for WebSockets.
 
     Args:
         config: How to ask.
@@ -111,7 +112,7 @@ def policy_path_of(root: str, method: str, template: str) -> str:
     # A parameter may be a part of a segment only, as in /files/{name}.json.
     named = re.sub(r"\{(\w+)\}", r"__\1", template)
     segments = filter(None, re.split(r"[/.]", named))
-    return f"{root}.{method}" + "".join(map(_reference, segments))
+    return root + "".join(map(_reference, (method, *segments)))
 
 
 def _reference(segment: str) -> str:

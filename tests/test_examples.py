@@ -29,6 +29,7 @@ import httpx
 import pytest
 import yaml
 from google.protobuf.wrappers_pb2 import Int64Value, StringValue
+from topaz.server import MISSING, REAL, Topazd, free_port
 from waiting import eventually
 
 from fastapi_topaz import (
@@ -50,6 +51,7 @@ COMPOSE = EXAMPLES / "compose"
 POLICIES = COMPOSE / "topaz" / "policies"
 
 USERS = {"alice", "bob"}
+PEOPLE = ("alice", "bob", "mallory")
 OWNERS = {"1": "alice", "2": "bob"}
 APPLICATIONS = ["lifespan_app", "hooks_app", "explicit_acquire"]
 
@@ -74,6 +76,15 @@ DECISIONS = {
     "myapp.GET.documents.__id": is_reader,
     "myapp.DELETE.documents.__id": is_owner,
 }
+
+
+def asked(path, user, document):
+    return Check(
+        policy_path=path,
+        decisions=("allowed",),
+        identity=Identity(IdentityType.MANUAL, user),
+        resource={"id": document},
+    )
 
 
 @pytest.fixture
@@ -325,9 +336,11 @@ def test_a_worker_that_replaces_another_has_a_pool_of_its_own(authorizer, tmp_pa
     with started(gunicorn(*few), cwd=EXAMPLES, env=env) as (url, printed):
         # The pool of a worker makes two; so these are those of three workers.
         while authorizer.connections_accepted <= 4:
-            # Connected anew: the worker that ends closes what it has accepted.
-            answer = httpx.get(f"{url}/documents", headers=alice, trust_env=False)
-            assert answer.status_code == 200
+            # Connected anew: the worker that ends closes what it has accepted, also
+            # what it has not read from yet.
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.get(f"{url}/documents", headers=alice, trust_env=False)
+                assert answer.status_code == 200
     assert "".join(printed).count("Booting worker") >= 3
     anyio.run(eventually, lambda: authorizer.connections_open == 0)
 
@@ -364,6 +377,8 @@ class Stock(grpc.GenericRpcHandler):
     def count(self, request, context):
         self.peers.add(context.peer())
         name = StringValue.FromString(request).value
+        if name == "none":
+            context.abort(grpc.StatusCode.CANCELLED, "no such article any more")
         if name.startswith("slow"):
             self.arrived.release()
             self.go_on.wait(50)
@@ -446,6 +461,15 @@ async def test_a_call_that_its_pool_is_closed_under_is_lost(stock, example):
         await arrived(stock)
         await pool.close(grace=0)
     assert len(lost) == 1
+
+
+@asyncio_only
+async def test_a_call_that_the_server_cancels_is_answered(stock, example):
+    async with ConnectionPool(connector=example.StockConnector(stock.target)) as pool:
+        with pytest.raises(grpc.aio.AioRpcError, match="no such article") as raised:
+            await example.count(pool, "none")
+        assert raised.value.code() is grpc.StatusCode.CANCELLED
+        assert pool.status().suspect == 0
 
 
 @asyncio_only
@@ -643,6 +667,42 @@ def test_the_container_runs_an_application_with_metrics(
         subprocess.run([sys.executable, "-c", here], check=True, timeout=50)
 
 
+def test_topaz_is_the_release_that_is_tested(services):
+    release = re.search(r'TOPAZ_RELEASE = "v(.+)"', (ROOT / "noxfile.py").read_text())
+    assert services["topaz"]["image"].endswith(f"/topaz:{release[1]}")
+
+
+@pytest.mark.skipif(REAL is None, reason=MISSING)
+async def test_topaz_takes_its_configuration_and_policies(tmp_path):
+    with contextlib.ExitStack() as free:
+
+        def here(match):
+            port = free.enter_context(free_port()).getsockname()[1]
+            return ports.setdefault(match[0], f"127.0.0.1:{port}")
+
+        ports = {}
+        text = (COMPOSE / "topaz" / "config.yaml").read_text()
+        text = re.sub(r"0\.0\.0\.0:\d+", here, text)
+    text = text.replace("/policies", str(POLICIES)).replace("/db", str(tmp_path))
+    with Topazd([REAL], tmp_path) as server:
+        server.config_file = tmp_path / "compose.yaml"
+        server.config_file.write_text(text)
+        server.port = int(ports["0.0.0.0:8282"].rpartition(":")[2])
+        await anyio.to_thread.run_sync(server.start)
+        pool = ConnectionPool(min_connections=0)
+        pool.configure(server.options)
+        async with pool, pool.acquire() as conn:
+            for path, user, document in itertools.product(DECISIONS, PEOPLE, OWNERS):
+                identity = Identity(IdentityType.MANUAL, user)
+                answer = await conn.decisions(
+                    policy_path=path,
+                    identity=identity,
+                    resource_context={"id": document},
+                )
+                check = asked(path, user, document)
+                assert answer == {"allowed": DECISIONS[path](check)}, check
+
+
 # -- the list -------------------------------------------------------------------------
 
 
@@ -667,21 +727,10 @@ def test_the_readme_says_who_may_do_what():
     )
 
     def cell(path, user):
-        may = [
-            DECISIONS[path](
-                Check(
-                    policy_path=path,
-                    decisions=("allowed",),
-                    identity=Identity(IdentityType.MANUAL, user),
-                    resource={"id": each},
-                )
-            )
-            for each in OWNERS
-        ]
+        may = [DECISIONS[path](asked(path, user, each)) for each in OWNERS]
         if not path.endswith("__id"):
             return "yes" if all(may) else "no"
         return ", ".join(itertools.compress(OWNERS, may)) or "none"
 
-    users = ["alice", "bob", "mallory"]
-    expected = [(path, *(cell(path, user) for user in users)) for path in DECISIONS]
+    expected = [(path, *(cell(path, user) for user in PEOPLE)) for path in DECISIONS]
     assert rows == expected

@@ -126,6 +126,7 @@ print("fastapi" in sys.modules)
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert result.stdout == "set()\nTrue\n", result.stderr
+    assert set(fastapi_topaz.__all__) <= set(dir(fastapi_topaz))
     with pytest.raises(AttributeError, match="'fastapi_topaz' has no attribute 'no'"):
         fastapi_topaz.no  # noqa: B018
 

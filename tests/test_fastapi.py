@@ -126,10 +126,17 @@ def test_providers_may_be_async(backend, embedded_authorizer):
         assert client.get("/documents/7").status_code == 200
 
 
-def test_a_decision_that_was_not_made_is_a_denial(embedded_authorizer):
-    embedded_authorizer.policies = {"myapp.GET.documents.__id": {"visible": True}}
+@pytest.mark.parametrize(
+    "decisions, status",
+    # As Topaz does: the one is undefined, the other ends without any decision.
+    [({"visible": True}, 503), ({"allowed": "yes"}, 403), ({"allowed": 1}, 403)],
+)
+def test_a_decision_that_was_not_made_never_allows(
+    decisions, status, embedded_authorizer
+):
+    embedded_authorizer.policies = lambda check: decisions
     with TestClient(application(configured(embedded_authorizer))) as client:
-        assert client.get("/documents/7").status_code != 200
+        assert client.get("/documents/7").status_code == status
 
 
 @pytest.mark.parametrize(
@@ -148,6 +155,11 @@ def test_a_decision_that_was_not_made_is_a_denial(embedded_authorizer):
 )
 def test_the_policy_path_of_a_route(template, path):
     assert policy_path_of("myapp", "GET", template) == path
+
+
+def test_methods_are_quoted_like_everything_else():
+    path = policy_path_of("myapp", "M-SEARCH", "/devices")
+    assert path == 'myapp["M-SEARCH"].devices'
 
 
 def test_the_policy_path_has_prefix_and_converters_of_the_route(embedded_authorizer):

@@ -53,14 +53,15 @@ class GrpcConnector:
 
         Raises:
             ConnectFailed: It could not be established, and why.
-            PoolError: This process was forked while connections were open.
+            PoolError: This process was forked while connections were open, or kept.
         """
         parent = _fork.inherited_from()
         if parent is not None:
             raise PoolError(
                 f"process {_fork.current.pid} was forked from {parent} while gRPC "
-                "connections were open there, after which gRPC cannot be used; open "
-                "pools after the fork, in the lifespan or a startup hook"
+                "connections were open there, or closed ones kept (as by an error with "
+                "its traceback), after which gRPC cannot be used; open pools after the "
+                "fork, in the lifespan or a startup hook"
             )
         try:
             self.validate()

@@ -189,7 +189,7 @@ def in_time(error: Exception, deadline: float | None) -> Exception:
 
     It travels with the call, and a server on grpc-go, as Topaz is, resets the stream
     when it has passed: one time in ten that is here, as CANCELLED, before gRPC's own
-    timer goes off.
+    timer goes off. It is the silence that the other nine are.
     """
     if (
         deadline is None

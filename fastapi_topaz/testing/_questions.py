@@ -54,7 +54,7 @@ _Policies: TypeAlias = dict[str, Policy] | PolicyFunction
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
 _INTERNAL = grpc.StatusCode.INTERNAL
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-_RULE = re.compile(rf'{_NAME}(?:\.{_NAME}|\["[^"\\\n]*"\])*')
+_RULE = re.compile(rf'{_NAME}(?:\.{_NAME}|\["(?:[^"\\\n]|\\.)*"\])*')
 _STATEMENT = re.compile(
     rf"(?:(?P<name>{_NAME})\s*(?P<sign>:?=)(?!=)\s*)?data\.(?P<path>\w+(?:\.\w+)*)"
 )
@@ -178,7 +178,7 @@ class Question:
                 for segment in below.removeprefix(f"{path}.").split("."):
                     # A package wins over a rule of its name, which Rego forbids.
                     inner = node.get(segment)
-                    node[segment] = node = inner if isinstance(inner, dict) else {}
+                    node[segment] = node = {**inner} if isinstance(inner, dict) else {}
                 node.update(await self.ask(policies, below, wanted) or {})
         if document is not None:
             return document
