@@ -326,8 +326,9 @@ def test_is_refuses_as_topaz_does(authorizer, stub, request_, code, text):
 
 
 def test_a_segment_that_is_no_identifier_is_quoted(authorizer, stub):
-    authorizer.policies = {'app.GET["my-docs"].__id': True}
-    assert ask(stub, 'app.GET["my-docs"].__id') == {"allowed": True}
+    for path in ('app.GET["my-docs"].__id', r'app.GET["a\"b\\c"]'):
+        authorizer.policies = {path: True}
+        assert ask(stub, path) == {"allowed": True}
 
 
 def test_those_who_are_not_in_the_directory_are_not_found():
@@ -482,6 +483,14 @@ def test_query_of_what_policies_have_in_common_gives_them_all(authorizer, stub):
     authorizer.policies = {"app.x": True, "app.x.y": {"allowed": False}, "apple": True}
     bindings = {"x": {"x": {"allowed": True, "y": {"allowed": False}}}}
     assert query(stub, "x = data.app")[0]["bindings"] == bindings
+
+
+def test_query_adds_nothing_to_what_a_policy_has_returned(authorizer, stub):
+    returned = {"kind": "draft"}
+    authorizer.policies = {"app.x": lambda _: {"y": returned}, "app.x.y": True}
+    bindings = {"x": {"y": {"kind": "draft", "allowed": True}}}
+    assert query(stub, "x = data.app.x")[0]["bindings"] == bindings
+    assert returned == {"kind": "draft"}
 
 
 @pytest.mark.parametrize(
