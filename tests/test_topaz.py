@@ -305,9 +305,7 @@ async def _cost(check, calls):
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_what_a_check_costs_beside_a_bare_call(
-    plain, command, anyio_backend
-):
+async def test_what_a_check_costs_beside_a_bare_call(plain, command, anyio_backend):
     request = IsRequest.FromString(
         is_request(ALLOW, ("allowed",), Identity(IdentityType.NONE), None, None, None)
     )
