@@ -419,6 +419,17 @@ async def arrived(stock):
     await anyio.to_thread.run_sync(lambda: stock.arrived.acquire(timeout=50))
 
 
+async def flush(stock, example):
+    """
+    See that grpc.aio has told this loop of all that ended.
+
+    What is left of a call that was cut off, it would tell the loop of the next test
+    instead, and fail because this one is closed.
+    """
+    connection = await example.StockConnector(stock.target).connect(5.0)
+    await connection.close(0)
+
+
 @asyncio_only
 async def test_each_connection_of_the_connector_is_a_socket(stock, example):
     async with ConnectionPool(connector=example.StockConnector(stock.target)) as pool:
@@ -461,6 +472,8 @@ async def test_a_call_that_its_pool_is_closed_under_is_lost(stock, example):
         await arrived(stock)
         await pool.close(grace=0)
     assert len(lost) == 1
+    stock.go_on.set()
+    await flush(stock, example)
 
 
 @asyncio_only
@@ -470,6 +483,7 @@ async def test_a_call_that_the_server_cancels_is_answered(stock, example):
             await example.count(pool, "none")
         assert raised.value.code() is grpc.StatusCode.CANCELLED
         assert pool.status().suspect == 0
+        await flush(stock, example)
 
 
 @asyncio_only
