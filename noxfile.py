@@ -32,7 +32,8 @@ OLDEST = [
     "trio==0.32.0",
 ]
 
-# A release whose module and all that it needs can be had, and the sum of its files.
+# A release whose module and all that it needs can be had, and the sum of its files as
+# they were when it was pinned here.
 TOPAZ = "github.com/aserto-dev/topaz"
 TOPAZ_RELEASE = "v0.32.58"
 TOPAZ_SUM = "h1:ffw6MPHhfMn268z+NqmFmBR6fqrr4uHKOCiqhxWdGi4="
@@ -301,11 +302,13 @@ def found_topazd(cache: Path) -> str | None:
         return str(folder / "topazd")
     if (go := found_go()) is None:
         return None
-    # `go install module@version` wants the list of all versions, too, which not each
-    # proxy has. From within the module, its own go.sum vouches for all that it needs,
-    # and the sum above for itself.
+    # `go install module@version` wants the list of all versions, too, and Go's database
+    # of checksums a record of this one; not each proxy has them. So the database is not
+    # asked for this module alone: the sum above stands in for it, and the module's own
+    # go.sum vouches for all that it needs.
+    unasked = ",".join(filter(None, (os.environ.get("GONOSUMDB"), TOPAZ)))
     environment = os.environ | {"GOTOOLCHAIN": "local", "CGO_ENABLED": "0"}
-    environment |= {"GONOSUMDB": TOPAZ, "GOBIN": str(folder / "built")}
+    environment |= {"GONOSUMDB": unasked, "GOBIN": str(folder / "built")}
     # As its releases are built, or it would tell no version.
     stamp = f"-s -w -X {TOPAZ}/pkg/version.ver={TOPAZ_RELEASE.removeprefix('v')}"
     download = [go, "mod", "download", "-json", f"{TOPAZ}@{TOPAZ_RELEASE}"]

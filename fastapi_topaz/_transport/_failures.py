@@ -188,8 +188,8 @@ def in_time(error: Exception, deadline: float | None) -> Exception:
     Return what a call ended with, DEADLINE_EXCEEDED if that was its *deadline*.
 
     It travels with the call, and a server on grpc-go, as Topaz is, resets the stream
-    when it has passed: one time in ten that is here, as CANCELLED, before gRPC's own
-    timer goes off. It is the silence that the other nine are.
+    when it has passed: up to one time in ten that is here, as CANCELLED, before gRPC's
+    own timer goes off. It is the silence that the others are.
     """
     if (
         deadline is None
