@@ -126,8 +126,8 @@ def test_nothing_imports_the_package_itself():
 
 
 @pytest.mark.parametrize("path", **identify)
-def test_a_module_has_fewer_than_400_lines(path):
-    assert len(path.read_text().splitlines()) < 400
+def test_a_module_has_at_most_600_lines(path):
+    assert len(path.read_text().splitlines()) <= 600
 
 
 @pytest.mark.parametrize("path", **identify)
