@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import grpc
@@ -20,6 +21,8 @@ from fastapi_topaz._options import (
     text,
 )
 from fastapi_topaz._pool import ConnectionPool
+from fastapi_topaz._rego import check_name, check_reference
+from fastapi_topaz._resource import EXACT
 from fastapi_topaz._telemetry import Tracing
 from fastapi_topaz.exceptions import ConnectionLost, TopazError
 
@@ -68,6 +71,10 @@ class TopazConfig:
         connection_pool: The pool; None makes one with the defaults.
         check_timeout: Seconds for one check, waiting for a connection and asking
             together. Default 5.
+        path_parameters: How the policy sees path parameters in `input.resource`.
+            "typed", the default: as a number if the route converts it to one, as
+            `{id:int}` and `{x:float}` do, and as text otherwise. "text": always as
+            text. A whole number beyond 2**53 is text, since it would be rounded.
         tracer_provider: Where the spans of checks go; None is OpenTelemetry's global
             one.
 
@@ -87,19 +94,20 @@ class TopazConfig:
         resource_context_provider: ResourceContextProvider | None = None,
         connection_pool: ConnectionPool | None = None,
         check_timeout: float = 5.0,
+        path_parameters: Literal["typed", "text"] = "typed",
         tracer_provider: TracerProvider | None = None,
     ) -> None:
-        text("policy_path_root", policy_path_root, optional=False)
-        if not all(policy_path_root.split(".")):
-            raise ValueError(
-                "policy_path_root must be a package such as 'myapp', without a dot at "
-                f"its ends, got {policy_path_root!r}"
-            )
+        check_reference("policy_path_root", policy_path_root)
         text("policy_instance_name", policy_instance_name)
         text("policy_instance_label", policy_instance_label)
         _callable("identity_provider", identity_provider)
         if resource_context_provider is not None:
             _callable("resource_context_provider", resource_context_provider)
+        if path_parameters not in ("typed", "text"):
+            raise ValueError(
+                "path_parameters must be 'typed' or 'text', got "
+                f"{shown(path_parameters)}"
+            )
         if connection_pool is None:
             connection_pool = ConnectionPool()
         elif not isinstance(connection_pool, ConnectionPool):
@@ -125,6 +133,7 @@ class TopazConfig:
         self.check_timeout: float = seconds(
             "check_timeout", check_timeout, zero=False, infinite=False
         )
+        self.path_parameters = path_parameters
         self._tracing = Tracing(tracer_provider)
         already = connection_pool.authorizer_options
         if already not in (None, self.authorizer_options):
@@ -178,6 +187,8 @@ class TopazConfig:
             grpc.aio.AioRpcError: The authorizer answered with an error status, or
                 not in time.
             TypeError: A provider returned something else than it should.
+            ValueError: *policy_path* is not a Rego reference, or *decision* is not a
+                Rego name.
         """
         return await self._ask(
             await self._question(request, policy_path, decision, resource_context)
@@ -191,7 +202,8 @@ class TopazConfig:
         resource_context: Mapping[str, Any] | None = None,
     ) -> Question:
         """Return what to ask. All that the application's providers raise, it raises."""
-        text("decision", decision, optional=False)
+        check_reference("policy_path", policy_path)
+        check_name("decision", decision)
         return {
             "policy_path": policy_path,
             "decisions": (decision,),
@@ -276,11 +288,19 @@ class TopazConfig:
                 )
             resource.update(extra)
         # Last: a provider that passes on what the client sends, such as the query,
-        # must not change which document the question is about. As text: a policy sees
-        # the URL.
+        # must not change which document the question is about.
+        typed = self.path_parameters == "typed"
         for name, value in request.path_params.items():
-            resource[name] = str(value)
+            resource[name] = value if typed and _is_exact_number(value) else str(value)
         return resource
+
+
+def _is_exact_number(value: object) -> bool:
+    """Return whether JSON has *value* as a number, and protobuf does not round it."""
+    # Not isinstance(): a converter may return a bool, or an enumeration.
+    if type(value) is int:
+        return abs(value) <= EXACT
+    return type(value) is float and math.isfinite(value)
 
 
 def _is_worth_a_retry(error: Exception) -> bool:

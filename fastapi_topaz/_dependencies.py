@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from fastapi import HTTPException, Request
 
 from fastapi_topaz._config import TopazConfig
-from fastapi_topaz._options import shown, text
+from fastapi_topaz._options import shown
+from fastapi_topaz._rego import check_reference
+from fastapi_topaz._routes import route_policy_path
 from fastapi_topaz.exceptions import TopazError
 
 
@@ -36,12 +36,6 @@ HINTS = {
 }
 """What these statuses of Topaz mean for a check."""
 
-KEYWORDS = {
-    *("as", "contains", "default", "else", "every", "false", "if", "import", "in"),
-    *("not", "null", "package", "some", "true", "with"),
-}
-"""Words of Rego, which are no names."""
-
 
 def require_policy_allowed(
     config: TopazConfig, policy_path: str
@@ -60,10 +54,11 @@ def require_policy_allowed(
         policy_path: The whole path of the policy.
 
     Raises:
-        TypeError, ValueError: *policy_path* is no str, or empty.
+        TypeError: *config* or *policy_path* has the wrong type.
+        ValueError: *policy_path* is not a Rego reference.
     """
-    text("policy_path", policy_path, optional=False)
     _check_config(config)
+    check_reference("policy_path", policy_path)
 
     async def dependency(request: Request) -> None:
         await _check(config, request, policy_path)
@@ -76,50 +71,33 @@ def require_policy_auto(config: TopazConfig) -> Callable[[Request], Awaitable[No
     Return a dependency that takes the policy path from the route.
 
     `GET /documents/{id}` of the root `myapp` asks `myapp.GET.documents.__id`.
-    Otherwise as `require_policy_allowed`. What an application is mounted under is part
-    of the path, and a dot in a path separates as a slash does: `/users.export` and
-    `/users/export` have one policy. What is no name in Rego is quoted as Rego wants it:
-    `/user-profiles` asks `myapp.GET["user-profiles"]`, as its package is called, too.
-    Below a mount with parameters, such as `app.mount("/{tenant}", ...)`, it raises
-    RuntimeError: clients would choose what is asked.
+    Otherwise as `require_policy_allowed`.
+
+    The path is built from the templates of the route and of everything above it:
+    prefixes of `APIRouter` and `include_router`, and mounts. A mount with a parameter,
+    such as `app.mount("/{tenant}", ...)`, asks `myapp.GET.__tenant...`. No text of a
+    request becomes part of the path. A dot separates as a slash does: `/users.export`
+    and `/users/export` have one policy. A segment that is not a Rego name is quoted:
+    `/user-profiles` asks `myapp.GET["user-profiles"]`. Declare the package under
+    exactly that name.
+
+    HEAD asks the policy of GET if the route answers both. The dependency raises
+    RuntimeError, and asks nothing, for a route below a `Host` route, for the files of
+    `app.frontend`, and if no template of the route matches the path of the request.
+
+    Args:
+        config: How to ask.
+
+    Raises:
+        TypeError: *config* is not a TopazConfig.
     """
     _check_config(config)
 
     async def dependency(request: Request) -> None:
-        scope = request.scope
-        # Starlette appends the prefix of each mount to the root path of the server.
-        prefix = scope.get("root_path", "").removeprefix(
-            scope.get("app_root_path", scope.get("root_path", ""))
-        )
-        route = scope["route"]
-        mounted = set(request.path_params) - set(route.param_convertors)
-        if any(f"/{request.path_params[name]}/" in f"{prefix}/" for name in mounted):
-            # As it stands in the prefix, the client would choose which policy is asked.
-            raise RuntimeError(
-                "require_policy_auto cannot name the policy of a route below a mount "
-                f"with parameters ({', '.join(sorted(mounted))}): name it with "
-                "require_policy_allowed"
-            )
-        template = prefix + route.path_format
-        path = policy_path_of(config.policy_path_root, request.method, template)
+        path = route_policy_path(config.policy_path_root, request.scope)
         await _check(config, request, path)
 
     return dependency
-
-
-def policy_path_of(root: str, method: str, template: str) -> str:
-    """Return the policy path of a route: dots for slashes, `__id` for `{id}`."""
-    # A parameter may be a part of a segment only, as in /files/{name}.json.
-    named = re.sub(r"\{(\w+)\}", r"__\1", template)
-    segments = filter(None, re.split(r"[/.]", named))
-    return root + "".join(map(_reference, (method, *segments)))
-
-
-def _reference(segment: str) -> str:
-    # Topaz makes a query in Rego of the path: there `my-docs` is a difference.
-    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", segment) and segment not in KEYWORDS:
-        return f".{segment}"
-    return f"[{json.dumps(segment, ensure_ascii=False)}]"
 
 
 async def _check(config: TopazConfig, request: Request, policy_path: str) -> None:

@@ -36,6 +36,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
 
 from fastapi_topaz._options import Identity, IdentityLike
+from fastapi_topaz._rego import check_name, check_reference
 from fastapi_topaz._resource import ResourceContext, fill, text_of
 
 
@@ -115,6 +116,23 @@ def _names(values: object, name: str = "decisions") -> list[str]:
     return [text_of(name, value) for value in values]
 
 
+def _some(name: str, values: Sequence[str]) -> None:
+    if not values:
+        raise ValueError(f"{name} must not be empty, got ()")
+
+
+def check_decisions(decisions: Sequence[str]) -> None:
+    """
+    Return if *decisions* can be asked for.
+
+    Raises:
+        TypeError, ValueError: There is none, or one is not a Rego name.
+    """
+    _some("decisions", decisions)
+    for decision in decisions:
+        check_name("decisions", decision)
+
+
 def _options(options: QueryOptions | None) -> QueryOptions | None:
     if options is not None and not isinstance(options, QueryOptions):
         raise TypeError(f"options must be QueryOptions or None, got {options!r}")
@@ -185,9 +203,8 @@ def _question(
     instance_name: str | None,
     instance_label: str | None,
 ) -> bytes:
-    _non_empty("policy_path", policy_path)
-    if not _names(decisions):
-        raise ValueError("decisions must not be empty, got ()")
+    check_reference("policy_path", policy_path)
+    check_decisions(decisions)
     return IsRequest(
         policy_context=PolicyContext(path=policy_path, decisions=decisions),
         policy_instance=policy_instance(instance_name, instance_label),
@@ -222,10 +239,12 @@ class Subject:
             TypeError, ValueError: An argument cannot be sent; names it.
         """
         decisions = _names(self.decisions)
-        if not optional_path or self.policy_path:
+        if not optional_path:
+            check_reference("policy_path", self.policy_path)
+            check_decisions(decisions)
+        elif self.policy_path:
             _non_empty("policy_path", self.policy_path)
-            if not decisions:
-                raise ValueError("decisions must not be empty, got ()")
+            _some("decisions", decisions)
         resource = None
         if self.resource_context is not None:
             resource = Struct()

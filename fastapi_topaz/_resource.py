@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from google.protobuf.struct_pb2 import Struct, Value
 
 
-__all__ = ["ResourceContext", "fill", "text_of"]
+__all__ = ["EXACT", "ResourceContext", "fill", "text_of"]
 
 
 ResourceContext = Mapping[str, Any]
 
 # A protobuf parser gives up at 100 nested messages, and a level of a Struct is three.
 _DEPTH = 30
-# Numbers of a Struct are floats; a larger whole number would become another one.
-_EXACT = 2**53
+EXACT = 2**53
+"""Numbers of a Struct are floats: a larger whole number would become another one."""
 
 
 def text_of(name: str, value: object, *, shown: bool = True) -> str:
@@ -105,7 +105,7 @@ def _put(field: Value, value: Any, place: str, depth: int) -> None:
 
 
 def _number(place: str, value: float) -> float:
-    if isinstance(value, int) and abs(value) > _EXACT:
+    if isinstance(value, int) and abs(value) > EXACT:
         raise ValueError(
             f"{place} must not be a whole number beyond 2**53, which would be rounded; "
             "send it as a str"

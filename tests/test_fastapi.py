@@ -21,7 +21,7 @@ from fastapi_topaz import (
     require_policy_auto,
 )
 from fastapi_topaz._demo import serving
-from fastapi_topaz._dependencies import policy_path_of
+from fastapi_topaz._routes import policy_path_of
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 
@@ -188,18 +188,6 @@ def test_the_policy_path_has_prefix_and_converters_of_the_route(embedded_authori
 def test_a_dependency_of_something_else_than_a_configuration_is_refused(guard):
     with pytest.raises(TypeError, match="config must be a TopazConfig, got 'myapp'"):
         guard("myapp")
-
-
-def test_a_client_cannot_choose_the_policy_by_the_parameters_of_a_mount(
-    embedded_authorizer,
-):
-    embedded_authorizer.policies = {"myapp.GET.public.documents.__id": True}
-    config = configured(embedded_authorizer)
-    app = FastAPI(lifespan=config.lifespan)
-    app.mount("/{tenant}", application(config))
-    client = TestClient(app)
-    with client, pytest.raises(RuntimeError, match=r"mount with parameters \(tenant\)"):
-        client.get("/public/documents/7")
 
 
 def test_what_an_application_is_mounted_under_is_part_of_the_path(embedded_authorizer):

@@ -13,14 +13,17 @@ PACKAGE = Path(__file__).parent.parent / "fastapi_topaz"
 
 # From the ground up: a module may import those of its own layer and below.
 LAYERS = [
-    {"exceptions", "_errors", "_options", "_backoff", "_status", "_fork", "_version"},
+    {
+        *("exceptions", "_errors", "_options", "_backoff", "_status", "_fork"),
+        *("_rego", "_version"),
+    },
     {"_attempts", "_entry", "_rotation", "_snapshot", "_state"},
     {"_resource", "_messages", "_authorizer", "_telemetry", "_transport"},
     {
         *("_host", "_refusals", "_leaks", "_runtime", "_connections", "_maintenance"),
         *("_life", "_lease", "_pool"),
     },
-    {"_config", "_dependencies"},
+    {"_routes", "_config", "_dependencies"},
     {"testing"},
     {"_demo", "_demo_server", "_demo_command", "cli", "__main__"},
 ]
@@ -47,6 +50,7 @@ PURE = [
     "_backoff.py",
     "_status.py",
     "_options.py",
+    "_rego.py",
     "_errors.py",
     "exceptions.py",
 ]
