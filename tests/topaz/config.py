@@ -10,6 +10,8 @@ import attrs
 
 
 POLICIES = Path(__file__).parent / "policies"
+ROUTE_POLICIES = Path(__file__).parent / "route_policies"
+"""What routes of an application may be allowed below public prefixes, and no others."""
 
 # Nobody listens there: without a directory, nobody is known.
 NO_DIRECTORY = "127.0.0.1:1"

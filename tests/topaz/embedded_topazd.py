@@ -19,15 +19,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from fastapi_topaz.testing._certs import Certificates
-from topaz.twins import TWINS
+from topaz.config import ROUTE_POLICIES
+from topaz.twins import ROUTE_TWINS, TWINS
 
 
 def authorizer(config: dict[str, Any]) -> EmbeddedAuthorizer:
     """Return what *config* asks for, not started."""
     address = config["api"]["services"]["authorizer"]["grpc"]["listen_address"]
     certificate = config["api"]["services"]["authorizer"]["grpc"].get("certs")
+    (bundle,) = config["opa"]["local_bundles"]["paths"]
     made = EmbeddedAuthorizer(
-        TWINS,
+        ROUTE_TWINS if Path(bundle) == ROUTE_POLICIES else TWINS,
         port=int(address.rpartition(":")[2]),
         tls=certificate is not None,
         api_key=next(iter(config["auth"]["api_keys"]), None),

@@ -18,7 +18,7 @@ from aserto.authorizer.v2 import AuthorizerStub, InfoRequest
 from fastapi_topaz import AuthorizerOptions
 from fastapi_topaz.testing._certs import Certificates
 
-from .config import Certificate, Config
+from .config import POLICIES, Certificate, Config
 
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class TopazdError(Exception):
 
 class Topazd:
     """
-    A process of its own, with the policies of the bundle beside this file.
+    A process of its own, with the policies of a bundle beside this file.
 
     It keeps its ports, certificates and files over all its lives.
 
@@ -53,6 +53,7 @@ class Topazd:
         tls: Serve TLS with a certificate for 127.0.0.1.
         api_key: Let in only those who have it; small letters and digits.
         patience: Seconds it may take to answer, and to end.
+        policies: The folder of its bundle.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Topazd:
         tls: bool = False,
         api_key: str | None = None,
         patience: float = PATIENCE,
+        policies: Path = POLICIES,
     ) -> None:
         self.patience = patience
         self._command = tuple(command)
@@ -77,6 +79,7 @@ class Topazd:
             gateway_port=gateway_port,
             certificate=self._certificate(),
             api_key=api_key,
+            policies=policies,
         ).write(home / "config.yaml")
         self._log = home / "topazd.log"
         self._process: subprocess.Popen[bytes] | None = None

@@ -50,3 +50,16 @@ TWINS: Policies = {
     },
     "conformance.tree.POST.documents": _documents_post,
 }
+
+ROUTE_TWINS: Policies = {
+    "routes.GET.documents.__id": True,
+    "routes.GET.public.documents.__id": True,
+    "routes.GET.public.__group.documents.__id": True,
+    'routes.GET["user-files"]': True,
+    "routes.GET.admin.documents.__id": False,
+    "routes.GET.admin.__group.documents.__id": False,
+    'routes.GET.admin["user-files"]': False,
+    "routes.GET.__tenant.documents.__id": False,
+    "routes.GET.__tenant.admin.documents.__id": False,
+    'routes.GET.v1["0"].admin.documents.__id': False,
+}

@@ -1,0 +1,5 @@
+package routes.GET["user-files"]
+
+import rego.v1
+
+default allowed := true
