@@ -339,7 +339,7 @@ def topaz(session: nox.Session) -> None:
         session.skip(f"{TOPAZ}@{TOPAZ_RELEASE} cannot be had: no Go, or no module")
     session.install("-e", ".", "--group", "test")
     session.run(topazd, "version", external=True)
-    names = ("conformance", "topaz", "examples")
+    names = ("conformance", "topaz", "topaz_routes", "examples")
     files = [f"tests/test_{name}.py" for name in names]
     anyhow = ("-n0", "-m", "slow or not slow")
     session.run("pytest", *anyhow, *files, *session.posargs, env={"TOPAZD": topazd})

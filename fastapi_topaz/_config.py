@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from opentelemetry.trace import TracerProvider
-    from starlette.requests import Request
+    from starlette.requests import HTTPConnection
 
     from fastapi_topaz._telemetry import CheckSpan
 
-    IdentityProvider = Callable[[Request], IdentityLike | Awaitable[IdentityLike]]
+    # Called with a Request, or with a WebSocket where a WebSocket route is guarded.
+    IdentityProvider = Callable[[Any], IdentityLike | Awaitable[IdentityLike]]
     ResourceContextProvider = Callable[
-        [Request], Mapping[str, Any] | Awaitable[Mapping[str, Any]]
+        [Any], Mapping[str, Any] | Awaitable[Mapping[str, Any]]
     ]
 
 
@@ -59,9 +60,9 @@ class TopazConfig:
         authorizer_options: Where the authorizer is; objects of
             `aserto.client.AuthorizerOptions` work, too.
         policy_path_root: The package that all policies are below, such as `myapp`.
-        identity_provider: Called with the request, returns its `Identity`; sync or
-            async. What it raises is the application's error and reaches the client
-            as such.
+        identity_provider: Called with the Request, or with the WebSocket of a guarded
+            WebSocket route. Returns its `Identity`; sync or async. What it raises is
+            the application's own error and reaches the client as such.
         policy_instance_name: Which policy instance to ask; None leaves it to the
             server.
         policy_instance_label: Its label; the name if None.
@@ -135,6 +136,8 @@ class TopazConfig:
         )
         self.path_parameters = path_parameters
         self._tracing = Tracing(tracer_provider)
+        # By policy path, and None for that of the route: see `require_policy_allowed`.
+        self._dependencies: dict[str | None, Any] = {}
         already = connection_pool.authorizer_options
         if already not in (None, self.authorizer_options):
             raise ValueError(
@@ -157,7 +160,7 @@ class TopazConfig:
 
     async def is_allowed(
         self,
-        request: Request,
+        request: HTTPConnection,
         policy_path: str,
         *,
         decision: str = "allowed",
@@ -170,7 +173,8 @@ class TopazConfig:
         is asked for once more within `check_timeout`.
 
         Args:
-            request: Whose identity, and whose path parameters, are sent.
+            request: The Request or WebSocket whose identity and path parameters are
+                sent.
             policy_path: The whole path, such as `myapp.GET.documents`.
             decision: The decision that must be true, default `allowed`.
             resource_context: Sent besides the path parameters and what
@@ -196,7 +200,7 @@ class TopazConfig:
 
     async def _question(
         self,
-        request: Request,
+        request: HTTPConnection,
         policy_path: str,
         decision: str = "allowed",
         resource_context: Mapping[str, Any] | None = None,
@@ -261,7 +265,7 @@ class TopazConfig:
         (decision,) = question["decisions"]
         return decisions.get(decision) is True
 
-    async def _identity(self, request: Request) -> Identity:
+    async def _identity(self, request: HTTPConnection) -> Identity:
         identity = await _result(self.identity_provider(request))
         if identity is None:
             raise TypeError(
@@ -277,7 +281,7 @@ class TopazConfig:
                 f"{type(identity).__name__}"
             ) from None
 
-    async def _resource(self, request: Request) -> dict[str, Any]:
+    async def _resource(self, request: HTTPConnection) -> dict[str, Any]:
         resource: dict[str, Any] = {}
         if self.resource_context_provider is not None:
             extra = await _result(self.resource_context_provider(request))

@@ -200,7 +200,7 @@ def _uvicorn(app: FastAPI, started: Started) -> None:
     config = uvicorn.Config(
         app,
         loop="asyncio",
-        ws="none",
+        ws="auto",
         lifespan="on",
         log_config=None,
         access_log=False,

@@ -6,7 +6,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from fastapi import HTTPException, Request
+import starlette
+from fastapi import HTTPException, WebSocketException
+from starlette.requests import HTTPConnection  # noqa: TC002  (FastAPI reads it)
 
 from fastapi_topaz._config import TopazConfig
 from fastapi_topaz._options import shown
@@ -16,7 +18,9 @@ from fastapi_topaz.exceptions import TopazError
 
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
+
+    Dependency = Callable[[HTTPConnection], Awaitable[None]]
 
 
 __all__ = ["require_policy_allowed", "require_policy_auto"]
@@ -26,6 +30,12 @@ logger = logging.getLogger("fastapi_topaz.fastapi")
 
 RETRY_AFTER = "1"
 """Seconds. A pool recovers within a moment of its authorizer."""
+
+POLICY_VIOLATION = 1008
+"""The close code of a WebSocket that is refused: RFC 6455, section 7.4.1."""
+
+_ANSWERS_WEBSOCKETS = tuple(map(int, starlette.__version__.split(".")[:2])) >= (0, 41)
+"""Whether Starlette sends what its handler of HTTPException makes for a WebSocket."""
 
 HINTS = {
     grpc.StatusCode.INVALID_ARGUMENT: (
@@ -37,17 +47,21 @@ HINTS = {
 """What these statuses of Topaz mean for a check."""
 
 
-def require_policy_allowed(
-    config: TopazConfig, policy_path: str
-) -> Callable[[Request], Awaitable[None]]:
+def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
     """
     Return a dependency that lets a request pass if *policy_path* allows it.
 
     Use it as `Depends(require_policy_allowed(config, "myapp.GET.documents"))`.
     A denied request ends with 403, and so does one of an identity that the authorizer
     does not know, or could not look up. If the authorizer cannot be asked, or the
-    policy fails or is undefined, it ends with 503 and `Retry-After`. For HTTP routes,
-    not for WebSockets.
+    policy fails or is undefined, it ends with 503 and `Retry-After`.
+
+    It also guards WebSocket routes, and then asks before the WebSocket is accepted. A
+    server with the ASGI extension `websocket.http.response` sends the same answers.
+    Other servers, and Starlette before 0.41, get the close code 1008 and answer 403.
+
+    Equal arguments give the same object. So FastAPI runs it once for a request, and
+    finds it in `dependency_overrides`.
 
     Args:
         config: How to ask.
@@ -60,13 +74,13 @@ def require_policy_allowed(
     _check_config(config)
     check_reference("policy_path", policy_path)
 
-    async def dependency(request: Request) -> None:
+    async def dependency(request: HTTPConnection) -> None:
         await _check(config, request, policy_path)
 
-    return dependency
+    return _once(config, policy_path, dependency)
 
 
-def require_policy_auto(config: TopazConfig) -> Callable[[Request], Awaitable[None]]:
+def require_policy_auto(config: TopazConfig) -> Dependency:
     """
     Return a dependency that takes the policy path from the route.
 
@@ -81,7 +95,8 @@ def require_policy_auto(config: TopazConfig) -> Callable[[Request], Awaitable[No
     `/user-profiles` asks `myapp.GET["user-profiles"]`. Declare the package under
     exactly that name.
 
-    HEAD asks the policy of GET if the route answers both. The dependency raises
+    HEAD asks the policy of GET if the route answers both, and so does a WebSocket
+    route, because a WebSocket begins as a GET request. The dependency raises
     RuntimeError, and asks nothing, for a route below a `Host` route, for the files of
     `app.frontend`, and if no template of the route matches the path of the request.
 
@@ -93,14 +108,24 @@ def require_policy_auto(config: TopazConfig) -> Callable[[Request], Awaitable[No
     """
     _check_config(config)
 
-    async def dependency(request: Request) -> None:
+    async def dependency(request: HTTPConnection) -> None:
         path = route_policy_path(config.policy_path_root, request.scope)
         await _check(config, request, path)
 
-    return dependency
+    return _once(config, None, dependency)
 
 
-async def _check(config: TopazConfig, request: Request, policy_path: str) -> None:
+def _once(
+    config: TopazConfig, policy_path: str | None, dependency: Dependency
+) -> Dependency:
+    """Return the dependency of *policy_path*, which lives as long as *config*."""
+    known: dict[str | None, Dependency] = config._dependencies  # noqa: SLF001
+    return known.setdefault(policy_path, dependency)
+
+
+async def _check(
+    config: TopazConfig, request: HTTPConnection, policy_path: str
+) -> None:
     # Outside the try: what a provider raises is the application's own.
     question = await config._question(request, policy_path)  # noqa: SLF001
     try:
@@ -109,14 +134,29 @@ async def _check(config: TopazConfig, request: Request, policy_path: str) -> Non
         logger.warning("no decision on %s: %s", policy_path, _reason(error))
         if _code(error) is grpc.StatusCode.NOT_FOUND:
             # Of the policy, or of anything else, Topaz says that in other words.
-            raise HTTPException(403, detail="Not allowed.") from error
-        raise HTTPException(
+            raise _refusal(request, 403, "Not allowed.") from error
+        raise _refusal(
+            request,
             503,
-            detail="The authorizer is not available.",
-            headers={"Retry-After": RETRY_AFTER},
+            "The authorizer is not available.",
+            {"Retry-After": RETRY_AFTER},
         ) from error
     if not allowed:
-        raise HTTPException(403, detail="Not allowed.")
+        raise _refusal(request, 403, "Not allowed.")
+
+
+def _refusal(
+    request: HTTPConnection,
+    status: int,
+    detail: str,
+    headers: Mapping[str, str] | None = None,
+) -> Exception:
+    """Return the exception that ends *request* with *status*."""
+    if request.scope["type"] == "websocket":
+        extensions = request.scope.get("extensions") or {}
+        if "websocket.http.response" not in extensions or not _ANSWERS_WEBSOCKETS:
+            return WebSocketException(POLICY_VIOLATION, detail)
+    return HTTPException(status, detail, headers)
 
 
 def _code(error: Exception) -> Any:
