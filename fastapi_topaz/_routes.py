@@ -55,12 +55,7 @@ class _Chain:
     mounts: tuple[Mount, ...]
     route: Any
     host: bool
-    template: str = attrs.field(init=False)
-
-    @template.default
-    def _join(self) -> str:
-        prefixes = (m.path_format.removesuffix("/{path}") for m in self.mounts)
-        return "".join(prefixes) + str(self.route.path_format)
+    template: str
 
     def matches(self, path: str) -> bool:
         """Return whether the router would lead *path* along this chain."""
@@ -70,6 +65,11 @@ class _Chain:
                 return False
             path = "/" + found["path"]
         return self.route.path_regex.match(path) is not None
+
+
+def _template(mounts: Sequence[Mount], route: Any) -> str:
+    prefixes = (mount.path_format.removesuffix("/{path}") for mount in mounts)
+    return "".join(prefixes) + str(route.path_format)
 
 
 class _Map:
@@ -111,7 +111,7 @@ class _Map:
                 below = (*mounts, route) if isinstance(route, Mount) else mounts
                 self._walk(inner, above, below, host=host or isinstance(route, Host))
             elif hasattr(route, "path_regex") and hasattr(route, "path_format"):
-                chain = _Chain(mounts, route, host)
+                chain = _Chain(mounts, route, host, _template(mounts, route))
                 self._chains.setdefault(id(own), []).append(chain)
 
     def _watch(self, router: Any) -> None:
