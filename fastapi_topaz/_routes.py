@@ -106,10 +106,12 @@ class _Map:
         above = (*above, router)
         self._watch(router)
         for own, route in _routes_of(router):
-            inner = _router_of(route.app) if isinstance(route, Mount | Host) else None
-            if inner is not None:
-                below = (*mounts, route) if isinstance(route, Mount) else mounts
-                self._walk(inner, above, below, host=host or isinstance(route, Host))
+            if isinstance(route, Mount | Host):
+                inner = _router_of(route.app)
+                if inner is not None:
+                    below = (*mounts, route) if isinstance(route, Mount) else mounts
+                    through = host or isinstance(route, Host)
+                    self._walk(inner, above, below, host=through)
             elif hasattr(route, "path_regex") and hasattr(route, "path_format"):
                 chain = _Chain(mounts, route, host, _template(mounts, route))
                 self._chains.setdefault(id(own), []).append(chain)
