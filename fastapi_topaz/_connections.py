@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
-from fastapi_topaz._errors import told
+from fastapi_topaz._errors import kind_of, told
 from fastapi_topaz._snapshot import peer_of
 from fastapi_topaz.exceptions import ConnectFailed, PoolError
 
@@ -163,13 +163,31 @@ async def probe(runtime: Runtime, entry: PoolEntry) -> None:
         runtime.connections_changed()
         return
     entry.probing = True
+    if entry.suspect:
+        silent = entry.suspected_at == entry.timed_out_at
+        reason = entry.last_error or "it proved nothing for too long"
+        logger.log(
+            # Callers got no answer: that is worth a line at the default level.
+            logging.WARNING if silent else logging.INFO,
+            "%s: a connection to %s is suspect and gets no calls until it answers a "
+            "probe: %s (%s)",
+            *(runtime.label, place(runtime, entry)),
+            "two calls in a row got no answer in time" if silent else reason,
+            runtime.state.status(),
+        )
     try:
         await _within(timeout, entry.connection.probe, timeout)
     except Exception as error:  # noqa: BLE001  (a connection may raise anything)
         if entry.retired is None:  # else closed meanwhile, and no answer is no news
             _unanswered(runtime, entry, error, late=runtime.now() - began - timeout)
     else:
+        recovered = entry.suspect
         runtime.state.answered(entry, runtime.now())
+        if recovered:
+            logger.info(
+                "%s: a connection to %s answered its probe and is used again (%s)",
+                *(runtime.label, place(runtime, entry), runtime.state.status()),
+            )
     finally:
         entry.probing = False
     runtime.connections_changed()
@@ -178,7 +196,11 @@ async def probe(runtime: Runtime, entry: PoolEntry) -> None:
 def _unanswered(
     runtime: Runtime, entry: PoolEntry, error: Exception, late: float
 ) -> None:
-    entry.last_error = told(error)
+    if isinstance(error, TimeoutError) or kind_of(error) == "DEADLINE_EXCEEDED":
+        limit = runtime.options.health_check_timeout
+        entry.last_error = f"no answer within health_check_timeout={limit:g} s"
+    else:
+        entry.last_error = told(error)
     if late > LATE and not entry.excused:
         # This loop was blocked, or the machine asleep: the answer may be there.
         entry.excused = True

@@ -39,12 +39,19 @@ _ANSWERS_WEBSOCKETS = tuple(map(int, starlette.__version__.split(".")[:2])) >= (
 
 HINTS = {
     grpc.StatusCode.INVALID_ARGUMENT: (
-        "there is no such policy, it fails, or it has no default for the decision"
+        "there is no such policy or rule, the rule has no value, or it fails"
     ),
     grpc.StatusCode.NOT_FOUND: "it does not know the identity, or cannot look it up",
     grpc.StatusCode.UNAUTHENTICATED: "the api_key is missing or wrong",
+    grpc.StatusCode.UNIMPLEMENTED: "it serves no Authorizer: is url the right port?",
 }
 """What these statuses of Topaz mean for a check."""
+
+WRONG_POLICY = (
+    "The authorizer cannot evaluate the policy: there is no such policy or rule, the "
+    "rule has no value for this request, or it fails."
+)
+"""What a client gets for INVALID_ARGUMENT. Topaz does not tell these apart."""
 
 
 def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
@@ -53,8 +60,10 @@ def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
 
     Use it as `Depends(require_policy_allowed(config, "myapp.GET.documents"))`.
     A denied request ends with 403, and so does one of an identity that the authorizer
-    does not know, or could not look up. If the authorizer cannot be asked, or the
-    policy fails or is undefined, it ends with 503 and `Retry-After`.
+    does not know, or could not look up. If the authorizer cannot be asked, it ends
+    with 503 and `Retry-After`. If the authorizer cannot evaluate the policy, because
+    policy or rule do not exist, or the rule has no value or fails, it ends with 500:
+    trying again does not help.
 
     It also guards WebSocket routes, and then asks before the WebSocket is accepted. A
     server with the ASGI extension `websocket.http.response` sends the same answers.
@@ -131,10 +140,14 @@ async def _check(
     try:
         allowed = await config._ask(question)  # noqa: SLF001
     except (TopazError, grpc.RpcError) as error:
-        logger.warning("no decision on %s: %s", policy_path, _reason(error))
+        reason = _reason(error, config.check_timeout)
+        logger.warning("no decision on %s: %s", policy_path, reason)
         if _code(error) is grpc.StatusCode.NOT_FOUND:
             # Of the policy, or of anything else, Topaz says that in other words.
             raise _refusal(request, 403, "Not allowed.") from error
+        if _code(error) is grpc.StatusCode.INVALID_ARGUMENT:
+            # A mistake in the policy or in its path, which no retry mends.
+            raise _refusal(request, 500, WRONG_POLICY) from error
         raise _refusal(
             request,
             503,
@@ -163,9 +176,11 @@ def _code(error: Exception) -> Any:
     return error.code() if isinstance(error, grpc.aio.AioRpcError) else None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, timeout: float) -> str:
     if (code := _code(error)) is None:
         return str(error)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"no answer within {timeout:g} s (check_timeout)"
     # Not the details: an authorizer may name the identity there.
     hint = HINTS.get(code)
     return f"the authorizer answered {code.name}" + (f" ({hint})" if hint else "")

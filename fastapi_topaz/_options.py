@@ -8,11 +8,18 @@ import time, before a worker process forks.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import os
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol
 
 import attrs
+
+from fastapi_topaz._target import complete
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 __all__ = [
@@ -20,6 +27,7 @@ __all__ = [
     "Identity",
     "IdentityType",
     "PoolOptions",
+    "fit_minimum",
     "seconds",
     "shown",
     "text",
@@ -126,6 +134,27 @@ class AuthorizerOptionsLike(Protocol):
         ...
 
 
+P = ParamSpec("P")
+
+
+def fit_minimum(init: Callable[P, None]) -> Callable[P, None]:
+    """
+    Let an omitted `min_connections` be 1 if `max_connections` is 1.
+
+    Its default stays 2 in the signature of *init*, as it is documented. An explicit 2
+    is a contradiction then, which *init* refuses: only the caller's arguments tell the
+    two apart.
+    """
+
+    @functools.wraps(init)
+    def fitting(*args: P.args, **kwargs: P.kwargs) -> None:
+        if kwargs.get("max_connections") == 1:
+            kwargs.setdefault("min_connections", 1)
+        init(*args, **kwargs)
+
+    return fitting
+
+
 @attrs.frozen(kw_only=True)
 class PoolOptions:
     """
@@ -157,7 +186,7 @@ class PoolOptions:
         if self.min_connections > self.max_connections:
             raise ValueError(
                 f"min_connections must not exceed max_connections, got "
-                f"min_connections={shown(self.min_connections)} (2 by default) and "
+                f"min_connections={shown(self.min_connections)} and "
                 f"max_connections={shown(self.max_connections)}"
             )
         _count("max_retries", self.max_retries, 0)
@@ -294,8 +323,16 @@ class AuthorizerOptions:
     """
     Where the authorizer is, and how to talk to it.
 
+    An empty `tenant_id`, `api_key` or `cert_file_path` counts as None, because that is
+    what settings classes hold for an unset variable.
+
     Args:
-        url: `host:port`, or any other gRPC target such as `dns:///topaz:8282`.
+        url: `host`, `host:port` or `[IPv6]:port`. The port is 8282 if it is missing,
+            and the attribute `url` includes it. These targets of gRPC are accepted
+            too: `dns:///host:port`, `dns://nameserver/host:port`,
+            `ipv4:1.2.3.4:8282,5.6.7.8:8282`, `ipv6:[2001:db8::1]:8282`,
+            `unix:/path` and `unix-abstract:name`. The schemes `xds` and `vsock` are
+            not. Write an internationalised host name in its ASCII form (`xn--...`).
         tenant_id: Sent as the metadata `aserto-tenant-id`.
         api_key: Sent as the metadata `authorization: basic KEY`.
         cert_file_path: A PEM file with the CA that signed the server's certificate;
@@ -306,8 +343,7 @@ class AuthorizerOptions:
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: *url* is empty or has an HTTP scheme, or a header value cannot
-            be sent.
+        ValueError: *url* has none of these forms, or a header value cannot be sent.
     """
 
     url: str = "localhost:8282"
@@ -318,13 +354,12 @@ class AuthorizerOptions:
 
     def __attrs_post_init__(self) -> None:
         text("url", self.url, optional=False)
-        if self.url.lower().startswith(("http://", "https://")):
-            raise ValueError(
-                f"url must be host:port without a scheme, got {self.url!r}; "
-                "TLS is the default, insecure=True means plaintext"
-            )
+        object.__setattr__(self, "url", complete(self.url))
         if isinstance(self.cert_file_path, os.PathLike):
             object.__setattr__(self, "cert_file_path", os.fspath(self.cert_file_path))
+        for name in ("tenant_id", "api_key", "cert_file_path"):
+            if getattr(self, name) == "":
+                object.__setattr__(self, name, None)
         for name in ("tenant_id", "cert_file_path"):
             text(name, getattr(self, name))
         if self.api_key is not None and not isinstance(self.api_key, str):

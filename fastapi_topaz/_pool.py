@@ -15,6 +15,7 @@ from fastapi_topaz._options import (
     AuthorizerOptions,
     AuthorizerOptionsLike,
     PoolOptions,
+    fit_minimum,
     seconds,
     shown,
 )
@@ -50,9 +51,9 @@ class ConnectionPool(PoolLife):
     All times are in seconds.
 
     Args:
-        min_connections: Connections kept once the pool is in use, default 2. They
-            are made by `initialize()` with *eager_init*, else after the first
-            acquire.
+        min_connections: Connections kept once the pool is in use, default 2, or 1 if
+            *max_connections* is 1. They are made by `initialize()` with *eager_init*,
+            else after the first acquire.
         max_connections: Connections at most, default 10, in this process: four
             workers have four pools.
         acquire_timeout: How long `acquire()` may take, queueing and connecting
@@ -95,6 +96,7 @@ class ConnectionPool(PoolLife):
         ValueError: A parameter has an impossible value.
     """
 
+    @fit_minimum
     def __init__(
         self,
         *,

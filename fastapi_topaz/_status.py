@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypeAlias
+import dataclasses
+from typing import Any, Literal, Protocol, TypeAlias
 
 import attrs
 
@@ -17,10 +18,17 @@ __all__ = [
 ]
 
 
-@attrs.frozen(kw_only=True)
+# Status objects are dataclasses of the standard library, and not attrs classes like the
+# rest: FastAPI and pydantic know how to serialise a dataclass, wherever it stands in
+# what a route returns.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PoolStatus:
     """
     A snapshot of a pool, as `ConnectionPool.status()` returns it.
+
+    A FastAPI route may return it.
 
     Attributes:
         total: Open connections, `idle + busy`. Those still being established are
@@ -39,6 +47,10 @@ class PoolStatus:
             a probe, which is under way.
         leaving: Open connections that close when their last lease is back.
         failing: True if no attempt to connect succeeded since the last one failed.
+        healthy: Whether a check would have a connection to go to. True with at least
+            one healthy connection. Without any, True as long as no attempt to connect
+            failed since the last success. So a pool that is not in use yet is
+            healthy, and so is one whose connections are only suspected or replaced.
     """
 
     total: int
@@ -54,19 +66,18 @@ class PoolStatus:
     suspect: int = 0
     leaving: int = 0
     failing: bool = False
+    # Derived, but a field: so every serialiser includes it.
+    healthy: bool = dataclasses.field(init=False, default=False)
 
-    @property
-    def healthy(self) -> bool:
-        """
-        Whether a check would have a connection to go to.
+    def __post_init__(self) -> None:
+        healthy = self.healthy_connections > 0 or (
+            not self.failing and self.total <= self.suspect + self.leaving
+        )
+        object.__setattr__(self, "healthy", healthy)
 
-        True with at least one healthy connection. Without any, as long as no attempt
-        to connect has failed since the last success: a pool that nobody used yet is
-        healthy, and one that is only suspected, or replaced, stays so.
-        """
-        if self.healthy_connections > 0:
-            return True
-        return not self.failing and self.total <= self.suspect + self.leaving
+    def as_dict(self) -> dict[str, Any]:
+        """Return all attributes as a dict that JSON can represent."""
+        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         return (
@@ -78,10 +89,12 @@ class PoolStatus:
 ConnectionCondition: TypeAlias = Literal["idle", "busy", "suspect", "leaving"]
 
 
-@attrs.frozen(kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ConnectionStatus:
     """
     A snapshot of one open connection, as `ConnectionPool.connections()` returns it.
+
+    A FastAPI route may return it.
 
     Attributes:
         peer: The address of the other side, such as `ipv4:10.0.0.7:8282`; None if
@@ -102,6 +115,10 @@ class ConnectionStatus:
     age: float
     idle_for: float
     last_error: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all attributes as a dict that JSON can represent."""
+        return dataclasses.asdict(self)
 
 
 CloseReason: TypeAlias = Literal[

@@ -211,7 +211,7 @@ def test_some_requests_that_fail_are_enough_for_exit_code_1():
     assert ended.number("requests") == 80
     assert ended.number("allowed (200)") == 60
     assert ended.number("failed") == 20
-    assert "Failed: 20 x answered 503" in ended.out
+    assert "Failed: 20 x answered 500" in ended.out
     assert "Cause: no decision on myapp.DELETE.documents.__id" in ended.out
 
 

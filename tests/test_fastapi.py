@@ -129,7 +129,7 @@ def test_providers_may_be_async(backend, embedded_authorizer):
 @pytest.mark.parametrize(
     "decisions, status",
     # As Topaz does: the one is undefined, the other ends without any decision.
-    [({"visible": True}, 503), ({"allowed": "yes"}, 403), ({"allowed": 1}, 403)],
+    [({"visible": True}, 500), ({"allowed": "yes"}, 403), ({"allowed": 1}, 403)],
 )
 def test_a_decision_that_was_not_made_never_allows(
     decisions, status, embedded_authorizer
@@ -287,15 +287,62 @@ def test_an_identity_that_the_authorizer_does_not_know_is_denied(
     assert "alice" not in caplog.text
 
 
-def test_the_log_says_what_may_be_wrong_with_a_policy(embedded_authorizer, caplog):
-    with TestClient(application(configured(embedded_authorizer))) as client:
-        assert unavailable(client.get("/documents/7"))
+@backends
+@pytest.mark.parametrize(
+    "policies",
+    [
+        {},
+        {"myapp.GET.documents.__id": {"visible": True}},
+        {"myapp.GET.documents.__id": {}},
+        {"myapp.GET.documents.__id": lambda check: 1 / 0},
+    ],
+    ids=["no policy", "no rule", "no value", "fails"],
+)
+def test_a_policy_that_cannot_be_evaluated_is_500_and_not_retried(
+    backend, policies, embedded_authorizer, caplog
+):
+    embedded_authorizer.policies = policies
+    with client_of(application(configured(embedded_authorizer)), backend) as client:
+        response = client.get("/documents/7")
+    assert response.status_code == 500
+    assert "retry-after" not in response.headers
+    detail = response.json()["detail"]
+    assert "no such policy or rule" in detail
+    assert "no value" in detail
+    assert "myapp" not in detail
+    assert "no decision on myapp.GET.documents.__id" in caplog.text
     assert "there is no such policy" in caplog.text
+    assert embedded_authorizer.calls["Is"] == 1
+
+
+@backends
+def test_what_the_authorizer_says_of_a_policy_is_shown_to_no_client(
+    backend, embedded_authorizer
+):
+    with client_of(application(configured(embedded_authorizer)), backend) as client:
+        embedded_authorizer.fail("INVALID_ARGUMENT", "swordfish", methods=["Is"])
+        response = client.get("/documents/7")
+    assert response.status_code == 500
+    assert "swordfish" not in response.text + str(response.headers)
+
+
+@backends
+@pytest.mark.parametrize(
+    "code, hint",
+    [("UNIMPLEMENTED", "serves no Authorizer"), ("UNAUTHENTICATED", "api_key")],
+)
+def test_what_may_be_mended_at_the_server_is_503_with_a_hint(
+    backend, code, hint, embedded_authorizer, caplog
+):
+    with client_of(application(configured(embedded_authorizer)), backend) as client:
+        embedded_authorizer.fail(code, methods=["Is"])
+        assert unavailable(client.get("/documents/7"))
+    assert hint in caplog.text
 
 
 @backends
 def test_an_authorizer_that_does_not_answer_in_time_is_503(
-    backend, embedded_authorizer
+    backend, embedded_authorizer, caplog
 ):
     embedded_authorizer.policies = lambda check: True
     config = configured(embedded_authorizer, check_timeout=0.3)
@@ -303,6 +350,8 @@ def test_an_authorizer_that_does_not_answer_in_time_is_503(
         assert client.get("/documents/7").status_code == 200
         embedded_authorizer.delay = 30.0
         assert unavailable(client.get("/documents/7"))
+    assert "no answer within 0.3 s" in caplog.text
+    assert "answered DEADLINE_EXCEEDED" not in caplog.text
 
 
 def test_the_check_timeout_is_one_budget_for_waiting_and_asking(embedded_authorizer):

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "fastapi_topaz"
 # From the ground up: a module may import those of its own layer and below.
 LAYERS = [
     {
-        *("exceptions", "_errors", "_options", "_backoff", "_status", "_fork"),
-        *("_rego", "_version"),
+        *("exceptions", "_errors", "_options", "_target", "_rego", "_backoff"),
+        *("_status", "_fork", "_version"),
     },
     {"_attempts", "_entry", "_rotation", "_snapshot", "_state"},
     {"_resource", "_messages", "_authorizer", "_telemetry", "_transport"},
@@ -51,6 +51,7 @@ PURE = [
     "_status.py",
     "_options.py",
     "_rego.py",
+    "_target.py",
     "_errors.py",
     "exceptions.py",
 ]

@@ -95,6 +95,46 @@ async def test_a_connection_that_is_lost_is_news_and_one_that_is_reaped_is_not(c
     assert ": lost (left: total=1" in line
 
 
+async def test_a_connection_that_falls_silent_and_recovers_leaves_a_line_each(caplog):
+    connector = FakeConnector()
+    pool = make(connector, health_check_interval=0, health_check_timeout=3)
+    async with pool:
+        async with pool.acquire() as conn:
+            silent_one = connector.connections[0]
+            silent_one.frozen = True
+
+            async def probe(timeout):
+                await anyio.sleep(timeout - 1)
+
+            silent_one.probe = probe
+            for _ in range(2):
+                with pytest.raises(TimeoutError):
+                    await conn.call("/a/b", b"", timeout=1)
+        await anyio.sleep(1)
+        (silent,) = lines(caplog, "is suspect", logging.WARNING)
+        assert "fake:1" in silent
+        assert "two calls in a row got no answer in time" in silent
+        assert not lines(caplog, "is used again")
+        await anyio.sleep(5)
+        (back,) = lines(caplog, "answered its probe and is used again", logging.INFO)
+        assert "fake:1" in back
+        assert len(lines(caplog, "is suspect")) == 1
+
+
+async def test_a_connection_that_fails_a_probe_leaves_the_limit_in_the_log(caplog):
+    connector = FakeConnector()
+    pool = make(connector, health_check_interval=10, health_check_timeout=3)
+    async with pool:
+        async with pool.acquire():
+            pass
+        connector.connections[0].frozen = True
+        await anyio.sleep(20)
+    (suspect,) = lines(caplog, "is suspect", logging.INFO)
+    assert "no answer within health_check_timeout=3 s" in suspect
+    (gone,) = lines(caplog, "failed its health check and is closed", logging.WARNING)
+    assert "no answer within health_check_timeout=3 s" in gone
+
+
 # -- secrets ------------------------------------------------------------------------
 
 IDENTITY, RESOURCE, KEY, TENANT = "swordfish", "hunter2", "open-sesame", "t-0815"
@@ -119,7 +159,7 @@ def everything_that_happens(config, authorizer, backend):
         for code in ("INTERNAL", "UNAUTHENTICATED", "INVALID_ARGUMENT", "UNAVAILABLE"):
             details = f"{IDENTITY} with {RESOURCE} of {TENANT}"
             authorizer.fail(code, details)
-            assert status() == 503
+            assert status() == (500 if code == "INVALID_ARGUMENT" else 503)
         authorizer.heal()
         authorizer.delay = 30
         assert status() == 503

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import math
 import pathlib
+from types import SimpleNamespace
 
 import aserto.client
 import attrs
@@ -145,14 +146,27 @@ def test_a_count_is_not_none(name):
         ConnectionPool(**{name: None})
 
 
-@pytest.mark.parametrize("least, most", [(3, 2), (2, 1), (11, None), (None, 1)])
+@pytest.mark.parametrize("least, most", [(3, 2), (2, 1), (11, None)])
 def test_min_connections_must_not_exceed_max_connections(least, most):
     given = {"min_connections": least, "max_connections": most}
     given = {name: value for name, value in given.items() if value is not None}
     with pytest.raises(ValueError, match="min_connections") as caught:
         ConnectionPool(**given)
-    assert f"min_connections={least or 2}" in str(caught.value)
+    assert f"min_connections={least}" in str(caught.value)
     assert f"max_connections={most or 10}" in str(caught.value)
+
+
+@pytest.mark.parametrize("most, least", [(1, 1), (2, 2), (3, 2)])
+def test_an_omitted_min_connections_is_2_or_max_connections(most, least):
+    pool = ConnectionPool(max_connections=most)
+    assert pool.options.min_connections == least
+    assert type(pool.options.min_connections) is int
+    assert pool.status().min_connections == least
+    # It is a number from then on, which a resize does not change by itself.
+    with pytest.raises(ValueError, match="min_connections"):
+        pool.resize(2, 1)
+    pool.resize(least, most)
+    assert pool.options.min_connections == least
 
 
 def test_min_connections_may_be_max_connections():
@@ -316,10 +330,25 @@ def test_a_bad_url_is_refused(url, error):
 
 
 @pytest.mark.parametrize("name", ["tenant_id", "api_key", "cert_file_path"])
-def test_a_text_of_the_authorizer_is_not_empty(name):
-    for value in ("", " "):
-        with pytest.raises(ValueError, match=name):
-            AuthorizerOptions(**{name: value})
+def test_an_empty_text_of_the_authorizer_counts_as_none(name):
+    options = AuthorizerOptions(**{name: ""})
+    assert getattr(options, name) is None
+    assert options == AuthorizerOptions()
+    assert options.metadata == ()
+    given = SimpleNamespace(url="localhost", **{name: ""})
+    assert AuthorizerOptions.coerce(given) == AuthorizerOptions()
+
+
+def test_an_empty_certificate_path_does_not_contradict_plaintext():
+    options = AuthorizerOptions(cert_file_path="", insecure=True)
+    assert options == AuthorizerOptions(insecure=True)
+
+
+@pytest.mark.parametrize("name", ["tenant_id", "api_key", "cert_file_path"])
+def test_a_text_of_the_authorizer_is_not_blank(name):
+    # A blank is no unset variable, but one that went wrong.
+    with pytest.raises(ValueError, match=name):
+        AuthorizerOptions(**{name: " "})
     with pytest.raises(TypeError, match=name):
         AuthorizerOptions(**{name: 5})
 

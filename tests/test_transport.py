@@ -339,11 +339,15 @@ async def test_no_failed_attempt_shows_the_api_key():
     assert "s3cret" not in repr(error) + str(error)
 
 
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:{port}", "ipv4:127.0.0.1:{port},127.0.0.2:{port}"]
+)
 async def test_a_failed_connect_does_not_go_on_trying_while_its_error_is_kept(
-    plaintext,
+    url, plaintext
 ):
     plaintext.stop()
-    errors = [await refused_by(plaintext.options) for _ in range(3)]
+    options = attrs.evolve(plaintext.options, url=url.format(port=plaintext.port))
+    errors = [await refused_by(options) for _ in range(3)]
     plaintext.start()
     # gRPC would try again after a second at most. What must not happen can only be
     # waited for.

@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from fastapi_topaz._transport._call import kind, learn
+from fastapi_topaz._transport._certificates import root_certificates
 from fastapi_topaz._transport._failures import connect_failed
 from fastapi_topaz._version import VERSION
 
@@ -26,7 +27,6 @@ __all__ = [
     "PROBE",
     "READY",
     "open_channel",
-    "root_certificates",
     "until_ready",
 ]
 
@@ -49,9 +49,9 @@ def _channel_options(timeout: float) -> list[tuple[str, Any]]:
         # Channels to one target share one TCP connection otherwise.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.service_config", _SPREAD),
-        # Tells the peer; its traces of events would cost more than the connecting.
+        # Tells the peer, and in its traces of events why each address failed.
         ("grpc.enable_channelz", 1),
-        ("grpc.max_channel_trace_event_memory_per_node", 0),
+        ("grpc.max_channel_trace_event_memory_per_node", 4096),
         # Despite its name this is how long gRPC lets one attempt take. A little
         # less than our own timeout, so that gRPC still gets to say the reason.
         (
@@ -75,30 +75,6 @@ def _channel_options(timeout: float) -> list[tuple[str, Any]]:
         ("grpc.enable_http_proxy", 0),
         ("grpc.primary_user_agent", f"fastapi-topaz/{VERSION}"),
     ]
-
-
-def root_certificates(options: AuthorizerOptions) -> bytes | None:
-    """
-    Return the PEM text of `cert_file_path`, or None for gRPC's own roots.
-
-    Raises:
-        ValueError: The file cannot be read, or holds no certificate.
-    """
-    if options.cert_file_path is None:
-        return None
-    wrong = (
-        f"cert_file_path must be a readable PEM file, got {options.cert_file_path!r}"
-    )
-    try:
-        with open(options.cert_file_path, "rb") as file:  # noqa: PTH123
-            pem = file.read()
-    except (OSError, ValueError) as error:  # ValueError: no file can be called that
-        raise ValueError(
-            f"{wrong}: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    if b"-----BEGIN CERTIFICATE-----" not in pem:
-        raise ValueError(f"{wrong}, which holds no certificate")
-    return pem
 
 
 def open_channel(options: AuthorizerOptions, timeout: float) -> grpc.aio.Channel:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from anyio.lowlevel import current_token
 
 from fastapi_topaz import _fork
-from fastapi_topaz._transport._channel import root_certificates
+from fastapi_topaz._transport._certificates import root_certificates
 from fastapi_topaz._transport._link import Link
 from fastapi_topaz.exceptions import ConnectFailed, PoolError
 
@@ -43,7 +43,8 @@ class GrpcConnector:
         Check what no retry can mend.
 
         Raises:
-            ValueError: The certificate file cannot be read.
+            ValueError: The certificate file cannot be read, or is not a PEM file of
+                certificates.
         """
         root_certificates(self.options)
 

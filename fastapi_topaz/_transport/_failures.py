@@ -17,6 +17,8 @@ from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fastapi_topaz._options import AuthorizerOptions
     from fastapi_topaz.exceptions import FailureReason
 
@@ -24,25 +26,124 @@ if TYPE_CHECKING:
 __all__ = [
     "connect_failed",
     "connect_timed_out",
+    "each_failed",
     "in_time",
     "is_cut_off",
     "is_refused_stream",
 ]
 
 
-# (parts of gRPC's text, reason, permanent, what to tell); the first match wins.
+# The texts are those of gRPC 1.80 to 1.85 and of its BoringSSL, collected from servers
+# that fail in each of these ways. After the reason of a failed handshake BoringSSL says
+# what it thinks of the server's certificate: "OK", or "Invalid certificate verification
+# context" if it has not seen one yet.
+#
+# Each row: parts of gRPC's text, reason, permanent, message. The first match wins; of
+# several addresses, the one whose row comes first.
 _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
+    (
+        ("certificate has expired",),
+        "tls",
+        True,
+        (
+            "the server's certificate, or that of a CA above it, has expired by the "
+            "clock of this machine"
+        ),
+    ),
+    (
+        ("certificate is not yet valid",),
+        "tls",
+        True,
+        (
+            "the server's certificate, or that of a CA above it, is not yet valid by "
+            "the clock of this machine"
+        ),
+    ),
+    (
+        ("unsupported certificate purpose", "KEY_USAGE_BIT_INCORRECT"),
+        "tls",
+        True,
+        (
+            "the server's certificate has the wrong purpose: its key usage does not "
+            "allow server authentication"
+        ),
+    ),
+    (
+        ("certificate signature failure", "BAD_SIGNATURE"),
+        "tls",
+        True,
+        (
+            "the server's certificate is not signed by the CA of that name that "
+            "{roots}; was the CA created again with another key?"
+        ),
+    ),
+    (
+        ("issuer certificate", "self signed", "self-signed", "the first certificate"),
+        "tls",
+        True,
+        "the server's certificate is not signed by a CA that {roots}",
+    ),
     (
         ("CERTIFICATE_VERIFY_FAILED",),
         "tls",
         True,
-        "the server's certificate is not signed by a CA that {roots}",
+        "the server's certificate is not acceptable to gRPC; its reason follows",
     ),
     (
         ("Hostname Verification", "Custom verification check", "Peer name"),
         "tls",
         True,
         "the server's certificate is not valid for the name in url",
+    ),
+    (
+        ("missing selected ALPN property", "NO_APPLICATION_PROTOCOL"),
+        "tls",
+        True,
+        (
+            "the server speaks TLS but does not offer HTTP/2 in it (ALPN h2), which "
+            "gRPC needs; it may be a proxy that is set up for HTTP/1.1 only"
+        ),
+    ),
+    (
+        ("ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"),
+        "tls",
+        True,
+        "the server only speaks old versions of TLS; gRPC needs TLS 1.2 or newer",
+    ),
+    (
+        (
+            # With TLS 1.3 the server says so after the handshake, where gRPC does not
+            # read the alert.
+            "Unwrap failed",
+            # The server's certificate was accepted, so ours is what is missing.
+            "ALERT_HANDSHAKE_FAILURE: OK",
+            "ALERT_CERTIFICATE_",
+            "ALERT_BAD_CERTIFICATE",
+            "ALERT_UNSUPPORTED_CERTIFICATE",
+            "ALERT_UNKNOWN_CA",
+            "ALERT_ACCESS_DENIED",
+        ),
+        "tls",
+        True,
+        (
+            "the server requires a client certificate (mTLS), which this package "
+            "cannot send"
+        ),
+    ),
+    (
+        ("ALERT_HANDSHAKE_FAILURE", "ALERT_INSUFFICIENT_SECURITY"),
+        "tls",
+        True,
+        (
+            "the server refused the TLS handshake: its ciphers, or the kind of key in "
+            "its certificate, are none that gRPC supports"
+        ),
+    ),
+    (
+        ("ALERT_UNRECOGNIZED_NAME",),
+        "tls",
+        True,
+        "the server has no certificate for the name in url",
     ),
     (
         ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"),
@@ -90,12 +191,6 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         "the host name cannot be resolved",
     ),
     (
-        ("Connection refused",),
-        "refused",
-        False,
-        "nothing listens there (connection refused)",
-    ),
-    (
         (
             "timed out",
             "tcp handshaker shutdown",
@@ -110,28 +205,83 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         ),
     ),
     (
-        ("Tls handshake failed", "SSL_ERROR", "Handshake", "handshake"),
-        "tls",
-        False,
-        (
-            "the TLS handshake failed; if the server is meant to be plaintext, "
-            "pass insecure=True"
-        ),
-    ),
-    (
         ("Socket closed", "Connection reset", "Broken pipe", "End of TCP stream"),
         "other",
         False,
         "the server closed the connection before it was ready; {closed}",
     ),
+    (
+        ("Tls handshake failed", "SSL_ERROR", "Handshake", "handshake"),
+        "tls",
+        False,
+        "the TLS handshake failed",
+    ),
+    (
+        ("Connection refused",),
+        "refused",
+        False,
+        "nothing listens there (connection refused)",
+    ),
 )
+
+_MOST = 16
+"""Addresses that a message lists."""
 
 
 def connect_failed(details: str, options: AuthorizerOptions) -> ConnectFailed:
     """Return the error for gRPC's *details* of a failed attempt."""
-    for needles, reason, permanent, hint in _KNOWN:
+    _, reason, permanent, said = _cause(details, options)
+    return ConnectFailed(
+        f"cannot connect to {options.url}: {said}"
+        + (f" (gRPC: {details})" if said != details else ""),
+        reason=reason,
+        permanent=permanent,
+    )
+
+
+def each_failed(
+    failed: ConnectFailed,
+    options: AuthorizerOptions,
+    tried: Sequence[tuple[str, str | None]],
+) -> ConnectFailed:
+    """
+    Return the error for an attempt at several addresses, *tried* with gRPC's texts.
+
+    It is *failed*, which is about one of them, if gRPC does not say why each failed.
+    """
+    causes = []
+    for address, text in tried:
+        if text is None:
+            return failed
+        causes.append((_cause(text, options), address, text))
+    causes.sort()
+    by_hint: dict[str, list[str]] = {}
+    for (_, _, _, hint), address, _ in causes:
+        by_hint.setdefault(hint, []).append(address)
+    said = "; ".join(
+        f"{_listed(addresses)}: {hint}" for hint, addresses in by_hint.items()
+    )
+    (_, reason, _, _), _, details = causes[0]
+    return ConnectFailed(
+        f"cannot connect to {options.url}: {said} (gRPC: {details})",
+        reason=reason,
+        # An address whose fault is not permanent may come back.
+        permanent=all(permanent for (_, _, permanent, _), _, _ in causes),
+    )
+
+
+def _listed(addresses: Sequence[str]) -> str:
+    more = f" and {len(addresses) - _MOST} more" if len(addresses) > _MOST else ""
+    return f"{', '.join(addresses[:_MOST])}{more}"
+
+
+def _cause(
+    details: str, options: AuthorizerOptions
+) -> tuple[int, FailureReason, bool, str]:
+    """Return the row of `_KNOWN` that *details* match, by its number."""
+    for number, (needles, reason, permanent, hint) in enumerate(_KNOWN):
         if any(needle in details for needle in needles):
-            text = hint.format(
+            said = hint.format(
                 roots=(
                     f"cert_file_path={options.cert_file_path!r} holds"
                     if options.cert_file_path
@@ -140,22 +290,27 @@ def connect_failed(details: str, options: AuthorizerOptions) -> ConnectFailed:
                 closed=(
                     "is it using TLS? insecure=True was given"
                     if options.insecure
-                    else "is it a gRPC server with TLS?"
+                    else "is it a gRPC server with TLS, and does it require a client "
+                    "certificate (mTLS), which this package cannot send?"
                 ),
             )
-            return ConnectFailed(
-                f"cannot connect to {options.url}: {text} (gRPC: {details})",
-                reason=reason,
-                permanent=permanent,
-            )
-    return ConnectFailed(f"cannot connect to {options.url}: {details}")
+            return number, reason, permanent, said
+    return len(_KNOWN), "other", False, details
 
 
-def connect_timed_out(options: AuthorizerOptions, timeout: float) -> ConnectFailed:
+def connect_timed_out(
+    options: AuthorizerOptions,
+    timeout: float,
+    tried: Sequence[tuple[str, str | None]] = (),
+) -> ConnectFailed:
     """Return the error for an attempt that gave no reason in *timeout* seconds."""
+    each = "; ".join(
+        f"{address}: {text or 'no answer'}" for address, text in tried[:_MOST]
+    )
     return ConnectFailed(
         f"cannot connect to {options.url}: not ready within connection_timeout="
-        f"{timeout:g} s; the server may be overloaded, or accept and stay silent",
+        f"{timeout:g} s; the server may be overloaded, or accept and stay silent"
+        + (f" (tried {each})" if each else ""),
         reason="timeout",
     )
 

@@ -29,11 +29,12 @@ from fastapi_topaz._transport._channel import (
 )
 from fastapi_topaz._transport._failures import (
     connect_timed_out,
+    each_failed,
     is_cut_off,
     is_refused_stream,
 )
 from fastapi_topaz._transport._peer import Peer
-from fastapi_topaz.exceptions import ConnectionLost
+from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
 
 
 if TYPE_CHECKING:
@@ -101,12 +102,17 @@ class Link:
             async with asyncio.timeout(timeout):
                 await until_ready(channel, options)
         except BaseException as error:  # noqa: BLE001  (raised again)
+            tried = peer.tried() if isinstance(error, Exception) else []
             await channel.close()
             _fork.forget(channel)
             # The pool keeps its last error; its frames must not keep the channel.
             del channel
             if isinstance(error, TimeoutError):
-                raise connect_timed_out(options, timeout) from None
+                raise connect_timed_out(options, timeout, tried) from None
+            if isinstance(error, ConnectFailed) and len(tried) > 1:
+                # Its own frames, which the new one keeps as context, hold the channel.
+                error.with_traceback(None)
+                raise each_failed(error, options, tried) from None
             raise error.with_traceback(None)  # noqa: B904  (the same error)
         return cls(channel, peer, options)
 

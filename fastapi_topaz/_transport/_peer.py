@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.parse
 from typing import TYPE_CHECKING, Any
 
 from grpc._cython import cygrpc
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import grpc
 
@@ -74,6 +75,28 @@ class Peer:
                 continue
         return None
 
+    def tried(self) -> list[tuple[str, str | None]]:
+        """
+        Return each address of the target, and why it failed if it did.
+
+        The status of a failed call has the reason of the last address only.
+        """
+        if self._number is None:
+            return []
+        found: list[tuple[str, str | None]] = []
+        try:
+            channel = _read(cygrpc.channelz_get_channel, self._number)["channel"]
+            for one in channel["subchannelRef"]:
+                number = int(one["subchannelId"])
+                entry = _read(cygrpc.channelz_get_subchannel, number)["subchannel"]
+                # An IPv6 address is percent-encoded there.
+                address = urllib.parse.unquote(str(entry["data"]["target"]))
+                events = entry["data"].get("trace", {}).get("events", ())
+                found.append((address, _last_failure(events)))
+        except Exception:  # noqa: BLE001, S110  (as above)
+            pass
+        return found
+
     def is_gone(self) -> bool:
         """Say whether the socket that `address` found is closed; takes about 0.3 ms."""
         if self._socket is None:
@@ -85,6 +108,15 @@ class Peer:
         except Exception:  # noqa: BLE001  (as above)
             return False
         return False
+
+
+def _last_failure(events: Sequence[dict[str, str]]) -> str | None:
+    for event in reversed(events):
+        _, failed, reason = event["description"].partition("TRANSIENT_FAILURE: ")
+        if failed:
+            # Lines about gRPC's own source code follow.
+            return reason.partition("\n")[0]
+    return None
 
 
 def _newest_after(number: int) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 
-from fastapi_topaz._options import AuthorizerOptions, seconds
+from fastapi_topaz._options import AuthorizerOptions, seconds, text
 
 from ._certs import Certificates
 from ._policies import Policies, Policy, PolicyFunction, validated
@@ -71,6 +71,9 @@ class EmbeddedAuthorizer:
     ) -> None:
         # Only for its checks: the url is known after the start.
         AuthorizerOptions(api_key=api_key, tenant_id=tenant_id)
+        # Empty ones would let in every client, which is not what they look like.
+        text("api_key", api_key)
+        text("tenant_id", tenant_id)
         if not 0 <= port <= 65535:
             raise ValueError(f"port must be from 0 to 65535, got {port!r}")
         if max_concurrent_streams is not None and max_concurrent_streams < 1:
