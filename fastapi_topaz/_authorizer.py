@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi_topaz import _messages
 from fastapi_topaz._messages import Subject, policy_instance
+from fastapi_topaz._redaction import boundary
 
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class AuthorizerCalls:
         data = method.request(request)
         return method.response(await self._send(method.path, data, timeout, ()))
 
+    @boundary
     async def decisions(
         self,
         *,
@@ -100,6 +102,7 @@ class AuthorizerCalls:
         response = await self._send(_messages.IS, request, timeout, ())
         return _messages.decisions_of(response)
 
+    @boundary
     async def decision_tree(
         self,
         *,
@@ -129,6 +132,7 @@ class AuthorizerCalls:
         response = await self._call(_messages.DECISION_TREE, request, timeout)
         return _messages.decision_tree_of(response)
 
+    @boundary
     async def query(
         self,
         *,
@@ -155,6 +159,7 @@ class AuthorizerCalls:
         response: QueryResponse = await self._call(_messages.QUERY, request, timeout)
         return response
 
+    @boundary
     async def compile(
         self,
         *,
@@ -185,6 +190,7 @@ class AuthorizerCalls:
         )
         return response
 
+    @boundary
     async def list_policies(
         self,
         *,
@@ -199,6 +205,7 @@ class AuthorizerCalls:
         )
         return response
 
+    @boundary
     async def get_policy(
         self,
         *,
@@ -214,6 +221,7 @@ class AuthorizerCalls:
         )
         return response
 
+    @boundary
     async def info(self, *, timeout: float | None = None) -> InfoResponse:
         """Ask for the version of the server."""
         response: InfoResponse = await self._call(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 import grpc
 
+from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._options import (
     AuthorizerOptions,
     AuthorizerOptionsLike,
@@ -21,6 +23,7 @@ from fastapi_topaz._options import (
     text,
 )
 from fastapi_topaz._pool import ConnectionPool
+from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rego import check_name, check_reference
 from fastapi_topaz._resource import EXACT
 from fastapi_topaz._telemetry import Tracing
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TopazConfig"]
 
+
+logger = logging.getLogger("fastapi_topaz.fastapi")
 
 Question = dict[str, Any]
 """The arguments of `PooledConnection.decisions`, but for the timeout."""
@@ -84,6 +89,7 @@ class TopazConfig:
         PoolError: *connection_pool* is open, to another authorizer.
     """
 
+    @boundary
     def __init__(
         self,
         *,
@@ -138,6 +144,7 @@ class TopazConfig:
         self._tracing = Tracing(tracer_provider)
         # By policy path, and None for that of the route: see `require_policy_allowed`.
         self._dependencies: dict[str | None, Any] = {}
+        self._log_limit = LogLimit(logger, "checks")
         already = connection_pool.authorizer_options
         if already not in (None, self.authorizer_options):
             raise ValueError(
@@ -155,9 +162,13 @@ class TopazConfig:
     @asynccontextmanager
     async def lifespan(self, _app: object) -> AsyncIterator[None]:
         """Open the pool when the application starts, close it when it stops."""
-        async with self.connection_pool:
-            yield
+        try:
+            async with self.connection_pool:
+                yield
+        finally:
+            self._log_limit.flush(everything=True)
 
+    @boundary
     async def is_allowed(
         self,
         request: HTTPConnection,

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["CLOSE_LIMIT", "close", "connect", "probe"]
 
 
-logger = logging.getLogger("fastapi_topaz.pool")
-
 T = TypeVar("T")
 
 LATE = 1.0
@@ -106,14 +104,16 @@ async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
     runtime.state.connected(entry, connection, now)
     runtime.counters.connects += 1
     runtime.observer.connected(now - began)
-    logger.log(
+    runtime.log_limit.report(
         logging.INFO if rounds else logging.DEBUG,
+        "connected",
         "%s: connected to %s in %.3f s%s (%s)",
         runtime.label,
         place(runtime, entry),
         now - began,
         f", the outage is over (failed rounds: {rounds})" if rounds else "",
         runtime.state.status(),
+        all_counts=True,
     )
 
 
@@ -150,7 +150,12 @@ def _failed(runtime: Runtime, entry: PoolEntry, error: ConnectFailed) -> None:
     runtime.counters.count(runtime.counters.connect_failures, error.reason)
     # An outage is one event to whoever reads the log, not one a second.
     level = logging.WARNING if first else logging.DEBUG
-    logger.log(level, "%s: %s (%s)", runtime.label, error, runtime.state.status())
+    runtime.log_limit.report(
+        level,
+        f"cannot connect: {error.reason}",
+        "%s: %s (%s)",
+        *(runtime.label, error, runtime.state.status()),
+    )
 
 
 async def probe(runtime: Runtime, entry: PoolEntry) -> None:
@@ -166,9 +171,10 @@ async def probe(runtime: Runtime, entry: PoolEntry) -> None:
     if entry.suspect:
         silent = entry.suspected_at == entry.timed_out_at
         reason = entry.last_error or "it proved nothing for too long"
-        logger.log(
+        runtime.log_limit.report(
             # Callers got no answer: that is worth a line at the default level.
             logging.WARNING if silent else logging.INFO,
+            "suspect: silent" if silent else "suspect",
             "%s: a connection to %s is suspect and gets no calls until it answers a "
             "probe: %s (%s)",
             *(runtime.label, place(runtime, entry)),
@@ -184,7 +190,9 @@ async def probe(runtime: Runtime, entry: PoolEntry) -> None:
         recovered = entry.suspect
         runtime.state.answered(entry, runtime.now())
         if recovered:
-            logger.info(
+            runtime.log_limit.report(
+                logging.INFO,
+                "recovered",
                 "%s: a connection to %s answered its probe and is used again (%s)",
                 *(runtime.label, place(runtime, entry), runtime.state.status()),
             )
@@ -210,8 +218,9 @@ def _unanswered(
     runtime.counters.probe_failures += 1
     second = entry.suspect
     runtime.state.unanswered(entry, runtime.now())
-    logger.log(
+    runtime.log_limit.report(
         logging.WARNING if second else logging.DEBUG,
+        f"health check failed: {kind_of(error)}",
         "%s: a connection to %s failed its health check%s: %s (%s)",
         runtime.label,
         place(runtime, entry),
@@ -229,9 +238,10 @@ async def close(runtime: Runtime, entry: PoolEntry) -> None:
         runtime.counters.count(runtime.counters.closes, reason)
         lost = reason in _LOSSES
         error = f", its last error: {entry.last_error}" if entry.last_error else ""
-        logger.log(
+        runtime.log_limit.report(
             # What nobody here has decided is news.
             logging.INFO if lost else logging.DEBUG,
+            f"closing: {reason}",
             "%s: closing a connection to %s after %.1f s: %s%s (left: %s)",
             *(runtime.label, where, runtime.now() - entry.opened_at, reason),
             *(error if lost else "", runtime.state.status()),
@@ -239,15 +249,21 @@ async def close(runtime: Runtime, entry: PoolEntry) -> None:
         with anyio.CancelScope(shield=True):
             await _within(CLOSE_LIMIT, connection.close, 0.0)
     except TimeoutError:
-        logger.warning(
+        runtime.log_limit.report(
+            logging.WARNING,
+            "closing took too long",
             "%s: closing %r took more than %g s and was given up",
             runtime.label,
             connection,
             CLOSE_LIMIT,
         )
-    except Exception:
-        logger.warning(
-            "%s: closing a connection to %s failed", runtime.label, where, exc_info=True
+    except Exception as failure:  # noqa: BLE001  (a connection may raise anything)
+        runtime.log_limit.report(
+            logging.WARNING,
+            f"closing failed: {type(failure).__name__}",
+            "%s: closing a connection to %s failed",
+            *(runtime.label, where),
+            exc_info=True,
         )
     finally:
         runtime.state.closed(entry)

@@ -11,22 +11,22 @@ from fastapi import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection  # noqa: TC002  (FastAPI reads it)
 
 from fastapi_topaz._config import TopazConfig
+from fastapi_topaz._errors import kind_of, told
 from fastapi_topaz._options import shown
+from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rego import check_reference
 from fastapi_topaz._routes import route_policy_path
 from fastapi_topaz.exceptions import TopazError
 
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable
 
     Dependency = Callable[[HTTPConnection], Awaitable[None]]
 
 
 __all__ = ["require_policy_allowed", "require_policy_auto"]
 
-
-logger = logging.getLogger("fastapi_topaz.fastapi")
 
 RETRY_AFTER = "1"
 """Seconds. A pool recovers within a moment of its authorizer."""
@@ -47,11 +47,24 @@ HINTS = {
 }
 """What these statuses of Topaz mean for a check."""
 
-WRONG_POLICY = (
-    "The authorizer cannot evaluate the policy: there is no such policy or rule, the "
-    "rule has no value for this request, or it fails."
-)
-"""What a client gets for INVALID_ARGUMENT. Topaz does not tell these apart."""
+STATUSES = {grpc.StatusCode.NOT_FOUND: 403, grpc.StatusCode.INVALID_ARGUMENT: 500}
+"""
+What a check becomes that ends with these statuses. Others are 503.
+
+Topaz says NOT_FOUND of an identity only. INVALID_ARGUMENT is a mistake in the policy or
+in its path, which no retry mends.
+"""
+
+DETAILS = {
+    403: "Not allowed.",
+    # Topaz does not tell these apart.
+    500: (
+        "The authorizer cannot evaluate the policy: there is no such policy or rule, "
+        "the rule has no value for this request, or it fails."
+    ),
+    503: "The authorizer is not available.",
+}
+"""What a client reads. None of it is text of the authorizer."""
 
 
 def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
@@ -63,7 +76,8 @@ def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
     does not know, or could not look up. If the authorizer cannot be asked, it ends
     with 503 and `Retry-After`. If the authorizer cannot evaluate the policy, because
     policy or rule do not exist, or the rule has no value or fails, it ends with 500:
-    trying again does not help.
+    trying again does not help. The exception has no cause, because the text of the
+    authorizer may name the identity; the log has the reason.
 
     It also guards WebSocket routes, and then asks before the WebSocket is accepted. A
     server with the ASGI extension `websocket.http.response` sends the same answers.
@@ -83,6 +97,7 @@ def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
     _check_config(config)
     check_reference("policy_path", policy_path)
 
+    @boundary
     async def dependency(request: HTTPConnection) -> None:
         await _check(config, request, policy_path)
 
@@ -117,6 +132,7 @@ def require_policy_auto(config: TopazConfig) -> Dependency:
     """
     _check_config(config)
 
+    @boundary
     async def dependency(request: HTTPConnection) -> None:
         path = route_policy_path(config.policy_path_root, request.scope)
         await _check(config, request, path)
@@ -137,39 +153,36 @@ async def _check(
 ) -> None:
     # Outside the try: what a provider raises is the application's own.
     question = await config._question(request, policy_path)  # noqa: SLF001
+    limit = config._log_limit  # noqa: SLF001
     try:
         allowed = await config._ask(question)  # noqa: SLF001
     except (TopazError, grpc.RpcError) as error:
-        reason = _reason(error, config.check_timeout)
-        logger.warning("no decision on %s: %s", policy_path, reason)
-        if _code(error) is grpc.StatusCode.NOT_FOUND:
-            # Of the policy, or of anything else, Topaz says that in other words.
-            raise _refusal(request, 403, "Not allowed.") from error
-        if _code(error) is grpc.StatusCode.INVALID_ARGUMENT:
-            # A mistake in the policy or in its path, which no retry mends.
-            raise _refusal(request, 500, WRONG_POLICY) from error
-        raise _refusal(
-            request,
-            503,
-            "The authorizer is not available.",
-            {"Retry-After": RETRY_AFTER},
-        ) from error
-    if not allowed:
-        raise _refusal(request, 403, "Not allowed.")
+        limit.report(
+            logging.WARNING,
+            f"no decision: {kind_of(error)}",
+            "no decision on %s: %s",
+            *(policy_path, _reason(error, config.check_timeout)),
+        )
+        status = STATUSES.get(_code(error), 503)
+    else:
+        if limit.held:
+            limit.flush()
+        if allowed:
+            return
+        status = 403
+    # Raised here and not above, where the error of the authorizer would be its context:
+    # error trackers and logs show that one, and its details may name the identity.
+    raise _refusal(request, status)
 
 
-def _refusal(
-    request: HTTPConnection,
-    status: int,
-    detail: str,
-    headers: Mapping[str, str] | None = None,
-) -> Exception:
+def _refusal(request: HTTPConnection, status: int) -> Exception:
     """Return the exception that ends *request* with *status*."""
     if request.scope["type"] == "websocket":
         extensions = request.scope.get("extensions") or {}
         if "websocket.http.response" not in extensions or not _ANSWERS_WEBSOCKETS:
-            return WebSocketException(POLICY_VIOLATION, detail)
-    return HTTPException(status, detail, headers)
+            return WebSocketException(POLICY_VIOLATION, DETAILS[status])
+    headers = {"Retry-After": RETRY_AFTER} if status == 503 else None
+    return HTTPException(status, DETAILS[status], headers)
 
 
 def _code(error: Exception) -> Any:
@@ -178,7 +191,7 @@ def _code(error: Exception) -> Any:
 
 def _reason(error: Exception, timeout: float) -> str:
     if (code := _code(error)) is None:
-        return str(error)
+        return told(error)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer within {timeout:g} s (check_timeout)"
     # Not the details: an authorizer may name the identity there.

@@ -7,7 +7,10 @@ status only that is told.
 
 from __future__ import annotations
 
+import sys
 from typing import TypeVar
+
+from fastapi_topaz._redaction import clear_frames
 
 
 __all__ = ["alone", "kind_of", "told"]
@@ -36,7 +39,8 @@ def alone(error: E) -> E:
     """
     Return *error*, to be logged without the error that was being handled meanwhile.
 
-    Its traceback would end with that one, and with what that one says.
+    Its traceback would end with that one, and with what that one says. Local variables
+    of this package are deleted from it, because some handlers log these, too.
     """
     each: BaseException | None = error
     seen = set()
@@ -44,6 +48,11 @@ def alone(error: E) -> E:
         seen.add(each)
         each.__suppress_context__ = True
         each = each.__cause__
+    clear_frames(error)
+    # The frame of the caller still runs: its variables may name the error of a check.
+    traceback = error.__traceback__
+    if traceback is not None and traceback.tb_frame is sys._getframe(1):  # noqa: SLF001
+        error.__traceback__ = traceback.tb_next
     return error
 
 

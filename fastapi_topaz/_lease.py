@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi_topaz._authorizer import AuthorizerCalls
 from fastapi_topaz._options import seconds
+from fastapi_topaz._redaction import boundary
 from fastapi_topaz._telemetry import propagated
 from fastapi_topaz._transport._base import is_metadata_key
 from fastapi_topaz.exceptions import ConnectionLost, PoolError
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["PooledConnection"]
-
-
-logger = logging.getLogger("fastapi_topaz.pool")
 
 
 EVER = 10.0 * 365 * 86400
@@ -103,6 +101,7 @@ class PooledConnection(AuthorizerCalls):
             )
         return self._lease
 
+    @boundary
     async def call(
         self,
         method: str,
@@ -231,7 +230,9 @@ def _reclaim(runtime: Runtime, lease: Lease) -> None:
     holder = None if runtime.leaks is None else runtime.leaks.holder(lease)
     runtime.counters.reclaimed += 1
     runtime.release(lease)
-    logger.warning(
+    runtime.log_limit.report(
+        logging.WARNING,
+        "lease garbage-collected",
         "%s: took back a lease that was garbage-collected after %.1f s and not "
         "released (streams in use: %d -> %d), held by %s",
         *(runtime.label, runtime.now() - lease.acquired_at),

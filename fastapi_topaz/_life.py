@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Self
 import anyio
 
 from fastapi_topaz._connections import CLOSE_LIMIT
+from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._maintenance import host
 from fastapi_topaz._options import seconds
+from fastapi_topaz._redaction import boundary
 from fastapi_topaz._runtime import Runtime
 from fastapi_topaz._snapshot import connection_statuses
 from fastapi_topaz._status import ConnectionStatus, PoolCounters, PoolStatus
@@ -52,6 +54,8 @@ class PoolLife:
         self._options = options
         self._connector = connector
         self._counters = PoolCounters()
+        # Outlives each opening: a pool that fails may be opened again by each request.
+        self._log_limit = LogLimit(logger, self._label())
         self._metrics = PoolMetrics(
             meter_provider,
             options.name,
@@ -92,6 +96,7 @@ class PoolLife:
             return ()
         return connection_statuses(runtime.state, runtime.now())
 
+    @boundary
     async def initialize(self) -> None:
         """
         Open the pool; harmless if it is open.
@@ -127,6 +132,7 @@ class PoolLife:
             if not runtime.adopted and not runtime.initializing:
                 runtime.begin_close(0)
 
+    @boundary
     async def close(self, grace: float = 5.0) -> None:
         """
         Close the pool; harmless if it is closed.
@@ -188,6 +194,7 @@ class PoolLife:
             self._configured(),
             self._counters,
             self._metrics.observer,
+            self._log_limit,
         )
 
         async def live() -> None:
@@ -216,6 +223,9 @@ class PoolLife:
         if self._runtime is runtime:
             self._runtime = None
             self._metrics.detach()
+            if self._closed:
+                self._log_limit.flush(everything=True)
+            self._log_limit.clock = None  # that of the loop, which may go now
             logger.info("%s: closed", runtime.label)
 
     def _configured(self) -> Connector:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from fastapi_topaz import _connections
+from fastapi_topaz._redaction import clear_frames
 
 
 if TYPE_CHECKING:
@@ -66,7 +67,15 @@ async def host(runtime: Runtime) -> None:
         _, failures = group.split(anyio.get_cancelled_exc_class())
         # A bug, and the pool is as good as closed; the next use opens it anew. It may
         # not leave this task: on trio that would end the whole run.
-        logger.critical("%s: its host task failed", runtime.label, exc_info=failures)
+        if failures is not None:
+            clear_frames(failures)
+        runtime.log_limit.report(
+            logging.CRITICAL,
+            "its host task failed",
+            "%s: its host task failed",
+            runtime.label,
+            exc_info=failures,
+        )
         runtime.begin_close(0)
     finally:
         await _leave_nothing(runtime)
@@ -228,6 +237,7 @@ async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:
     last_round = runtime.now()
     while True:
         await _pause(runtime.options.health_check_interval)
+        runtime.log_limit.flush()
         this_round = runtime.now()
         for entry in list(state.open):
             # The next round waits for this one, or slow probes would pile up.

@@ -284,7 +284,7 @@ class Subject:
         return QueryRequest(
             **self.fields(optional_path=True),
             query=_non_empty("query", query),
-            input=text_of("input", input_),
+            input=text_of("input", input_, shown=False),
             options=_options(options),
         )
 
@@ -300,7 +300,7 @@ class Subject:
         return CompileRequest(
             **self.fields(optional_path=True),
             query=_non_empty("query", query),
-            input=text_of("input", input_),
+            input=text_of("input", input_, shown=False),
             unknowns=_names(unknowns, "unknowns"),
             disable_inlining=_names(disable_inlining, "disable_inlining"),
             options=_options(options),

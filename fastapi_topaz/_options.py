@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol
 
 import attrs
 
+from fastapi_topaz._redaction import boundary, guarded
 from fastapi_topaz._target import complete
 
 
@@ -249,6 +250,7 @@ class IdentityType(enum.IntEnum):
     """Handed to the policy as it is, without looking anybody up."""
 
 
+@guarded
 @attrs.frozen(slots=False)
 class Identity:
     """
@@ -296,6 +298,7 @@ class Identity:
         return {"type": self.type, "value": self.value}
 
     @classmethod
+    @boundary
     def coerce(cls, identity: object) -> Identity:
         """
         Return *identity* as an `Identity`; None is the anonymous caller.
@@ -318,6 +321,7 @@ class Identity:
 ANONYMOUS = Identity(IdentityType.NONE)
 
 
+@guarded
 @attrs.frozen(kw_only=True)
 class AuthorizerOptions:
     """
@@ -339,7 +343,8 @@ class AuthorizerOptions:
             None means the roots that gRPC ships. Read at every connect, so a
             rotated file is used by new connections.
         insecure: True for plaintext, without TLS. Never a fallback: a server that
-            does not speak TLS is an error otherwise.
+            does not speak TLS is an error otherwise. With an *api_key* and a *url*
+            that is no loopback, the pool logs a WARNING when it opens.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -390,6 +395,7 @@ class AuthorizerOptions:
         return tuple(headers)
 
     @classmethod
+    @boundary
     def coerce(cls, options: Any) -> AuthorizerOptions:
         """
         Return *options* as `AuthorizerOptions`.

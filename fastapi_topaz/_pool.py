@@ -19,6 +19,7 @@ from fastapi_topaz._options import (
     seconds,
     shown,
 )
+from fastapi_topaz._redaction import boundary
 from fastapi_topaz._transport import GrpcConnector
 from fastapi_topaz.exceptions import PoolError
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.metrics import MeterProvider
 
+    from fastapi_topaz._runtime import Runtime
     from fastapi_topaz._transport import Connector
 
 
@@ -176,6 +178,7 @@ class ConnectionPool(PoolLife):
         connector = self._connector
         return connector.options if isinstance(connector, GrpcConnector) else None
 
+    @boundary
     def configure(self, authorizer_options: AuthorizerOptionsLike) -> None:
         """
         Say where the authorizer is; `TopazConfig` does this.
@@ -197,6 +200,12 @@ class ConnectionPool(PoolLife):
         if self._alive() is not None:
             raise PoolError(f"{self._label()} is open; close() it to configure it")
         self._connector = GrpcConnector(options)
+
+    def _open(self) -> Runtime:
+        runtime = super()._open()
+        if isinstance(self._connector, GrpcConnector):
+            self._connector.opened(runtime.label)
+        return runtime
 
     # -- leases -----------------------------------------------------------------
 
@@ -247,6 +256,7 @@ class ConnectionPool(PoolLife):
         lease = Lease()
         return PooledConnection(self, runtime, lease) if runtime.take(lease) else None
 
+    @boundary
     async def _acquire(self, timeout: float | None) -> PooledConnection:
         runtime = self._runtime
         if runtime is None or not runtime.home.is_here():
@@ -347,7 +357,9 @@ class Acquire:
     def __await__(self) -> Generator[Any, Any, PooledConnection]:
         conn = self._pool._acquire_nowait()  # noqa: SLF001
         if conn is None:
-            conn = yield from self._pool._acquire(self._timeout).__await__()  # noqa: SLF001
+            waiting = self._pool._acquire(self._timeout)  # noqa: SLF001
+            del self  # this frame is in the traceback of an error
+            conn = yield from waiting.__await__()
         return conn
 
     async def __aenter__(self) -> PooledConnection:
@@ -361,6 +373,7 @@ class Acquire:
                 conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
         except BaseException:
             self._entered = False
+            del self  # this frame is in the traceback
             raise
         self._conn = conn
         return conn
@@ -371,6 +384,7 @@ class Acquire:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        del exc, traceback  # this frame would keep them
         conn, self._conn = self._conn, None
         self._entered = False
         # Who released it inside the block has said so clearly enough.

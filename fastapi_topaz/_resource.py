@@ -66,7 +66,7 @@ def _fill(struct: Struct, mapping: Mapping[str, Any], place: str, depth: int) ->
     fields = struct.fields
     for key, value in mapping.items():
         if not isinstance(key, str):
-            raise TypeError(f"{place} must have str keys, got {key!r}")
+            raise TypeError(f"{place} must have str keys, got a {type(key).__name__}")
         try:
             field = fields[key]
             # The common case. protobuf refuses what UTF-8 does not know by itself.

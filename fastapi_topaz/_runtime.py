@@ -26,6 +26,7 @@ from fastapi_topaz.exceptions import PoolClosed
 
 if TYPE_CHECKING:
     from fastapi_topaz._entry import Lease, PoolEntry
+    from fastapi_topaz._log_limit import LogLimit
     from fastapi_topaz._options import PoolOptions
     from fastapi_topaz._status import PoolCounters, PoolObserver
     from fastapi_topaz._transport import Connector
@@ -51,6 +52,7 @@ class Runtime:
         connector: Connector,
         counters: PoolCounters,
         observer: PoolObserver,
+        log_limit: LogLimit,
     ) -> None:
         self.label = label
         # Where it leads, for people and for metrics, but for these not as repr(), which
@@ -67,6 +69,8 @@ class Runtime:
         self.observer = observer
         self.home = Home()
         self.now = self.home.now
+        self.log_limit = log_limit
+        log_limit.clock = self.now
         self.state = PoolState(
             options, random.random, spreads=getattr(connector, "spreads", False)
         )
@@ -269,8 +273,10 @@ class Runtime:
         try:
             judge = getattr(entry.connection, "judge", None)
             verdict = None if judge is None else judge(error)
-        except Exception as failure:
-            logger.warning(
+        except Exception as failure:  # noqa: BLE001  (anybody's error)
+            self.log_limit.report(
+                logging.WARNING,
+                f"judge() failed: {type(failure).__name__}",
                 "%s: judge() of a connection failed",
                 self.label,
                 exc_info=alone(failure),

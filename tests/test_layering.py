@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "fastapi_topaz"
 LAYERS = [
     {
         *("exceptions", "_errors", "_options", "_target", "_rego", "_backoff"),
-        *("_status", "_fork", "_version"),
+        *("_status", "_fork", "_version", "_redaction", "_log_limit"),
     },
     {"_attempts", "_entry", "_rotation", "_snapshot", "_state"},
     {"_resource", "_messages", "_authorizer", "_telemetry", "_transport"},

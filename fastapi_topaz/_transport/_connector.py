@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 from anyio.lowlevel import current_token
@@ -10,6 +11,7 @@ from anyio.lowlevel import current_token
 from fastapi_topaz import _fork
 from fastapi_topaz._transport._certificates import root_certificates
 from fastapi_topaz._transport._link import Link
+from fastapi_topaz._transport._loopback import is_loopback
 from fastapi_topaz.exceptions import ConnectFailed, PoolError
 
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 
 __all__ = ["GrpcConnector"]
+
+
+logger = logging.getLogger("fastapi_topaz.transport")
 
 
 class GrpcConnector:
@@ -34,9 +39,25 @@ class GrpcConnector:
     def __init__(self, options: AuthorizerOptions) -> None:
         self.options = options
         self.target = options.url
+        # Whether a key is sent in plaintext across a network, and no log says so yet.
+        self._exposes_key = (
+            options.api_key is not None
+            and options.insecure
+            and not is_loopback(options.url)
+        )
 
     def __repr__(self) -> str:
         return f"<GrpcConnector to {self.target}>"
+
+    def opened(self, pool: str) -> None:
+        """Log a warning, the first time, if *pool* sends its key in plaintext."""
+        if self._exposes_key:
+            self._exposes_key = False
+            logger.warning(
+                "%s: the api_key is sent to %s without TLS because of insecure=True; "
+                "anyone on the network path can read it. Use TLS or a loopback address",
+                *(pool, self.target),
+            )
 
     def validate(self) -> None:
         """

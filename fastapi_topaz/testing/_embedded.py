@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import grpc
 
 from fastapi_topaz._options import AuthorizerOptions, seconds, text
+from fastapi_topaz._redaction import boundary
 
 from ._certs import Certificates
 from ._policies import Policies, Policy, PolicyFunction, validated
@@ -58,6 +59,7 @@ class EmbeddedAuthorizer:
         ValueError: An argument is out of range.
     """
 
+    @boundary
     def __init__(
         self,
         policies: Policies | None = None,

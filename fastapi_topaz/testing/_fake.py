@@ -194,7 +194,8 @@ class FakeConnector:
                 await anyio.sleep_forever()
             await anyio.sleep(step.delay)
             if step.error is not None:
-                raise step.error
+                # One error is raised many times, and would collect all their frames.
+                raise step.error.with_traceback(None)
         finally:
             self._connecting -= 1
         conn = FakeConnection(self, len(self.connections) + 1)
