@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nox
@@ -68,6 +69,15 @@ def told(
     return getattr(options, option.removeprefix("--")), rest
 
 
+# The oldest that is allowed, the last that copied the routes of an included router, the
+# first that does not, and the newest.
+FASTAPIS = {
+    "oldest": "fastapi==0.115.0",
+    "0.136": "fastapi==0.136.*",
+    "0.137": "fastapi==0.137.0",
+    "newest": "fastapi",
+}
+
 PYTHONS = found_pythons()
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -79,16 +89,23 @@ nox.options.sessions = [
     "topaz",
     "demo",
     "oldest",
-    # This one has run them by the README's command.
+    "fastapi",
+    # The running Python has run them by the README's command.
     *(f"tests-{python}" for python in PYTHONS if python != RUNNING),
     "slow",
     "gopeer",
-    "model",
     "shuffled",
-    "mutants",
-    "soak",
-    "bench",
 ]
+
+# What is long by its nature. Each part is a session with its arguments.
+NIGHTLY = {
+    "soak": ["soak", "--", "--minutes", "30"],
+    "model": ["model"],
+    "shuffled": ["shuffled", "--", "--shuffle=50"],
+    "mutants": ["mutants"],
+    "mutants-pool": ["mutants", "--", "pool"],
+    "bench": ["bench", "--", "--full"],
+}
 
 
 @nox.session
@@ -178,6 +195,41 @@ def oldest(session: nox.Session) -> None:
     session.install(*OLDEST)
     # What the oldest libraries deprecate is not ours to fix.
     session.run("pytest", "-W", "default", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("version", list(FASTAPIS), ids=list(FASTAPIS))
+def fastapi(session: nox.Session, version: str) -> None:
+    """Run the tests of the application on one version of FastAPI."""
+    session.install("-e", ".", "--group", "test")
+    session.install("--upgrade", FASTAPIS[version])
+    session.run("python", "-c", "import fastapi; print(fastapi.__version__)")
+    names = ("fastapi", "guide", "rego", "routes", "status", "websockets")
+    files = [f"tests/test_{name}.py" for name in names]
+    # What other versions deprecate is not ours to fix.
+    session.run("pytest", "-W", "default", *files, *session.posargs)
+
+
+@nox.session(python=False)
+def nightly(session: nox.Session) -> None:
+    """Run what is long by its nature, all of it or parts: `-- soak mutants`."""
+    parts = session.posargs or list(NIGHTLY)
+    if unknown := set(parts) - set(NIGHTLY):
+        session.error(f"no such part: {', '.join(unknown)} (of {', '.join(NIGHTLY)})")
+    results = []
+    for part in parts:
+        began = time.monotonic()
+        # A part that fails keeps none of the others from running.
+        ran = subprocess.run(
+            [sys.executable, "-m", "nox", "-s", *NIGHTLY[part]], check=False
+        )
+        minutes = (time.monotonic() - began) / 60
+        results.append((part, ran.returncode, minutes))
+    for part, code, minutes in results:
+        outcome = "failed" if code else "passed"
+        print(f"nightly {part:<12} {outcome} in {minutes:.1f} min")  # noqa: T201
+    if any(code for _, code, _ in results):
+        session.error("a part of nightly failed")
 
 
 # On 3.11 tracing loses coroutines that swallow what is thrown into them.
@@ -355,14 +407,15 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run every benchmark shortly, so that none rots; the numbers mean nothing."""
+    """Run every benchmark, shortly or in full: `-- --full`."""
+    quick = [] if "--full" in session.posargs else ["--quick"]
     session.install("-e", ".", "--group", "peers")
     results = Path(session.create_tmp()) / "results"
     shutil.rmtree(results, ignore_errors=True)
     scripts = Path("benchmarks")
     drawers = {scripts / "plots.py", scripts / "report.py"}
     for script in sorted({*scripts.glob("[!_]*.py")} - drawers):
-        session.run("python", str(script), "--quick", "--save", str(results))
+        session.run("python", str(script), *quick, "--save", str(results))
     for script in sorted(drawers):
         session.run(
             "python", str(script), "--results", str(results), "--to", str(results)

@@ -327,7 +327,7 @@ async def test_an_injection_asks_nothing(path, embedded_authorizer):
         ("/{id:float}", "/1.50", 1.5, "1.5"),
         ("/{id:float}", "/7", 7.0, "7.0"),
         ("/{id:float}", f"/{'9' * 400}", "inf", "inf"),
-        ("/{id:uuid}", "/0F8FAD5BD9CB469FA16570867728950E", UUID, UUID),
+        ("/{id:uuid}", f"/{UUID}", UUID, UUID),
         ("/{id:path}", "/a/b", "a/b", "a/b"),
         # Only FastAPI converts this one, for the handler and not for the policy.
         ("/{id}", "/07", "07", "07"),
