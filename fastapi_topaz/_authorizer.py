@@ -88,19 +88,24 @@ class AuthorizerCalls:
         Ask for decisions (the RPC `Is`).
 
         Returns:
-            Each decision by its name. One that is missing was not made: test with
-            `result.get("allowed") is True`, never for the absence of a denial.
+            Each decision by its name: all that were asked for, and no others. A
+            decision is True only if each entry for it in the answer says so.
+
+        Raises:
+            grpc.aio.AioRpcError: As all calls. Also, with INTERNAL, if the answer
+                lacks a decision, or cannot be read: no decision is not a denial.
         """
+        names = _messages.names_of(decisions)
         request = _messages.is_request(
             policy_path,
-            decisions,
+            names,
             identity,
             resource_context,
             policy_instance_name,
             policy_instance_label,
         )
         response = await self._send(_messages.IS, request, timeout, ())
-        return _messages.decisions_of(response)
+        return _messages.decisions_of(response, names)
 
     @boundary
     async def decision_tree(
@@ -119,7 +124,12 @@ class AuthorizerCalls:
         Ask for the decisions of all policies below *policy_path*.
 
         Returns:
-            For each path, with the separator asked for, its decisions by name.
+            For each path, with the separator asked for, the decisions that were asked
+            for, by name. A policy may lack some of them: test with
+            `tree[path].get("allowed") is True`.
+
+        Raises:
+            TypeError: The answer holds something that is not a decision.
         """
         request = Subject(
             policy_path=policy_path,
@@ -129,8 +139,9 @@ class AuthorizerCalls:
             policy_instance_name=policy_instance_name,
             policy_instance_label=policy_instance_label,
         ).decision_tree_request(policy_path_separator)
-        response = await self._call(_messages.DECISION_TREE, request, timeout)
-        return _messages.decision_tree_of(response)
+        data = request.SerializeToString()
+        response = await self._send(_messages.DECISION_TREE, data, timeout, ())
+        return _messages.decision_tree_of(response, request.policy_context.decisions)
 
     @boundary
     async def query(

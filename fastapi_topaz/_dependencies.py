@@ -41,6 +41,10 @@ HINTS = {
     grpc.StatusCode.INVALID_ARGUMENT: (
         "there is no such policy or rule, the rule has no value, or it fails"
     ),
+    grpc.StatusCode.INTERNAL: (
+        "it failed, or its answer is wrong or lacks the decision, as Topaz's answer "
+        "does if the decision is not a boolean"
+    ),
     grpc.StatusCode.NOT_FOUND: "it does not know the identity, or cannot look it up",
     grpc.StatusCode.UNAUTHENTICATED: "the api_key is missing or wrong",
     grpc.StatusCode.UNIMPLEMENTED: "it serves no Authorizer: is url the right port?",

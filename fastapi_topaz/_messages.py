@@ -35,6 +35,7 @@ from aserto.authorizer.v2.api import IdentityContext, PolicyContext, PolicyInsta
 from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
 
+from fastapi_topaz._answers import decided, decided_by_path
 from fastapi_topaz._options import Identity, IdentityLike
 from fastapi_topaz._rego import check_name, check_reference
 from fastapi_topaz._resource import ResourceContext, fill, text_of
@@ -53,6 +54,7 @@ __all__ = [
     "decision_tree_of",
     "decisions_of",
     "is_request",
+    "names_of",
     "policy_instance",
 ]
 
@@ -84,16 +86,22 @@ def _read(message: Any, data: bytes) -> Any:
     try:
         return message.FromString(data)
     except DecodeError as error:
-        raise grpc.aio.AioRpcError(
-            grpc.StatusCode.INTERNAL,
-            grpc.aio.Metadata(),
-            grpc.aio.Metadata(),
-            f"the answer cannot be read as {message.__name__}",
-        ) from error
+        raise _unreadable(message) from error
+
+
+def _unreadable(message: Any) -> grpc.aio.AioRpcError:
+    return _broken(f"the answer cannot be read as {message.__name__}")
+
+
+def _broken(details: str) -> grpc.aio.AioRpcError:
+    """Return the error for an answer that is none, of which *details* tell."""
+    return grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details
+    )
 
 
 IS = "/aserto.authorizer.v2.Authorizer/Is"
-DECISION_TREE = _method("DecisionTree", DecisionTreeRequest, DecisionTreeResponse)
+DECISION_TREE = "/aserto.authorizer.v2.Authorizer/DecisionTree"
 QUERY = _method("Query", QueryRequest, QueryResponse)
 COMPILE = _method("Compile", CompileRequest, CompileResponse)
 LIST_POLICIES = _method("ListPolicies", ListPoliciesRequest, ListPoliciesResponse)
@@ -131,6 +139,11 @@ def check_decisions(decisions: Sequence[str]) -> None:
     _some("decisions", decisions)
     for decision in decisions:
         check_name("decisions", decision)
+
+
+def names_of(decisions: Sequence[str]) -> tuple[str, ...]:
+    """Return the names in *decisions*; those of a tuple are checked when it is sent."""
+    return decisions if type(decisions) is tuple else tuple(_names(decisions))
 
 
 def _options(options: QueryOptions | None) -> QueryOptions | None:
@@ -177,7 +190,7 @@ def is_request(
     Raises:
         TypeError, ValueError: An argument cannot be sent; names it.
     """
-    names = decisions if type(decisions) is tuple else tuple(_names(decisions))
+    names = names_of(decisions)
     parts = policy_path, instance_name, instance_label
     # Anything else may call itself equal to what it is not.
     sound = _PLAIN.issuperset(map(type, (*parts, *names)))
@@ -322,36 +335,60 @@ def info_request() -> InfoRequest:
     return InfoRequest()
 
 
-def decisions_of(response: bytes) -> dict[str, bool]:
-    """Return the decisions by name; a decision not in it was not made."""
+def decisions_of(response: bytes, wanted: Sequence[str]) -> dict[str, bool]:
+    """
+    Return the *wanted* decisions by name. An answer may hold others: they are ignored.
+
+    Raises:
+        grpc.aio.AioRpcError: A decision is missing, or not clear. INTERNAL.
+    """
     read = _decisions_of if len(response) < _LARGE else _decisions_of.__wrapped__
-    return read(bytes(response)).copy()
+    found = read(bytes(response))
+    decisions: dict[str, bool] = {}
+    for name in wanted:
+        decision = found.get(name)
+        if decision is None:
+            raise _broken(
+                f"the answer has no clear decision {name!r}, which was asked for; "
+                "Topaz leaves out a decision that is not a boolean"
+            )
+        decisions[name] = decision
+    return decisions
 
 
 _LARGE = 1024
 """Bytes of an answer that is not worth keeping."""
 
+_MANY = 10_000
+"""Decisions in one answer. To read them takes about 50 ms."""
+
 
 # An application gets few different answers, and the same ones all the time.
 @functools.lru_cache(maxsize=256)
-def _decisions_of(response: bytes) -> dict[str, bool]:
-    # The field is called `is`, which Python keeps for itself.
-    decisions = _read(IsResponse, response).decisions
-    return {item.decision: getattr(item, "is") for item in decisions}
+def _decisions_of(response: bytes) -> dict[str, bool | None]:
+    if len(_read(IsResponse, response).decisions) > _MANY:
+        raise _broken(f"the answer has more than {_MANY} decisions")
+    try:
+        return decided(response)
+    except TypeError as error:
+        raise _broken(str(error)) from None
 
 
-def decision_tree_of(response: DecisionTreeResponse) -> dict[str, dict[str, bool]]:
+def decision_tree_of(
+    response: bytes, wanted: Sequence[str]
+) -> dict[str, dict[str, bool]]:
     """
-    Return the decisions by policy path.
+    Return the *wanted* decisions by policy path.
 
     Raises:
         TypeError: The answer holds something else than decisions.
+        grpc.aio.AioRpcError: It cannot be read. INTERNAL.
     """
-    tree: dict[str, dict[str, bool]] = {}
-    for path, decisions in response.path.fields.items():
-        tree[path] = {}
-        for name, decision in decisions.struct_value.fields.items():
-            if decision.WhichOneof("kind") != "bool_value":
-                raise TypeError(f"the decision {name!r} of {path!r} is no boolean")
-            tree[path][name] = decision.bool_value
-    return tree
+    try:
+        tree = decided_by_path(response)
+    except DecodeError as error:
+        raise _unreadable(DecisionTreeResponse) from error
+    return {
+        path: {name: found[name] for name in wanted if name in found}
+        for path, found in tree.items()
+    }

@@ -171,7 +171,6 @@ async def test_all_calls_through_the_pool(conn):
     assert await conn.decisions(
         policy_path="conformance.resource", resource_context=ALICES
     ) == {"allowed": True}
-    assert await conn.decisions(policy_path="conformance.odd") == {}
     assert await conn.decision_tree(
         policy_path="conformance.tree.POST", policy_path_separator="SLASH"
     ) == {"conformance/tree/POST/documents": {"allowed": False}}
@@ -183,6 +182,16 @@ async def test_all_calls_through_the_pool(conn):
     assert len(modules) == len(PACKAGES)
     assert (await conn.get_policy(id=modules[0].id)).result == modules[0]
     assert (await conn.info()).version
+
+
+async def test_an_answer_without_the_decision_is_an_error_in_the_pool(conn):
+    # Topaz answers so if a decision is not a boolean.
+    for names in (("allowed",), ("visible", "allowed")):
+        with pytest.raises(grpc.aio.AioRpcError, match="no clear decision") as caught:
+            await conn.decisions(policy_path="conformance.odd", decisions=names)
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+    visible = await conn.decisions(policy_path="conformance.odd", decisions=["visible"])
+    assert visible == {"visible": True}
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ async def test_an_identity_is_encoded_once_whatever_it_is_asked_about(built):
 
 
 async def test_what_does_change_is_not_taken_from_before():
-    connector = answering(allowed=True)
+    connector = answering(allowed=True, visible=True)
     decisions = ["allowed"]
     async with make(connector) as pool, pool.acquire() as conn:
         for name in ("alice", "bob"):
@@ -292,13 +292,14 @@ async def test_no_cache_keeps_an_identity_alive():
 async def test_equal_answers_are_equal_and_separate_dicts():
     connector = answering(allowed=True, visible=False)
     async with make(connector) as pool, pool.acquire() as conn:
-        answers = [await conn.decisions(policy_path="myapp.a") for _ in range(5)]
+        both = {"policy_path": "myapp.a", "decisions": ("allowed", "visible")}
+        answers = [await conn.decisions(**both) for _ in range(5)]
         assert answers == [{"allowed": True, "visible": False}] * 5
         assert len(set(map(id, answers))) == 5
         answers[0]["visible"] = True
         answers[1].clear()
         assert answers[2:] == [{"allowed": True, "visible": False}] * 3
-        again = await conn.decisions(policy_path="myapp.a")
+        again = await conn.decisions(**both)
         assert again == {"allowed": True, "visible": False}
 
 
@@ -310,8 +311,10 @@ async def test_what_is_kept_of_questions_and_answers_has_an_end():
                 decisions=[Decision(**{"decision": f"d{number}", "is": True})]
             ).SerializeToString()
             conn.connection.connector.answer = lambda _method, _request, a=answer: a
-            path = f"myapp.documents.{number}"
-            assert await conn.decisions(policy_path=path) == {f"d{number}": True}
+            names = (f"d{number}",)
+            path = f"myapp.documents.d{number}"
+            answer = await conn.decisions(policy_path=path, decisions=names)
+            assert answer == dict.fromkeys(names, True)
     for cache in kept:
         info = cache.cache_info()
         assert info.currsize == info.maxsize <= 1024

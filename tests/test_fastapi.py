@@ -129,14 +129,16 @@ def test_providers_may_be_async(backend, embedded_authorizer):
 @pytest.mark.parametrize(
     "decisions, status",
     # As Topaz does: the one is undefined, the other ends without any decision.
-    [({"visible": True}, 500), ({"allowed": "yes"}, 403), ({"allowed": 1}, 403)],
+    [({"visible": True}, 500), ({"allowed": "yes"}, 503), ({"allowed": 1}, 503)],
 )
 def test_a_decision_that_was_not_made_never_allows(
-    decisions, status, embedded_authorizer
+    decisions, status, embedded_authorizer, caplog
 ):
     embedded_authorizer.policies = lambda check: decisions
     with TestClient(application(configured(embedded_authorizer))) as client:
         assert client.get("/documents/7").status_code == status
+    if "allowed" in decisions:
+        assert "INTERNAL (it failed, or its answer is wrong or lacks" in caplog.text
 
 
 @pytest.mark.parametrize(

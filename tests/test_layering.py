@@ -18,7 +18,7 @@ LAYERS = [
         *("_status", "_fork", "_version", "_redaction", "_log_limit"),
     },
     {"_attempts", "_entry", "_rotation", "_snapshot", "_state"},
-    {"_resource", "_messages", "_authorizer", "_telemetry", "_transport"},
+    {"_resource", "_answers", "_messages", "_authorizer", "_telemetry", "_transport"},
     {
         *("_host", "_refusals", "_leaks", "_runtime", "_connections", "_maintenance"),
         *("_life", "_lease", "_pool"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import grpc
+import grpc.aio
+
 from fastapi_topaz._transport._call import kind
 from fastapi_topaz._transport._failures import in_time
 from fastapi_topaz.exceptions import ConnectionLost
@@ -92,6 +95,24 @@ class Calls:
             f"the call {method} to {self._target} ended without an answer: the "
             "connection was closed under it, or the server broke the protocol"
         )
+
+    def not_sent(self, method: str) -> Exception:
+        """
+        Return the error of a call on a connection that has ended.
+
+        Sent nevertheless, it would make the channel connect again: without a pause,
+        and, if the server hangs up each time, again and again under this one call.
+        """
+        if self.closed:
+            return self.lost(method)
+        error: Exception = grpc.aio.AioRpcError(
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.aio.Metadata(),
+            grpc.aio.Metadata(),
+            f"the call {method} was not sent: the connection to {self._target} has "
+            "ended (GOAWAY, or the socket was closed)",
+        )
+        return error
 
     def cut_off(self) -> None:
         """Cancel all calls, and let those who wait for them go at once."""

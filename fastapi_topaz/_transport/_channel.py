@@ -15,7 +15,7 @@ import grpc.aio
 
 from fastapi_topaz._transport._call import kind, learn
 from fastapi_topaz._transport._certificates import root_certificates
-from fastapi_topaz._transport._failures import connect_failed
+from fastapi_topaz._transport._failures import connect_failed, hung_up
 from fastapi_topaz._version import VERSION
 
 
@@ -41,6 +41,7 @@ _SPREAD = '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}'
 
 _MAX_INT = 2**31 - 1
 READY = grpc.ChannelConnectivity.READY
+_IDLE = grpc.ChannelConnectivity.IDLE
 _FAILED = grpc.ChannelConnectivity.TRANSIENT_FAILURE
 
 
@@ -49,6 +50,9 @@ def _channel_options(timeout: float) -> list[tuple[str, Any]]:
         # Channels to one target share one TCP connection otherwise.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.service_config", _SPREAD),
+        # The pool retries. gRPC's own retries have no pause and no limit if a server
+        # sends GOAWAY on each connection: memory grows by hundreds of MiB a second.
+        ("grpc.enable_retries", 0),
         # Tells the peer, and in its traces of events why each address failed.
         ("grpc.enable_channelz", 1),
         ("grpc.max_channel_trace_event_memory_per_node", 4096),
@@ -105,7 +109,12 @@ async def until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) -> 
             # gRPC's own retries are not waited for: the pool paces attempts.
             await _raise_reason(channel, options)
         await channel.wait_for_state_change(state)
-        state = channel.get_state(try_to_connect=True)
+        # A channel that is IDLE again had a connection and lost it. To connect again
+        # here would have no pause, because gRPC only pauses after an attempt that
+        # failed: a server that hangs up at once gets hundreds of connects a second.
+        state = channel.get_state(try_to_connect=False)
+        if state is _IDLE:
+            raise hung_up(options)
 
 
 async def _raise_reason(channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "connect_failed",
     "connect_timed_out",
     "each_failed",
+    "hung_up",
     "in_time",
     "is_cut_off",
     "is_refused_stream",
@@ -296,6 +297,15 @@ def _cause(
             )
             return number, reason, permanent, said
     return len(_KNOWN), "other", False, details
+
+
+def hung_up(options: AuthorizerOptions) -> ConnectFailed:
+    """Return the error for a connection that ended as soon as it was made."""
+    return ConnectFailed(
+        f"cannot connect to {options.url}: the server ended the connection as soon as "
+        "it was ready (GOAWAY, or the socket was closed); it may be shutting down, or "
+        "a proxy may have no server behind it"
+    )
 
 
 def connect_timed_out(

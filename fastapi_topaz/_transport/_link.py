@@ -30,6 +30,7 @@ from fastapi_topaz._transport._channel import (
 from fastapi_topaz._transport._failures import (
     connect_timed_out,
     each_failed,
+    hung_up,
     is_cut_off,
     is_refused_stream,
 )
@@ -98,15 +99,20 @@ class Link:
         """
         channel, peer = Peer.of_new(lambda: open_channel(options, timeout))
         _fork.watch(channel)
+        link: Link | None = None
         try:
             async with asyncio.timeout(timeout):
                 await until_ready(channel, options)
+            # Making it takes long enough to see whether the server hangs up at once.
+            link = cls(channel, peer, options)
+            if link.is_lost():
+                raise hung_up(options)
         except BaseException as error:  # noqa: BLE001  (raised again)
             tried = peer.tried() if isinstance(error, Exception) else []
             await channel.close()
             _fork.forget(channel)
             # The pool keeps its last error; its frames must not keep the channel.
-            del channel
+            del channel, link
             if isinstance(error, TimeoutError):
                 raise connect_timed_out(options, timeout, tried) from None
             if isinstance(error, ConnectFailed) and len(tried) > 1:
@@ -114,7 +120,7 @@ class Link:
                 error.with_traceback(None)
                 raise each_failed(error, options, tried) from None
             raise error.with_traceback(None)  # noqa: B904  (the same error)
-        return cls(channel, peer, options)
+        return link
 
     # -- calls ------------------------------------------------------------------
 
@@ -131,15 +137,14 @@ class Link:
         metadata: Metadata,
     ) -> bytes:
         """Make one call and return its response."""
+        if self.is_lost():
+            raise self._calls.not_sent(method)
         ended = self._loop.create_future()
 
         def wake() -> None:
             if not ended.done():
                 ended.set_result(None)
 
-        # Noted, because the call makes the channel connect anew: it may be READY again
-        # before anybody asks.
-        self.is_lost()
         call = self._calls.begin(wake, method, request, timeout, metadata)
         try:
             await ended

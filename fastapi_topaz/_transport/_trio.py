@@ -180,17 +180,14 @@ class BridgedLink:
         metadata: Metadata,
     ) -> bytes:
         """Make one call and return its response."""
-        if self._calls.closed:
-            raise self._calls.lost(method)
+        if self._calls.closed or self.is_lost():
+            raise self._calls.not_sent(method)
         if not is_direct():
             ask = functools.partial(
                 self._link.call, method, request, timeout=timeout, metadata=metadata
             )
             return await _Forward(self._thread).run(ask)
         waiter = _Waiter()
-        # Noted, because the call makes the channel connect anew: it may be READY again
-        # before anybody asks.
-        self.is_lost()
         waiter.call = self._thread.lend(
             self._calls.begin, waiter.wake, method, request, timeout, metadata
         )
