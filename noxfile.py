@@ -1,15 +1,19 @@
-"""The heavier checks: `nox` runs them all, `nox -s tests` the tests on every Python."""
+"""
+The heavier checks: `nox` runs those of every change, `nox -s nightly` the long ones.
+
+`nox -s tests` runs the tests on every Python that is found.
+"""
 
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nox
@@ -32,6 +36,11 @@ OLDEST = [
     "opentelemetry-exporter-prometheus==0.51b0",
     "trio==0.32.0",
 ]
+
+# FastAPI before and after its routing changed, each with the Starlette that pip finds
+# for it.
+FASTAPI = ["0.115.0", "0.136.*", "0.137.0", "newest"]
+FASTAPI_TESTS = ["fastapi", "guide", "rego", "routes", "status", "websockets"]
 
 # A release whose module and all that it needs can be had, and the sum of its files as
 # they were when it was pinned here.
@@ -69,18 +78,11 @@ def told(
     return getattr(options, option.removeprefix("--")), rest
 
 
-# The oldest that is allowed, the last that copied the routes of an included router, the
-# first that does not, and the newest.
-FASTAPIS = {
-    "oldest": "fastapi==0.115.0",
-    "0.136": "fastapi==0.136.*",
-    "0.137": "fastapi==0.137.0",
-    "newest": "fastapi",
-}
-
 PYTHONS = found_pythons()
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 
+# These check what is right or wrong and measure no time, so a slow machine fails none.
+# What is long by nature is in `nightly`.
 nox.options.sessions = [
     "lint",
     "typing",
@@ -88,23 +90,33 @@ nox.options.sessions = [
     "alerts",
     "topaz",
     "demo",
-    "oldest",
     "fastapi",
-    # The running Python has run them by the README's command.
+    "oldest",
+    # This one has run them by the README's command.
     *(f"tests-{python}" for python in PYTHONS if python != RUNNING),
     "slow",
     "gopeer",
     "shuffled",
+    "soak",
+    "bench",
 ]
 
-# What is long by its nature. Each part is a session with its arguments.
+# The sessions that `nightly` runs, each with its arguments. The seed changes each day.
+TODAY = str(dt.datetime.now(dt.UTC).date().toordinal())
 NIGHTLY = {
-    "soak": ["soak", "--", "--minutes", "30"],
-    "model": ["model"],
-    "shuffled": ["shuffled", "--", "--shuffle=50"],
-    "mutants": ["mutants"],
-    "mutants-pool": ["mutants", "--", "pool"],
-    "bench": ["bench", "--", "--full"],
+    "soak": ["--minutes", "30", "--seed", TODAY],
+    "model": ["--seed", TODAY],
+    "shuffled": ["--shuffle=100"],
+    "mutants": ["state", "pool"],
+    "bench": ["--full"],
+}
+# Sizes that only show whether each of them runs.
+NIGHTLY_QUICK = {
+    "soak": ["--minutes", "1"],
+    "model": ["--hypothesis-profile=unhurried"],
+    "shuffled": ["--shuffle=1"],
+    "mutants": ["state", "--modules", "_backoff"],
+    "bench": [],
 }
 
 
@@ -136,6 +148,47 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def nightly(session: nox.Session) -> None:
+    """
+    Run what takes long: soak, models, shuffled loops, mutants and benchmarks.
+
+    `-- soak mutants` runs only these parts, `-- --quick` runs each with a small size.
+    Each part is a session of its own, and runs also if another one failed. At the end
+    nox lists which parts passed or failed and how long each took.
+    """
+    parser = argparse.ArgumentParser(prog="nox -s nightly --")
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(NIGHTLY)}")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(session.posargs)
+    if unknown := set(options.parts) - set(NIGHTLY):
+        session.error(f"no part is called {', '.join(unknown)}: {', '.join(NIGHTLY)}")
+    for part, given in (NIGHTLY_QUICK if options.quick else NIGHTLY).items():
+        if not options.parts or part in options.parts:
+            session.notify(part, given)
+
+
+@nox.session
+def fastapi(session: nox.Session) -> None:
+    """Run the tests of the integration on several FastAPIs; on one: `-- 0.137.0`."""
+    # One virtualenv for all: only FastAPI and Starlette change.
+    session.install("-e", ".", "--group", "test")
+    files = [f"tests/test_{name}.py" for name in FASTAPI_TESTS]
+    failed = []
+    for version in session.posargs or FASTAPI:
+        wanted = "fastapi" if version == "newest" else f"fastapi=={version}"
+        # Named, because pip keeps the Starlette of the version before if it can.
+        session.install("--upgrade", wanted, "starlette")
+        # What the oldest libraries deprecate is not ours to fix.
+        warnings = ["-W", "default"] if version == FASTAPI[0] else []
+        try:
+            session.run("pytest", *warnings, *files)
+        except nox.command.CommandFailed:
+            failed.append(version)
+    if failed:
+        session.error(f"the tests fail with FastAPI {', '.join(failed)}")
+
+
+@nox.session
 def slow(session: nox.Session) -> None:
     """Run the tests that take long by their nature."""
     session.install("-e", ".", "--group", "test")
@@ -157,7 +210,7 @@ def model(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Change the state of the pool in every small way, and see that tests notice."""
+    """Change the state in every small way; tests must notice. Both: `-- state pool`."""
     session.install("-e", ".", "--group", "mutation")
     session.run("python", "tests/mutation/survivors.py", *session.posargs)
 
@@ -175,7 +228,7 @@ def shuffled(session: nox.Session) -> None:
 @nox.session
 def soak(session: nox.Session) -> None:
     """Use pools in several workers while all breaks: `-- --minutes 10 --seed 17`."""
-    minutes, rest = told(session, "--minutes", "2.5")
+    minutes, rest = told(session, "--minutes", "1")
     seed, rest = told(session, "--seed", "1", rest)
     session.install("-e", ".", "--group", "test")
     # It watches for stacks that stand still by itself.
@@ -195,41 +248,6 @@ def oldest(session: nox.Session) -> None:
     session.install(*OLDEST)
     # What the oldest libraries deprecate is not ours to fix.
     session.run("pytest", "-W", "default", *session.posargs)
-
-
-@nox.session
-@nox.parametrize("version", list(FASTAPIS), ids=list(FASTAPIS))
-def fastapi(session: nox.Session, version: str) -> None:
-    """Run the tests of the application on one version of FastAPI."""
-    session.install("-e", ".", "--group", "test")
-    session.install("--upgrade", FASTAPIS[version])
-    session.run("python", "-c", "import fastapi; print(fastapi.__version__)")
-    names = ("fastapi", "guide", "rego", "routes", "status", "websockets")
-    files = [f"tests/test_{name}.py" for name in names]
-    # What other versions deprecate is not ours to fix.
-    session.run("pytest", "-W", "default", *files, *session.posargs)
-
-
-@nox.session(python=False)
-def nightly(session: nox.Session) -> None:
-    """Run what is long by its nature, all of it or parts: `-- soak mutants`."""
-    parts = session.posargs or list(NIGHTLY)
-    if unknown := set(parts) - set(NIGHTLY):
-        session.error(f"no such part: {', '.join(unknown)} (of {', '.join(NIGHTLY)})")
-    results = []
-    for part in parts:
-        began = time.monotonic()
-        # A part that fails keeps none of the others from running.
-        ran = subprocess.run(
-            [sys.executable, "-m", "nox", "-s", *NIGHTLY[part]], check=False
-        )
-        minutes = (time.monotonic() - began) / 60
-        results.append((part, ran.returncode, minutes))
-    for part, code, minutes in results:
-        outcome = "failed" if code else "passed"
-        print(f"nightly {part:<12} {outcome} in {minutes:.1f} min")  # noqa: T201
-    if any(code for _, code, _ in results):
-        session.error("a part of nightly failed")
 
 
 # On 3.11 tracing loses coroutines that swallow what is thrown into them.
@@ -407,15 +425,16 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run every benchmark, shortly or in full: `-- --full`."""
-    quick = [] if "--full" in session.posargs else ["--quick"]
+    """Run every benchmark for a moment, to see that it works; in full: `-- --full`."""
     session.install("-e", ".", "--group", "peers")
     results = Path(session.create_tmp()) / "results"
     shutil.rmtree(results, ignore_errors=True)
     scripts = Path("benchmarks")
     drawers = {scripts / "plots.py", scripts / "report.py"}
+    # The numbers of short rounds mean nothing.
+    size = [] if "--full" in session.posargs else ["--quick"]
     for script in sorted({*scripts.glob("[!_]*.py")} - drawers):
-        session.run("python", str(script), *quick, "--save", str(results))
+        session.run("python", str(script), *size, "--save", str(results))
     for script in sorted(drawers):
         session.run(
             "python", str(script), "--results", str(results), "--to", str(results)

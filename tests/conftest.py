@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import gc
 import importlib.util
 import itertools
@@ -12,6 +14,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -137,6 +140,27 @@ def eager_loop():
     return loop
 
 
+@contextlib.contextmanager
+def _block_of_ports():
+    """Yield ports that no other process with these tests uses, in turn, without end."""
+    # Below those that the system gives away.
+    blocks = [range(first, first + 500) for first in range(12_000, 32_000, 500)]
+    for block in blocks:
+        path = Path(tempfile.gettempdir(), f"fastapi_topaz-ports-{block.start}")
+        try:
+            lock = path.open("w")
+        except OSError:  # another user's
+            continue
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:  # in use
+                continue
+            yield itertools.cycle(block)
+            return
+    raise RuntimeError(f"{len(blocks)} processes run these tests already")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _ports_of_ones_own():
     """
@@ -144,21 +168,15 @@ def _ports_of_ones_own():
 
     Whoever asks the system for any free port might get it, and other tests do so at
     the same time. Hence servers get ports that the system does not give away, and
-    those of each worker of pytest-xdist are others.
+    those of each process are others.
     """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    count = 1_000
-    first = 12_000 + worker % 20 * count
-    # Not the same ones as another run that was started at the same time.
-    begin = os.getpid() % count
-    ports = itertools.cycle(first + (begin + step) % count for step in range(count))
     create_server = socket.create_server
 
     def create(address, **options):
         host, port, *rest = address
         if port:
             return create_server(address, **options)
-        for candidate in itertools.islice(ports, count):
+        for candidate in itertools.islice(ports, 500):
             try:
                 return create_server((host, candidate, *rest), **options)
             except OSError as error:
@@ -166,7 +184,7 @@ def _ports_of_ones_own():
                     raise
         return create_server(address, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with _block_of_ports() as ports, pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "create_server", create)
         yield
 

@@ -141,18 +141,19 @@ def test_there_are_never_more_connections_than_allowed(demo):
     assert total == idle + busy <= 10
 
 
-def test_streams_are_the_capacity_of_a_connection():
-    ended = run("demo", "--requests", "50", "--streams", "5")
+def test_streams_and_requests_are_as_many_as_asked_for():
+    """In one process, which starts slowly."""
+    streams, one = run_each(
+        [
+            ["demo", "--requests", "50", "--streams", "5"],
+            ["demo", "--requests", "1", "--concurrency", "7"],
+        ]
+    )
 
-    assert ended.code == 0
-    assert ended.row("afterwards")[-1] == "0/50"
-
-
-def test_one_request_is_enough():
-    ended = run("demo", "--requests", "1", "--concurrency", "7")
-
-    assert ended.code == 0
-    assert ended.number("requests") == ended.number("allowed (200)") == 1
+    assert streams.code == 0
+    assert streams.row("afterwards")[-1] == "0/50"
+    assert one.code == 0
+    assert one.number("requests") == one.number("allowed (200)") == 1
 
 
 def test_proxies_of_the_environment_are_not_asked(nobody):
@@ -262,44 +263,67 @@ def test_a_process_of_its_own_says_the_same(line, said):
 
 
 MISSING = """
-import sys
+import contextlib, io, json, os, sys
+# What takes long to import and needs none of the extra; the forks have it then.
+import fastapi_topaz
 
 class Blocker:
+    def __init__(self, name):
+        self.name = name
+
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {name!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        if name.partition(".")[0] == self.name:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-sys.meta_path.insert(0, Blocker())
-from fastapi_topaz.cli import main
-main({args!r})
+def ended(name, backend):
+    assert name not in sys.modules
+    sys.meta_path.insert(0, Blocker(name))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            from fastapi_topaz.cli import main
+            main(["demo", "--backend", backend])
+        except SystemExit as error:
+            return error.code or 0, out.getvalue(), err.getvalue()
+
+for name, backend in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        print(json.dumps([name, ended(name, backend)]), flush=True)
+        os._exit(0)
+    os.wait()
 """
+EXTRA = {
+    "typer": "asyncio",
+    "rich": "asyncio",
+    "httpx": "asyncio",
+    "uvicorn": "asyncio",
+    "hypercorn": "trio",
+    "trio": "trio",
+}
 
 
-@pytest.mark.parametrize(
-    "name, backend",
-    [
-        ("typer", "asyncio"),
-        ("rich", "asyncio"),
-        ("httpx", "asyncio"),
-        ("uvicorn", "asyncio"),
-        ("hypercorn", "trio"),
-        ("trio", "trio"),
-    ],
-)
-def test_the_extra_is_named_when_it_is_not_installed(name, backend):
-    script = MISSING.format(name=name, args=["demo", "--backend", backend])
+@pytest.fixture(scope="module")
+def without():
+    """How the demo ends without each module of the extra."""
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", MISSING, json.dumps(list(EXTRA.items()))],
         env=environment(),
         capture_output=True,
         encoding="utf-8",
         timeout=50,
         check=False,
     )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {name: Ended(*ended) for name, ended in lines}
 
-    assert done.returncode == 2
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_the_extra_is_named_when_it_is_not_installed(name, without):
+    assert without[name].code == 2
     assert re.fullmatch(
-        rf"{name}\S* is missing: pip install 'fastapi-topaz\[demo\]'\n", done.stderr
+        rf"{name}\S* is missing: pip install 'fastapi-topaz\[demo\]'\n",
+        without[name].err,
     )
 
 

@@ -432,7 +432,7 @@ async def test_a_server_that_accepts_and_hangs_costs_an_attempt_its_time(tls, ca
         Proxy([authorizer.port]) as proxy,
     ):
         proxy.hang()
-        options = {"connection_timeout": 1, "max_retries": 0}
+        options = {"connection_timeout": 0.5, "max_retries": 0}
         async with pool_to(via(proxy, authorizer.ca_cert_path), **options) as pool:
             with pytest.raises(ConnectFailed) as caught:
                 await pool.acquire(timeout=PATIENCE)
@@ -456,7 +456,7 @@ async def test_while_one_backend_hangs_the_others_serve_all_who_wait(
         socket.create_server(("127.0.0.1", 0)) as silent,
         Proxy([silent.getsockname()[1], *[authorizer.port] * 2]) as proxy,
     ):
-        options = {"max_connections": 4, "connection_timeout": 1}
+        options = {"max_connections": 4, "connection_timeout": 0.5}
         pool = pool_to(via(proxy), **options, max_retries=1_000, acquire_timeout=HOURS)
         async with pool:
             leases = []
@@ -714,7 +714,7 @@ async def test_of_three_replicas_a_silent_one_fails_only_the_checks_it_holds(
                 failures.append(error)
 
     async with pool:
-        assert replicas.serving() == {0, 1, 2}
+        await soon(lambda: replicas.serving() == {0, 1, 2})
         async with anyio.create_task_group() as tasks:
             for _ in range(24):
                 tasks.start_soon(user)
@@ -1185,8 +1185,9 @@ async def waiters_cancelled(count):
         await assert_whole(pool)
 
 
-async def test_10_000_waiters_cancelled_among_returned_connections_lose_no_capacity():
-    await waiters_cancelled(10_000)
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_waiters_cancelled_among_returned_connections_lose_no_capacity(count):
+    await waiters_cancelled(count)
 
 
 async def test_the_work_for_a_cancelled_waiter_does_not_grow_with_their_number():

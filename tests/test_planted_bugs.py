@@ -186,6 +186,8 @@ def test_the_model_of_the_pool_finds(bug, invariant, machine, monkeypatch):
     assert broken(machine).intersection(invariant.split())
 
 
+# By default the models themselves show that, with other examples.
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", [StateMachine, *BACKENDS])
 def test_without_a_bug_nothing_is_found(machine):
     run_state_machine_as_test(machine, settings=FIXED)

@@ -200,7 +200,7 @@ async def test_random_cancellation_of_everything(seed, streams):
                 with contextlib.suppress(PoolTimeout):
                     await caller()
 
-        with anyio.move_on_after(5):
+        with anyio.move_on_after(2):
             async with anyio.create_task_group() as tasks:
                 for _ in range(30):
                     tasks.start_soon(patient)

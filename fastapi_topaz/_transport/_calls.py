@@ -23,7 +23,7 @@ __all__ = ["LAST_CALLS", "Calls"]
 
 
 LAST_CALLS = 1.0
-"""Seconds that calls which were cut off get to end by themselves."""
+"""Seconds that operations of gRPC get to end by themselves after they were cut off."""
 
 
 class Calls:
@@ -122,13 +122,14 @@ class Calls:
             on_end()
 
     def when_quiet(self, then: Callable[[], object]) -> None:
-        """Call *then* once the last of the calls has ended."""
+        """Call *then*, once, when the last of the calls has ended."""
         self._on_quiet = then
 
     def _ended(self, call: Call) -> None:
         self._waiting.pop(call)()
-        if self._on_quiet is not None and not self._waiting:
-            self._on_quiet()
+        if not self._waiting and (on_quiet := self._on_quiet) is not None:
+            self._on_quiet = None
+            on_quiet()
 
 
 def _nobody() -> None:

@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from fastapi_topaz._transport._call import kind, learn
+from fastapi_topaz._transport._calls import LAST_CALLS
 from fastapi_topaz._transport._certificates import root_certificates
 from fastapi_topaz._transport._failures import connect_failed, hung_up
 from fastapi_topaz._version import VERSION
@@ -28,6 +29,7 @@ __all__ = [
     "READY",
     "open_channel",
     "until_ready",
+    "until_reported",
 ]
 
 
@@ -108,7 +110,7 @@ async def until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) -> 
         if state is _FAILED:
             # gRPC's own retries are not waited for: the pool paces attempts.
             await _raise_reason(channel, options)
-        await channel.wait_for_state_change(state)
+        await _until_changed(channel, state)
         # A channel that is IDLE again had a connection and lost it. To connect again
         # here would have no pause, because gRPC only pauses after an attempt that
         # failed: a server that hangs up at once gets hundreds of connects a second.
@@ -117,19 +119,62 @@ async def until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) -> 
             raise hung_up(options)
 
 
+async def until_reported(operation: asyncio.Future[Any]) -> None:
+    """
+    Wait until gRPC's core has reported the end of *operation*, which was abandoned.
+
+    If its loop is closed before the report, another loop logs "Event loop is closed".
+    The report takes about a millisecond. This waits for `LAST_CALLS` seconds at most,
+    also if it is cancelled, and raises the cancellation afterwards.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + LAST_CALLS
+    cancelled: asyncio.CancelledError | None = None
+    while not operation.done() and (left := until - loop.time()) > 0:
+        try:
+            await asyncio.wait([operation], timeout=left)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    try:
+        if cancelled is not None:
+            raise cancelled
+    finally:
+        # Its traceback holds this frame, which would hold the error.
+        del cancelled
+
+
+async def _until_changed(
+    channel: grpc.aio.Channel, state: grpc.ChannelConnectivity
+) -> None:
+    # If this coroutine of grpc.aio is cancelled, it forgets the operation, but the core
+    # reports its end all the same. So nothing awaits it: the future it waits for is
+    # taken out. A task would not do, because asyncio.run cancels all tasks.
+    watch: Any = channel.wait_for_state_change(state)
+    changed = watch.send(None)
+    changed._asyncio_future_blocking = False  # noqa: SLF001
+    try:
+        await asyncio.wait([changed])
+    except asyncio.CancelledError:
+        # Closing ends the operation.
+        await channel.close()
+        await until_reported(changed)
+        raise
+    finally:
+        watch.close()
+
+
 async def _raise_reason(channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:
     # The reason is in the status of a call, and nowhere else. No frame may hold the
     # call when this raises: with it an error would keep the closed channel, which then
     # goes on connecting for as long as somebody keeps the error.
-    ended = asyncio.Event()
-    call = kind()(channel, PROBE, b"", 1, (), lambda _call: ended.set())
+    ended = asyncio.get_running_loop().create_future()
+    call = kind()(channel, PROBE, b"", 1, (), lambda _call: ended.set_result(None))
     try:
-        await ended.wait()
+        await asyncio.wait([ended])
         outcome = call.outcome()
     except asyncio.CancelledError:
         call.cancel("cancelled by the caller")
-        # It ends soon, but not if its loop is closed before: loops wait for tasks.
-        asyncio.ensure_future(ended.wait())  # noqa: RUF006  (the call keeps it)
+        await until_reported(ended)
         raise
     finally:
         del call

@@ -12,7 +12,6 @@ expect, `_call` sees to.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -21,11 +20,12 @@ import grpc.aio
 from fastapi_topaz import _fork
 from fastapi_topaz._transport._base import Verdict
 from fastapi_topaz._transport._call import is_direct
-from fastapi_topaz._transport._calls import LAST_CALLS, Calls
+from fastapi_topaz._transport._calls import Calls
 from fastapi_topaz._transport._channel import (
     PROBE,
     open_channel,
     until_ready,
+    until_reported,
 )
 from fastapi_topaz._transport._failures import (
     connect_timed_out,
@@ -220,15 +220,16 @@ class Link:
             # flight in the way that leaks.
             self._calls.cut_off()
             await self._channel.close()
-            # Else their last events reach another loop, once this one is closed.
-            await self.until_quiet(LAST_CALLS)
             _fork.forget(self._channel)
+            if self._calls:
+                await until_reported(self._when_quiet())
 
     async def until_quiet(self, timeout: float) -> None:
         """Return when the last call has ended, or after *timeout* seconds."""
         if self._calls:
-            quiet = asyncio.Event()
-            self._calls.when_quiet(quiet.set)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await quiet.wait()
+            await asyncio.wait([self._when_quiet()], timeout=timeout)
+
+    def _when_quiet(self) -> asyncio.Future[None]:
+        quiet = self._loop.create_future()
+        self._calls.when_quiet(lambda: quiet.set_result(None))
+        return quiet

@@ -1,9 +1,10 @@
 """
 Mutate the modules of the pool, and compare the mutants that live with the known ones.
 
-    python tests/mutation/survivors.py            the state: minutes
-    python tests/mutation/survivors.py pool       the pool around it: longer
-    python tests/mutation/survivors.py --list     print the survivors as the list does
+    python tests/mutation/survivors.py              the state: minutes
+    python tests/mutation/survivors.py pool         the pool around it: longer
+    python tests/mutation/survivors.py state pool   both
+    python tests/mutation/survivors.py --list       print the survivors as the list does
 
 mutmut makes the mutants; a plugin of pytest, `forks`, runs the tests. Nothing is left
 in the work tree. It fails if a mutant lives that is not in `survivors.txt`, or if no
@@ -217,18 +218,23 @@ def known() -> dict[str, str]:
 def main() -> int:
     """Return 1 if the mutants show that tests are missing."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("group", nargs="?", default="state", choices=sorted(GROUPS))
-    parser.add_argument("--modules", nargs="+", help="only these, of the group")
+    parser.add_argument("groups", nargs="*", help=f"some of {', '.join(GROUPS)}")
+    parser.add_argument("--modules", nargs="+", help="only these, of the groups")
     parser.add_argument("--list", action="store_true", help="print all survivors")
     arguments = parser.parse_args()
-    group = GROUPS[arguments.group]
-    if arguments.modules:
-        group = attrs.evolve(group, modules=arguments.modules)
+    if not GROUPS.keys() >= set(arguments.groups):
+        parser.error(f"no such group among {arguments.groups}")
     listed = known()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        fates = fates_of(group, Path(scratch).resolve())
-        os.chdir(ROOT)
+    fates = {}
+    for name in arguments.groups or ["state"]:
+        group = GROUPS[name]
+        if arguments.modules:
+            modules = [each for each in group.modules if each in arguments.modules]
+            group = attrs.evolve(group, modules=modules)
+        with tempfile.TemporaryDirectory() as scratch:
+            fates |= fates_of(group, Path(scratch).resolve())
+            os.chdir(ROOT)
     failed = False
     met = set()
     for module, outcomes in fates.items():
