@@ -51,7 +51,7 @@ class AuthorizerCalls:
         grpc.aio.AioRpcError: The authorizer answered with an error status, or did
             not answer. On trio, too.
         ConnectionLost: The connection was closed under the call.
-        PoolError: The lease was released before.
+        PoolMisuse: The lease was released before.
         TypeError, ValueError: An argument cannot be sent.
     """
 
@@ -104,6 +104,12 @@ class AuthorizerCalls:
             policy_instance_name,
             policy_instance_label,
         )
+        return await self._decide(request, names, timeout)
+
+    async def _decide(
+        self, request: bytes, names: tuple[str, ...], timeout: float | None
+    ) -> dict[str, bool]:
+        """Make the RPC `Is` with a *request* for *names* that is encoded already."""
         response = await self._send(_messages.IS, request, timeout, ())
         return _messages.decisions_of(response, names)
 

@@ -10,9 +10,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
+import attrs
 import grpc
 
 from fastapi_topaz._log_limit import LogLimit
+from fastapi_topaz._messages import is_request
 from fastapi_topaz._options import (
     AuthorizerOptions,
     AuthorizerOptionsLike,
@@ -26,6 +28,7 @@ from fastapi_topaz._pool import ConnectionPool
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rego import check_name, check_reference
 from fastapi_topaz._resource import EXACT
+from fastapi_topaz._slips import NotCopied
 from fastapi_topaz._telemetry import Tracing
 from fastapi_topaz.exceptions import ConnectionLost, TopazError
 
@@ -50,11 +53,22 @@ __all__ = ["TopazConfig"]
 
 logger = logging.getLogger("fastapi_topaz.fastapi")
 
-Question = dict[str, Any]
-"""The arguments of `PooledConnection.decisions`, but for the timeout."""
+
+@attrs.frozen
+class Question:
+    """
+    One check, encoded before it waits for a connection.
+
+    So an argument that cannot be sent raises its own error, also if the pool is full.
+    """
+
+    policy_path: str
+    decision: str
+    # It holds the identity: see `Identity`.
+    request: bytes = attrs.field(repr=False)
 
 
-class TopazConfig:
+class TopazConfig(NotCopied):
     """
     How a FastAPI application asks its authorizer.
 
@@ -86,8 +100,10 @@ class TopazConfig:
 
     Raises:
         TypeError, ValueError: An argument is wrong; names it.
-        PoolError: *connection_pool* is open, to another authorizer.
+        PoolMisuse: *connection_pool* is open, to another authorizer.
     """
+
+    _copy_form = "its pool belongs to one process; share it, or build another one"
 
     @boundary
     def __init__(
@@ -201,9 +217,10 @@ class TopazConfig:
                 lost; see `ConnectionPool.acquire`.
             grpc.aio.AioRpcError: The authorizer answered with an error status, or
                 not in time.
-            TypeError: A provider returned something else than it should.
-            ValueError: *policy_path* is not a Rego reference, or *decision* is not a
-                Rego name.
+            TypeError: A provider returned something else than it should, or an argument
+                cannot be sent.
+            ValueError: *policy_path* is not a Rego reference, *decision* is not a Rego
+                name, or an argument cannot be sent.
         """
         return await self._ask(
             await self._question(request, policy_path, decision, resource_context)
@@ -216,20 +233,27 @@ class TopazConfig:
         decision: str = "allowed",
         resource_context: Mapping[str, Any] | None = None,
     ) -> Question:
-        """Return what to ask. All that the application's providers raise, it raises."""
+        """
+        Return what to ask.
+
+        Raises:
+            TypeError, ValueError: An argument cannot be sent; names it.
+            Exception: What the application's providers raise.
+        """
         check_reference("policy_path", policy_path)
         check_name("decision", decision)
-        return {
-            "policy_path": policy_path,
-            "decisions": (decision,),
-            "identity": await self._identity(request),
-            "resource_context": {
-                **await self._resource(request),
-                **(resource_context or {}),
-            },
-            "policy_instance_name": self.policy_instance_name,
-            "policy_instance_label": self.policy_instance_label,
-        }
+        return Question(
+            policy_path,
+            decision,
+            is_request(
+                policy_path,
+                (decision,),
+                await self._identity(request),
+                {**await self._resource(request), **(resource_context or {})},
+                self.policy_instance_name,
+                self.policy_instance_label,
+            ),
+        )
 
     async def _ask(self, question: Question) -> bool:
         """
@@ -239,9 +263,9 @@ class TopazConfig:
         pool leases no connection that it has reason to suspect before it has answered
         a probe.
         """
-        (decision,) = question["decisions"]
         pool = self.connection_pool.options.name
-        with self._tracing.check(question["policy_path"], decision, pool) as span:
+        path, decision = question.policy_path, question.decision
+        with self._tracing.check(path, decision, pool) as span:
             allowed = await self._answer(question, span)
             span.decided(allowed)
             return allowed
@@ -266,15 +290,18 @@ class TopazConfig:
         self, question: Question, deadline: float, span: CheckSpan
     ) -> bool:
         pool = self.connection_pool
-        left = max(0.0, deadline - anyio.current_time())
-        wait = min(left, pool.options.acquire_timeout)
+        wait = min(self._left(deadline), pool.options.acquire_timeout)
         async with pool.acquire(timeout=wait) as conn:
             if conn.waited:
                 span.waited(conn.waited)
-            left = max(0.0, deadline - anyio.current_time())
-            decisions = await conn.decisions(**question, timeout=left)
-        (decision,) = question["decisions"]
-        return decisions.get(decision) is True
+            decisions = await conn._decide(  # noqa: SLF001
+                question.request, (question.decision,), self._left(deadline)
+            )
+        return decisions[question.decision] is True
+
+    def _left(self, deadline: float) -> float:
+        """Return the seconds until *deadline*, also if the clock has jumped back."""
+        return min(self.check_timeout, max(0.0, deadline - anyio.current_time()))
 
     async def _identity(self, request: HTTPConnection) -> Identity:
         identity = await _result(self.identity_provider(request))

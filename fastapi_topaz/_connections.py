@@ -8,20 +8,23 @@ outlives the request which wanted it serves the next one.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import math
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
+from fastapi_topaz._conformity import defect_of
 from fastapi_topaz._errors import kind_of, told
 from fastapi_topaz._snapshot import peer_of
-from fastapi_topaz.exceptions import ConnectFailed, PoolError
+from fastapi_topaz.exceptions import ConnectFailed, PoolError, PoolMisuse
 
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from fastapi_topaz._clock import Clock
     from fastapi_topaz._entry import PoolEntry
     from fastapi_topaz._runtime import Runtime
 
@@ -40,8 +43,15 @@ CLOSE_LIMIT = 5.0
 """Seconds that closing one connection may take."""
 
 
+class NotAwaitable(TypeError):  # noqa: N818  (as the public errors)
+    """A method that has to be a coroutine function returned no awaitable."""
+
+
 async def _within(
-    timeout: float, function: Callable[[float], Awaitable[T]], argument: float
+    clock: Clock,
+    timeout: float,
+    function: Callable[[float], Awaitable[T]],
+    argument: float,
 ) -> T:
     """
     Return what *function* returns within *timeout* seconds.
@@ -52,8 +62,13 @@ async def _within(
     """
     scope = anyio.CancelScope()
     try:
-        with anyio.fail_after(timeout) as scope:
-            return await function(argument)
+        with clock.deadline(clock.now() + timeout) as scope:
+            awaitable = function(argument)
+            if not inspect.isawaitable(awaitable):
+                name = getattr(function, "__qualname__", repr(function))
+                raise NotAwaitable(f"{name} must be an `async def`")
+            return await awaitable
+        raise TimeoutError
     except anyio.get_cancelled_exc_class() as error:
         if anyio.current_effective_deadline() == -math.inf:
             raise  # it is ours: close() has begun, or the loop ends
@@ -69,7 +84,7 @@ async def connect(runtime: Runtime, entry: PoolEntry) -> None:
     scope = anyio.CancelScope()
     runtime.attempts.add(scope)
     try:
-        with scope:
+        with scope, runtime.busy_task():
             await _attempt(runtime, entry)
     finally:
         runtime.attempts.discard(scope)
@@ -86,35 +101,68 @@ def place(runtime: Runtime, entry: PoolEntry) -> str:
 
 async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
     timeout = runtime.options.connection_timeout
-    began = runtime.now()
+    began = runtime.perf_counter()
     try:
-        connection = await _within(timeout, runtime.connector.connect, timeout)
+        connection = await _within(
+            runtime.clock, timeout, runtime.connector.connect, timeout
+        )
     except Exception as error:  # noqa: BLE001  (a connector may raise anything)
         _failed(runtime, entry, _as_connect_failed(runtime, error))
         return
-    if connection is None:
-        nothing = ConnectFailed(
-            f"cannot connect to {runtime.target}: its connector returned None",
-            permanent=True,
-        )
-        _failed(runtime, entry, nothing)
+    defect = defect_of(connection)
+    if defect is not None:
+        await _refuse(runtime, entry, connection, defect)
         return
-    now = runtime.now()
     rounds = runtime.state.attempts.failures
-    runtime.state.connected(entry, connection, now)
+    entry.alive_since = runtime.perf_counter()
+    took = entry.alive_since - began
+    runtime.state.connected(entry, connection, runtime.now())
     runtime.counters.connects += 1
-    runtime.observer.connected(now - began)
+    runtime.observer.connected(took)
     runtime.log_limit.report(
         logging.INFO if rounds else logging.DEBUG,
         "connected",
         "%s: connected to %s in %.3f s%s (%s)",
         runtime.label,
         place(runtime, entry),
-        now - began,
+        took,
         f", the outage is over (failed rounds: {rounds})" if rounds else "",
         runtime.state.status(),
         all_counts=True,
     )
+
+
+async def _refuse(
+    runtime: Runtime, entry: PoolEntry, connection: Any, defect: str
+) -> None:
+    """Fail the attempt of *entry*, because its *connection* cannot be used."""
+    connector, made = type(runtime.connector).__name__, type(connection).__name__
+    error = ConnectFailed(
+        f"cannot connect to {runtime.target}: its connector returned "
+        + (
+            f"None; {connector}.connect() has to return a connection"
+            if made == "NoneType"
+            else f"a connection that the pool cannot use, of the class {made}, from "
+            f"{connector}.connect(); {defect}"
+        ),
+        permanent=True,
+    )
+
+    async def close(grace: float) -> None:
+        closed: Any = connection.close(grace)
+        if inspect.isawaitable(closed):
+            await closed
+
+    try:
+        await _within(runtime.clock, CLOSE_LIMIT, close, 0.0)
+    except Exception as failure:  # noqa: BLE001  (a connection may raise anything)
+        runtime.log_limit.report(
+            logging.DEBUG,
+            "closing failed",
+            "%s: it cannot be closed: %s",
+            *(runtime.label, told(failure)),
+        )
+    _failed(runtime, entry, error)
 
 
 def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
@@ -129,8 +177,8 @@ def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
     else:
         failed = ConnectFailed(
             f"cannot connect to {runtime.target}: {told(error)}",
-            # The process was forked, which stays as it is.
-            permanent=type(error) is PoolError,
+            # Such as a fork, which cannot be undone.
+            permanent=type(error) in {PoolError, PoolMisuse, NotAwaitable},
         )
     failed.__cause__ = error
     return failed
@@ -145,6 +193,8 @@ def _is_complete(error: ConnectFailed) -> bool:
 
 
 def _failed(runtime: Runtime, entry: PoolEntry, error: ConnectFailed) -> None:
+    if runtime.home.is_gone():
+        return  # the attempt ended with its event loop
     first = not runtime.state.attempts.failures
     runtime.state.connect_failed(entry, error, runtime.now())
     runtime.counters.count(runtime.counters.connect_failures, error.reason)
@@ -182,7 +232,8 @@ async def probe(runtime: Runtime, entry: PoolEntry) -> None:
             runtime.state.status(),
         )
     try:
-        await _within(timeout, entry.connection.probe, timeout)
+        with runtime.busy_task():
+            await _within(runtime.clock, timeout, entry.connection.probe, timeout)
     except Exception as error:  # noqa: BLE001  (a connection may raise anything)
         if entry.retired is None:  # else closed meanwhile, and no answer is no news
             _unanswered(runtime, entry, error, late=runtime.now() - began - timeout)
@@ -243,11 +294,11 @@ async def close(runtime: Runtime, entry: PoolEntry) -> None:
             logging.INFO if lost else logging.DEBUG,
             f"closing: {reason}",
             "%s: closing a connection to %s after %.1f s: %s%s (left: %s)",
-            *(runtime.label, where, runtime.now() - entry.opened_at, reason),
+            *(runtime.label, where, runtime.perf_counter() - entry.alive_since, reason),
             *(error if lost else "", runtime.state.status()),
         )
-        with anyio.CancelScope(shield=True):
-            await _within(CLOSE_LIMIT, connection.close, 0.0)
+        with anyio.CancelScope(shield=True), runtime.busy_task():
+            await _within(runtime.clock, CLOSE_LIMIT, connection.close, 0.0)
     except TimeoutError:
         runtime.log_limit.report(
             logging.WARNING,
@@ -268,3 +319,24 @@ async def close(runtime: Runtime, entry: PoolEntry) -> None:
     finally:
         runtime.state.closed(entry)
         runtime.connections_changed()
+
+
+def drop(runtime: Runtime, entry: PoolEntry) -> None:
+    """Close the connection of *entry* at once, or at least keep it no longer."""
+    connection, entry.connection = entry.connection, None
+    entry.is_lost = None
+    if connection is None:
+        return
+    runtime.counters.count(runtime.counters.closes, entry.retired or "close")
+    try:
+        abandon = getattr(connection, "abandon", None)
+        if abandon is not None:
+            abandon()
+    except Exception as failure:  # noqa: BLE001  (a connection may raise anything)
+        runtime.log_limit.report(
+            logging.WARNING,
+            f"abandon() failed: {type(failure).__name__}",
+            "%s: abandon() of a connection failed",
+            runtime.label,
+            exc_info=True,
+        )

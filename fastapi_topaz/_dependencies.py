@@ -16,7 +16,7 @@ from fastapi_topaz._options import shown
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rego import check_reference
 from fastapi_topaz._routes import route_policy_path
-from fastapi_topaz.exceptions import TopazError
+from fastapi_topaz.exceptions import PoolMisuse, TopazError
 
 
 if TYPE_CHECKING:
@@ -51,24 +51,26 @@ HINTS = {
 }
 """What these statuses of Topaz mean for a check."""
 
-STATUSES = {grpc.StatusCode.NOT_FOUND: 403, grpc.StatusCode.INVALID_ARGUMENT: 500}
-"""
-What a check becomes that ends with these statuses. Others are 503.
-
-Topaz says NOT_FOUND of an identity only. INVALID_ARGUMENT is a mistake in the policy or
-in its path, which no retry mends.
-"""
-
-DETAILS = {
-    403: "Not allowed.",
-    # Topaz does not tell these apart.
-    500: (
+# How a request ends without an allow: a status, and a detail for the client. None of it
+# is text of the authorizer.
+DENIED = (403, "Not allowed.")
+UNAVAILABLE = (503, "The authorizer is not available.")
+MISUSE = (500, "Internal Server Error")
+WRONG_POLICY = (
+    500,
+    (
         "The authorizer cannot evaluate the policy: there is no such policy or rule, "
         "the rule has no value for this request, or it fails."
     ),
-    503: "The authorizer is not available.",
+)
+
+ENDS = {
+    # Topaz says that of an identity only.
+    grpc.StatusCode.NOT_FOUND: DENIED,
+    # A mistake in the policy or in its path, which no retry mends.
+    grpc.StatusCode.INVALID_ARGUMENT: WRONG_POLICY,
 }
-"""What a client reads. None of it is text of the authorizer."""
+"""How a check ends that the authorizer answers with these. Others are UNAVAILABLE."""
 
 
 def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
@@ -80,8 +82,9 @@ def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
     does not know, or could not look up. If the authorizer cannot be asked, it ends
     with 503 and `Retry-After`. If the authorizer cannot evaluate the policy, because
     policy or rule do not exist, or the rule has no value or fails, it ends with 500:
-    trying again does not help. The exception has no cause, because the text of the
-    authorizer may name the identity; the log has the reason.
+    trying again does not help. So it does if the application misuses the pool: see
+    `PoolMisuse`. The exception has no cause, because the text of the authorizer may
+    name the identity; the log has the reason.
 
     It also guards WebSocket routes, and then asks before the WebSocket is accepted. A
     server with the ASGI extension `websocket.http.response` sends the same answers.
@@ -161,32 +164,33 @@ async def _check(
     try:
         allowed = await config._ask(question)  # noqa: SLF001
     except (TopazError, grpc.RpcError) as error:
+        misuse = isinstance(error, PoolMisuse)
         limit.report(
-            logging.WARNING,
+            logging.ERROR if misuse else logging.WARNING,
             f"no decision: {kind_of(error)}",
             "no decision on %s: %s",
             *(policy_path, _reason(error, config.check_timeout)),
         )
-        status = STATUSES.get(_code(error), 503)
+        end = MISUSE if misuse else ENDS.get(_code(error), UNAVAILABLE)
     else:
         if limit.held:
             limit.flush()
         if allowed:
             return
-        status = 403
+        end = DENIED
     # Raised here and not above, where the error of the authorizer would be its context:
     # error trackers and logs show that one, and its details may name the identity.
-    raise _refusal(request, status)
+    raise _refusal(request, *end)
 
 
-def _refusal(request: HTTPConnection, status: int) -> Exception:
+def _refusal(request: HTTPConnection, status: int, detail: str) -> Exception:
     """Return the exception that ends *request* with *status*."""
     if request.scope["type"] == "websocket":
         extensions = request.scope.get("extensions") or {}
         if "websocket.http.response" not in extensions or not _ANSWERS_WEBSOCKETS:
-            return WebSocketException(POLICY_VIOLATION, DETAILS[status])
+            return WebSocketException(POLICY_VIOLATION, detail)
     headers = {"Retry-After": RETRY_AFTER} if status == 503 else None
-    return HTTPException(status, DETAILS[status], headers)
+    return HTTPException(status, detail, headers)
 
 
 def _code(error: Exception) -> Any:

@@ -30,6 +30,8 @@ class PoolEntry:
     started_at: float = 0.0
     overdue: bool = False
     opened_at: float = 0.0
+    # The same moment, as `perf_counter` has it.
+    alive_since: float = 0.0
     last_used_at: float = 0.0
     # When it was made, a call was answered, or a probe was.
     proven_at: float = 0.0
@@ -83,10 +85,17 @@ class Lease:
     # Defaults of the class and no __init__: one is made for each acquire(), most end
     # with only the first two ever set, and setting all took longer than all else here.
     entry: PoolEntry | None = None
+    # When it was served: by `perf_counter`, and by the clock of the pool, which only
+    # the search for leaks needs.
+    held_since = 0.0
     acquired_at = 0.0
     # How long it was waited for.
     waited = 0.0
     failure: Exception | None = None
+    # Its handle was used in a wrong way, which raised an error: dropping it is no leak.
+    refused = False
+    # The coroutine of the task that waits for it.
+    waiter: object = None
     # Until when it may wait, and whether it was sent away: then, or with the failure.
     deadline = float("inf")
     dismissed = False

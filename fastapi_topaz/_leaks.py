@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import anyio
 import attrs
 
+from fastapi_topaz._clock import Clock
+
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -81,18 +83,19 @@ class Leaks:
         self._out: dict[Lease, _Holder] = {}
         self._late: dict[Lease, _Holder] = {}
 
-    def taken(self, lease: Lease) -> None:
+    def taken(self, lease: Lease, now: float) -> None:
         """Note who took *lease*."""
+        lease.acquired_at = now
         self._out[lease] = _Holder.here()
 
-    def returned(self, lease: Lease, now: float) -> None:
-        """Forget *lease*, and say so if it was told of."""
+    def returned(self, lease: Lease, held: float) -> None:
+        """Forget *lease*, which was *held* for so long, and log it if it was late."""
         self._out.pop(lease, None)
         if self._late.pop(lease, None) is not None:
             logger.info(
                 "%s: a lease that was late came back after %.1f s (still late: %d)",
                 self._label,
-                now - lease.acquired_at,
+                held,
                 len(self._late),
             )
 
@@ -109,9 +112,10 @@ class Leaks:
             if due <= now:
                 self._late[lease] = holder = self._out.pop(lease)
                 self._counters.leaked += 1
+                held = Clock.perf_counter() - lease.held_since
                 logger.warning(
                     "%s: a lease is out for %.1f s (leak_threshold=%g s), held by %s",
-                    *(self._label, now - lease.acquired_at, self._threshold, holder),
+                    *(self._label, held, self._threshold, holder),
                 )
         # No lease taken from now on can be due any earlier.
         return max(due if self._out else now + self._threshold, now + PAUSE)

@@ -6,14 +6,15 @@ import logging
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fastapi_topaz._authorizer import AuthorizerCalls
 from fastapi_topaz._options import seconds
 from fastapi_topaz._redaction import boundary
+from fastapi_topaz._slips import LEASE_FORM, NotCopied
 from fastapi_topaz._telemetry import propagated
 from fastapi_topaz._transport._base import is_metadata_key
-from fastapi_topaz.exceptions import ConnectionLost, PoolError
+from fastapi_topaz.exceptions import ConnectionLost, PoolMisuse
 
 
 if TYPE_CHECKING:
@@ -31,16 +32,18 @@ EVER = 10.0 * 365 * 86400
 """Seconds. gRPC overflows on deadlines far beyond this, and ends the call at once."""
 
 
-class PooledConnection(AuthorizerCalls):
+class PooledConnection(AuthorizerCalls, NotCopied):
     """
     A connection on loan from a pool, with the calls of the authorizer.
 
     Each `acquire()` gives a new one, also where it lends the same connection again:
-    after its release every use of it raises `PoolError`.
+    after its release every use of it raises `PoolMisuse`.
     Identity, metadata and timeout travel with each call and leave nothing behind.
     """
 
     __slots__ = ("__weakref__", "_lease", "_pool", "_runtime")
+
+    _copy_form = "acquire() another one"
 
     # What a pool is made of is no part of the public types.
     def __init__(self, pool: object, runtime: Any, lease: Any) -> None:
@@ -63,8 +66,22 @@ class PooledConnection(AuthorizerCalls):
             self._lease = None
             _abandon(self._runtime, lease, self)
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a lease cannot be copied or pickled; acquire() another one")
+    if not TYPE_CHECKING:  # see `_slips`
+
+        def __aenter__(self):  # noqa: ANN204
+            if self._lease is not None:
+                # The only reference may be the one that this statement dropped.
+                self._lease.refused = True
+            del self
+            raise TypeError(
+                "`await pool.acquire()` returned a lease, which is no context manager: "
+                f"{LEASE_FORM}"
+            )
+
+        def __aexit__(self, *exc):  # noqa: ANN002, ANN204
+            """Do nothing: `__aenter__` always raises."""
+
+        __enter__, __exit__ = __aenter__, __aexit__
 
     @property
     def waited(self) -> float:
@@ -72,7 +89,7 @@ class PooledConnection(AuthorizerCalls):
         How long `acquire()` waited for it, in seconds; 0.0 if it did not have to.
 
         Raises:
-            PoolError: The lease was released.
+            PoolMisuse: The lease was released.
         """
         return self._held().waited
 
@@ -82,7 +99,7 @@ class PooledConnection(AuthorizerCalls):
         The object that the pool's connector made.
 
         Raises:
-            PoolError: The lease was released.
+            PoolMisuse: The lease was released.
             ConnectionLost: The pool was closed, and its grace is over.
         """
         lease = self._held()
@@ -96,7 +113,7 @@ class PooledConnection(AuthorizerCalls):
 
     def _held(self) -> Lease:
         if self._lease is None:
-            raise PoolError(
+            raise PoolMisuse(
                 "this connection was released to its pool; acquire() another one"
             )
         return self._lease
@@ -127,7 +144,7 @@ class PooledConnection(AuthorizerCalls):
         Raises:
             grpc.aio.AioRpcError: The call ended with another status than OK.
             ConnectionLost: The connection was closed under the call.
-            PoolError: The lease was released before.
+            PoolMisuse: The lease was released before.
             TypeError: The pool's connector makes connections without gRPC calls.
         """
         _check_call(method, metadata)
@@ -213,6 +230,8 @@ def _abandon(runtime: Runtime, lease: Lease, conn: object) -> None:
     if runtime.done.is_set() or runtime.home.is_forked():
         return  # nothing is left that could be given back
     runtime.home.call_soon(partial(_reclaim, runtime, lease))
+    if lease.refused:
+        return  # the caller got an error already
     warnings.warn(
         f"{runtime.label}: a lease of a connection to {runtime.target} was "
         "garbage-collected and not released; use `async with pool.acquire()`, or "
@@ -226,6 +245,9 @@ def _abandon(runtime: Runtime, lease: Lease, conn: object) -> None:
 def _reclaim(runtime: Runtime, lease: Lease) -> None:
     if runtime.done.is_set():
         return
+    if lease.refused:
+        runtime.release(lease)
+        return
     before = runtime.state.in_use
     holder = None if runtime.leaks is None else runtime.leaks.holder(lease)
     runtime.counters.reclaimed += 1
@@ -235,7 +257,7 @@ def _reclaim(runtime: Runtime, lease: Lease) -> None:
         "lease garbage-collected",
         "%s: took back a lease that was garbage-collected after %.1f s and not "
         "released (streams in use: %d -> %d), held by %s",
-        *(runtime.label, runtime.now() - lease.acquired_at),
+        *(runtime.label, runtime.perf_counter() - lease.held_since),
         *(before, runtime.state.in_use),
         holder or "whom leak_threshold would tell",
     )

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Self
 import anyio
 
 from fastapi_topaz._connections import CLOSE_LIMIT
+from fastapi_topaz._fork import current as process
+from fastapi_topaz._host import Home
 from fastapi_topaz._log_limit import LogLimit
-from fastapi_topaz._maintenance import host
+from fastapi_topaz._maintenance import close_now, host
 from fastapi_topaz._options import seconds
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._runtime import Runtime
 from fastapi_topaz._snapshot import connection_statuses
 from fastapi_topaz._status import ConnectionStatus, PoolCounters, PoolStatus
 from fastapi_topaz._telemetry import PoolMetrics, Source
-from fastapi_topaz.exceptions import PoolClosed, PoolError
+from fastapi_topaz.exceptions import PoolClosed, PoolMisuse
 
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ class PoolLife:
             semantic_conventions=semantic_conventions,
         )
         self._runtime: Runtime | None = None
+        # The loop that opens the pool at this moment, by process.
+        self._claim: dict[int, Home] = {}
         self._closed = False
 
     def status(self) -> PoolStatus:
@@ -94,7 +98,7 @@ class PoolLife:
         runtime = self._runtime
         if runtime is None or runtime.home.is_forked() or runtime.home.is_gone():
             return ()
-        return connection_statuses(runtime.state, runtime.now())
+        return connection_statuses(runtime.state, runtime.clock.peek())
 
     @boundary
     async def initialize(self) -> None:
@@ -107,7 +111,7 @@ class PoolLife:
         before its authorizer.
 
         Raises:
-            PoolError: The pool is open on another event loop or in another process,
+            PoolMisuse: The pool is open on another event loop or in another process,
                 or was not configured.
             ValueError: What no retry can mend, such as a missing certificate file.
         """
@@ -116,10 +120,7 @@ class PoolLife:
             await runtime.done.wait()
             runtime = self._alive()
         if runtime is None:
-            validate = getattr(self._configured(), "validate", None)
-            if validate is not None:
-                validate()
-            runtime = self._open()
+            runtime = self._open(validate=True)
         if not self._options.eager_init:
             return
         runtime.initializing += 1
@@ -147,7 +148,7 @@ class PoolLife:
             grace: Seconds, default 5.
 
         Raises:
-            PoolError: The pool is open on another event loop or in another process.
+            PoolMisuse: The pool is open on another event loop or in another process.
         """
         grace = seconds("grace", grace)
         runtime = self._alive()
@@ -187,14 +188,39 @@ class PoolLife:
         runtime.home.check(self._label())
         return runtime
 
-    def _open(self) -> Runtime:
+    def _open(self, *, validate: bool = False) -> Runtime:
+        """
+        Return a new runtime; only one thread can open the pool.
+
+        Raises:
+            PoolMisuse: Another thread opens it, or has just opened it.
+        """
+        home = Home()
+        # One step, so the threads need no lock, which a fork might find locked.
+        claim = self._claim.setdefault(process.pid, home)
+        if claim is not home:
+            claim.check(self._label())
+        try:
+            runtime = self._alive()
+            if runtime is None:
+                connector = self._configured()
+                check = getattr(connector, "validate", None)
+                if validate and check is not None:
+                    check()
+                runtime = self._start(home, connector)
+        finally:
+            self._claim.clear()
+        return runtime
+
+    def _start(self, home: Home, connector: Connector) -> Runtime:
         runtime = Runtime(
             self._label(),
             self._options,
-            self._configured(),
+            connector,
             self._counters,
             self._metrics.observer,
             self._log_limit,
+            home,
         )
 
         async def live() -> None:
@@ -204,7 +230,12 @@ class PoolLife:
                 # Here, too: who waits for `done` finds the pool closed.
                 self._forget(runtime)
 
-        runtime.home.spawn(live, partial(self._forget, runtime))
+        def loop_closed() -> None:
+            if home.is_gone():  # and not destroyed in an orderly way
+                close_now(runtime)
+                self._forget(runtime)
+
+        home.spawn(live, partial(self._forget, runtime), loop_closed)
         self._runtime = runtime
         self._closed = False
         self._metrics.attach(runtime.series)
@@ -230,7 +261,7 @@ class PoolLife:
 
     def _configured(self) -> Connector:
         if self._connector is None:
-            raise PoolError(
+            raise PoolMisuse(
                 f"{self._label()} does not know its authorizer: pass it to TopazConfig "
                 "as connection_pool, or call configure(AuthorizerOptions(...))"
             )

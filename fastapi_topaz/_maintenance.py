@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._state import PoolState
 
 
-__all__ = ["host"]
+__all__ = ["close_now", "host"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
@@ -97,7 +97,31 @@ async def _leave_nothing(runtime: Runtime) -> None:
         logger.warning(
             "%s: closed with %s still out", runtime.label, _leases_out(runtime)
         )
+    runtime.home.stop_watching()
     runtime.done.set()
+
+
+def close_now(runtime: Runtime) -> None:
+    """
+    Close the connections without waiting, because the event loop was closed.
+
+    The tasks of the pool are left as they were, and never go on. What they hold would
+    stay open for the rest of the process.
+    """
+    state = runtime.state
+    if runtime.done.is_set():
+        return
+    _warn_unclosed(runtime)
+    state.shut_down()
+    state.abandon()
+    for coroutine in list(runtime.coroutines):
+        try:
+            coroutine.close()
+        except BaseException as error:  # noqa: BLE001
+            # Cancel scopes refuse to end outside of their task, and so does an `await`.
+            logger.debug("%s: a task ended with %r", runtime.label, error)
+    for entry in list(state.closing):
+        _connections.drop(runtime, entry)
 
 
 def _leases_out(runtime: Runtime) -> str:
@@ -124,13 +148,9 @@ def _outbox(entries: list[PoolEntry]) -> Iterator[PoolEntry]:
         yield entries.pop()
 
 
-async def _pause(interval: float) -> None:
+async def _pause(runtime: Runtime, interval: float) -> None:
     """Sleep for *interval* seconds; 0 and infinity mean never to wake."""
-    # Not sleep(inf): uvloop cannot set such a timer.
-    if 0 < interval < math.inf:
-        await anyio.sleep(interval)
-    else:
-        await anyio.sleep_forever()
+    await runtime.clock.sleep(interval or math.inf)
 
 
 async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
@@ -151,7 +171,7 @@ async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
                 runtime.counters.connect_retries += 1
             entry = state.attempts.begin(now)
             tasks.start_soon(_connections.connect, runtime, entry)
-        with anyio.CancelScope(deadline=_next_look(state, now)):
+        with runtime.clock.deadline(_next_look(state, now)):
             await runtime.work.wait()
 
 
@@ -165,7 +185,7 @@ async def _timekeeper(runtime: Runtime) -> None:
     """Send those away who have waited for too long."""
     while True:
         runtime.earlier = anyio.Event()
-        with anyio.CancelScope(deadline=runtime.alarm):
+        with runtime.clock.deadline(runtime.alarm):
             await runtime.earlier.wait()
         runtime.expire()
 
@@ -173,7 +193,7 @@ async def _timekeeper(runtime: Runtime) -> None:
 async def _reaper(runtime: Runtime) -> None:
     """Every `idle_check_interval` close what was idle for `max_idle_time`."""
     while True:
-        await _pause(runtime.options.idle_check_interval)
+        await _pause(runtime, runtime.options.idle_check_interval)
         before = runtime.state.status()
         runtime.state.reap(runtime.now())
         after = runtime.state.status()
@@ -189,7 +209,7 @@ async def _rotator(runtime: Runtime) -> None:
     """Have connections replaced whose time is over."""
     while True:
         state = runtime.state
-        with anyio.CancelScope(deadline=state.rotation.next_at(state.open)):
+        with runtime.clock.deadline(state.rotation.next_at(state.open)):
             await runtime.progress.wait()
         state.rotation.expire(state.open, runtime.now())
         runtime.settle()
@@ -201,7 +221,7 @@ async def _lookout(runtime: Runtime) -> None:
     turn = itertools.count()
     while True:
         if any(entry.is_lost is not None for entry in state.open):
-            await anyio.sleep(LOOKOUT)
+            await runtime.clock.sleep(LOOKOUT)
             now = runtime.now()
             entries = list(state.open)
             if entries:
@@ -236,7 +256,7 @@ async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:
 
     last_round = runtime.now()
     while True:
-        await _pause(runtime.options.health_check_interval)
+        await _pause(runtime, runtime.options.health_check_interval)
         runtime.log_limit.flush()
         this_round = runtime.now()
         for entry in list(state.open):
@@ -261,5 +281,5 @@ async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
 async def _leak_watcher(runtime: Runtime, leaks: Leaks) -> None:
     """Warn of each lease that is held for longer than `leak_threshold`."""
     while True:
-        due = leaks.look(runtime.now())
-        await anyio.sleep_until(due)
+        now = runtime.now()
+        await runtime.clock.sleep(leaks.look(now) - now)

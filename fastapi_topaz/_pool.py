@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
+from fastapi_topaz._acquire import Acquire
 from fastapi_topaz._entry import Lease
 from fastapi_topaz._lease import PooledConnection
 from fastapi_topaz._life import PoolLife
@@ -20,16 +20,15 @@ from fastapi_topaz._options import (
     shown,
 )
 from fastapi_topaz._redaction import boundary
+from fastapi_topaz._slips import LEASE_FORM, NotAsync, NotCopied
 from fastapi_topaz._transport import GrpcConnector
-from fastapi_topaz.exceptions import PoolError
+from fastapi_topaz.exceptions import PoolMisuse
 
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-    from types import TracebackType
-
     from opentelemetry.metrics import MeterProvider
 
+    from fastapi_topaz._host import Home
     from fastapi_topaz._runtime import Runtime
     from fastapi_topaz._transport import Connector
 
@@ -40,7 +39,7 @@ __all__ = ["ConnectionPool"]
 logger = logging.getLogger("fastapi_topaz.pool")
 
 
-class ConnectionPool(PoolLife):
+class ConnectionPool(PoolLife, NotAsync, NotCopied):
     """
     A pool of connections to the Topaz authorizer, on asyncio or trio.
 
@@ -97,6 +96,12 @@ class ConnectionPool(PoolLife):
         TypeError: A parameter has the wrong type.
         ValueError: A parameter has an impossible value.
     """
+
+    _right_form = "write `async with pool:`"
+    _copy_form = (
+        "its connections belong to one process and one event loop; share the pool, or "
+        "build another one"
+    )
 
     @fit_minimum
     def __init__(
@@ -189,7 +194,7 @@ class ConnectionPool(PoolLife):
             authorizer_options: Those of this package or of `aserto.client`.
 
         Raises:
-            PoolError: The pool is open, to another authorizer.
+            PoolMisuse: The pool is open, to another authorizer.
             TypeError: These are no authorizer options.
         """
         options = AuthorizerOptions.coerce(authorizer_options)
@@ -198,11 +203,11 @@ class ConnectionPool(PoolLife):
         if self.authorizer_options == options:
             return
         if self._alive() is not None:
-            raise PoolError(f"{self._label()} is open; close() it to configure it")
+            raise PoolMisuse(f"{self._label()} is open; close() it to configure it")
         self._connector = GrpcConnector(options)
 
-    def _open(self) -> Runtime:
-        runtime = super()._open()
+    def _start(self, home: Home, connector: Connector) -> Runtime:
+        runtime = super()._start(home, connector)
         if isinstance(self._connector, GrpcConnector):
             self._connector.opened(runtime.label)
         return runtime
@@ -225,19 +230,34 @@ class ConnectionPool(PoolLife):
             PoolSaturated: `max_waiting` callers wait already.
             ConnectFailed: None is open, and the attempts to connect failed.
             PoolClosed: The pool is closed, or was while waiting.
-            PoolError: It is open in another process or on another event loop.
+            PoolMisuse: It is open in another process or on another event loop, or does
+                not know its authorizer.
         """
         if timeout is not None:
             seconds("timeout", timeout)
         return Acquire(self, timeout)
 
-    async def release(self, conn: PooledConnection) -> None:
+    async def release(self, conn: PooledConnection, *, discard: bool = False) -> None:
         """
         Give back what `acquire()` gave. Never waits.
 
+        Args:
+            conn: The lease.
+            discard: Whether the pool closes the connection: after the last of its
+                leases is back, and without another lease until then. Default False.
+                For an application that knows that the connection is of no more use.
+
         Raises:
+            TypeError: *discard* is no bool.
             ValueError: *conn* is not of this pool, or was released before.
         """
+        if not isinstance(discard, bool):
+            raise TypeError(f"discard must be True or False, got {shown(discard)}")
+        if isinstance(conn, Acquire):
+            raise ValueError(  # noqa: TRY004  (as below)
+                "release() takes what `await pool.acquire()` returned, and not "
+                f"pool.acquire() itself: {LEASE_FORM}"
+            )
         if not isinstance(conn, PooledConnection):
             raise ValueError(  # noqa: TRY004  (a foreign object is a wrong value)
                 f"release() takes what acquire() of {self._label()} gave, got {conn!r}"
@@ -246,7 +266,7 @@ class ConnectionPool(PoolLife):
             raise ValueError(
                 f"{conn!r} belongs to {conn._pool!r} and not to {self!r}"  # noqa: SLF001
             )
-        self._release(conn)
+        self._release(conn, discard=discard)
 
     def _acquire_nowait(self) -> PooledConnection | None:
         """Lease what is free, if there is anything; None leaves it to `_acquire`."""
@@ -278,7 +298,7 @@ class ConnectionPool(PoolLife):
             )
         return PooledConnection(self, runtime, lease)
 
-    def _release(self, conn: PooledConnection) -> None:
+    def _release(self, conn: PooledConnection, *, discard: bool = False) -> None:
         lease = conn._lease  # noqa: SLF001
         if lease is None:
             raise ValueError(f"{conn!r} was released to {self._label()} before")
@@ -290,6 +310,8 @@ class ConnectionPool(PoolLife):
                 return
             runtime.home.check(self._label())
         conn._lease = None  # noqa: SLF001
+        if discard:
+            runtime.discard(lease)
         runtime.release(lease)
 
     # -- telling and changing -----------------------------------------------------
@@ -302,7 +324,7 @@ class ConnectionPool(PoolLife):
 
         Raises:
             TypeError, ValueError: As the constructor.
-            PoolError: The pool is open on another event loop or in another process.
+            PoolMisuse: The pool is open on another event loop or in another process.
         """
         options = attrs.evolve(
             self._options,
@@ -328,7 +350,7 @@ class ConnectionPool(PoolLife):
         the connection they have. For a rotated certificate or a moved server.
 
         Raises:
-            PoolError: The pool is open on another event loop or in another process.
+            PoolMisuse: The pool is open on another event loop or in another process.
         """
         runtime = self._alive()
         if runtime is not None:
@@ -338,65 +360,3 @@ class ConnectionPool(PoolLife):
             )
             runtime.state.rotation.drain(runtime.state.open)
             runtime.settle()
-
-
-class Acquire:
-    """
-    The result of `pool.acquire()`: to be awaited, or entered with `async with`.
-
-    Strictly private.
-    """
-
-    _conn: PooledConnection | None = None
-    _entered = False
-
-    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
-        self._pool = pool
-        self._timeout = timeout
-
-    def __await__(self) -> Generator[Any, Any, PooledConnection]:
-        conn = self._pool._acquire_nowait()  # noqa: SLF001
-        if conn is None:
-            waiting = self._pool._acquire(self._timeout)  # noqa: SLF001
-            del self  # this frame is in the traceback of an error
-            conn = yield from waiting.__await__()
-        return conn
-
-    async def __aenter__(self) -> PooledConnection:
-        if self._entered:
-            raise PoolError("this acquire() is entered already; call acquire() again")
-        # Before the wait, or two tasks could share it, and one lease be lost.
-        self._entered = True
-        try:
-            conn = self._pool._acquire_nowait()  # noqa: SLF001
-            if conn is None:
-                conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
-        except BaseException:
-            self._entered = False
-            del self  # this frame is in the traceback
-            raise
-        self._conn = conn
-        return conn
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        del exc, traceback  # this frame would keep them
-        conn, self._conn = self._conn, None
-        self._entered = False
-        # Who released it inside the block has said so clearly enough.
-        if conn is None or conn._lease is None:  # noqa: SLF001
-            return
-        if exc_type is GeneratorExit:
-            # Maybe of a task that is garbage, which is collected at any moment, in the
-            # midst of whatever the pool does. The loop has it done in its turn.
-            conn._runtime.home.call_soon(partial(self._give_back, conn))  # noqa: SLF001
-        else:
-            self._pool._release(conn)  # noqa: SLF001
-
-    def _give_back(self, conn: PooledConnection) -> None:
-        if conn._lease is not None:  # noqa: SLF001
-            self._pool._release(conn)  # noqa: SLF001

@@ -8,6 +8,7 @@ from fastapi_topaz.exceptions import (
     ConnectFailed,
     PoolClosed,
     PoolError,
+    PoolMisuse,
     PoolSaturated,
     PoolTimeout,
 )
@@ -46,12 +47,20 @@ def timed_out(runtime: Runtime, timeout: float) -> PoolTimeout:
     runtime.counters.timeouts += 1
     state = runtime.state
     cause = state.attempts.error
+    nested, leases = runtime.nested_leases()
     if cause is not None:
         hint = f"; the last attempt to connect failed: {cause}"
+    elif nested:
+        hint = (
+            f"; all {leases} leases are out, and {nested} of them are held by tasks "
+            "that wait for another one (nested leases): give a lease back before the "
+            "next acquire() or is_allowed(), or make the calls on the lease itself"
+        )
     elif state.in_use >= runtime.options.capacity:
         hint = (
             f"; all {state.in_use} leases are out: raise max_connections or "
-            "streams_per_connection, or look for leaks with leak_threshold"
+            "streams_per_connection, acquire none while you hold one, or look for "
+            "leaks with leak_threshold"
         )
     else:
         hint = ""
@@ -66,6 +75,11 @@ def timed_out(runtime: Runtime, timeout: float) -> PoolTimeout:
 def failed(runtime: Runtime, failure: Exception) -> PoolError:
     """Return the error of a caller who waited until *failure*, which hit many."""
     counts = f"({runtime.state.status()})"
+    if isinstance(failure.__cause__, PoolMisuse):
+        runtime.counters.failed += 1
+        misuse = PoolMisuse(f"{runtime.label}: {failure.__cause__}")
+        misuse.__cause__ = failure
+        return misuse
     if isinstance(failure, PoolClosed):
         runtime.counters.closed += 1
         return PoolClosed(f"{failure} {counts}")

@@ -11,21 +11,26 @@ from __future__ import annotations
 import logging
 import math
 import random
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from fastapi_topaz import _refusals
 from fastapi_topaz._errors import alone, told
-from fastapi_topaz._host import Home
 from fastapi_topaz._leaks import Leaks
+from fastapi_topaz._nesting import held_by, locals_of_callers
 from fastapi_topaz._state import PoolState
 from fastapi_topaz._transport import Verdict
 from fastapi_topaz.exceptions import PoolClosed
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastapi_topaz._entry import Lease, PoolEntry
+    from fastapi_topaz._host import Home
     from fastapi_topaz._log_limit import LogLimit
     from fastapi_topaz._options import PoolOptions
     from fastapi_topaz._status import PoolCounters, PoolObserver
@@ -36,6 +41,12 @@ __all__ = ["Runtime"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
+
+NESTED_FOR = 0.1
+"""Seconds. How long a search for nested leases is good for: it takes a millisecond."""
+
+NESTED_MOST = 100
+"""Waiting tasks that are searched."""
 
 
 class Runtime:
@@ -53,6 +64,7 @@ class Runtime:
         counters: PoolCounters,
         observer: PoolObserver,
         log_limit: LogLimit,
+        home: Home,
     ) -> None:
         self.label = label
         # Where it leads, for people and for metrics, but for these not as repr(), which
@@ -67,8 +79,10 @@ class Runtime:
         self.connector = connector
         self.counters = counters
         self.observer = observer
-        self.home = Home()
-        self.now = self.home.now
+        self.home = home
+        self.clock = self.home.clock
+        self.now = self.clock.now
+        self.perf_counter = self.clock.perf_counter
         self.log_limit = log_limit
         log_limit.clock = self.now
         self.state = PoolState(
@@ -91,6 +105,7 @@ class Runtime:
         # Those who were sent away and have not had their turn yet. Until then each
         # holds a token, but for one that is cancelled in the same moment.
         self._dismissed = 0
+        self._nested, self._nested_at = (0, 0), -math.inf
         self.leaks: Leaks | None = None
         if 0 < options.leak_threshold < math.inf:
             self.leaks = Leaks(label, options.leak_threshold, counters)
@@ -99,6 +114,8 @@ class Runtime:
         self.initializing = 0
         self.adopted = False
         self.attempts: set[anyio.CancelScope] = set()
+        # Of the tasks that use a connection, or make one.
+        self.coroutines: set[Any] = set()
         self._close_at = math.inf
         self._close_changed = anyio.Event()
 
@@ -119,7 +136,10 @@ class Runtime:
         # Asked first, because what the limiter raises costs more than all the rest.
         if state.waiting or not state.ready:
             return False
-        now = lease.acquired_at = self.now()
+        # As now(), but a backward jump is left to the release: a call costs too much.
+        clock = self.clock
+        now = clock.source.time() + clock.skew
+        lease.held_since = self.perf_counter()
         try:
             self.limiter.acquire_on_behalf_of_nowait(lease)
         except anyio.WouldBlock:
@@ -133,7 +153,7 @@ class Runtime:
             self.counters.acquisitions += 1
             self.observer.acquired(0.0)
             if self.leaks is not None:
-                self.leaks.taken(lease)
+                self.leaks.taken(lease, now)
         return taken
 
     async def wait(self, lease: Lease, timeout: float) -> None:
@@ -149,16 +169,17 @@ class Runtime:
             self.settle()
             raise _refusals.timed_out(self, timeout)
         _refusals.check_saturation(self)
-        began = self.now()
-        lease.deadline = began + timeout
+        began = self.perf_counter()
+        lease.deadline = self.now() + timeout
         served = False
         watched = self._watch(lease.deadline)
+        lease.waiter = self.home.coroutine()
         self.state.enqueue(lease)
         try:
             if watched:
                 await self._queue(lease)
             else:
-                with anyio.CancelScope(deadline=lease.deadline):
+                with self.clock.deadline(lease.deadline):
                     await self._queue(lease)
             # A stream that was handed over beats the deadline, unless the limiter
             # took the token back: it does when both come in one tick of asyncio.
@@ -167,15 +188,16 @@ class Runtime:
             self.counters.cancelled += 1
             raise
         finally:
+            lease.waiter = None
             if not served:
                 self._withdraw(lease)
         if served:
-            lease.acquired_at = self.now()
-            lease.waited = lease.acquired_at - began
+            lease.held_since = self.perf_counter()
+            lease.waited = lease.held_since - began
             self.counters.acquisitions += 1
             self.observer.acquired(lease.waited)
             if self.leaks is not None:
-                self.leaks.taken(lease)
+                self.leaks.taken(lease, self.now())
         elif lease.failure is not None:
             raise _refusals.failed(self, lease.failure)
         else:
@@ -192,18 +214,29 @@ class Runtime:
             lease.wake = event.set
             await event.wait()
 
+    def discard(self, lease: Lease) -> None:
+        """Have the connection of *lease* closed once all its leases are back."""
+        if lease.entry is not None:  # pragma: no branch
+            self.state.retire(lease.entry, "discarded")
+
     def release(self, lease: Lease) -> None:
         """Take back what *lease* holds, and serve the next one with it."""
         state = self.state
-        now = self.now()
+        # As now(), without a call in the usual case.
+        clock = self.clock
+        now = clock.source.time() + clock.skew
+        if now < clock.last:
+            now = clock.now()
+        clock.last = now
         state.give_back(lease, now)
         self.limiter.release_on_behalf_of(lease)
         unserved = state.waiting and self._serve(now)
         if unserved or state.to_close or state.to_probe or state.shut:
             self.settle()
-        self.observer.released(now - lease.acquired_at)
+        held = self.perf_counter() - lease.held_since
+        self.observer.released(held)
         if self.leaks is not None:
-            self.leaks.returned(lease, now)
+            self.leaks.returned(lease, held)
 
     def _serve(self, now: float) -> bool:
         """Serve those who may be, and say whether a connection is missing to others."""
@@ -243,9 +276,34 @@ class Runtime:
 
     def expire(self) -> None:
         """Send those away whose time is over, and set the alarm for the next."""
-        self._send_away(self.state.dismiss(self.now()))
-        waiting = self.state.waiting
+        now, waiting = self.now(), self.state.waiting
+        if waiting and next(iter(waiting)).deadline <= now:
+            self.nested_leases()  # while these tasks are suspended, and can be searched
+        self._send_away(self.state.dismiss(now))
         self.alarm = next(iter(waiting)).deadline if waiting else math.inf
+
+    def nested_leases(self) -> tuple[int, int]:
+        """
+        Count the leases that are held by tasks that wait for another one, and all.
+
+        The first is a lower bound, and 0 if it is less than half. Both are up to
+        `NESTED_FOR` seconds old, because the search takes a while.
+        """
+        now = self.now()
+        if self.state.in_use >= self.options.capacity:
+            if now - self._nested_at >= NESTED_FOR:
+                waiting = islice(self.state.waiting, NESTED_MOST)
+                coroutines = (lease.waiter for lease in waiting)
+                held = held_by(chain(coroutines, locals_of_callers()), self)
+                # A few are no cause: a pool that is too small has some of them, too.
+                self._nested = (
+                    held if 2 * held >= self.state.in_use else 0,
+                    self.state.in_use,
+                )
+                self._nested_at = now
+        elif now - self._nested_at >= NESTED_FOR:
+            return 0, 0
+        return self._nested
 
     def _dismiss(self, failure: Exception) -> None:
         """Send everybody who waits away with *failure*, at once."""
@@ -325,7 +383,7 @@ class Runtime:
         state = self.state
         state.warm = True
         self.settle()
-        with anyio.move_on_after(self.options.connection_timeout):
+        with self.clock.deadline(self.now() + self.options.connection_timeout):
             while len(state.open) < self.options.min_connections and not state.shut:
                 if getattr(state.attempts.error, "permanent", False):
                     break
@@ -356,6 +414,16 @@ class Runtime:
         # Also without anything to do now: the opener has a backoff to wait out.
         self.work.set()
 
+    @contextmanager
+    def busy_task(self) -> Iterator[None]:
+        """Remember the running task as one that uses a connection, or makes one."""
+        coroutine = self.home.coroutine()
+        self.coroutines.add(coroutine)
+        try:
+            yield
+        finally:
+            self.coroutines.discard(coroutine)
+
     def dismiss_hopeless(self) -> None:
         """Send those away who wait for what only the end of an outage can bring."""
         error = self.state.attempts.error
@@ -385,5 +453,5 @@ class Runtime:
             self.state.in_use and self._close_at > self.now()
         ):
             self._close_changed = anyio.Event()
-            with anyio.CancelScope(deadline=self._close_at):
+            with self.clock.deadline(self._close_at):
                 await self._close_changed.wait()

@@ -122,7 +122,15 @@ class ConnectionStatus:
 
 
 CloseReason: TypeAlias = Literal[
-    "idle", "lifetime", "lost", "unhealthy", "spread", "drain", "resize", "close"
+    "idle",
+    "lifetime",
+    "lost",
+    "unhealthy",
+    "spread",
+    "drain",
+    "resize",
+    "discarded",
+    "close",
 ]
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "FailureReason",
     "PoolClosed",
     "PoolError",
+    "PoolMisuse",
     "PoolSaturated",
     "PoolTimeout",
     "TopazError",
@@ -33,8 +34,17 @@ class PoolError(TopazError):
     """
     The pool cannot do what was asked.
 
-    Raised itself when an open pool is used from another process or another
-    event loop than the one it was opened in.
+    Base class of all errors of a pool.
+    """
+
+
+class PoolMisuse(PoolError, RuntimeError):  # noqa: N818
+    """
+    The application uses the pool in a way that cannot work; trying again cannot help.
+
+    Raised if the pool is used on another event loop than the one it is open on, in a
+    process that was forked while gRPC connections were open, without a configured
+    authorizer, or through a lease that was released. The message says what to do.
     """
 
 

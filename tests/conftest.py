@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -21,6 +22,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import trio.testing
+
+from fastapi_topaz._clock import Clock
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -113,6 +116,22 @@ def pytest_generate_tests(metafunc):
         names += ["asyncio+eager"] * (sys.version_info >= (3, 12))
         names += shuffled_names(metafunc)
     metafunc.parametrize("anyio_backend", names, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _durations_in_virtual_time(request, monkeypatch):
+    """Count durations by the clock that a test in virtual time moves."""
+    if "anyio_backend" not in request.fixturenames:
+        return
+    if request.node.get_closest_marker("real_clock") is None:
+        monkeypatch.setattr(Clock, "perf_counter", staticmethod(_loop_time))
+
+
+def _loop_time():
+    try:
+        return asyncio.get_running_loop().time()
+    except RuntimeError:
+        return trio.current_time()
 
 
 @pytest.fixture

@@ -259,8 +259,8 @@ class Pool(ConnectionPool):
         self.asked += 1
         return super().acquire(**options)
 
-    def _open(self):
-        self.opened = super()._open()
+    def _open(self, **options):
+        self.opened = super()._open(**options)
         return self.opened
 
 

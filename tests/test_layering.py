@@ -15,13 +15,14 @@ PACKAGE = Path(__file__).parent.parent / "fastapi_topaz"
 LAYERS = [
     {
         *("exceptions", "_errors", "_options", "_target", "_rego", "_backoff"),
-        *("_status", "_fork", "_version", "_redaction", "_log_limit"),
+        *("_status", "_fork", "_version", "_redaction", "_log_limit", "_slips"),
     },
     {"_attempts", "_entry", "_rotation", "_snapshot", "_state"},
     {"_resource", "_answers", "_messages", "_authorizer", "_telemetry", "_transport"},
     {
-        *("_host", "_refusals", "_leaks", "_runtime", "_connections", "_maintenance"),
-        *("_life", "_lease", "_pool"),
+        *("_clock", "_host", "_refusals", "_leaks", "_runtime", "_conformity"),
+        *("_connections",),
+        *("_maintenance", "_life", "_lease", "_acquire", "_nesting", "_pool"),
     },
     {"_routes", "_config", "_dependencies"},
     {"testing"},

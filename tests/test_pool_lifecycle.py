@@ -339,7 +339,9 @@ async def test_a_connection_that_will_not_close_does_not_hang_the_pool(caplog):
                 await anyio.sleep_forever()
 
             object.__setattr__(self, "conn", conn)
-            return type("Stuck", (), {"close": staticmethod(close)})()
+            return type(
+                "Stuck", (), {"probe": conn.probe, "close": staticmethod(close)}
+            )()
 
     pool = make(Stuck())
     async with pool.acquire():
@@ -373,7 +375,9 @@ async def test_an_error_while_closing_is_logged_and_loses_nothing(caplog):
                 await original(grace)
                 raise OSError("no such socket")
 
-            return type("Broken", (), {"close": staticmethod(close)})()
+            return type(
+                "Broken", (), {"probe": conn.probe, "close": staticmethod(close)}
+            )()
 
     connector = Broken()
     pool = make(connector, max_connections=3)
@@ -737,7 +741,8 @@ async def test_an_acquire_that_two_tasks_enter_loses_no_lease():
 
 async def test_connections_that_will_not_close_are_given_up_together():
     class Conn:
-        probe = None
+        async def probe(self, _timeout):
+            pass
 
         async def close(self, _grace):
             await anyio.sleep_forever()

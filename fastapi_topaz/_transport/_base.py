@@ -97,7 +97,9 @@ class Connector(Protocol):
     says nothing. `is_lost()`, asked before each lease and every second, tells that the
     other side has gone away, so that no call has to find out; `look_closely()` is
     called now and then so that it may. `peer` is the address of the other side, and is
-    read from any thread.
+    read from any thread. `abandon()` closes the connection without waiting: it is
+    called if the event loop was closed under an open pool, in the thread that closed
+    the loop.
     """
 
     async def connect(self, timeout: float, /) -> Connection:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc
 import grpc.aio
 
+from fastapi_topaz._transport._deadline import core_deadline, monotonic
 from fastapi_topaz._transport._protocol import checked
 
 
@@ -47,7 +48,7 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 class DirectCall:
     """A call on the core of grpc.aio."""
 
-    __slots__ = ("_core", "_on_end", "_outcome", "_work", "deadline")
+    __slots__ = ("_core", "_future", "_on_end", "_outcome", "_work", "deadline")
 
     def __init__(
         self,
@@ -58,19 +59,27 @@ class DirectCall:
         metadata: tuple[Any, ...],
         on_end: Callable[[Call], object],
     ) -> None:
-        self.deadline = deadline = None if timeout is None else time.time() + timeout
+        self.deadline = deadline = None
+        if timeout is not None:
+            self.deadline = monotonic() + timeout
+            deadline = core_deadline(timeout)
         self._on_end = on_end
         self._outcome: Outcome = None
-        self._core = channel._channel.call(method.encode(), deadline, None, None)  # noqa: SLF001
-        self._work = self._core.unary_unary(request, metadata, None)
+        self._future: Any = None
+        self._core: Any = channel._channel.call(method.encode(), deadline, None, None)  # noqa: SLF001
+        self._work: Any = self._core.unary_unary(request, metadata, None)
         self._continue(self._work.send(None))
 
     def _continue(self, future: Any) -> None:
+        self._future = future
         # What awaits a future marks it so, and the task that sees the mark removes it.
         future._asyncio_future_blocking = False  # noqa: SLF001
         future.add_done_callback(self._step)
 
     def _step(self, _future: object) -> None:
+        self._future = (
+            None  # on trio it refers back, and a circle would keep the socket
+        )
         try:
             future = self._work.send(None)
         except StopIteration as stop:
@@ -85,6 +94,17 @@ class DirectCall:
     def cancel(self, why: str) -> None:
         """Cancel it on the wire; it ends soon."""
         self._core.cancel(why)
+
+    def abandon(self) -> None:
+        """Cancel it, whose event loop was closed."""
+        self.cancel("event loop closed")
+        future = self._future
+        if future is not None and future.done():  # its callback was dropped by the loop
+            self._step(future)
+
+    def drop(self) -> None:
+        """Free what it holds in the core; it has ended, and no task will look at it."""
+        self._core = self._work = self._future = None
 
     def outcome(self) -> Outcome:
         """Return how it ended, which it has; callable from any thread."""
@@ -134,7 +154,11 @@ class TaskCall:
         metadata: tuple[Any, ...],
         on_end: Callable[[Call], object],
     ) -> None:
-        self.deadline = None if timeout is None else time.time() + timeout
+        self.deadline = None
+        if timeout is not None:
+            self.deadline = monotonic() + timeout
+            # grpc.aio adds time.time() again.
+            timeout = core_deadline(timeout) - time.time()
         # Bytes in, bytes out: grpc.aio swallows what a serializer raises, and sends
         # an empty request.
         begin = channel.unary_unary(method)
@@ -146,6 +170,14 @@ class TaskCall:
     def cancel(self, why: str) -> None:
         """Cancel it on the wire; it ends soon."""
         self._call._cancel(why)  # noqa: SLF001
+
+    def abandon(self) -> None:
+        """Cancel it, whose event loop was closed."""
+        self.cancel("event loop closed")
+
+    def drop(self) -> None:
+        """Free what it holds in the core; it has ended, and no task will look at it."""
+        self._call = None
 
     def outcome(self) -> Outcome:
         """Return how it ended, which it has; callable from any thread."""

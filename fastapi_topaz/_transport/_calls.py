@@ -121,6 +121,14 @@ class Calls:
             call.cancel("connection closed")
             on_end()
 
+    def abandon(self) -> None:
+        """Cancel all calls, whose tasks will never go on."""
+        self.closed = True
+        for call in list(self._waiting):
+            # Its task may be kept, and a call in its frames keeps the socket open.
+            self._waiting[call] = call.drop
+            call.abandon()
+
     def when_quiet(self, then: Callable[[], object]) -> None:
         """Call *then*, once, when the last of the calls has ended."""
         self._on_quiet = then

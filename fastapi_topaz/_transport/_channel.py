@@ -150,7 +150,10 @@ async def _until_changed(
     # reports its end all the same. So nothing awaits it: the future it waits for is
     # taken out. A task would not do, because asyncio.run cancels all tasks.
     watch: Any = channel.wait_for_state_change(state)
-    changed = watch.send(None)
+    try:
+        changed = watch.send(None)
+    except StopIteration:
+        return  # it has changed already
     changed._asyncio_future_blocking = False  # noqa: SLF001
     try:
         await asyncio.wait([changed])
@@ -175,6 +178,9 @@ async def _raise_reason(channel: grpc.aio.Channel, options: AuthorizerOptions) -
     except asyncio.CancelledError:
         call.cancel("cancelled by the caller")
         await until_reported(ended)
+        raise
+    except GeneratorExit:  # the loop was closed
+        call.cancel("event loop closed")
         raise
     finally:
         del call

@@ -12,7 +12,7 @@ from fastapi_topaz import _fork
 from fastapi_topaz._transport._certificates import root_certificates
 from fastapi_topaz._transport._link import Link
 from fastapi_topaz._transport._loopback import is_loopback
-from fastapi_topaz.exceptions import ConnectFailed, PoolError
+from fastapi_topaz.exceptions import ConnectFailed, PoolMisuse
 
 
 if TYPE_CHECKING:
@@ -75,11 +75,11 @@ class GrpcConnector:
 
         Raises:
             ConnectFailed: It could not be established, and why.
-            PoolError: This process was forked while connections were open, or kept.
+            PoolMisuse: This process was forked while connections were open, or kept.
         """
         parent = _fork.inherited_from()
         if parent is not None:
-            raise PoolError(
+            raise PoolMisuse(
                 f"process {_fork.current.pid} was forked from {parent} while gRPC "
                 "connections were open there, or closed ones kept (as by an error with "
                 "its traceback), after which gRPC cannot be used; open pools after the "

@@ -7,12 +7,12 @@ connections that failed get words that say what to do. An unknown text is passed
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 
+from fastapi_topaz._transport._deadline import monotonic
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -352,13 +352,15 @@ def in_time(error: Exception, deadline: float | None) -> Exception:
     """
     Return what a call ended with, DEADLINE_EXCEEDED if that was its *deadline*.
 
+    *deadline* is a time of `monotonic`.
+
     It travels with the call, and a server on grpc-go, as Topaz is, resets the stream
     when it has passed: up to one time in ten that is here, as CANCELLED, before gRPC's
     own timer goes off. It is the silence that the others are.
     """
     if (
         deadline is None
-        or time.time() < deadline - _EARLY
+        or monotonic() < deadline - _EARLY
         or not isinstance(error, grpc.aio.AioRpcError)
         or error.code() is not grpc.StatusCode.CANCELLED
         or not is_refused_stream(error)

@@ -27,6 +27,7 @@ from fastapi_topaz._transport._channel import (
     until_ready,
     until_reported,
 )
+from fastapi_topaz._transport._closed_loop import take_last_events
 from fastapi_topaz._transport._failures import (
     connect_timed_out,
     each_failed,
@@ -97,6 +98,7 @@ class Link:
             ConnectFailed: It did not become ready within *timeout* seconds.
             ValueError: The certificate file cannot be read.
         """
+        loop = asyncio.get_running_loop()
         channel, peer = Peer.of_new(lambda: open_channel(options, timeout))
         _fork.watch(channel)
         link: Link | None = None
@@ -108,6 +110,8 @@ class Link:
             if link.is_lost():
                 raise hung_up(options)
         except BaseException as error:  # noqa: BLE001  (raised again)
+            if isinstance(error, GeneratorExit):
+                take_last_events(loop)
             tried = peer.tried() if isinstance(error, Exception) else []
             await channel.close()
             _fork.forget(channel)
@@ -223,6 +227,16 @@ class Link:
             _fork.forget(self._channel)
             if self._calls:
                 await until_reported(self._when_quiet())
+
+    def abandon(self) -> None:
+        """Close the channel without waiting, because its event loop was closed."""
+        take_last_events(self._loop)
+        self._calls.abandon()
+        closing = self._channel.close()
+        try:
+            closing.send(None)  # without grace it waits for nothing
+        except StopIteration:
+            _fork.forget(self._channel)
 
     async def until_quiet(self, timeout: float) -> None:
         """Return when the last call has ended, or after *timeout* seconds."""

@@ -13,6 +13,8 @@ from fastapi_topaz import (
     Identity,
     IdentityType,
     PooledConnection,
+    PoolError,
+    PoolMisuse,
     PoolStatus,
     TopazConfig,
     require_policy_allowed,
@@ -63,6 +65,10 @@ async def use(pool: ConnectionPool) -> None:
     conn = await pool.acquire()
     assert_type(conn, PooledConnection)
     await pool.release(conn)
+    await pool.release(conn, discard=True)
+    misuse: PoolError = PoolMisuse("on another loop")
+    wrong: RuntimeError = PoolMisuse(str(misuse))
+    del wrong
     assert_type(pool.status(), PoolStatus)
     assert_type(pool.status().healthy, bool)
     async with pool as same:

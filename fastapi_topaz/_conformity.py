@@ -1,0 +1,126 @@
+"""
+Checks that a connection from a connector has the methods the pool will call.
+
+Without this check, a wrong method looks like a server that does not answer. Only what
+is certainly wrong is refused: a wrapper of any kind may still return an awaitable.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+__all__ = ["defect_of"]
+
+
+# The name, whether it is needed, whether it is asynchronous, its form, and arguments
+# that it has to take.
+_METHODS: tuple[tuple[str, bool, bool, str, tuple[Any, ...], dict[str, Any]], ...] = (
+    ("probe", True, True, "async def probe(self, timeout)", (1.0,), {}),
+    ("close", True, True, "async def close(self, grace)", (0.0,), {}),
+    (
+        "call",
+        False,
+        True,
+        "async def call(self, method, request, *, timeout, metadata)",
+        ("/package.Service/Method", b""),
+        {"timeout": 1.0, "metadata": ()},
+    ),
+    ("judge", False, False, "def judge(self, error)", (OSError(),), {}),
+    ("is_lost", False, False, "def is_lost(self)", (), {}),
+    ("look_closely", False, False, "def look_closely(self)", (), {}),
+    ("abandon", False, False, "def abandon(self)", (), {}),
+)
+
+
+def defect_of(connection: object) -> str | None:
+    """Return what is wrong with the methods of *connection*, or None."""
+    for name, needed, asynchronous, form, args, kwargs in _METHODS:
+        try:
+            method = getattr(connection, name, None)
+        except Exception as error:  # noqa: BLE001  (a connection may raise anything)
+            if not needed:
+                continue
+            return f"its attribute {name} raises {type(error).__name__}: {form}"
+        if method is None:
+            if needed:
+                return f"it has no method {name}: {form}"
+            continue
+        wrong = _wrong(method, asynchronous, args, kwargs)
+        if wrong:
+            return f"its {name} {wrong}: {form}"
+    return _wrong_answer(connection)
+
+
+def _wrong(  # noqa: PLR0911  (each kind of fault has its words)
+    method: object, asynchronous: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    if not callable(method):
+        return f"is {type(method).__name__}, which cannot be called"
+    function = _unwrapped(method)
+    if inspect.isasyncgenfunction(function):
+        return "is an asynchronous generator"
+    if asynchronous and _returns_constant(function):
+        return "is no coroutine function and returns nothing to wait for"
+    if not asynchronous and inspect.iscoroutinefunction(function):
+        return "is a coroutine function and must not be one"
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):  # as of some functions in C
+        return None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return f"has the parameters {signature} ({error})"
+    return None
+
+
+def _wrong_answer(connection: Any) -> str | None:
+    # It is asked before each lease, and whatever is no bool would mostly be true.
+    try:
+        lost = connection.is_lost()
+    except Exception:  # noqa: BLE001  (not there, or it cannot tell: see PoolEntry)
+        return None
+    if not inspect.isawaitable(lost):
+        return None
+    if inspect.iscoroutine(lost):
+        lost.close()
+    return "its is_lost returns an awaitable, which is always true: def is_lost(self)"
+
+
+def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that a call of *method* runs, as far as that can be told."""
+    while True:
+        if isinstance(method, functools.partial):
+            method = method.func
+        elif inspect.ismethod(method):
+            method = method.__func__
+        elif inspect.isfunction(method) or inspect.iscoroutinefunction(method):
+            return method
+        else:
+            call = getattr(type(method), "__call__", None)  # noqa: B004  (its kind)
+            return call if inspect.isfunction(call) else method
+
+
+def _returns_constant(function: Callable[..., Any]) -> bool:
+    """Say whether *function* is plain and can return nothing but constants."""
+    if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
+        return False
+    if function.__code__.co_flags & inspect.CO_ITERABLE_COROUTINE:
+        return False
+    if inspect.isgeneratorfunction(function):
+        return True
+    before = None
+    for each in dis.get_instructions(function):
+        if each.opname == "RETURN_VALUE" and before != "LOAD_CONST":
+            return False
+        if each.opname != "NOP":
+            before = each.opname
+    return True

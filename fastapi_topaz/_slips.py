@@ -1,0 +1,50 @@
+"""
+Errors that show the right form if an object of the pool is used in a wrong one.
+
+Python's own errors name a missing method, such as `__aenter__`. Type checkers must
+still see that it is missing, so the methods here are hidden from them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, NoReturn
+
+
+__all__ = ["LEASE_FORM", "NotAsync", "NotCopied"]
+
+
+LEASE_FORM = (
+    "write `async with pool.acquire() as conn:`, or `conn = await pool.acquire()` and "
+    "later `await pool.release(conn)`"
+)
+
+
+class NotCopied:
+    """Refuses copy.copy(), copy.deepcopy() and pickle."""
+
+    __slots__ = ()
+
+    _copy_form: ClassVar[str]
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled: {self._copy_form}"
+        )
+
+
+class NotAsync:
+    """Refuses `with`, which would have to be `async with`."""
+
+    __slots__ = ()
+
+    _right_form: ClassVar[str]
+
+    if not TYPE_CHECKING:
+
+        def __enter__(self):  # noqa: ANN204
+            raise TypeError(
+                f"this needs `async with` instead of `with`: {self._right_form}"
+            )
+
+        def __exit__(self, *exc):  # noqa: ANN002, ANN204
+            """Do nothing: `__enter__` always raises."""
