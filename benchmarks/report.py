@@ -27,6 +27,7 @@ FILES = (
     "cancellation",
     "memory",
     *(f"outage-{backend}" for backend in ("asyncio", "trio")),
+    "ends",
     *(f"metrics-{backend}" for backend in BACKENDS),
     "metrics-calls",
     "imports",
@@ -263,6 +264,25 @@ def memory(saved):
     return "\n\n".join(parts)
 
 
+def ends(saved):
+    data = saved.get("ends")
+    if data is None:
+        return ""
+    heads = ["backend", "without an end", "with one", "share", "failed", "in use"]
+    rows = [
+        [
+            row["backend"],
+            f"{row['without an end']:,.0f} /s",
+            f"{row['with an end']:,.0f} /s",
+            f"{row['share']:.2f} x",
+            row["failed"],
+            f"{row['in use']:.1f} of 10",
+        ]
+        for row in data["rows"]
+    ]
+    return f"### Connections that end\n\n{data['title']}.\n\n{table(heads, rows)}"
+
+
 def outages(saved):
     found = [saved[name] for name in saved if name.startswith("outage")]
     parts = [table((data["title"], ""), list(data["rows"].items())) for data in found]
@@ -314,7 +334,9 @@ def main(options):
     saved = {name: data for name, data in saved.items() if data}
     head = [measured(saved), goals(saved)]
     saved |= {name: loaded(options.results, name) for name in walls}
-    chapters = (leases, checks, streams, cancellation, memory, outages, telemetry)
+    chapters = (
+        *(leases, checks, streams, cancellation, memory, outages, ends, telemetry),
+    )
     chapters += (imports,)
     parts = head + [chapter(saved) for chapter in chapters]
     path = options.to / "README.md"

@@ -18,11 +18,11 @@ __all__ = ["Attempts"]
 
 
 BRIEF = 2.0
-"""Seconds. A connection lost earlier is no sign that the server is well."""
-
+"""Seconds. An idle connection that ends within this time of its opening is a failure,
+unless it answered something. One that ends later was idle for too long for a proxy."""
 
 FORGIVEN = 60.0
-"""Seconds without such a loss, after which the pauses are short again."""
+"""Seconds without such a failure, after which the pauses are short again."""
 
 FORGOTTEN = 1.0
 """Seconds without any attempt since one might have been made again."""
@@ -40,8 +40,10 @@ class Attempts:
     Attributes:
         under_way: The entries whose connections are being established.
         failures: Rounds that failed since the last success. All attempts begun
-            before the first of them failed are one round.
-        error: What the last failed attempt raised.
+            before the first of them failed are one round. A connection that ended
+            before it answered anything is a failure, too.
+        error: Why the last one failed.
+        unanswered: Connections in a row that ended before they answered anything.
     """
 
     def __init__(self, random: Callable[[], float]) -> None:
@@ -52,15 +54,15 @@ class Attempts:
         self._round = 0
         self._since = 0.0
         self._retry_at = self._demand_at = self._failed_at = float("-inf")
-        # Connections in a row that were lost as soon as they were made.
-        self._brief = 0
-        self._brief_until = self._paced_until = float("-inf")
+        self.unanswered = 0
+        self._unanswered_until = self._paced_until = float("-inf")
 
     def begin(self, now: float) -> PoolEntry:
         """Add an entry whose connection is being established."""
-        if now < self._brief_until + BRIEF:
-            # Successes follow each other as fast as they are lost again.
-            self._paced_until = now + self._brief_pause()
+        if now < self._unanswered_until + BRIEF:
+            # Else attempts that succeed follow each other as fast as they are lost.
+            share = self._random()
+            self._paced_until = now + full_jitter(self.unanswered, share, DEMAND_CAP)
         entry = PoolEntry(started_at=now, round=self._round)
         self.under_way.add(entry)
         return entry
@@ -108,32 +110,42 @@ class Attempts:
         """Drop *entry*, unless its attempt has ended already."""
         self.under_way.discard(entry)
 
-    def lost(self, lived: float, now: float) -> None:
+    def ended(self, entry: PoolEntry, error: Exception | None, now: float) -> None:
         """
-        Note that a connection was lost after it had *lived* for so many seconds.
+        Note that the connection of *entry* was lost.
 
-        A server that accepts and hangs up again would have connections made as fast
-        as they can be, each of them a success.
+        With an *error* it is a failed attempt, because it never answered. Without a
+        pause, a server that accepts and hangs up would see connections made as fast as
+        they can be, each of them a success.
         """
-        if lived >= BRIEF or now > self._brief_until + FORGIVEN:
-            self._brief = 0
-        if lived >= BRIEF:
+        if entry.answered or now > self._unanswered_until + FORGIVEN:
+            self.unanswered = 0
+        if error is None:
             return
-        if now >= self._brief_until:  # those lost together count once
-            self._brief += 1
-            self._brief_until = now + self._brief_pause()
+        if now >= self._unanswered_until:  # those that end together count once
+            self.unanswered += 1
+            share = self._random()
+            pause = full_jitter(self.unanswered, share, DEMAND_CAP)
+            self._unanswered_until = now + pause
+        if not self.failures:
+            self.failures = 1
+            self._since = entry.started_at
+            self._round += 1  # those that are under way are of the same round
+        self._failed_at = now
+        self.error = error
 
-    def _brief_pause(self) -> float:
-        return full_jitter(self._brief, self._random(), DEMAND_CAP)
+    def is_newer(self, entry: PoolEntry) -> bool:
+        """Say whether *entry* was begun after the last failure."""
+        return entry.started_at >= self._failed_at
 
     def is_cautious(self, now: float) -> bool:
         """Say whether the server's state calls for one attempt at a time."""
-        return self.failures > 0 or now < self._brief_until + BRIEF
+        return self.failures > 0 or now < self._unanswered_until + BRIEF
 
     def next_attempt(self, *, waiting: bool) -> float:
         """Return when the next attempt may be made; sooner if somebody is *waiting*."""
         retry_at = self._demand_at if waiting else self._retry_at
-        return max(retry_at, self._brief_until, self._paced_until)
+        return max(retry_at, self._unanswered_until, self._paced_until)
 
     def coming(self, *, waiting: bool) -> int:
         """Return how many connections may be expected from the attempts under way."""

@@ -30,6 +30,7 @@ from fastapi_topaz._rego import check_name, check_reference
 from fastapi_topaz._resource import EXACT
 from fastapi_topaz._slips import NotCopied
 from fastapi_topaz._telemetry import Tracing
+from fastapi_topaz._transport import is_unprocessed
 from fastapi_topaz.exceptions import ConnectionLost, TopazError
 
 
@@ -197,7 +198,9 @@ class TopazConfig(NotCopied):
         Ask whether the caller of *request* may do what *policy_path* is about.
 
         A decision that is lost with its connection, or ends UNAVAILABLE or CANCELLED,
-        is asked for once more within `check_timeout`.
+        is asked for once more within `check_timeout`. One that the server certainly
+        did not process is sent again as often as that time allows, from the third
+        time on after pauses of 0.01 s that double up to 0.5 s.
 
         Args:
             request: The Request or WebSocket whose identity and path parameters are
@@ -273,18 +276,30 @@ class TopazConfig(NotCopied):
     async def _answer(self, question: Question, span: CheckSpan) -> bool:
         # One budget: what waiting or a first attempt takes, the rest has less.
         deadline = anyio.current_time() + self.check_timeout
-        try:
-            return await self._ask_once(question, deadline, span)
-        except (ConnectionLost, grpc.aio.AioRpcError) as error:
-            if not _is_worth_a_retry(error) or anyio.current_time() >= deadline:
-                raise
-            lost = error
-        self.connection_pool._counters.retries += 1  # noqa: SLF001
-        span.lost(lost)
-        try:
-            return await self._ask_once(question, deadline, span)
-        except TopazError as error:
-            raise error from lost
+        lost: Exception | None = None
+        retried, resent = False, 0
+        while True:
+            try:
+                return await self._ask_once(question, deadline, span)
+            except (TopazError, grpc.aio.AioRpcError) as error:
+                pause = 0.0
+                if is_unprocessed(error):
+                    # Free, because the server has done nothing for it yet.
+                    pause = _pause_before(resent)
+                    resent += 1
+                elif retried or not _is_worth_a_retry(error):
+                    if isinstance(error, TopazError) and lost is not None:
+                        raise error from lost
+                    raise
+                else:
+                    retried = True
+                if anyio.current_time() + pause >= deadline:
+                    raise
+                lost = error
+            self.connection_pool._counters.retries += 1  # noqa: SLF001
+            span.lost(lost)
+            if pause:
+                await anyio.sleep(pause)
 
     async def _ask_once(
         self, question: Question, deadline: float, span: CheckSpan
@@ -350,7 +365,12 @@ def _is_worth_a_retry(error: Exception) -> bool:
         # Who cancels a check gets no error but the cancellation: it was the server,
         # which does that to what it has received and not begun when it stops.
         return error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
-    return True
+    return isinstance(error, ConnectionLost)
+
+
+def _pause_before(resent: int) -> float:
+    """Return how many seconds to wait before a call is sent once more."""
+    return 0.0 if resent < 2 else min(0.5, 0.01 * 2.0 ** (resent - 2))
 
 
 def _callable(name: str, value: object) -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from fastapi_topaz._conformity import defect_of
-from fastapi_topaz._errors import kind_of, told
+from fastapi_topaz._errors import kind_of, logged, told, words
 from fastapi_topaz._snapshot import peer_of
+from fastapi_topaz._transport import Verdict
 from fastapi_topaz.exceptions import ConnectFailed, PoolError, PoolMisuse
 
 
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from fastapi_topaz._clock import Clock
     from fastapi_topaz._entry import PoolEntry
     from fastapi_topaz._runtime import Runtime
+    from fastapi_topaz._transport import Connection
 
 
-__all__ = ["CLOSE_LIMIT", "close", "connect", "probe"]
+__all__ = ["CLOSE_LIMIT", "close", "connect", "probe", "probe_claimed"]
 
 
 T = TypeVar("T")
@@ -102,6 +104,7 @@ def place(runtime: Runtime, entry: PoolEntry) -> str:
 async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
     timeout = runtime.options.connection_timeout
     began = runtime.perf_counter()
+    deadline = runtime.now() + timeout
     try:
         connection = await _within(
             runtime.clock, timeout, runtime.connector.connect, timeout
@@ -113,14 +116,30 @@ async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
     if defect is not None:
         await _refuse(runtime, entry, connection, defect)
         return
-    rounds = runtime.state.attempts.failures
+    probed = bool(getattr(runtime.connector, "probes", False))
+    probed_at = runtime.now()
+    refusal = None
+    if probed:
+        try:
+            refusal = await _first_answer(runtime, connection, deadline)
+        except ConnectFailed as error:
+            _failed(runtime, entry, error)
+            return
+    attempts = runtime.state.attempts
+    rounds = attempts.failures
     entry.alive_since = runtime.perf_counter()
     took = entry.alive_since - began
     runtime.state.connected(entry, connection, runtime.now())
     runtime.counters.connects += 1
     runtime.observer.connected(took)
+    if refusal is not None:
+        _refused(runtime, entry, refusal, probed_at)
+        return
+    if probed:
+        _answered(runtime, entry)
     runtime.log_limit.report(
-        logging.INFO if rounds else logging.DEBUG,
+        # While none of them answers, that one was made is not the end of an outage.
+        logging.INFO if rounds and not attempts.unanswered else logging.DEBUG,
         "connected",
         "%s: connected to %s in %.3f s%s (%s)",
         runtime.label,
@@ -163,6 +182,60 @@ async def _refuse(
             *(runtime.label, told(failure)),
         )
     _failed(runtime, entry, error)
+
+
+async def _first_answer(
+    runtime: Runtime, connection: Connection, deadline: float
+) -> Exception | None:
+    """
+    Probe a new *connection*, and close it if nothing is answered until *deadline*.
+
+    Returns:
+        The error if it was refused, None if it was answered.
+
+    Raises:
+        ConnectFailed: Nothing was answered, or the other side is no authorizer.
+    """
+    left = max(0.0, deadline - runtime.now())
+    greet = getattr(connection, "greet", connection.probe)
+    try:
+        await _within(runtime.clock, left, greet, left)
+    except Exception as error:
+        verdict = runtime.verdict(connection, error)
+        if verdict is Verdict.REFUSED:
+            return error
+        await _discard(runtime, connection)
+        if isinstance(error, ConnectFailed):
+            raise
+        silent = verdict is Verdict.SILENT or isinstance(error, TimeoutError)
+        raise ConnectFailed(
+            f"cannot connect to {runtime.target}: a connection was made, but "
+            + (
+                "nothing was answered on it within connection_timeout="
+                f"{runtime.options.connection_timeout:g} s"
+                if silent
+                else f"it ended before anything was answered on it: {words(error)}"
+            ),
+            reason="timeout" if silent else "unanswered",
+        ) from error.with_traceback(None)
+    except BaseException:
+        await _discard(runtime, connection)
+        raise
+    return None
+
+
+async def _discard(runtime: Runtime, connection: Connection) -> None:
+    """Close a new *connection* that never became one of the pool."""
+    try:
+        with anyio.CancelScope(shield=True):
+            await _within(runtime.clock, CLOSE_LIMIT, connection.close, 0.0)
+    except Exception as error:  # noqa: BLE001  (a connection may raise anything)
+        runtime.log_limit.report(
+            logging.WARNING,
+            f"closing failed: {type(error).__name__}",
+            "%s: closing a new connection to %s failed: %s",
+            *(runtime.label, runtime.target, told(error)),
+        )
 
 
 def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
@@ -209,47 +282,107 @@ def _failed(runtime: Runtime, entry: PoolEntry, error: ConnectFailed) -> None:
 
 
 async def probe(runtime: Runtime, entry: PoolEntry) -> None:
-    """Ask *entry* for an answer within `health_check_timeout`."""
+    """Ask *entry* for an answer, unless that is being done."""
+    if not entry.probing:
+        entry.probing = True
+        await probe_claimed(runtime, entry)
+
+
+async def probe_claimed(runtime: Runtime, entry: PoolEntry) -> None:
+    """Ask *entry* for an answer within `health_check_timeout`; ends its `probing`."""
+    try:
+        if entry.connection is None or entry.retired is not None:
+            return
+        if not runtime.state.look_at(entry, runtime.now()):
+            await _ask(runtime, entry)
+    finally:
+        entry.probing = False
+    runtime.connections_changed()
+
+
+async def _ask(runtime: Runtime, entry: PoolEntry) -> None:
     timeout = runtime.options.health_check_timeout
-    if entry.connection is None or entry.retired is not None or entry.probing:
-        return
     began = runtime.now()
-    if runtime.state.look_at(entry, began):
-        runtime.connections_changed()
-        return
-    entry.probing = True
     if entry.suspect:
-        silent = entry.suspected_at == entry.timed_out_at
-        reason = entry.last_error or "it proved nothing for too long"
-        runtime.log_limit.report(
-            # Callers got no answer: that is worth a line at the default level.
-            logging.WARNING if silent else logging.INFO,
-            "suspect: silent" if silent else "suspect",
-            "%s: a connection to %s is suspect and gets no calls until it answers a "
-            "probe: %s (%s)",
-            *(runtime.label, place(runtime, entry)),
-            "two calls in a row got no answer in time" if silent else reason,
-            runtime.state.status(),
-        )
+        _tell_suspicion(runtime, entry)
     try:
         with runtime.busy_task():
             await _within(runtime.clock, timeout, entry.connection.probe, timeout)
     except Exception as error:  # noqa: BLE001  (a connection may raise anything)
-        if entry.retired is None:  # else closed meanwhile, and no answer is no news
-            _unanswered(runtime, entry, error, late=runtime.now() - began - timeout)
+        if entry.retired is not None:
+            return  # closed meanwhile, and no answer is no news
+        if runtime.verdict(entry.connection, error) is Verdict.REFUSED:
+            _refused(runtime, entry, error, began)
+        else:
+            late = runtime.now() - began - timeout
+            _unanswered(runtime, entry, error, late=late)
     else:
-        recovered = entry.suspect
-        runtime.state.answered(entry, runtime.now())
-        if recovered:
-            runtime.log_limit.report(
-                logging.INFO,
-                "recovered",
-                "%s: a connection to %s answered its probe and is used again (%s)",
-                *(runtime.label, place(runtime, entry), runtime.state.status()),
-            )
-    finally:
-        entry.probing = False
-    runtime.connections_changed()
+        _answered(runtime, entry)
+
+
+def _tell_suspicion(runtime: Runtime, entry: PoolEntry) -> None:
+    silent = entry.suspected_at == entry.timed_out_at
+    reason = entry.last_error or "it proved nothing for too long"
+    runtime.log_limit.report(
+        # Callers got no answer: that is worth a line at the default level.
+        logging.WARNING if silent else logging.INFO,
+        "suspect: silent" if silent else "suspect",
+        "%s: a connection to %s is suspect and gets no calls until it answers a "
+        "probe: %s (%s)",
+        *(runtime.label, place(runtime, entry)),
+        "two calls in a row got no answer in time" if silent else reason,
+        runtime.state.status(),
+    )
+
+
+def _answered(runtime: Runtime, entry: PoolEntry) -> None:
+    was_out, was_suspect = runtime.state.outage.declared, entry.suspect
+    runtime.state.answered(entry, runtime.now())
+    if was_out:
+        runtime.log_limit.report(
+            logging.INFO,
+            "outage over",
+            "%s: %s answers again, the outage is over (%s)",
+            *(runtime.label, place(runtime, entry), runtime.state.status()),
+            all_counts=True,
+        )
+    elif was_suspect:
+        runtime.log_limit.report(
+            logging.INFO,
+            "recovered",
+            "%s: a connection to %s answered its probe and is used again (%s)",
+            *(runtime.label, place(runtime, entry), runtime.state.status()),
+        )
+
+
+def _refused(
+    runtime: Runtime, entry: PoolEntry, error: Exception, began: float
+) -> None:
+    """Draw the consequences of a probe that was refused with *error*."""
+    entry.last_error = told(error)
+    runtime.counters.probe_failures += 1
+    failure = ConnectFailed(
+        f"{runtime.target} answers that its server is not available: {words(error)}",
+        reason="unavailable",
+    )
+    failure.__cause__ = error.with_traceback(None)
+    begins = runtime.state.probe_refused(entry, failure, began, runtime.now())
+    runtime.dismiss_refused()
+    if begins:
+        runtime.log_limit.report(
+            logging.WARNING,
+            "refused",
+            "%s: %s; callers fail until a probe is answered (%s)",
+            *(runtime.label, logged(failure), runtime.state.status()),
+        )
+    else:
+        runtime.log_limit.report(
+            logging.DEBUG,
+            "probe refused",
+            "%s: a probe was refused by %s: %s (%s)",
+            *(runtime.label, place(runtime, entry), told(error)),
+            runtime.state.status(),
+        )
 
 
 def _unanswered(

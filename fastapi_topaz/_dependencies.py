@@ -11,7 +11,7 @@ from fastapi import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection  # noqa: TC002  (FastAPI reads it)
 
 from fastapi_topaz._config import TopazConfig
-from fastapi_topaz._errors import kind_of, told
+from fastapi_topaz._errors import kind_of, logged
 from fastapi_topaz._options import shown
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rego import check_reference
@@ -199,7 +199,7 @@ def _code(error: Exception) -> Any:
 
 def _reason(error: Exception, timeout: float) -> str:
     if (code := _code(error)) is None:
-        return told(error)
+        return logged(error)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer within {timeout:g} s (check_timeout)"
     # Not the details: an authorizer may name the identity there.

@@ -35,6 +35,8 @@ class PoolEntry:
     last_used_at: float = 0.0
     # When it was made, a call was answered, or a probe was.
     proven_at: float = 0.0
+    # Whether anything was ever answered on it, be it a call or a probe.
+    answered: bool = False
     # When a call last ended without an answer, its time being over.
     timed_out_at: float = float("-inf")
     expires_at: float = float("inf")
@@ -42,6 +44,9 @@ class PoolEntry:
     suspect: bool = False
     suspected_at: float = 0.0
     probing: bool = False
+    # How often in a row the other side has refused, and when the next probe is due.
+    refusals: int = 0
+    probe_at: float = 0.0
     # One probe that ended too late to prove anything was repeated.
     excused: bool = False
     # Its siblings were told already that it broke.

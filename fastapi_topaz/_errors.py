@@ -7,16 +7,23 @@ status only that is told.
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TypeVar
 
 from fastapi_topaz._redaction import clear_frames
 
 
-__all__ = ["alone", "kind_of", "told"]
+__all__ = ["alone", "kind_of", "logged", "told", "words"]
 
 
 E = TypeVar("E", bound=BaseException)
+
+# gRPC's own words for an HTTP answer, of which the number alone is the server's.
+_HARMLESS = re.compile(r"(^|: )Received http2 header with status: \d+$")
+
+WORDS = 300
+"""Characters of the details of an error that are told; a proxy may send a page."""
 
 
 def told(error: BaseException) -> str:
@@ -25,6 +32,38 @@ def told(error: BaseException) -> str:
         return _status(error) or str(error) or repr(error)
     except Exception:  # noqa: BLE001  (anybody's error)
         return type(error).__name__
+
+
+def words(error: BaseException) -> str:
+    """
+    Return what *error* says with its details, for the caller who gets it.
+
+    Not for the log: see `logged`.
+    """
+    details = _details(error)
+    return f"{told(error)}: {details}" if details else told(error)
+
+
+def logged(error: BaseException) -> str:
+    """Return what *error* says for the log: without the details of its causes."""
+    text = told(error)
+    cause = error.__cause__
+    while cause is not None:
+        details = _details(cause)
+        if details and not _HARMLESS.search(details):
+            text = text.replace(details, "(details in the error)")
+        cause = cause.__cause__
+    return text
+
+
+def _details(error: BaseException) -> str:
+    try:
+        details = getattr(error, "details", None)
+        text = str((details() if callable(details) else "") or "")
+    except Exception:  # noqa: BLE001  (anybody's error)
+        return ""
+    shown = text[:WORDS]
+    return "".join(sign if sign.isprintable() else " " for sign in shown).strip()
 
 
 def kind_of(error: BaseException) -> str:

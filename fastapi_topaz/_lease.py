@@ -183,6 +183,7 @@ class PooledConnection(AuthorizerCalls, NotCopied):
             self._runtime.judge(entry, error)
             raise
         entry.proven_at = self._runtime.now()
+        entry.answered = True
         return response
 
 

@@ -169,7 +169,7 @@ async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
         for _ in range(wanted):
             if state.attempts.failures:
                 runtime.counters.connect_retries += 1
-            entry = state.attempts.begin(now)
+            entry = state.begin(now)
             tasks.start_soon(_connections.connect, runtime, entry)
         with runtime.clock.deadline(_next_look(state, now)):
             await runtime.work.wait()
@@ -271,11 +271,17 @@ async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:
 
 async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
     """Probe suspects at once, each for itself: one may hang, another one be needed."""
+    outage = runtime.state.outage
     while True:
-        await runtime.suspicion.wait()
+        with anyio.CancelScope(deadline=outage.next_at(runtime.now())):
+            await runtime.suspicion.wait()
         runtime.suspicion = anyio.Event()
         for entry in _outbox(runtime.state.to_probe):
             tasks.start_soon(_connections.probe, runtime, entry)
+        if outage.is_overdue(runtime.now()):
+            runtime.dismiss_refused()
+        while (due := outage.due(runtime.now())) is not None:
+            tasks.start_soon(_connections.probe_claimed, runtime, due)
 
 
 async def _leak_watcher(runtime: Runtime, leaks: Leaks) -> None:

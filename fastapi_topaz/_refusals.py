@@ -46,10 +46,12 @@ def timed_out(runtime: Runtime, timeout: float) -> PoolTimeout:
     """Return the error of a caller who has waited for *timeout* seconds."""
     runtime.counters.timeouts += 1
     state = runtime.state
-    cause = state.attempts.error
+    cause = state.error
     nested, leases = runtime.nested_leases()
-    if cause is not None:
+    if cause is not None and cause is state.attempts.error:
         hint = f"; the last attempt to connect failed: {cause}"
+    elif cause is not None:
+        hint = f"; {cause}"
     elif nested:
         hint = (
             f"; all {leases} leases are out, and {nested} of them are held by tasks "

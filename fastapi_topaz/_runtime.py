@@ -86,7 +86,10 @@ class Runtime:
         self.log_limit = log_limit
         log_limit.clock = self.now
         self.state = PoolState(
-            options, random.random, spreads=getattr(connector, "spreads", False)
+            options,
+            random.random,
+            spreads=getattr(connector, "spreads", False),
+            target=self.target,
         )
         self.limiter = anyio.CapacityLimiter(options.capacity)
         # Set: there is something to connect or to close. Replaced by the opener.
@@ -326,11 +329,11 @@ class Runtime:
             self.limiter.total_tokens = self.limiter.borrowed_tokens + asleep
             self.limiter.total_tokens = total
 
-    def judge(self, entry: PoolEntry, error: Exception) -> None:
-        """Draw the consequences of *error*, raised by a call on *entry*."""
+    def verdict(self, connection: object, error: Exception) -> Verdict | None:
+        """Return what *connection* says that *error* means for it."""
         try:
-            judge = getattr(entry.connection, "judge", None)
-            verdict = None if judge is None else judge(error)
+            judge = getattr(connection, "judge", None)
+            verdict: Verdict | None = None if judge is None else judge(error)
         except Exception as failure:  # noqa: BLE001  (anybody's error)
             self.log_limit.report(
                 logging.WARNING,
@@ -339,7 +342,12 @@ class Runtime:
                 self.label,
                 exc_info=alone(failure),
             )
-            return
+            return None
+        return verdict
+
+    def judge(self, entry: PoolEntry, error: Exception) -> None:
+        """Draw the consequences of *error*, raised by a call on *entry*."""
+        verdict = self.verdict(entry.connection, error)
         if verdict is None:
             return
         entry.last_error = told(error)
@@ -347,7 +355,10 @@ class Runtime:
         match verdict:
             case Verdict.ANSWERED:
                 entry.proven_at = now
+                entry.answered = True
                 return
+            case Verdict.REFUSED:
+                self.state.refused(entry, now)
             case Verdict.UNAVAILABLE:
                 self.state.suspect(entry, now)
             case Verdict.BROKEN:
@@ -363,7 +374,9 @@ class Runtime:
         state.rotate()
         self._serve(now)
         state.news = False
-        if state.to_probe:
+        if state.unanswered_ends:
+            self._count_unanswered()
+        if state.to_probe or state.outage.refused:
             self.suspicion.set()
         if (
             state.to_close
@@ -376,6 +389,24 @@ class Runtime:
         if state.shut and not state.in_use:
             self._close_changed.set()
 
+    def _count_unanswered(self) -> None:
+        """Count and log the connections that ended before they answered anything."""
+        ended, self.state.unanswered_ends = self.state.unanswered_ends, []
+        for _ in ended:
+            self.counters.count(self.counters.connect_failures, "unanswered")
+        # The first in a row; what follows is the same event. A failed health check has
+        # logged its own.
+        is_news = self.state.first_unanswered and any(
+            entry.retired == "lost" for entry in ended
+        )
+        self.state.first_unanswered = False
+        self.log_limit.report(
+            logging.WARNING if is_news else logging.DEBUG,
+            "unanswered",
+            "%s: %s (%s)",
+            *(self.label, self.state.attempts.error, self.state.status()),
+        )
+
     # -- life ---------------------------------------------------------------------
 
     async def warm_up(self) -> None:
@@ -384,7 +415,10 @@ class Runtime:
         state.warm = True
         self.settle()
         with self.clock.deadline(self.now() + self.options.connection_timeout):
-            while len(state.open) < self.options.min_connections and not state.shut:
+            while not state.shut and not state.outage.declared:
+                refused = len(state.outage.refused)
+                if len(state.open) - refused >= self.options.min_connections:
+                    break
                 if getattr(state.attempts.error, "permanent", False):
                     break
                 await self.progress.wait()
@@ -428,6 +462,12 @@ class Runtime:
         """Send those away who wait for what only the end of an outage can bring."""
         error = self.state.attempts.error
         if error is not None and self.state.hopeless(self.now()):
+            self._dismiss(error)
+
+    def dismiss_refused(self) -> None:
+        """Send all callers away if every connection is refused in an outage."""
+        error = self.state.outage.error
+        if error is not None and self.state.is_refused:
             self._dismiss(error)
 
     # -- closing ------------------------------------------------------------------

@@ -36,7 +36,7 @@ def pool_status(state: PoolState) -> PoolStatus:
         streams_max=state.options.max_connections * state.streams,
         suspect=suspect,
         leaving=leaving,
-        failing=state.attempts.failures > 0,
+        failing=state.attempts.failures > 0 or state.outage.declared,
     )
 
 

@@ -33,9 +33,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from fastapi_topaz._attempts import Attempts
+from fastapi_topaz._attempts import BRIEF, Attempts
+from fastapi_topaz._outage import Outage
 from fastapi_topaz._rotation import Rotation
 from fastapi_topaz._snapshot import pool_status
+from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
@@ -66,17 +68,22 @@ class PoolState:
         random: Callable[[], float],
         *,
         spreads: bool = False,
+        target: str = "the server",
     ) -> None:
         self.options = options
+        self._target = target
         self.streams = options.streams_per_connection
         self.attempts = Attempts(random)
         self.rotation = Rotation(random, spreads=spreads)
+        self.outage = Outage()
 
         self.connecting = self.attempts.under_way
         self.open: dict[PoolEntry, None] = {}
         self.closing: set[PoolEntry] = set()
         self.to_close: list[PoolEntry] = []
         self.to_probe: list[PoolEntry] = []
+        self.unanswered_ends: list[PoolEntry] = []
+        self.first_unanswered = False
 
         # A stack: the last used is leased first, so that the others grow idle and
         # can be reaped. A dict, because any of them may have to leave.
@@ -188,23 +195,34 @@ class PoolState:
         many as there are; in an outage one by one, each after its backoff.
         """
         room = self.room()
+        self.outage.clock_is(now)
         if room <= 0 or self.shut or now < self.next_attempt():
             return 0
         coming = self.attempts.coming(waiting=bool(self.waiting))
-        ramp = 1 if self.attempts.is_cautious(now) else max(RAMP, self._usable())
+        cautious = self.attempts.is_cautious(now) or self.outage.is_silent
+        ramp = 1 if cautious else max(RAMP, self._usable())
         entitled = min(len(self.waiting), tokens - self.in_use)
         needed = -(-entitled // self.streams) - coming
         floor = self.options.min_connections if self.warm else 0
         # After a failure until one succeeds, or nobody would know that it is over.
-        floor = max(floor, self.wish, min(1, self.attempts.failures))
+        failing = bool(self.attempts.failures or self.outage.declared)
+        floor = max(floor, self.wish, int(failing))
         needed = max(needed, floor - self._usable() - coming)
-        if not coming and self.rotation.next() is not None:
+        if not coming and self._next_expired() is not None:
             needed = max(needed, 1)
         return max(0, min(needed, room, ramp - coming))
 
     def next_attempt(self) -> float:
         """Return when the next attempt may be made, which may be long ago."""
-        return self.attempts.next_attempt(waiting=bool(self.waiting))
+        return max(
+            self.attempts.next_attempt(waiting=bool(self.waiting)),
+            self.outage.next_attempt,
+        )
+
+    def begin(self, now: float) -> PoolEntry:
+        """Add an entry whose connection is being established."""
+        self.outage.attempted(now)
+        return self.attempts.begin(now)
 
     def connected(self, entry: PoolEntry, connection: Any, now: float) -> None:
         """Open *entry*; one success makes up for all failures."""
@@ -241,6 +259,18 @@ class PoolState:
         """Say whether nothing can serve those who wait now."""
         return not self._usable() and self.attempts.hopeless(self.options, now)
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether it is an outage, and no connection may be leased soon."""
+        return self.outage.declared and self.outage.is_total(self._all_usable())
+
+    @property
+    def error(self) -> Exception | None:
+        """Why nothing can be leased: the last failure to connect, or refusal."""
+        if self.outage.declared and self.outage.refused:
+            return self.outage.error
+        return self.attempts.error or self.outage.error
+
     # -- entries that go --------------------------------------------------------
 
     def retire(self, entry: PoolEntry, reason: str) -> None:
@@ -248,6 +278,7 @@ class PoolState:
         if entry.retired is None:
             entry.retired = reason
         self.ready.pop(entry, None)
+        self.outage.forget(entry)
         if not entry.leases and entry in self.open:
             self._close(entry)
 
@@ -255,10 +286,32 @@ class PoolState:
         """Retire *entry*, whose other side is gone."""
         if entry.retired is not None or entry not in self.open:
             return
-        self.attempts.lost(now - entry.opened_at, now)
+        if any(other.answered and self.attempts.is_newer(other) for other in self.open):
+            self.attempts.unanswered = 0
+        first = not self.attempts.unanswered
+        self.attempts.ended(entry, self._failure(entry, reason, now), now)
+        self.first_unanswered |= first and self.attempts.unanswered > 0
         self.rotation.lost(now)
         self.news = True
         self.retire(entry, reason)
+
+    def _failure(
+        self, entry: PoolEntry, reason: str, now: float
+    ) -> ConnectFailed | None:
+        """Return the failure that the end of *entry* is, or None if it is none."""
+        if entry.answered or entry.refusals:
+            return None
+        young = now - entry.opened_at < BRIEF
+        in_use = entry.broken or (entry.leases and reason == "lost")
+        if not (young or in_use):
+            return None  # a proxy closes what was idle for too long
+        self.unanswered_ends.append(entry)
+        why = f": {entry.last_error}" if entry.last_error else ""
+        return ConnectFailed(
+            f"cannot connect to {self._target}: a connection was made, and ended "
+            f"before anything was answered on it{why}",
+            reason="unanswered",
+        )
 
     def look_at(self, entry: PoolEntry, now: float) -> bool:
         """Retire *entry* if its other side has gone away, and say so."""
@@ -299,12 +352,18 @@ class PoolState:
     def answered(self, entry: PoolEntry, now: float) -> None:
         """*entry* has answered a probe, so it may serve."""
         entry.proven_at = now
+        entry.answered = True
+        self._clear(entry)
+        self.outage.answered(entry, now)
+
+    def _clear(self, entry: PoolEntry) -> None:
         entry.suspect = entry.broken = entry.excused = False
         if entry in self.open and entry.retired is None and entry.leases < self.streams:
             self.ready.setdefault(entry)
 
     def unanswered(self, entry: PoolEntry, now: float) -> None:
         """Suspect *entry*, which failed a probe; the second time it has to go."""
+        self.outage.forget(entry)
         if not entry.suspect:
             self.suspect(entry, now)
         elif entry.proven_at > entry.suspected_at:
@@ -321,12 +380,65 @@ class PoolState:
             if other is not entry and other.proven_at < since:
                 self.suspect(other, now)
 
+    def refused(self, entry: PoolEntry, now: float) -> None:
+        """Lease *entry* to nobody until a probe is answered: a call was refused."""
+        if entry.retired is not None or entry not in self.open:
+            return
+        self.outage.saw_answer(self._answered_at())
+        if not entry.suspect and not self.look_at(entry, now):
+            self._doubt(entry, 1, now)
+
+    def probe_refused(
+        self, entry: PoolEntry, error: Exception, began: float, now: float
+    ) -> bool:
+        """
+        Note that a probe of *entry*, which *began* then, was refused with *error*.
+
+        Returns:
+            Whether an outage begins with it.
+        """
+        if entry.retired is not None or self.look_at(entry, now):
+            return False
+        self.ready.pop(entry, None)
+        if not entry.suspect:
+            entry.suspect = True
+            entry.suspected_at = began
+        answered_at = self._answered_at()
+        self.outage.saw_answer(answered_at)
+        self.outage.probe_refused(entry, error, began, answered_at, now)
+        for other in self._all_usable():
+            if self.outage.is_silent:
+                # It may be refused just as well, and a probe shows it before a call.
+                if not other.suspect and other.proven_at <= entry.suspected_at:
+                    self._doubt(other, 0, now)
+            elif (
+                other in self.outage.refused
+                and other.answered
+                and other.proven_at > other.suspected_at
+            ):
+                # A call on it was answered, so only a share of them is refused.
+                self.outage.forget(other)
+                self._clear(other)
+        return self.outage.declare(self._all_usable(), now)
+
+    def _doubt(self, entry: PoolEntry, refusals: int, now: float) -> None:
+        self.ready.pop(entry, None)
+        entry.suspect = True
+        entry.suspected_at = now
+        self.outage.add(entry, refusals, now)
+
+    def _answered_at(self) -> float:
+        answered = (x.proven_at for x in self._all_usable() if x.answered)
+        return max(answered, default=float("-inf"))
+
     def reap(self, now: float) -> None:
         """Retire what was idle for `max_idle_time`, down to `min_connections`."""
         limit = self.options.max_idle_time
         if not limit:
             return
-        idle = [entry for entry in self.open if not entry.leases]
+        # Those that are refused show when the outage is over.
+        refused = self.outage.refused
+        idle = [x for x in self.open if not x.leases and x not in refused]
         idle.sort(key=lambda entry: entry.last_used_at)
         spare = self._usable() - self.options.min_connections
         for entry in idle[: max(0, spare)]:
@@ -341,7 +453,7 @@ class PoolState:
         `connected` retires the old one. If not, an idle one makes room; of those that
         are leased only one at a time is kept from further leases.
         """
-        entry = self.rotation.next()
+        entry = self._next_expired()
         if entry is None or self.closing:
             return
         floor = self.options.min_connections if self.warm else 0
@@ -349,6 +461,10 @@ class PoolState:
         full = self.room() <= 0 and not self.connecting and not self.attempts.failures
         if surplus or (full and (self.rotation.is_idle() or not entry.leases)):
             self.retire(entry, self.rotation.reason(entry))
+
+    def _next_expired(self) -> PoolEntry | None:
+        # In an outage a new connection is no better than an old one.
+        return None if self.outage.declared else self.rotation.next()
 
     def resize(self, options: PoolOptions) -> None:
         """Work with other limits from now on."""
@@ -373,6 +489,7 @@ class PoolState:
     def _close(self, entry: PoolEntry) -> None:
         del self.open[entry]
         self.rotation.forget(entry)
+        self.outage.forget(entry)
         self.closing.add(entry)
         self.to_close.append(entry)
 
@@ -388,6 +505,9 @@ class PoolState:
 
     def _usable(self) -> int:
         return sum(entry.retired is None for entry in self.open)
+
+    def _all_usable(self) -> list[PoolEntry]:
+        return [entry for entry in self.open if entry.retired is None]
 
     def room(self) -> int:
         """Return how many connections more there may be."""

@@ -155,7 +155,7 @@ class PoolCounters:
     connect_failures: dict[str, int] = attrs.Factory(dict)
     closes: dict[str, int] = attrs.Factory(dict)
     probe_failures: int = 0
-    # Checks that were lost and asked once more.
+    # Checks that were lost and asked again, as often as that was.
     retries: int = 0
     # Leases held for longer than `leak_threshold`, and those nobody gave back.
     leaked: int = 0

@@ -23,7 +23,9 @@ __all__ = [
 ]
 
 
-FailureReason = Literal["refused", "resolve", "tls", "timeout", "other"]
+FailureReason = Literal[
+    "refused", "resolve", "tls", "timeout", "unanswered", "unavailable", "other"
+]
 
 
 class TopazError(Exception):
@@ -71,7 +73,10 @@ class ConnectFailed(PoolError, ConnectionError):  # noqa: N818
 
     Attributes:
         reason: Why, as one of a few words (they are the values of the metric
-            attribute `reason`): `refused`, `resolve`, `tls`, `timeout`, `other`.
+            attribute `reason`): `refused`, `resolve`, `tls`, `timeout`, `unanswered`
+            (connections were made and ended before they answered anything),
+            `unavailable` (the other side answers that its server cannot be reached,
+            as a proxy does), `other`.
         permanent: True if trying again cannot help until somebody changes the
             configuration or the server, as with a certificate of the wrong CA.
     """

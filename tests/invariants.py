@@ -17,6 +17,7 @@ import math
 
 import attrs
 
+from fastapi_topaz._outage import OVERDUE, PAUSE
 from fastapi_topaz._snapshot import connection_statuses
 from fastapi_topaz._state import RAMP
 
@@ -297,6 +298,7 @@ def the_minimum_is_kept(books):
         or state.shut
         or state.connecting
         or state.attempts.failures
+        or state.outage.is_silent
         or state.room() <= 0
         or books.now < state.next_attempt()
     )
@@ -311,6 +313,7 @@ def a_suspect_is_probed(books):
     state = books.state
     for entry in usable(state):
         asked = entry.probing or (entry in state.to_probe and not books.at_rest)
+        asked = asked or entry in state.outage.refused
         if entry.suspect and not asked:
             return f"nobody asks {entry}"
     return None
@@ -330,6 +333,7 @@ def the_status_adds_up(books):
     state, status = books.state, books.state.status()
     told = [x.condition for x in connection_statuses(state, books.now)]
     well = told.count("idle") + told.count("busy")
+    failing = bool(state.attempts.failures or state.outage.declared)
     expected = {
         "total": len(told),
         "busy": len({lease.entry for lease in books.held} & state.open.keys()),
@@ -339,12 +343,42 @@ def the_status_adds_up(books):
         "waiting": len(books.queue),
         "streams_in_use": len(books.held),
         "connecting": len(state.connecting),
-        "healthy": well > 0 or not state.attempts.failures,
+        "failing": failing,
+        "healthy": well > 0 or not failing,
     }
     wrong = {x: y for x, y in expected.items() if getattr(status, x) != y}
     if wrong or status.total != status.idle + status.busy:
         return f"{status!r} should have {wrong}"
     return None
+
+
+# -- refusals: they close nothing, and are followed up ---------------------------------
+
+
+@holds(47, EVERYWHERE)
+def a_refused_one_waits_for_its_probe(books):
+    """A refused connection is open and stays, gets no lease, and is probed in time."""
+    state, outage = books.state, books.state.outage
+    for entry in outage.refused:
+        if entry not in usable(state) or not entry.suspect or entry in state.ready:
+            return f"{entry} does not"
+        late = entry.probe_at > books.now + 2 * PAUSE * len(state.open)
+        if late and not entry.probing:
+            return f"{entry} waits until {entry.probe_at}, and it is {books.now}"
+    # Also if the clock is set back.
+    if outage.refused and outage.next_at(books.now) > books.now + OVERDUE:
+        return "no probe is due soon"
+    return None
+
+
+@holds(48, EVERYWHERE)
+def an_outage_is_one_of_all(books):
+    """An outage begins only if each connection was refused, and it has an error."""
+    outage = books.state.outage
+    begins = outage.declared and not books.declared_before
+    if begins and not outage.is_total(usable(books.state)):
+        return f"{outage.refused} are refused, of {usable(books.state)}"
+    return "it has no error" if outage.declared and outage.error is None else None
 
 
 # -- the state alone ------------------------------------------------------------------
@@ -357,6 +391,21 @@ def each_is_handed_over_once(books):
     if len(listed) != len(set(listed)) or set(listed) != books.state.closing:
         return f"{listed} are, and {books.state.closing} should be"
     return None
+
+
+@holds(49, OF_THE_STATE)
+def only_what_never_answered_fails(books):
+    """A connection that ends after it answered is no failure of the server."""
+    answered = books.answered_before.intersection(books.unanswered_now)
+    return f"{answered} did" if answered else None
+
+
+@holds(50, OF_THE_STATE)
+def none_is_closed_for_a_refusal(books):
+    """A connection that is refused stays, unless it is lost, or goes for a reason."""
+    closed = [x for x in books.refused_now if x.retired in {"lost", "unhealthy"}]
+    closed = [x for x in closed if not x.connection.lost]
+    return f"{closed} do not" if closed else None
 
 
 @holds(27, OF_THE_STATE)

@@ -103,6 +103,27 @@ def an_outage_ends_with_its_cause(books):
     return f"{len(state.waiting)} do" if late and not served else None
 
 
+@holds(51, OF_AN_OPEN_POOL)
+def an_outage_is_probed_rarely(books):
+    """In an outage the server sees few probes a second: four, and one of a new one."""
+    since = max(books.declared_at, books.now - 1)
+    recent = [at for at in books.server.refused_probes if at > since]
+    is_late = books.state.outage.declared and books.declared_before
+    return f"it saw {len(recent)}" if is_late and len(recent) > 5 else None
+
+
+@holds(52, OF_AN_OPEN_POOL)
+def a_connection_that_answers_is_kept(books):
+    """None that is refused, and else well, is closed as lost or unhealthy."""
+    for entry in (*books.state.open, *books.state.closing):
+        conn = entry.connection
+        if conn is None or entry.retired not in {"lost", "unhealthy"}:
+            continue
+        if conn.refuses and not conn.was_unwell:
+            return f"{conn} is"
+    return None
+
+
 # -- the pool, open or closed ---------------------------------------------------------
 
 
@@ -158,6 +179,7 @@ def nobody_is_sent_away_without_cause(books):
                 true = caller.came_closed or books.closed_at >= caller.came_at
             case ConnectFailed():
                 true = books.server.failures + books.server.given_up > 0
+                true = true or bool(books.server.refused_probes)
             case PoolError() | BaseException():
                 true = False
             case _:

@@ -43,6 +43,7 @@ class Server(FakeConnector):
         self.connecting = self.closing = self.failures = self.given_up = 0
         self.refusals = []
         self.closes = "at once"
+        self.refused_probes = []
 
     async def connect(self, timeout):
         self.connecting += 1
@@ -58,7 +59,14 @@ class Server(FakeConnector):
         finally:
             self.connecting -= 1
         conn.close = partial(self._close, conn)
+        conn.probe = partial(self._probe, conn, conn.probe)
+        conn.was_unwell = False
         return conn
+
+    async def _probe(self, conn, probe, timeout):
+        if conn.refuses:
+            self.refused_probes.append(anyio.current_time())
+        await probe(timeout)
 
     async def _close(self, conn, grace):
         conn.closed += 1
@@ -74,7 +82,7 @@ class Server(FakeConnector):
 
     @property
     def is_well(self):
-        bad = any(conn.frozen or not conn.alive for conn in self.open)
+        bad = any(x.frozen or x.refuses or not x.alive for x in self.open)
         return self.default == ok() and self.closes == "at once" and not bad
 
 
@@ -135,7 +143,9 @@ class Caller:
             await self.leave.wait()
             if self.last_words:
                 self.calling = True
-                with contextlib.suppress(ConnectionLost, TimeoutError, PoolError):
+                with contextlib.suppress(
+                    ConnectionLost, ConnectionRefusedError, TimeoutError, PoolError
+                ):
                     await conn.call("/a/b", b"", timeout=2)
                 self.calling = False
 
@@ -171,6 +181,7 @@ class PoolBooks(RuleBasedStateMachine):
         self.came, self.unfit = {}, set()
         self.served_now, self.ended_now, self.given_back = [], [], []
         self.number_before = self.tokens_before = 0
+        self.declared_before, self.declared_at = False, math.inf
         self.phase, self.epoch = "new", 0
         # Steps since it was opened: one that is always closed shows little else.
         self.aged = 0
@@ -237,6 +248,7 @@ class PoolBooks(RuleBasedStateMachine):
         self.aged = 0
         self.number_before = self.tokens_before = 0
         self.unfit = set()
+        self.declared_before = False
         self.server.refusals.clear()
 
     def look(self):
@@ -259,6 +271,9 @@ class PoolBooks(RuleBasedStateMachine):
             map(len, (state.open, state.connecting, state.closing))
         )
         self.tokens_before = self.tokens
+        if state.outage.declared and not self.declared_before:
+            self.declared_at = self.now
+        self.declared_before = state.outage.declared
         self.unfit = {
             x for x in state.open if x.retired is not None or x.connection.hung_up
         }

@@ -11,6 +11,7 @@ import pytest
 from fastapi_topaz import ConnectionPool
 from fastapi_topaz._attempts import BRIEF, FORGIVEN, PATIENCE, Attempts
 from fastapi_topaz._backoff import DEMAND_CAP, FLOOR
+from fastapi_topaz._entry import PoolEntry
 from fastapi_topaz._state import PoolState
 from fastapi_topaz.exceptions import ConnectFailed
 
@@ -200,47 +201,96 @@ def test_there_is_hope_until_an_attempt_has_failed():
     assert not hopeless(attempts, 1e9, max_retries=0)
 
 
-# -- connections that are lost as soon as they are made -----------------------------
+# -- connections that end before they answer anything --------------------------------
 
 
-def test_brief_connections_pace_the_next_attempts_with_growing_pauses():
+def end(attempts, now, *, answered=False):
+    """End a connection, which is a failure unless it *answered* something."""
+    error = None if answered else ConnectFailed("ended", reason="unanswered")
+    attempts.ended(PoolEntry(started_at=now, answered=answered), error, now)
+
+
+def test_unanswered_connections_pace_the_next_attempts_with_growing_pauses():
     attempts = make()
     seen, now = [], 0.0
-    for _ in range(5):
+    for number in range(1, 6):
         succeed(attempts, now)
-        attempts.lost(BRIEF - 0.1, now)
+        end(attempts, now)
+        assert (attempts.failures, attempts.unanswered) == (1, number)
+        assert pauses(attempts, now)[0] == pauses(attempts, now)[1]
         seen.append(attempts.next_attempt(waiting=True) - now)
         now += 1.0
     assert seen == pytest.approx([0.1, 0.2, 0.4, DEMAND_CAP, DEMAND_CAP])
-    assert attempts.failures == 0, "they are no outage"
+    assert attempts.error.reason == "unanswered"
 
 
-def test_a_connection_that_lived_long_paces_nothing():
+def test_without_retries_an_unanswered_connection_ends_all_hope():
     attempts = make()
-    attempts.lost(BRIEF, 0.0)
+    succeed(attempts)
+    end(attempts, 0.0)
+    assert hopeless(attempts, retry_on_failure=False)
+    assert not hopeless(attempts, max_retries=1)
+    succeed(attempts)
+    assert not hopeless(attempts, retry_on_failure=False)
+
+
+def test_hope_ends_an_acquire_timeout_after_the_unanswered_connection_was_begun():
+    attempts = make()
+    attempts.ended(PoolEntry(started_at=1.0), ConnectFailed("ended"), 3.0)
+    attempts.ended(PoolEntry(started_at=2.0), ConnectFailed("ended"), 4.0)
+    assert not hopeless(attempts, 5.9, acquire_timeout=5)
+    assert hopeless(attempts, 6.0, acquire_timeout=5)
+
+
+def test_an_attempt_that_fails_with_an_unanswered_connection_is_the_same_failure():
+    attempts = make()
+    together = attempts.begin(0.0)
+    end(attempts, 0.0)
+    attempts.failed(together, ConnectFailed("no"), 0.0)
+    assert attempts.failures == 1
+    fail(attempts)
+    assert attempts.failures == 2
+
+
+def test_a_connection_that_answered_ends_without_a_pause():
+    attempts = make()
+    end(attempts, 0.0, answered=True)
     assert attempts.next_attempt(waiting=True) == float("-inf")
     assert not attempts.is_cautious(0.0)
+    assert (attempts.failures, attempts.error) == (0, None)
 
 
-def test_after_a_connection_that_lived_long_the_pauses_begin_anew():
+def test_an_idle_connection_that_ends_late_is_no_failure_and_forgives_none():
+    attempts = make()
+    end(attempts, 0.0)
+    attempts.ended(PoolEntry(), None, 1.0)
+    assert attempts.unanswered == 1
+    end(attempts, 2.0)
+    assert pauses(attempts, now=2.0) == (0.2, 0.2)
+
+
+def test_after_a_connection_that_answered_the_pauses_begin_anew():
     attempts = make()
     for now in (0.0, 1.0, 2.0):
-        attempts.lost(0.1, now)
-    attempts.lost(BRIEF, 3.0)
-    attempts.lost(0.1, 4.0)
+        end(attempts, now)
+    end(attempts, 3.0, answered=True)
+    succeed(attempts, 3.0)
+    end(attempts, 4.0)
     assert pauses(attempts, now=4.0) == (0.1, 0.1)
+    assert attempts.failures == 1
 
 
-def test_brief_connections_that_are_lost_together_count_once():
+def test_unanswered_connections_that_end_together_count_once():
     attempts = make()
     for _ in range(9):
-        attempts.lost(0.1, 0.0)
+        end(attempts, 0.0)
     assert pauses(attempts) == (0.1, 0.1)
+    assert attempts.failures == 1
 
 
-def test_a_success_does_not_end_the_pause_after_a_brief_connection():
+def test_a_success_does_not_end_the_pause_after_an_unanswered_connection():
     attempts = make()
-    attempts.lost(0.1, 0.0)
+    end(attempts, 0.0)
     succeed(attempts, 0.05)
     # Nor may the next one follow that success at once.
     assert pauses(attempts) == (0.15, 0.15)
@@ -248,24 +298,34 @@ def test_a_success_does_not_end_the_pause_after_a_brief_connection():
 
 def test_of_two_pauses_the_longer_one_counts():
     attempts = make()
-    attempts.lost(0.1, 0.0)
+    end(attempts, 0.0)
     fail(attempts)
     fail(attempts)
-    assert pauses(attempts) == (0.2, 0.2)
-    attempts.lost(0.1, 0.15)
-    assert pauses(attempts) == (0.35, 0.35), "the second one of these"
+    assert pauses(attempts) == (0.4, 0.4), "these are failures two and three"
+    end(attempts, 0.35)
+    assert pauses(attempts) == (0.55, 0.55), "the second one of these"
 
 
-def test_attempts_are_made_one_at_a_time_until_a_connection_lives_long_enough():
+def test_attempts_are_made_one_at_a_time_for_a_while_after_an_unanswered_connection():
     attempts = make()
     assert not attempts.is_cautious(0.0)
-    attempts.lost(0.1, 0.0)
+    end(attempts, 0.0)
+    succeed(attempts, 0.05)
     assert attempts.is_cautious(0.1 + BRIEF - 0.01)
     assert not attempts.is_cautious(0.1 + BRIEF)
     fail(attempts, now=9.0)
     assert attempts.is_cautious(1e9)
     succeed(attempts)
     assert not attempts.is_cautious(1e9)
+
+
+def test_a_connection_is_newer_than_a_failure_if_it_was_begun_after_it():
+    attempts = make()
+    fail(attempts, now=1.0)
+    newer = [attempts.is_newer(PoolEntry(started_at=now)) for now in (0.9, 1.0, 1.1)]
+    assert newer == [False, True, True]
+    end(attempts, 2.0)
+    assert not attempts.is_newer(PoolEntry(started_at=1.9))
 
 
 @pytest.mark.parametrize("minimum", [1, 2, 5])
@@ -333,20 +393,20 @@ def test_an_error_of_anybodys_own_may_be_mended_by_a_retry():
     assert not hopeless(attempts, max_retries=3)
 
 
-def test_brief_connections_are_forgotten_after_a_minute_and_not_before():
+def test_unanswered_connections_are_forgotten_after_a_minute_and_not_before():
     for later, pause in ((FORGIVEN, 0.2), (FORGIVEN + 0.001, 0.1)):
         attempts = make()
-        attempts.lost(0.0, 0.0)
+        end(attempts, 0.0)
         until = attempts.next_attempt(waiting=True)
-        attempts.lost(0.0, until + later)
+        end(attempts, until + later)
         assert pauses(attempts, until + later)[1] == pause
 
 
-def test_a_connection_lost_as_the_pause_ends_is_the_next_one():
+def test_an_unanswered_connection_that_ends_as_the_pause_ends_is_the_next_one():
     attempts = make()
-    attempts.lost(0.0, 0.0)
+    end(attempts, 0.0)
     until = attempts.next_attempt(waiting=True)
-    attempts.lost(0.0, until)
+    end(attempts, until)
     assert pauses(attempts, until)[1] == 0.2
 
 

@@ -412,7 +412,7 @@ def test_a_stream_reset_at_its_deadline_is_silence_whatever_the_wall_clock_says(
         grpc.StatusCode.CANCELLED,
         grpc.aio.Metadata(),
         grpc.aio.Metadata(),
-        details="RST_STREAM with error code 8",
+        details="Received RST_STREAM with error code 8",
     )
     late = in_time(reset, time.clock_gettime(time.CLOCK_MONOTONIC) - 1)
     assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED

@@ -44,6 +44,8 @@ async def opened(server, **options):
     pool.configure(server.options)
     # Seconds after a loss the others are replaced to spread the load; here they count.
     pool._connector.spreads = False
+    # Nor are the first probes of new connections, so that each call is counted.
+    pool._connector.probes = False
     with anyio.fail_after(PATIENCE):
         async with pool:
             yield pool

@@ -17,7 +17,7 @@ LAYERS = [
         *("exceptions", "_errors", "_options", "_target", "_rego", "_backoff"),
         *("_status", "_fork", "_version", "_redaction", "_log_limit", "_slips"),
     },
-    {"_attempts", "_entry", "_rotation", "_snapshot", "_state"},
+    {"_attempts", "_entry", "_outage", "_rotation", "_snapshot", "_state"},
     {"_resource", "_answers", "_messages", "_authorizer", "_telemetry", "_transport"},
     {
         *("_clock", "_host", "_refusals", "_leaks", "_runtime", "_conformity"),
@@ -45,6 +45,7 @@ ALLOWED = [
 PURE = [
     "_state.py",
     "_attempts.py",
+    "_outage.py",
     "_rotation.py",
     "_snapshot.py",
     "_entry.py",

@@ -372,6 +372,8 @@ async def test_connections_that_end_together_are_one_line_and_a_count(caplog):
     connector = FakeConnector()
     pool = ConnectionPool(connector=connector, min_connections=10, eager_init=True)
     async with pool:
+        # Idle for longer than a connection that ends because the server is not well.
+        await anyio.sleep(3)
         for conn in connector.open:
             conn.hung_up = True
         connector.default = fail()

@@ -42,6 +42,7 @@ SETUPS = [
         ),
     )
 ]
+FATES = ["hung up", "dead", "frozen", "refused", "well"]
 MODES = [ok(), ok(), slow(1.5), fail(), hang()]
 
 
@@ -126,14 +127,29 @@ class PoolMachine(PoolBooks):
         self.do()
 
     @precondition(lambda self: self.server.open)
-    @rule(number=NUMBERS, how=sampled_from(["hung up", "dead", "frozen", "well"]))
+    @rule(number=NUMBERS, how=sampled_from(FATES))
     def connection_changes(self, number, how):
         """What the next call, look or probe finds."""
         conn = self.one_of(number, self.server.open)
         conn.hung_up = conn.hung_up or how == "hung up"
         conn.alive, conn.frozen = how != "dead", how == "frozen"
+        conn.refuses = "no upstream" if how == "refused" else ""
+        conn.was_unwell |= how in {"hung up", "dead", "frozen"}
         if conn.hung_up:
             self.well_for = 0.0  # the next ones are made at a slower pace
+        self.do()
+
+    @precondition(lambda self: self.server.open)
+    @rule()
+    def all_are_refused(self):
+        """Until it is an outage, if a call or a health check shows it."""
+        self.is_well = False
+        for conn in self.server.open:
+            conn.alive, conn.frozen, conn.refuses = True, False, "no upstream"
+        for caller in self.holders[:1]:
+            caller.last_words = True
+            self.do(caller.leave.set)
+        self.driver.advance(2, self.look)
         self.do()
 
     # -- time, and what the application does ------------------------------------------
@@ -202,7 +218,7 @@ class PoolMachine(PoolBooks):
         """All capacity is there whatever happened, and closed it leaves nothing."""
         self.server.default, self.server.closes = ok(), "at once"
         for conn in self.server.open:
-            conn.alive, conn.frozen = True, False
+            conn.alive, conn.frozen, conn.refuses = True, False, ""
         self.do(*[caller.leave.set for caller in self.callers])
         self.time_passes(60)
         assert not self.callers, "everybody was served, and has left"

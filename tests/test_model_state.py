@@ -65,6 +65,8 @@ class StateMachine(RuleBasedStateMachine):
         # In the order they were begun, unlike the set of the state.
         self.entries, self.being_closed, self.gone, self.probing = [], [], [], []
         self.number_before = self.tokens_before = 0
+        self.declared_before, self.refused_now = False, []
+        self.answered_before, self.unanswered_now = set(), []
         self.grace_is_over = False
 
     @initialize(setup=sampled_from(SETUPS))
@@ -86,6 +88,8 @@ class StateMachine(RuleBasedStateMachine):
     @invariant()
     def all_invariants_hold(self):
         self.is_well = False
+        self.unanswered_now = self.state.unanswered_ends[:]
+        self.state.unanswered_ends.clear()
         check(self, EVERYWHERE, OF_THE_STATE)
         state = self.state
         self.number_before = len(self.entries)
@@ -93,7 +97,9 @@ class StateMachine(RuleBasedStateMachine):
         self.unfit = {
             x for x in state.open if x.connection.lost or x.retired is not None
         }
-        self.served_now, self.begun_now = [], []
+        self.served_now, self.begun_now, self.refused_now = [], [], []
+        self.declared_before = state.outage.declared
+        self.answered_before = {x for x in usable(state) if x.answered}
         type(self).steps += 1
         self.is_well = True
 
@@ -137,6 +143,10 @@ class StateMachine(RuleBasedStateMachine):
         for entry in state.to_probe:
             self.probe(entry)
         state.to_probe.clear()
+        while (entry := state.outage.due(self.now)) is not None:
+            assert entry.retired is None
+            self.probing.append(entry)
+        assert state.outage.next_at(self.now) > self.now, "none is due any more"
         if state.attempts.overdue(self.now) or state.room() <= 0:
             self.dismiss_hopeless()
         assert state.attempts.next_overdue() > self.now, "who is overdue is marked"
@@ -145,9 +155,9 @@ class StateMachine(RuleBasedStateMachine):
             wanted = state.shortfall(self.tokens, self.now)
         for _ in range(wanted):
             coming = state.attempts.coming(waiting=bool(state.waiting))
-            cautious = state.attempts.is_cautious(self.now)
+            cautious = state.attempts.is_cautious(self.now) or state.outage.is_silent
             self.begun_now.append((coming, cautious, len(usable(state))))
-            self.entries.append(state.attempts.begin(self.now))
+            self.entries.append(state.begin(self.now))
         assert not state.shortfall(self.tokens, self.now), "none is left over"
 
     def probe(self, entry):
@@ -207,6 +217,8 @@ class StateMachine(RuleBasedStateMachine):
         self.step(number)
         lease = self.one_of(self.held)
         self.held.remove(lease)
+        if self.one_of([True, False]):
+            lease.entry.proven_at, lease.entry.answered = self.now, True
         self.state.give_back(lease, self.now)
         self.holders.remove(lease)
         self.settle()
@@ -238,8 +250,19 @@ class StateMachine(RuleBasedStateMachine):
         """Its connection may not have outlived it."""
         self.step(number)
         state, entry = self.state, self.one_of([*self.state.open, *self.gone[-1:]])
-        entry.proven_at = self.one_of([entry.proven_at, self.now])
+        if self.one_of([True, False]):
+            entry.proven_at, entry.answered = self.now, True
         self.one_of([state.suspect, state.broke, state.timed_out])(entry, self.now)
+        self.settle()
+
+    @precondition(lambda self: self.state.open)
+    @rule(number=NUMBERS)
+    def call_is_refused(self, number):
+        self.step(number)
+        entry = self.one_of([*self.state.open, *self.gone[-1:]])
+        if entry.retired is None:
+            self.refused_now.append(entry)
+        self.state.refused(entry, self.now)
         self.settle()
 
     # -- connections -----------------------------------------------------------------
@@ -274,14 +297,38 @@ class StateMachine(RuleBasedStateMachine):
         self.step(number)
         entry = self.one_of(self.probing)
         self.probing.remove(entry)
-        if self.one_of([True, False]):
+        how = self.one_of(["answered", "unanswered", "refused", "answered"])
+        if how == "answered":
             self.state.answered(entry, self.now)
+        elif entry.retired is None and how == "refused":
+            self.refused_now.append(entry)
+            began = max(entry.opened_at, self.now - self.one_of([0.0, 0.01, 3.0]))
+            error = ConnectFailed("refused", reason="unavailable")
+            self.state.probe_refused(entry, error, began, self.now)
+            if self.state.is_refused:
+                self.dismiss(self.state.fail_waiting(error))
         elif entry.retired is None:
             self.state.unanswered(entry, self.now)
         entry.probing = False
         self.connections_changed()
 
     probe_ends_often = probe_ends
+
+    @precondition(lambda self: self.state.outage.refused)
+    @rule(number=NUMBERS)
+    def all_are_refused(self, number):
+        """By each probe, for long enough to be an outage; not each time."""
+        self.step(number)
+        if self.one_of(range(4)):
+            return
+        error = ConnectFailed("refused", reason="unavailable")
+        for _ in range(6):
+            for entry in usable(self.state):
+                self.state.probe_refused(entry, error, self.now, self.now)
+            self.now += 0.2
+        if self.state.is_refused:
+            self.dismiss(self.state.fail_waiting(error))
+        self.connections_changed()
 
     @precondition(lambda self: self.state.open)
     @rule(number=NUMBERS)

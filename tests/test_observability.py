@@ -247,8 +247,8 @@ async def test_a_slow_authorizer(shop, anyio_backend_name):
     async with shop.open(anyio_backend_name):
         now = await shop.scrape()
         # Also what has not happened is there, or its first increase would be lost.
-        assert [now[FAILURES % reason] for reason in get_args(FailureReason)] == [0] * 5
-        assert [now[CLOSES % reason] for reason in get_args(CloseReason)] == [0] * 8
+        assert not any(now[FAILURES % reason] for reason in get_args(FailureReason))
+        assert not any(now[CLOSES % reason] for reason in get_args(CloseReason))
         await shop.goods()
         await shop.rest(1)
         async with shop.all_leased() as tasks:
@@ -297,10 +297,12 @@ async def test_an_authorizer_that_is_killed_and_down_and_unwell(
         gone = now[CLOSES % "lost"] + now[CLOSES % "unhealthy"]
         assert gone == now["topaz_pool_connects_total"] >= 3
         shop.authorizer.start()
-        unwell = (await shop.until(lambda now: now[HEALTHY]))[CLOSES % "unhealthy"]
+        closed = (await shop.until(lambda now: now[HEALTHY]))[CLOSES % "unhealthy"]
+        # As a proxy does whose server is down: an outage, which closes nothing.
         shop.authorizer.fail("UNAVAILABLE", methods=["Info"])
-        now = await shop.until(lambda now: now[CLOSES % "unhealthy"] > unwell)
+        now = await shop.until(lambda now: not now[HEALTHY])
         assert now["topaz_pool_probe_failures_total"] >= 2
+        assert now[CLOSES % "unhealthy"] == closed
         shop.authorizer.heal()
         await shop.lease("leased")
         await shop.rest(1, 2, 3)

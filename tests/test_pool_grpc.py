@@ -200,8 +200,10 @@ async def test_a_refused_caller_learns_why(authorizer):
 
 
 async def test_close_with_a_call_in_flight_is_connection_lost(authorizer):
-    authorizer.delay = 30.0
     pool = make(authorizer)
+    async with pool.acquire():
+        pass
+    authorizer.delay = 30.0
     outcome = []
 
     async def caller():
@@ -310,7 +312,14 @@ def test_two_pools_on_two_backends_at_once(authorizer):
 def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
     backend, end, authorizer
 ):
-    authorizer.delay = 30.0 if end == "in flight" else 0.0
+    if end == "in flight":
+
+        async def slow(_check):
+            await asyncio.sleep(30)
+            return True
+
+        # Not `delay`, which holds up the first probe of a connection, too.
+        authorizer.policies = slow
     program = f"""
         import anyio, threading
         from fastapi_topaz import AuthorizerOptions, ConnectionPool

@@ -233,12 +233,15 @@ def test_the_backoff_is_shorter_while_somebody_waits():
     assert state.shortfall(tokens=0, now=1.5) == 0
 
 
-def test_a_brief_connection_paces_those_that_follow_and_makes_them_come_singly():
+def test_an_unanswered_connection_paces_those_that_follow_and_they_come_singly():
     state = make(random=lambda: 1.0)
     waiting(state, 5)
     state.lost(open_one(state), "lost", now=0.5)
     assert state.shortfall(tokens=5, now=0.55) == 0
     assert state.shortfall(tokens=5, now=0.6) == 1
+    assert state.shortfall(tokens=5, now=0.6 + BRIEF) == 1
+    open_one(state, now=0.6)
+    assert state.shortfall(tokens=5, now=0.65) == 0, "the pace goes on"
     assert state.shortfall(tokens=5, now=0.6 + BRIEF) == 2
 
 

@@ -39,6 +39,11 @@ def pause(attempts, now):
     return pytest.approx(attempts.next_attempt(waiting=True) - now)
 
 
+def end(attempts, now):
+    """End a connection that never answered."""
+    attempts.ended(PoolEntry(started_at=now), ConnectFailed("ended"), now)
+
+
 # -- connections that cannot tell whether they are lost -----------------------------
 
 
@@ -216,27 +221,28 @@ def test_who_is_suspected_in_the_moment_of_its_last_answer_has_not_answered_sinc
 
 def test_pauses_between_attempts_end_exactly_when_the_caution_does():
     attempts = Attempts(lambda: 1.0)
-    attempts.lost(0.5, 0.5)
-    end = attempts.next_attempt(waiting=False) + BRIEF
-    assert not attempts.is_cautious(end)
-    attempts.begin(end)
-    assert attempts.next_attempt(waiting=False) < end
+    end(attempts, 0.5)
+    attempts.succeeded(attempts.begin(0.5))
+    later = attempts.next_attempt(waiting=False) + BRIEF
+    assert not attempts.is_cautious(later)
+    attempts.begin(later)
+    assert attempts.next_attempt(waiting=False) < later
 
 
 def test_a_loss_exactly_when_the_last_one_would_be_forgiven_still_counts_with_it():
     attempts = Attempts(lambda: 1.0)
-    attempts.lost(0.5, 0.5)
-    end = attempts.next_attempt(waiting=False) + FORGIVEN
-    attempts.lost(0.5, end)
-    assert pause(attempts, end) == 0.2
+    end(attempts, 0.5)
+    later = attempts.next_attempt(waiting=False) + FORGIVEN
+    end(attempts, later)
+    assert pause(attempts, later) == 0.2
 
 
 def test_a_loss_exactly_at_the_end_of_a_pause_is_another_one():
     attempts = Attempts(lambda: 1.0)
-    attempts.lost(0.5, 0.5)
-    end = attempts.next_attempt(waiting=False)
-    attempts.lost(0.5, end)
-    assert pause(attempts, end) == 0.2
+    end(attempts, 0.5)
+    later = attempts.next_attempt(waiting=False)
+    end(attempts, later)
+    assert pause(attempts, later) == 0.2
 
 
 # -- hope ---------------------------------------------------------------------------

@@ -165,9 +165,11 @@ async def test_a_check_asked_once_more_is_one_span_that_says_so(authorizer):
 
 
 async def test_a_cancelled_check_ends_its_span(authorizer):
-    authorizer.delay = 30
     traced = Traced(authorizer)
     async with traced.pool:
+        async with traced.pool.acquire():
+            pass
+        authorizer.delay = 30
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(traced.ask)
             await eventually(lambda: traced.pool.status().streams_in_use)

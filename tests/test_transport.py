@@ -450,7 +450,23 @@ async def test_a_probe_of_an_unavailable_server_means_dead(plaintext):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await connection.probe(5)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert connection.judge(caught.value) is Verdict.UNAVAILABLE
+        assert connection.judge(caught.value) is Verdict.REFUSED
+
+
+async def test_the_first_probe_of_a_server_without_the_authorizer_is_permanent(
+    plaintext,
+):
+    async with connected(plaintext.options) as connection:
+        await connection.greet(5)
+        plaintext.fail("PERMISSION_DENIED", methods=["Info"])
+        await connection.greet(5)
+        plaintext.fail("UNIMPLEMENTED", methods=["Info"])
+        with pytest.raises(ConnectFailed, match=r"no authorizer.*8282") as caught:
+            await connection.greet(5)
+        assert caught.value.permanent
+        assert caught.value.reason == "other"
+    with pytest.raises(ConnectionLost):
+        await connection.greet(5)
 
 
 async def test_a_probe_of_a_stopped_server_means_dead(plaintext):
@@ -495,7 +511,7 @@ async def test_a_probe_of_a_closed_connection_is_connection_lost(plaintext):
 async def test_only_a_lost_connection_accuses_the_connection(plaintext):
     async with connected(plaintext.options) as connection:
         for code, verdict in [
-            ("UNAVAILABLE", Verdict.UNAVAILABLE),
+            ("UNAVAILABLE", Verdict.REFUSED),
             ("DEADLINE_EXCEEDED", Verdict.SILENT),
             ("PERMISSION_DENIED", Verdict.ANSWERED),
             ("INTERNAL", Verdict.ANSWERED),

@@ -221,13 +221,13 @@ TOPAZ = Convention(
         Event(
             "topaz_pool_probe_failures",
             "{probe}",
-            "Health checks that failed",
+            "Health checks that failed, or were refused",
             lambda c: c.probe_failures,
         ),
         Event(
             "topaz_pool_retries",
             "{check}",
-            "Checks that were lost with their connection and asked once more",
+            "Checks that were lost with their connection and asked again",
             lambda c: c.retries,
         ),
         Event(

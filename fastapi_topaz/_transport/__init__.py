@@ -2,6 +2,14 @@
 
 from fastapi_topaz._transport._base import Connection, Connector, RpcConnection, Verdict
 from fastapi_topaz._transport._connector import GrpcConnector
+from fastapi_topaz._transport._endings import is_unprocessed
 
 
-__all__ = ["Connection", "Connector", "GrpcConnector", "RpcConnection", "Verdict"]
+__all__ = [
+    "Connection",
+    "Connector",
+    "GrpcConnector",
+    "RpcConnection",
+    "Verdict",
+    "is_unprocessed",
+]

@@ -46,6 +46,9 @@ class Verdict(enum.Enum):
 
     ANSWERED = "answered"
     """The other side answered, with an error of its own: the connection is well."""
+    REFUSED = "refused"
+    """The other side answered that its server cannot be had, as a proxy does. The
+    connection is not leased until a probe is answered, and it is not closed."""
     UNAVAILABLE = "unavailable"
     """The other side cannot be had: the connection is suspect."""
     BROKEN = "broken"
@@ -86,6 +89,11 @@ class Connector(Protocol):
     An attribute `spreads` (bool), if true, says that connections may lead to different
     servers. After one was lost the pool then replaces the others, one by one, so that
     a server that restarted gets its share again.
+
+    An attribute `probes` (bool), if true, has the pool probe each new connection: it
+    counts as connected, and is leased, only when that was answered. The connector of
+    gRPC does so. Without it a new connection is leased at once. If the connection has
+    `async greet(timeout)`, that is its first probe; it may raise `ConnectFailed`.
 
     What it makes needs `async probe(timeout)`, which raises if the other side does not
     answer, and `async close(grace)`. With `async call(method, request, *, timeout,

@@ -35,6 +35,9 @@ class GrpcConnector:
 
     # One address may stand for several servers, and gRPC picks one of several.
     spreads = True
+    # A channel is READY before the server has answered anything, also behind a proxy
+    # whose server is down, and to a server without the Authorizer.
+    probes = True
 
     def __init__(self, options: AuthorizerOptions) -> None:
         self.options = options

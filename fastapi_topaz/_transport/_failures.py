@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from fastapi_topaz._transport._deadline import monotonic
+from fastapi_topaz._transport._endings import Ending, ending
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -29,8 +30,7 @@ __all__ = [
     "each_failed",
     "hung_up",
     "in_time",
-    "is_cut_off",
-    "is_refused_stream",
+    "no_authorizer",
 ]
 
 
@@ -325,23 +325,14 @@ def connect_timed_out(
     )
 
 
-# What gRPC, and no server, says of a call whose socket was closed.
-_CUT_OFF = ("Stream removed", "Socket closed", "Connection reset", "Broken pipe")
-
-
-def is_refused_stream(error: grpc.aio.AioRpcError) -> bool:
-    """
-    Say whether the server ended this one stream, as it does when it has too many.
-
-    RFC 9113, section 5.4.2: it is an error of the stream, and the connection is well.
-    """
-    return "RST_STREAM" in (error.details() or "")
-
-
-def is_cut_off(error: grpc.aio.AioRpcError) -> bool:
-    """Say whether the socket was closed under the call; the channel may not know."""
-    details = error.details() or ""
-    return any(text in details for text in _CUT_OFF)
+def no_authorizer(target: str) -> ConnectFailed:
+    """Return the error for a server that does not know the service of the probe."""
+    return ConnectFailed(
+        f"cannot connect to {target}: the gRPC server there is no authorizer, it does "
+        "not serve aserto.authorizer.v2.Authorizer; the url must lead to the port of "
+        f"Topaz's authorizer, which is 8282 by default",
+        permanent=True,
+    )
 
 
 _EARLY = 0.01
@@ -363,7 +354,7 @@ def in_time(error: Exception, deadline: float | None) -> Exception:
         or monotonic() < deadline - _EARLY
         or not isinstance(error, grpc.aio.AioRpcError)
         or error.code() is not grpc.StatusCode.CANCELLED
-        or not is_refused_stream(error)
+        or ending(error) is not Ending.RESET
     ):
         return error
     late: Exception = grpc.aio.AioRpcError(

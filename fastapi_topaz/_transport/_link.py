@@ -28,12 +28,12 @@ from fastapi_topaz._transport._channel import (
     until_reported,
 )
 from fastapi_topaz._transport._closed_loop import take_last_events
+from fastapi_topaz._transport._endings import Ending, ending
 from fastapi_topaz._transport._failures import (
     connect_timed_out,
     each_failed,
     hung_up,
-    is_cut_off,
-    is_refused_stream,
+    no_authorizer,
 )
 from fastapi_topaz._transport._peer import Peer
 from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
@@ -51,11 +51,26 @@ __all__ = ["Link"]
 
 _READY = grpc.ChannelConnectivity.READY.value[0]
 
-# An answer with any other status was sent by the server itself: it is alive.
-_NOT_ALIVE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+_NOTICED = 0.05
+"""Seconds within which a channel notices that its socket was closed."""
+
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+_UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
 
 # Nobody here has cancelled a call that ends CANCELLED: a server does that as it stops.
-_GOING = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+_GOING = frozenset({_UNAVAILABLE, grpc.StatusCode.CANCELLED})
+
+_VERDICTS = {
+    Ending.TIMED_OUT: Verdict.SILENT,
+    # RFC 9113, section 5.4.2: an error of the stream, and the connection is well. A
+    # server does this when it has too many streams.
+    Ending.REFUSED_STREAM: Verdict.ANSWERED,
+    Ending.RESET: Verdict.ANSWERED,
+    # An orderly end, which says nothing of other connections.
+    Ending.GOAWAY: Verdict.UNAVAILABLE,
+    Ending.CUT_OFF: Verdict.BROKEN,
+    Ending.NO_STATUS: Verdict.REFUSED,
+}
 
 
 class Link:
@@ -165,14 +180,21 @@ class Link:
             return Verdict.BROKEN
         if not isinstance(error, grpc.aio.AioRpcError):
             return None
-        code = error.code()
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return Verdict.SILENT
-        if code not in _GOING or is_refused_stream(error):
+        found = ending(error)
+        if found is Ending.GOAWAY:
+            # Looked at closely, because the channel may be READY again on another
+            # socket, and because a proxy may quote the words of its own connection.
+            self.look_closely()
+        quoted = found is Ending.GOAWAY and not self.is_lost()
+        if found is not Ending.STATUS and not quoted:
+            return _VERDICTS[found]
+        if error.code() not in _GOING:
             return Verdict.ANSWERED
-        if is_cut_off(error) or self.is_lost():
+        if self.is_lost():
             return Verdict.BROKEN
-        return Verdict.UNAVAILABLE
+        # On a connection that is up, the other side has said so itself.
+        refused = error.code() is _UNAVAILABLE
+        return Verdict.REFUSED if refused else Verdict.UNAVAILABLE
 
     def is_lost(self) -> bool:
         """
@@ -200,18 +222,57 @@ class Link:
 
     async def probe(self, timeout: float, /) -> None:
         """
-        Ask the authorizer for its version; any answer of its own will do.
+        Ask the authorizer for its version; any `grpc-status` of its own will do.
 
         Raises:
-            grpc.aio.AioRpcError: No answer within *timeout* seconds, or no
-                connection.
+            grpc.aio.AioRpcError: No answer within *timeout* seconds, no connection,
+                or an answer that is not the authorizer's own: UNAVAILABLE, or one
+                without a `grpc-status`.
             ConnectionLost: The link was closed meanwhile.
         """
+        await self._ask(timeout)
+
+    async def greet(self, timeout: float, /) -> None:
+        """
+        Probe the authorizer for the first time.
+
+        Raises:
+            grpc.aio.AioRpcError, ConnectionLost: See `probe`.
+            ConnectFailed: The server answers that it is no authorizer.
+        """
+        if await self._ask(timeout) is _UNIMPLEMENTED:
+            raise no_authorizer(self._target)
+
+    async def _ask(self, timeout: float) -> grpc.StatusCode:
+        """Return the status of a probe, if it is the authorizer's own."""
         try:
             await self.call(PROBE, b"", timeout=timeout, metadata=())
         except grpc.aio.AioRpcError as error:
-            if error.code() in _NOT_ALIVE and not is_refused_stream(error):
+            found, details = ending(error), error.details()
+            if found is Ending.STATUS and error.code() is not _UNAVAILABLE:
+                return error.code()
+            if found in {Ending.STATUS, Ending.TIMED_OUT, Ending.GOAWAY}:
                 raise
+            if found is Ending.CUT_OFF and await self._is_lost_soon():
+                raise
+        else:
+            return grpc.StatusCode.OK
+        # Not in the handler: the error of gRPC adds nothing to this one.
+        raise grpc.aio.AioRpcError(
+            _UNAVAILABLE,
+            grpc.aio.Metadata(),
+            grpc.aio.Metadata(),
+            details=f"an answer without a gRPC status: {details}",
+        )
+
+    async def _is_lost_soon(self) -> bool:
+        """Say whether the connection is lost, also if the channel is late to notice."""
+        for _ in range(10):
+            if self.is_lost():
+                return True
+            await asyncio.sleep(_NOTICED / 10)
+        self.look_closely()
+        return self._lost
 
     async def close(self, grace: float, /) -> None:
         """Close the channel after *grace* seconds, or once its calls have ended."""

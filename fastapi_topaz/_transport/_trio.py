@@ -200,6 +200,12 @@ class BridgedLink:
             raise self._calls.lost(PROBE)
         await _Forward(self._thread).run(self._link.probe, timeout)
 
+    async def greet(self, timeout: float, /) -> None:
+        """Probe the authorizer for the first time; see `Link.greet`."""
+        if self._calls.closed:
+            raise self._calls.lost(PROBE)
+        await _Forward(self._thread).run(self._link.greet, timeout)
+
     async def close(self, grace: float, /) -> None:
         """Close the channel; see `Link.close`."""
         if self._calls.closed:

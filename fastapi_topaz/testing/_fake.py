@@ -68,6 +68,8 @@ class FakeConnection:
         frozen: Whether probes and calls never end.
         hung_up: Whether the other side has gone away, which the pool notices; probes
             and calls fail.
+        refuses: If not empty, probes and calls are answered with this text, as a proxy
+            does whose server is down: they raise `ConnectionRefusedError`.
         probes: Probes so far.
         calls: Calls so far.
         closed: Times it was closed, which should end at one.
@@ -78,12 +80,13 @@ class FakeConnection:
     alive: bool = True
     frozen: bool = False
     hung_up: bool = False
+    refuses: str = ""
     probes: int = 0
     calls: int = 0
     closed: int = 0
 
     async def probe(self, timeout: float, /) -> None:  # noqa: ARG002
-        """Raise `ConnectionLost` unless `alive`."""
+        """Raise `ConnectionLost` unless `alive`; see `refuses` for another error."""
         self.probes += 1
         await self._answer()
 
@@ -100,6 +103,8 @@ class FakeConnection:
 
         Raises:
             TimeoutError: It took more than *timeout* seconds.
+            ConnectionLost: It is not `alive`, or it is closed.
+            ConnectionRefusedError: It `refuses`.
         """
         self.calls += 1
         with anyio.fail_after(timeout):
@@ -112,6 +117,8 @@ class FakeConnection:
         """Say that the connection broke if *error* is `ConnectionLost`."""
         if isinstance(error, ConnectionLost):
             return Verdict.BROKEN
+        if isinstance(error, ConnectionRefusedError):
+            return Verdict.REFUSED
         return Verdict.SILENT if isinstance(error, TimeoutError) else None
 
     def is_lost(self) -> bool:
@@ -134,6 +141,8 @@ class FakeConnection:
         await anyio.lowlevel.checkpoint()
         if self.closed or self.hung_up or not self.alive:
             raise ConnectionLost(f"fake connection {self.number} is dead")
+        if self.refuses:
+            raise ConnectionRefusedError(self.refuses)
 
 
 class FakeConnector:

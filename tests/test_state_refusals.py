@@ -1,0 +1,467 @@
+"""What the state makes of refusals, and of connections that end: no clock, no I/O."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from fastapi_topaz import ConnectionPool
+from fastapi_topaz._attempts import BRIEF
+from fastapi_topaz._entry import Lease
+from fastapi_topaz._outage import (
+    AT_ONCE,
+    ATTEMPT,
+    FIRST_PAUSE,
+    GRACE,
+    OVERDUE,
+    PAUSE,
+    Outage,
+)
+from fastapi_topaz._state import PoolState
+from fastapi_topaz.exceptions import ConnectFailed
+
+
+ERROR = ConnectFailed("refused", reason="unavailable")
+
+
+class Link:
+    lost = False
+
+    def is_lost(self):
+        return self.lost
+
+
+def make(**options):
+    options = ConnectionPool(**{"min_connections": 0, **options}).options
+    return PoolState(options, lambda: 1.0, target="topaz:8282")
+
+
+def open_some(state, count, now=0.0):
+    """Open connections that have answered since they were made."""
+    entries = []
+    for _ in range(count):
+        entry = state.begin(now)
+        state.connected(entry, Link(), now)
+        entry.answered = True
+        entries.append(entry)
+    return entries
+
+
+def due(state, now):
+    """Return all connections that are to be probed now."""
+    entries = []
+    while (entry := state.outage.due(now)) is not None:
+        entries.append(entry)
+    return entries
+
+
+def refuse(state, entry, now, began=None):
+    """End the probe of *entry* with a refusal."""
+    entry.probing = False
+    return state.probe_refused(entry, ERROR, now if began is None else began, now)
+
+
+def answer(state, entry, now):
+    entry.probing = False
+    state.answered(entry, now)
+
+
+def run(state, until, now, *, refused=lambda _entry: True):
+    """Let probes be answered at once until then, and return when each was made."""
+    made = []
+    while (now := max(now, state.outage.next_at(now))) < until:
+        for entry in due(state, now):
+            made.append(now)
+            (refuse if refused(entry) else answer)(state, entry, now)
+        now += 1e-6
+    return made
+
+
+# -- refused calls ------------------------------------------------------------------
+
+
+def test_a_refused_connection_gets_no_lease_until_its_probe_is_answered():
+    state = make()
+    (entry,) = open_some(state, 1)
+    state.refused(entry, 1.0)
+    assert not state.take(Lease(), 1.0)
+    assert (state.status().suspect, state.status().healthy) == (1, True)
+    assert state.outage.next_at(1.0) == 1.0
+    assert due(state, 1.0) == [entry]
+    assert due(state, 1.0) == [], "it is being probed"
+    answer(state, entry, 1.1)
+    assert state.take(Lease(), 1.1)
+    assert not state.outage.refused
+    assert state.outage.next_at(1.1) == float("inf")
+
+
+def test_a_refusal_says_nothing_of_what_goes_is_gone_or_is_accused_already():
+    state = make()
+    leaving, lost, suspect = open_some(state, 3)
+    lease = Lease()
+    assert state.take(lease, 0.0)
+    leaving = lease.entry
+    state.retire(leaving, "drain")
+    others = [x for x in state.open if x is not leaving]
+    lost, suspect = others
+    lost.connection.lost = True
+    state.suspect(suspect, 0.5)
+    for entry in (leaving, lost, suspect):
+        state.refused(entry, 1.0)
+    assert not state.outage.refused
+    assert lost.retired == "lost"
+    assert not refuse(state, leaving, 1.0)
+    assert not refuse(state, lost, 1.0)
+    assert not state.outage.refused
+
+
+def test_a_suspect_whose_probe_is_refused_is_refused():
+    state = make()
+    (entry,) = open_some(state, 1)
+    state.suspect(entry, 1.0)
+    refuse(state, entry, 1.1)
+    assert list(state.outage.refused) == [entry]
+    assert entry.retired is None
+
+
+def test_a_refused_connection_that_answers_nothing_is_closed():
+    state = make()
+    (entry,) = open_some(state, 1)
+    state.refused(entry, 1.0)
+    state.unanswered(entry, 6.0)
+    assert entry.retired == "unhealthy"
+    assert not state.outage.refused
+
+
+def test_a_refused_connection_that_is_lost_is_forgotten():
+    state = make()
+    entry, other = open_some(state, 2)
+    state.refused(entry, 1.0)
+    state.refused(other, 1.0)
+    state.lost(entry, "lost", 2.0)
+    assert list(state.outage.refused) == [other]
+    assert state.status().total == 1
+
+
+# -- how often ----------------------------------------------------------------------
+
+
+def test_pauses_between_refused_probes_grow_up_to_a_limit():
+    state = make()
+    (entry,) = open_some(state, 1)
+    state.refused(entry, 1.0)
+    made = run(state, 3.0, 1.0)
+    pauses = [b - a for a, b in itertools.pairwise(made)]
+    assert pauses == pytest.approx([0.05, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3], abs=1e-4)
+    assert (FIRST_PAUSE, PAUSE) == (0.05, 0.3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_in_an_outage_at_most_four_probes_a_second_are_made_of_all_in_turn(count):
+    state = make()
+    entries = open_some(state, count)
+    for entry in entries:
+        state.refused(entry, 1.0)
+    made = run(state, 3.0, 1.0)
+    assert len(made) <= 3 + 2 * 4
+    later = run(state, 33.0, 3.0)
+    assert 30 * 3 <= len(later) <= 30 * 4
+    assert max(e.refusals for e in entries) - min(e.refusals for e in entries) <= 3
+
+
+def test_those_that_were_refused_by_no_call_are_probed_at_once_a_few_at_a_time():
+    state = make()
+    entries = open_some(state, 6)
+    state.refused(entries[0], 1.0)
+    refuse(state, *due(state, 1.0), 1.1, began=1.0)
+    assert set(state.outage.refused) == set(entries)
+    assert not state.ready
+    first = due(state, 1.1)
+    assert len(first) == AT_ONCE == 2
+    assert entries[0] not in first
+    answer(state, first[0], 1.2)
+    assert due(state, 1.2) != []
+
+
+def test_what_was_proven_after_the_refusal_is_not_doubted():
+    state = make()
+    entry, answering, silent = open_some(state, 3)
+    state.refused(entry, 1.0)
+    answering.proven_at = 1.05
+    refuse(state, *due(state, 1.0), 1.1, began=1.0)
+    assert not state.outage.is_silent
+    assert list(state.outage.refused) == [entry]
+    assert {*state.ready} == {answering, silent}
+
+
+def test_a_connection_that_is_refused_for_long_beside_others_ends_no_silence():
+    state = make()
+    old, new = open_some(state, 2)
+    state.refused(old, 1.0)
+    new.proven_at = 5.0
+    refuse(state, old, 5.1)
+    assert not state.outage.is_silent
+    state.refused(new, 6.0)
+    refuse(state, new, 6.1)
+    assert state.outage.is_silent
+    refuse(state, old, 6.2)
+    assert state.outage.is_silent
+    new.proven_at = 6.3
+    refuse(state, old, 6.4)
+    assert not state.outage.is_silent
+    assert list(state.outage.refused) == [old], "a call on the other was answered"
+
+
+def test_a_few_refused_beside_others_share_four_probes_a_second():
+    state = make()
+    entries = open_some(state, 10)
+    for entry in entries[:5]:
+        state.refused(entry, 1.0)
+    well, now, made = entries[9], 1.0, []
+    while now < 31.0:
+        well.proven_at = now
+        for entry in due(state, now):
+            made.append(now)
+            (refuse if entry in entries[:5] else answer)(state, entry, now)
+        now += 0.01
+    later = [at for at in made if at > 11.0]
+    assert 20 * 2 <= len(later) <= 20 * 4
+    assert set(state.outage.refused) == set(entries[:5])
+
+
+def test_probes_that_were_under_way_together_make_one_pause():
+    state = make()
+    one, other = open_some(state, 2)
+    state.refused(one, 1.0)
+    state.refused(other, 1.0)
+    assert len(due(state, 1.0)) == 2
+    refuse(state, one, 1.1, began=1.0)
+    refuse(state, other, 1.12, began=1.0)
+    assert due(state, 1.16) == []
+    assert len(due(state, 1.18)) == 1
+
+
+def test_a_probe_that_hangs_keeps_no_other_from_being_made():
+    state = make()
+    entries = open_some(state, 4)
+    for entry in entries:
+        state.refused(entry, 1.0)
+    for entry in due(state, 1.0):
+        refuse(state, entry, 1.0)
+    found = [len(due(state, 1.1 + n * PAUSE)) for n in range(5)]
+    assert found == [1, 1, 1, 1, 0]
+
+
+def test_with_the_first_answer_all_others_are_probed_again():
+    state = make()
+    entries = open_some(state, 5)
+    for entry in entries:
+        state.refused(entry, 1.0)
+    run(state, 20.0, 1.0)
+    (one,) = due(state, 21.0)
+    assert due(state, 21.0) == []
+    answer(state, one, 21.1)
+    assert state.outage.next_at(21.1) <= 21.1
+    assert len(due(state, 21.1)) == AT_ONCE
+
+
+# -- an outage ----------------------------------------------------------------------
+
+
+def test_it_is_an_outage_once_nothing_was_answered_for_a_while():
+    state = make()
+    entries = open_some(state, 2)
+    for entry in entries:
+        state.refused(entry, 1.0)
+    assert not refuse(state, entries[0], 1.0 + GRACE - 0.01)
+    assert not state.is_refused
+    assert state.status().healthy
+    assert refuse(state, entries[1], 1.0 + GRACE)
+    assert state.is_refused
+    assert state.error is ERROR
+    assert not state.status().healthy
+    assert not refuse(state, entries[0], 5.0), "it is the same outage"
+
+
+def test_one_connection_that_was_not_refused_makes_it_no_outage():
+    state = make()
+    refused, doubted = open_some(state, 2)
+    state.refused(refused, 1.0)
+    assert not refuse(state, refused, 1.0)
+    assert doubted in state.outage.refused
+    assert not refuse(state, refused, 9.0)
+    assert not state.outage.declared
+    assert refuse(state, doubted, 9.1)
+
+
+def outage(count=2, **options):
+    state = make(**options)
+    entries = open_some(state, count)
+    for entry in entries:
+        state.refused(entry, 1.0)
+        refuse(state, entry, 2.0)
+    assert state.is_refused
+    return state, entries
+
+
+def test_the_first_answer_ends_an_outage():
+    state, entries = outage()
+    answer(state, entries[0], 3.0)
+    assert not state.outage.declared
+    assert state.status().healthy
+    assert state.error is ERROR, "the other one is refused still"
+    answer(state, entries[1], 3.1)
+    assert state.error is None
+
+
+def test_a_call_that_is_answered_ends_an_outage():
+    state, entries = outage()
+    entries[0].proven_at = 3.0
+    state.refused(entries[1], 3.1)
+    assert not state.outage.declared
+
+
+def test_an_outage_lasts_while_its_connections_are_lost_and_made_again():
+    state, entries = outage()
+    for entry in entries:
+        state.lost(entry, "lost", 3.0)
+    assert not state.is_refused, "an attempt may help"
+    assert not state.status().healthy
+    for entry in entries:
+        state.closed(entry)
+    assert state.shortfall(tokens=0, now=3.0) == 1, "one, to find the end of it"
+    entry = state.begin(3.0)
+    state.connected(entry, Link(), 3.1)
+    refuse(state, entry, 3.1, began=3.05)
+    assert state.is_refused
+
+
+def test_in_an_outage_no_connection_is_reaped_or_replaced():
+    state, entries = outage(max_idle_time=10, max_lifetime=0)
+    state.reap(100.0)
+    state.rotation.drain(entries)
+    state.rotate()
+    assert state.shortfall(tokens=0, now=100.0) == 0
+    assert not state.to_close
+    for entry in entries:
+        answer(state, entry, 100.0)
+    state.reap(200.0)
+    assert len(state.to_close) == 2
+
+
+def test_while_nothing_is_answered_attempts_are_rare_and_single():
+    state = make(max_connections=5)
+    (entry,) = open_some(state, 1)
+    for _ in range(3):
+        state.enqueue(Lease())
+    state.refused(entry, 1.0)
+    assert state.shortfall(tokens=3, now=1.0) == 2
+    refuse(state, entry, 1.0)
+    assert state.shortfall(tokens=3, now=1.0) == 1
+    attempt = state.begin(1.0)
+    assert state.next_attempt() == 1.0 + ATTEMPT
+    assert due(state, 1.0 + PAUSE - 0.01) == [], "it is as good as a probe"
+    state.attempts.cancelled(attempt)
+    assert state.shortfall(tokens=3, now=1.5) == 0
+    assert state.shortfall(tokens=3, now=1.0 + ATTEMPT) == 1
+    answer(state, entry, 1.6)
+    assert state.shortfall(tokens=3, now=1.6) == 2
+
+
+def test_callers_are_overdue_if_no_probe_ends_for_a_while():
+    state, _ = outage()
+    assert not state.outage.is_overdue(2.0 + OVERDUE - 0.01)
+    assert state.outage.is_overdue(2.0 + OVERDUE)
+    assert not Outage().is_overdue(2.0)
+
+
+def test_a_clock_that_is_set_back_delays_nothing_for_long():
+    state, entries = outage()
+    state.begin(2.0)
+    now = -1000.0
+    assert state.outage.next_at(now) <= now + OVERDUE
+    assert due(state, now)
+    state.shortfall(tokens=0, now=now)
+    assert state.next_attempt() <= now + ATTEMPT
+    assert state.outage.is_overdue(now)
+    answer(state, entries[0], now)
+    state.refused(entries[0], now)
+    for step in range(10):
+        refuse(state, entries[0], now + step)
+        refuse(state, entries[1], now + step)
+    assert state.is_refused
+
+
+# -- connections that end -----------------------------------------------------------
+
+
+def lost(*, answered=False, lived=100.0, reason="lost", **history):
+    """Return a state one of whose connections ended after that."""
+    state = make()
+    (entry,) = open_some(state, 1)
+    entry.answered = answered
+    if history.get("leased"):
+        assert state.take(Lease(), 0.0)
+    if history.get("refused"):
+        state.refused(entry, 1.0)
+    if history.get("broken"):
+        state.broke(entry, lived)
+    state.lost(entry, reason, lived)
+    return state
+
+
+@pytest.mark.parametrize(
+    "history, failed",
+    [
+        ({"lived": BRIEF - 0.1}, True),
+        ({"lived": BRIEF}, False),
+        ({"leased": True}, True),
+        ({"leased": True, "reason": "unhealthy"}, False),
+        ({"broken": True, "reason": "unhealthy"}, True),
+        ({"lived": 0.0, "answered": True}, False),
+        ({"leased": True, "answered": True}, False),
+        ({"broken": True, "answered": True}, False),
+        ({"leased": True, "refused": True}, False),
+    ],
+)
+def test_a_connection_that_never_answered_fails_unless_it_ends_idle_and_late(
+    history, failed
+):
+    state = lost(**history)
+    assert len(state.unanswered_ends) == state.attempts.failures == failed
+    assert state.first_unanswered is failed
+    if failed:
+        assert state.attempts.error.reason == "unanswered"
+        assert "topaz:8282" in str(state.attempts.error)
+
+
+def test_the_error_of_a_connection_that_never_answered_says_what_it_said_last():
+    state = make()
+    (entry,) = open_some(state, 1)
+    entry.answered, entry.last_error = False, "Socket closed"
+    state.lost(entry, "lost", 0.0)
+    assert str(state.attempts.error).endswith(": Socket closed")
+
+
+def test_only_the_first_of_those_that_end_unanswered_is_news():
+    state = make()
+    for entry in open_some(state, 3):
+        entry.answered = False
+        state.lost(entry, "lost", 0.1)
+        assert state.first_unanswered is (len(state.unanswered_ends) == 1)
+        state.first_unanswered = False
+
+
+def test_a_newer_connection_that_answered_ends_the_row_of_unanswered_ones():
+    state = make()
+    for now in (0.0, 1.0):
+        (entry,) = open_some(state, 1, now)
+        entry.answered = False
+        state.lost(entry, "lost", now)
+    assert state.attempts.unanswered == 2
+    open_some(state, 1, 2.0)
+    (entry,) = open_some(state, 1, 3.0)
+    entry.answered = False
+    state.lost(entry, "lost", 3.0)
+    assert state.attempts.unanswered == 1
