@@ -11,6 +11,7 @@ import datetime as dt
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,13 +57,13 @@ def found_pythons() -> list[str]:
     for version in SUPPORTED:
         for aside in sorted(root.glob(f"{version}.*/bin")):
             os.environ["PATH"] = f"{aside}{os.pathsep}{os.environ['PATH']}"
-    return [version for version in SUPPORTED if starts(f"python{version}")]
+    return [version for version in SUPPORTED if starts(f"python{version}", "-c", "")]
 
 
-def starts(python: str) -> bool:
-    """Say whether *python* can be run."""
+def starts(*command: str) -> bool:
+    """Say whether *command* can be run."""
     try:
-        subprocess.run([python, "-c", ""], check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         return False
     return True
@@ -96,6 +97,7 @@ nox.options.sessions = [
     *(f"tests-{python}" for python in PYTHONS if python != RUNNING),
     "slow",
     "gopeer",
+    "proxies",
     "shuffled",
     "soak",
     "bench",
@@ -280,37 +282,71 @@ def package(session: nox.Session) -> None:
         session.run("fastapi-topaz", "demo", "--requests", "200")
 
 
-def found_promtool(cache: Path) -> str | None:
-    """Return promtool: this machine's, or else that of Debian's package, unpacked."""
-    if found := shutil.which("promtool"):
+def found_program(cache: Path, name: str, package: str, argument: str) -> str | None:
+    """
+    Return this machine's program, or else that of Debian's package, unpacked.
+
+    With *argument* the program says its version. None if it cannot be had.
+    """
+    # Debian's users who are not root have no /usr/sbin in their PATH.
+    if found := shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin"):
         return found
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         return None
-    unpacked = cache / "usr" / "bin" / "promtool"
-    for folder in ("lists/partial", "cache/archives/partial"):
+    program = str(cache / name)
+    try:
+        if not starts(program, argument):
+            apt = own_apt(cache)
+            unpack(apt, cache, name, [package])
+            if not starts(program, argument):
+                # It lacks libraries: all that would be installed with it.
+                unpack(apt, cache, name, to_install(apt, package))
+        subprocess.run([program, argument], check=True, capture_output=True)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        print(error, getattr(error, "stderr", None) or "")  # noqa: T201
+        return None
+    return program
+
+
+def own_apt(cache: Path) -> list[str]:
+    """Return the command of an apt that has package lists of its own, up to date."""
+    for folder in ("lists/partial", "cache/archives/partial", "root"):
         (cache / folder).mkdir(parents=True, exist_ok=True)
-    # With package lists of its own it takes no root.
+    # With these it takes no root.
     apt = ["apt-get", "-q", "-o", f"Dir::State::Lists={cache / 'lists'}"]
     apt += ["-o", f"Dir::Cache={cache / 'cache'}", "-o", "APT::Sandbox::User=root"]
     apt += ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20"]
-    try:
-        if not unpacked.exists():
-            for command in (["update"], ["download", "prometheus"]):
-                subprocess.run([*apt, *command], cwd=cache, check=True, timeout=300)
-            (package,) = cache.glob("prometheus_*.deb")
-            subprocess.run(["dpkg-deb", "-x", package, cache], check=True)
-            package.unlink()
-        subprocess.run([unpacked, "--version"], check=True, capture_output=True)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        print(error)  # noqa: T201
-        return None
-    return str(unpacked)
+    subprocess.run([*apt, "update"], check=True, timeout=300)
+    return apt
+
+
+def to_install(apt: list[str], package: str) -> list[str]:
+    """Return the names of Debian's *package* and all it needs that is not installed."""
+    command = [*apt, "install", "--simulate", "--no-install-recommends", package]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = (line.split() for line in told.splitlines())
+    return [words[1] for words in lines if words[:1] == ["Inst"]]
+
+
+def unpack(apt: list[str], cache: Path, name: str, packages: list[str]) -> None:
+    """Unpack Debian's *packages*, and make `cache / name` start the program in them."""
+    subprocess.run([*apt, "download", *packages], cwd=cache, check=True, timeout=300)
+    for archive in cache.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", archive, cache / "root"], check=True)
+        archive.unlink()
+    libraries = {str(file.parent) for file in cache.glob("root/**/*.so*")}
+    places = shlex.quote(":".join(sorted(libraries)))
+    (binary,) = cache.glob(f"root/usr/*bin/{name}")
+    command = f"LD_LIBRARY_PATH={places} exec {shlex.quote(str(binary))}"
+    (cache / name).write_text(f'#!/bin/sh\n{command} "$@"\n')
+    (cache / name).chmod(0o755)
 
 
 @nox.session(python=False)
 def alerts(session: nox.Session) -> None:
     """Check the alert rules, and run their unit tests, with promtool."""
-    promtool = found_promtool(Path(session.cache_dir).resolve() / "promtool")
+    cache = Path(session.cache_dir).resolve() / "promtool"
+    promtool = found_program(cache, "promtool", "prometheus", "--version")
     if promtool is None:
         session.skip("no promtool, and Debian's package `prometheus` cannot be had")
     check = ("check", "rules", "--lint=all", "--lint-fatal")
@@ -363,6 +399,23 @@ def gopeer(session: nox.Session) -> None:
     session.install("-e", ".", "--group", "test")
     pytest = ("pytest", "-m", "slow", "-n0", "tests/test_gopeer.py")
     session.run(*pytest, *session.posargs, env={"GOPEER": binary})
+
+
+@nox.session
+def proxies(session: nox.Session) -> None:
+    """Run the pool behind nginx and HAProxy, which answer for a server that is down."""
+    cache = Path(session.cache_dir).resolve()
+    named = {}
+    for name in ("nginx", "haproxy"):
+        if binary := found_program(cache / name, name, name, "-v"):
+            named[name.upper()] = binary
+        else:
+            session.warn(f"no {name}, and Debian's package cannot be had")
+    if not named:
+        session.skip("neither nginx nor haproxy can be had")
+    session.install("-e", ".", "--group", "test")
+    pytest = ("pytest", "-m", "slow", "-n0", "tests/test_proxies.py")
+    session.run(*pytest, *session.posargs, env=named)
 
 
 def found_topazd(cache: Path) -> str | None:
