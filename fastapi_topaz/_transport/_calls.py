@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import grpc
-import grpc.aio
-
 from fastapi_topaz._transport._call import kind
+from fastapi_topaz._transport._endings import NotSent
 from fastapi_topaz._transport._failures import in_time
 from fastapi_topaz.exceptions import ConnectionLost
 
@@ -105,14 +103,7 @@ class Calls:
         """
         if self.closed:
             return self.lost(method)
-        error: Exception = grpc.aio.AioRpcError(
-            grpc.StatusCode.UNAVAILABLE,
-            grpc.aio.Metadata(),
-            grpc.aio.Metadata(),
-            f"the call {method} was not sent: the connection to {self._target} has "
-            "ended (GOAWAY, or the socket was closed)",
-        )
-        return error
+        return NotSent(method, self._target)
 
     def cut_off(self) -> None:
         """Cancel all calls, and let those who wait for them go at once."""

@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 
-__all__ = ["Ending", "ending", "is_unprocessed"]
+__all__ = ["Ending", "NotSent", "ending", "is_unprocessed"]
 
 
 class Ending(enum.Enum):
@@ -36,6 +36,25 @@ class Ending(enum.Enum):
     """The connection ended under the call."""
     TIMED_OUT = enum.auto()
     """By its deadline."""
+    NOT_SENT = enum.auto()
+    """Here, because its connection had ended before."""
+
+
+class NotSent(grpc.aio.AioRpcError):  # type: ignore[misc]
+    """
+    The error of a call that was not sent, because its connection had ended.
+
+    Callers get it as any UNAVAILABLE. Only this package asks for the class.
+    """
+
+    def __init__(self, method: str, target: str) -> None:
+        super().__init__(
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.aio.Metadata(),
+            grpc.aio.Metadata(),
+            f"the call {method} was not sent: the connection to {target} has ended "
+            "(GOAWAY, or the socket was closed)",
+        )
 
 
 # The first match wins. The text of an RST_STREAM or GOAWAY may be followed by more.
@@ -56,6 +75,8 @@ _WRAPPED = re.compile(r"Stream removed( \(|$)")
 
 def ending(error: grpc.aio.AioRpcError) -> Ending:
     """Return how the call ended that raised *error*."""
+    if isinstance(error, NotSent):
+        return Ending.NOT_SENT
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Ending.TIMED_OUT
     details = error.details() or ""
@@ -74,9 +95,11 @@ def is_unprocessed(error: BaseException) -> bool:
     Say whether the server certainly did not process the call that raised *error*.
 
     RFC 9113, sections 6.8 and 8.7: a stream above the last one of a GOAWAY, or one
-    that was reset with REFUSED_STREAM, was not processed. It may be sent again.
+    that was reset with REFUSED_STREAM, was not processed. It may be sent again. So may
+    one that was never sent.
     """
     return isinstance(error, grpc.aio.AioRpcError) and ending(error) in {
         Ending.REFUSED_STREAM,
         Ending.GOAWAY,
+        Ending.NOT_SENT,
     }

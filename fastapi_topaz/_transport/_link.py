@@ -68,9 +68,16 @@ _VERDICTS = {
     Ending.RESET: Verdict.ANSWERED,
     # An orderly end, which says nothing of other connections.
     Ending.GOAWAY: Verdict.UNAVAILABLE,
+    Ending.NOT_SENT: Verdict.UNAVAILABLE,
     Ending.CUT_OFF: Verdict.BROKEN,
     Ending.NO_STATUS: Verdict.REFUSED,
 }
+
+
+# A probe that ends in one of these ways got no answer without a `grpc-status`.
+_NO_ANSWERS = frozenset(
+    {Ending.STATUS, Ending.TIMED_OUT, Ending.GOAWAY, Ending.NOT_SENT}
+)
 
 
 class Link:
@@ -251,7 +258,7 @@ class Link:
             found, details = ending(error), error.details()
             if found is Ending.STATUS and error.code() is not _UNAVAILABLE:
                 return error.code()
-            if found in {Ending.STATUS, Ending.TIMED_OUT, Ending.GOAWAY}:
+            if found in _NO_ANSWERS:
                 raise
             if found is Ending.CUT_OFF and await self._is_lost_soon():
                 raise
