@@ -311,8 +311,12 @@ async def _ask(runtime: Runtime, entry: PoolEntry) -> None:
     except Exception as error:  # noqa: BLE001  (a connection may raise anything)
         if entry.retired is not None:
             return  # closed meanwhile, and no answer is no news
-        if runtime.verdict(entry.connection, error) is Verdict.REFUSED:
+        verdict = runtime.verdict(entry.connection, error)
+        if verdict is Verdict.REFUSED:
             _refused(runtime, entry, error, began)
+        elif verdict is Verdict.ANSWERED:
+            # Only the stream was reset, as by a server that has too many.
+            _answered(runtime, entry)
         else:
             late = runtime.now() - began - timeout
             _unanswered(runtime, entry, error, late=late)

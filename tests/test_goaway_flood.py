@@ -305,7 +305,7 @@ async def test_a_connection_that_has_ended_is_not_made_again_by_a_call(server, e
         with pytest.raises(grpc.aio.AioRpcError, match="was not sent") as caught:
             await ask()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert connection.judge(caught.value) is Verdict.BROKEN
+        assert connection.judge(caught.value) is Verdict.UNAVAILABLE
     await connection.close(0)
     assert server.accepted == 1
     assert server.calls == {"Is": 2}

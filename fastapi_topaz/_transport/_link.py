@@ -76,7 +76,10 @@ _VERDICTS = {
 
 # A probe that ends in one of these ways got no answer without a `grpc-status`.
 _NO_ANSWERS = frozenset(
-    {Ending.STATUS, Ending.TIMED_OUT, Ending.GOAWAY, Ending.NOT_SENT}
+    {
+        *(Ending.STATUS, Ending.TIMED_OUT, Ending.GOAWAY, Ending.NOT_SENT),
+        Ending.REFUSED_STREAM,  # it has too many
+    }
 )
 
 
