@@ -24,6 +24,9 @@ from fastapi_topaz import (
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 
+# What a new connection is asked before it counts.
+FIRST_PROBE = {"Info": 1}
+
 pytestmark = pytest.mark.real_clock
 
 INFO = "/aserto.authorizer.v2.Authorizer/Info"
@@ -306,7 +309,8 @@ async def test_policies_are_listed_and_fetched_by_id(conn):
 
 async def test_info_tells_the_version(conn, authorizer):
     assert (await conn.info(timeout=10)).version == "embedded"
-    assert authorizer.calls == {"Info": 1}
+    # The first was the probe of the new connection.
+    assert authorizer.calls == {"Info": 2}
 
 
 # -- timeout
@@ -355,7 +359,7 @@ async def test_a_timeout_must_be_a_time(conn, authorizer, timeout, error):
         await conn.info(timeout=timeout)
     with pytest.raises(error, match="timeout"):
         await conn.decisions(policy_path="app.GET.documents", timeout=timeout)
-    assert authorizer.calls.total() == 0
+    assert authorizer.calls == FIRST_PROBE
     assert (await conn.info()).version == "embedded"
 
 
@@ -456,7 +460,7 @@ async def test_an_error_of_a_serializer_is_not_sent_as_an_empty_request(
 
     with pytest.raises(KeyError, match="cannot serialize"):
         await conn.call(INFO, "x", request_serializer=broken)
-    assert authorizer.calls.total() == 0
+    assert authorizer.calls == FIRST_PROBE
     assert (await conn.info()).version == "embedded"
 
 
@@ -484,7 +488,7 @@ async def test_an_answer_that_is_no_message_is_an_error(conn):
 async def test_a_request_without_a_serializer_must_be_bytes(conn, authorizer, request_):
     with pytest.raises(TypeError, match="request"):
         await conn.call(INFO, request_)
-    assert authorizer.calls.total() == 0
+    assert authorizer.calls == FIRST_PROBE
     assert (await conn.info()).version == "embedded"
 
 
@@ -603,7 +607,7 @@ async def test_what_cannot_be_sent_is_named(pool, authorizer, arguments, error, 
         with pytest.raises(error, match=name):
             await conn.decision_tree(**arguments)
     assert SECRET not in str(caught.value) + repr(caught.value)
-    assert authorizer.calls.total() == 0
+    assert authorizer.calls == FIRST_PROBE
     # The pool is none the worse for it.
     async with pool.acquire() as conn:
         assert await conn.decisions(policy_path="app.GET.documents")
@@ -657,7 +661,7 @@ async def test_the_other_calls_name_what_cannot_be_sent_too(
 ):
     with pytest.raises((TypeError, ValueError), match=name):
         await getattr(conn, method)(**arguments)
-    assert authorizer.calls.total() == 0
+    assert authorizer.calls == FIRST_PROBE
     assert (await conn.info()).version == "embedded"
 
 

@@ -200,7 +200,7 @@ async def test_a_refused_caller_learns_why(authorizer):
 
 
 async def test_close_with_a_call_in_flight_is_connection_lost(authorizer):
-    pool = make(authorizer)
+    pool = make(authorizer, min_connections=0)
     async with pool.acquire():
         pass
     authorizer.delay = 30.0
@@ -222,8 +222,10 @@ async def test_close_with_a_call_in_flight_is_connection_lost(authorizer):
 
 
 async def test_close_gives_a_call_its_grace(authorizer):
+    pool = make(authorizer, min_connections=0)
+    async with pool.acquire():
+        pass  # the probe of the new connection would be delayed as well
     authorizer.delay = 0.3
-    pool = make(authorizer)
     answers = []
 
     async def caller():

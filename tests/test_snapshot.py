@@ -73,6 +73,8 @@ def test_a_pool_without_connections_is_healthy_until_an_attempt_fails():
 def test_a_pool_stays_healthy_while_its_suspects_wait_for_their_probes():
     state = make()
     entries = [open_one(state), open_one(state)]
+    for entry in entries:
+        state.answered(entry, 0.5)
     state.broke(entries[0], 1.0)
     assert state.status().healthy_connections == 0
     assert state.status().healthy
