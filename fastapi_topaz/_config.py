@@ -218,8 +218,8 @@ class TopazConfig(NotCopied):
         Raises:
             PoolError: No connection could be had within `check_timeout`, or two were
                 lost; see `ConnectionPool.acquire`.
-            grpc.aio.AioRpcError: The authorizer answered with an error status, or
-                not in time.
+            grpc.aio.AioRpcError: The authorizer answered with an error status, not
+                in time, or without a clear decision.
             TypeError: A provider returned something else than it should, or an argument
                 cannot be sent.
             ValueError: *policy_path* is not a Rego reference, *decision* is not a Rego

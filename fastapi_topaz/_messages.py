@@ -94,7 +94,7 @@ def _unreadable(message: Any) -> grpc.aio.AioRpcError:
 
 
 def _broken(details: str) -> grpc.aio.AioRpcError:
-    """Return the error for an answer that is none, of which *details* tell."""
+    """Return the error for an answer that cannot be used; *details* say why."""
     return grpc.aio.AioRpcError(
         grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details
     )
@@ -142,7 +142,7 @@ def check_decisions(decisions: Sequence[str]) -> None:
 
 
 def names_of(decisions: Sequence[str]) -> tuple[str, ...]:
-    """Return the names in *decisions*; those of a tuple are checked when it is sent."""
+    """Return *decisions* as a tuple; `is_request` checks the names in a tuple."""
     return decisions if type(decisions) is tuple else tuple(_names(decisions))
 
 
@@ -381,7 +381,7 @@ def decision_tree_of(
     Return the *wanted* decisions by policy path.
 
     Raises:
-        TypeError: The answer holds something else than decisions.
+        TypeError: The answer holds something that is not a decision.
         grpc.aio.AioRpcError: It cannot be read. INTERNAL.
     """
     try:

@@ -94,16 +94,9 @@ class Calls:
             "connection was closed under it, or the server broke the protocol"
         )
 
-    def not_sent(self, method: str) -> Exception:
-        """
-        Return the error of a call on a connection that has ended.
-
-        Sent nevertheless, it would make the channel connect again: without a pause,
-        and, if the server hangs up each time, again and again under this one call.
-        """
-        if self.closed:
-            return self.lost(method)
-        return NotSent(method, self._target)
+    def not_sent(self, method: str, why: str) -> Exception:
+        """Return the error of a call for which there is no connection."""
+        return self.lost(method) if self.closed else NotSent(method, self._target, why)
 
     def cut_off(self) -> None:
         """Cancel all calls, and let those who wait for them go at once."""

@@ -43,7 +43,7 @@ _SPREAD = '{"loadBalancingConfig":[{"pick_first":{"shuffleAddressList":true}}]}'
 
 _MAX_INT = 2**31 - 1
 READY = grpc.ChannelConnectivity.READY
-_IDLE = grpc.ChannelConnectivity.IDLE
+_ENDED = {grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.SHUTDOWN}
 _FAILED = grpc.ChannelConnectivity.TRANSIENT_FAILURE
 
 
@@ -111,11 +111,11 @@ async def until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) -> 
             # gRPC's own retries are not waited for: the pool paces attempts.
             await _raise_reason(channel, options)
         await _until_changed(channel, state)
-        # A channel that is IDLE again had a connection and lost it. To connect again
-        # here would have no pause, because gRPC only pauses after an attempt that
-        # failed: a server that hangs up at once gets hundreds of connects a second.
+        # A channel that is IDLE again has lost its connection. gRPC pauses only after
+        # an attempt that failed. If this function connected again, a server that hangs
+        # up at once would get hundreds of connects a second.
         state = channel.get_state(try_to_connect=False)
-        if state is _IDLE:
+        if state in _ENDED:
             raise hung_up(options)
 
 

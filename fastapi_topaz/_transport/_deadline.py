@@ -13,7 +13,7 @@ import time
 from functools import partial
 
 
-__all__ = ["core_deadline", "monotonic"]
+__all__ = ["core_deadline", "left", "monotonic"]
 
 
 # In objects of their own: freezegun replaces the functions that modules refer to.
@@ -35,3 +35,8 @@ if sys.platform == "linux":
 def core_deadline(timeout: float) -> float:
     """Return the deadline for gRPC's core of a call that may take *timeout* seconds."""
     return _wall_clock() + _LATE + timeout
+
+
+def left(deadline: float | None) -> float | None:
+    """Return the seconds until *deadline*, which is one of `monotonic()`."""
+    return None if deadline is None else max(0.0, deadline - monotonic())

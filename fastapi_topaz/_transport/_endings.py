@@ -42,18 +42,19 @@ class Ending(enum.Enum):
 
 class NotSent(grpc.aio.AioRpcError):  # type: ignore[misc]
     """
-    The error of a call that was not sent, because its connection had ended.
+    The error of a call that was not sent: its connection had ended, and *why* tells
+    why it could not be made again.
 
     Callers get it as any UNAVAILABLE. Only this package asks for the class.
     """
 
-    def __init__(self, method: str, target: str) -> None:
+    def __init__(self, method: str, target: str, why: str) -> None:
         super().__init__(
             grpc.StatusCode.UNAVAILABLE,
             grpc.aio.Metadata(),
             grpc.aio.Metadata(),
             f"the call {method} was not sent: the connection to {target} has ended "
-            "(GOAWAY, or the socket was closed)",
+            f"(GOAWAY, or the socket was closed), and then: {why}",
         )
 
 

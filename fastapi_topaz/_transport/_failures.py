@@ -31,6 +31,7 @@ __all__ = [
     "hung_up",
     "in_time",
     "no_authorizer",
+    "out_of_time",
 ]
 
 
@@ -333,6 +334,15 @@ def no_authorizer(target: str) -> ConnectFailed:
         f"Topaz's authorizer, which is 8282 by default",
         permanent=True,
     )
+
+
+def out_of_time() -> Exception:
+    """Return the error of a call whose deadline came before it was sent."""
+    none = grpc.aio.Metadata()
+    error: Exception = grpc.aio.AioRpcError(
+        grpc.StatusCode.DEADLINE_EXCEEDED, none, none, details="Deadline Exceeded"
+    )
+    return error
 
 
 _EARLY = 0.01

@@ -28,12 +28,14 @@ from fastapi_topaz._transport._channel import (
     until_reported,
 )
 from fastapi_topaz._transport._closed_loop import take_last_events
+from fastapi_topaz._transport._deadline import left, monotonic
 from fastapi_topaz._transport._endings import Ending, ending
 from fastapi_topaz._transport._failures import (
     connect_timed_out,
     each_failed,
     hung_up,
     no_authorizer,
+    out_of_time,
 )
 from fastapi_topaz._transport._peer import Peer
 from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
@@ -95,7 +97,9 @@ class Link:
         self._peer = peer
         self.peer = peer.address()
         self._target = options.url
+        self._options = options
         self._loop = asyncio.get_running_loop()
+        self._connecting: asyncio.Task[str | None] | None = None
         self._calls = self.new_calls(options)
         # Twice for each call: get_state() takes four times as long as what it asks.
         self._check: Callable[[bool], int]
@@ -130,7 +134,7 @@ class Link:
         try:
             async with asyncio.timeout(timeout):
                 await until_ready(channel, options)
-            # Making it takes long enough to see whether the server hangs up at once.
+            # Making the link takes 0.3 ms. By then it shows if the server hangs up.
             link = cls(channel, peer, options)
             if link.is_lost():
                 raise hung_up(options)
@@ -164,10 +168,16 @@ class Link:
         *,
         timeout: float | None,
         metadata: Metadata,
+        resent: bool = False,
     ) -> bytes:
-        """Make one call and return its response."""
+        """
+        Make one call and return its response.
+
+        gRPC's own retries are off. So a call that the server has not processed, because
+        it sent GOAWAY, is sent once more here.
+        """
         if self.is_lost():
-            raise self._calls.not_sent(method)
+            timeout = await self.connect_again(method, timeout)
         ended = self._loop.create_future()
 
         def wake() -> None:
@@ -181,8 +191,55 @@ class Link:
         except asyncio.CancelledError:
             call.cancel("cancelled by the caller")
             raise
+        except grpc.aio.AioRpcError as error:
+            if resent or ending(error) is not Ending.GOAWAY:
+                raise
+            # A proxy may quote the words of a GOAWAY that it got itself.
+            if not await self.is_lost_soon():
+                raise
+            rest = left(call.deadline)
         finally:
             del call
+        return await self.call(
+            method, request, timeout=rest, metadata=metadata, resent=True
+        )
+
+    async def connect_again(self, method: str, timeout: float | None) -> float | None:
+        """
+        Connect for a call of *method*, and return the rest of its *timeout*.
+
+        A server may end a connection between its lease and the call. A call that is
+        begun then makes the channel connect, without a pause. If the server hangs up
+        each time, one call makes dozens of connections. This makes one at most.
+
+        Raises:
+            grpc.aio.AioRpcError: There is no connection, or not in time.
+            ConnectionLost: The link is closed.
+        """
+        if self._calls.closed:
+            raise self._calls.lost(method)
+        # One task for all callers. It is not cancelled with one of them, because that
+        # closes the channel.
+        connecting = self._connecting
+        if connecting is None or connecting.done():
+            connecting = self._loop.create_task(self._until_ready())
+            self._connecting = connecting
+        deadline = None if timeout is None else monotonic() + timeout
+        await asyncio.wait([connecting], timeout=timeout)
+        if not connecting.done():
+            raise out_of_time()
+        if (why := connecting.result()) is not None:
+            raise self._calls.not_sent(method, why)
+        return left(deadline)
+
+    async def _until_ready(self) -> str | None:
+        """Return when the channel is ready, or why it is not."""
+        try:
+            await until_ready(self._channel, self._options)
+        # The other one, if the channel is closed meanwhile.
+        except (ConnectFailed, grpc.aio.UsageError) as error:
+            return str(error)
+        return None
 
     def judge(self, error: BaseException, /) -> Verdict | None:
         """Return what *error*, raised by a call, says of the connection itself."""
@@ -263,7 +320,7 @@ class Link:
                 return error.code()
             if found in _NO_ANSWERS:
                 raise
-            if found is Ending.CUT_OFF and await self._is_lost_soon():
+            if found is Ending.CUT_OFF and await self.is_lost_soon():
                 raise
         else:
             return grpc.StatusCode.OK
@@ -275,7 +332,7 @@ class Link:
             details=f"an answer without a gRPC status: {details}",
         )
 
-    async def _is_lost_soon(self) -> bool:
+    async def is_lost_soon(self) -> bool:
         """Say whether the connection is lost, also if the channel is late to notice."""
         for _ in range(10):
             if self.is_lost():
@@ -298,6 +355,8 @@ class Link:
             _fork.forget(self._channel)
             if self._calls:
                 await until_reported(self._when_quiet())
+            if self._connecting is not None:
+                await until_reported(self._connecting)
 
     def abandon(self) -> None:
         """Close the channel without waiting, because its event loop was closed."""

@@ -12,11 +12,14 @@ import contextlib
 import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import grpc.aio
 import trio
 
 from fastapi_topaz._transport._call import is_direct
 from fastapi_topaz._transport._calls import LAST_CALLS
 from fastapi_topaz._transport._channel import PROBE
+from fastapi_topaz._transport._deadline import left
+from fastapi_topaz._transport._endings import Ending, ending
 from fastapi_topaz._transport._link import Link
 from fastapi_topaz._transport._loop_thread import LoopThread
 
@@ -178,21 +181,38 @@ class BridgedLink:
         *,
         timeout: float | None,
         metadata: Metadata,
+        resent: bool = False,
     ) -> bytes:
-        """Make one call and return its response."""
-        if self._calls.closed or self.is_lost():
-            raise self._calls.not_sent(method)
+        """Make one call and return its response; see `Link.call`."""
+        if self._calls.closed:
+            raise self._calls.lost(method)
         if not is_direct():
             ask = functools.partial(
                 self._link.call, method, request, timeout=timeout, metadata=metadata
             )
             return await _Forward(self._thread).run(ask)
+        if self.is_lost():
+            connect = functools.partial(self._link.connect_again, method, timeout)
+            timeout = await _Forward(self._thread).run(connect)
         waiter = _Waiter()
         waiter.call = self._thread.lend(
             self._calls.begin, waiter.wake, method, request, timeout, metadata
         )
         await trio.lowlevel.wait_task_rescheduled(waiter.abort)
-        return self._calls.result(waiter.take(), method)
+        call = waiter.take()
+        try:
+            return self._calls.result(call, method)
+        except grpc.aio.AioRpcError as error:
+            if resent or ending(error) is not Ending.GOAWAY:
+                raise
+            if not await _Forward(self._thread).run(self._link.is_lost_soon):
+                raise
+            rest = left(call.deadline)
+        finally:
+            del call
+        return await self.call(
+            method, request, timeout=rest, metadata=metadata, resent=True
+        )
 
     async def probe(self, timeout: float, /) -> None:
         """Ask the authorizer for its version; see `Link.probe`."""
