@@ -29,11 +29,12 @@ def check_saturation(runtime: Runtime) -> None:
         PoolSaturated: `max_waiting` callers wait for capacity already.
     """
     allowed = runtime.options.max_waiting
-    state, tokens = runtime.state, runtime.tokens()
-    if allowed is None or tokens < runtime.options.capacity:
+    if allowed is None:
         return
-    # Those who hold a token wait for a connection, not for capacity.
-    entitled = tokens - state.in_use
+    state = runtime.state
+    # The first callers in the queue wait for a connection, not for capacity. Tokens do
+    # not show how many: a dismissed caller holds one until its task has run.
+    entitled = max(0, runtime.options.capacity - state.in_use)
     if len(state.waiting) - entitled >= allowed:
         runtime.counters.rejected += 1
         raise PoolSaturated(

@@ -18,8 +18,9 @@ from fastapi_topaz import (
     PoolTimeout,
     _leaks,
 )
+from fastapi_topaz._entry import Lease
 from fastapi_topaz._leaks import STACK_DEPTH, Leaks, _Holder
-from fastapi_topaz._refusals import failed
+from fastapi_topaz._refusals import check_saturation, failed
 from fastapi_topaz._status import PoolCounters
 from fastapi_topaz._transport import Verdict
 from fastapi_topaz.testing import FakeConnector, fail, hang, slow
@@ -611,3 +612,30 @@ async def test_a_task_without_a_name_is_told_of_as_such(monkeypatch):
 
     monkeypatch.setattr(_leaks.anyio, "get_current_task", Task)
     assert str(_Holder.here()).startswith("task 'without a name', which")
+
+
+async def test_dismissed_callers_let_no_more_wait_than_max_waiting():
+    options = {"max_connections": 1, "max_waiting": 1, "acquire_timeout": 50}
+    async with make(FakeConnector(default=hang()), **options) as pool:
+
+        async def dismissed():
+            with pytest.raises(PoolTimeout):
+                await pool.acquire()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dismissed)
+            await queued(pool, 1)
+            runtime = pool._runtime
+            (lease,) = runtime.state.waiting
+            lease.deadline = runtime.now()
+            # It holds the only token until it has had its turn.
+            runtime.expire()
+            others = [Lease(), Lease()]
+            for other in others:
+                check_saturation(runtime)
+                runtime.state.enqueue(other)
+            # One waits for a connection and one for capacity, as many as may.
+            with pytest.raises(PoolSaturated):
+                check_saturation(runtime)
+            for other in others:
+                runtime.state.withdraw(other, runtime.now())
