@@ -149,7 +149,7 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
-@nox.session
+@nox.session(python=False)
 def nightly(session: nox.Session) -> None:
     """
     Run what takes long: soak, models, shuffled loops, mutants and benchmarks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -60,6 +61,7 @@ def environment(**more):
 
 
 def run(*args, **env):
+    """Run the command in a process of its own."""
     done = subprocess.run(
         command(*args),
         env=environment(**env),
@@ -71,34 +73,73 @@ def run(*args, **env):
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-MANY = """
-import contextlib, io, json, sys
-from fastapi_topaz.cli import main
+FORKS = """
+import importlib, json, os, sys, traceback
+# These take most of the time of a start, and none of them is of the extra.
+import fastapi, fastapi_topaz.testing
 
-ended = []
-for args in json.loads(sys.argv[1]):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(args)
-        except SystemExit as error:
-            ended.append((error.code or 0, out.getvalue(), err.getvalue()))
-print(json.dumps(ended))
+class Blocker:
+    def __init__(self, name):
+        assert name not in sys.modules
+        self.name = name
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == self.name:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+def main(args, env, without, out, err):
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(env)
+    if without:
+        sys.meta_path.insert(0, Blocker(without))
+    try:
+        importlib.import_module("fastapi_topaz.cli").main(args)
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        code = main(**json.loads(line))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def run_each(lines):
-    """Run one command line after the other in one process, which starts slowly."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", MANY, json.dumps(lines)],
+@pytest.fixture(scope="module")
+def run_forked(tmp_path_factory):
+    """A `run` for many: in forks of one process, because a start takes a second."""
+    folder = tmp_path_factory.mktemp("forked")
+    numbers = itertools.count()
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", FORKS],
         env=environment(),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         encoding="utf-8",
-        timeout=50,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return [Ended(*ended) for ended in json.loads(done.stdout)]
+        start_new_session=True,
+    ) as process:
+
+        def run_forked(*args, without=None, **env):
+            number = next(numbers)
+            out, err = folder / f"{number}.out", folder / f"{number}.err"
+            task = {"args": args, "env": environment(**env), "without": without}
+            process.stdin.write(json.dumps(task | {"out": str(out), "err": str(err)}))
+            process.stdin.write("\n")
+            process.stdin.flush()
+            code = int(process.stdout.readline())
+            return Ended(code, out.read_text("utf-8"), err.read_text("utf-8"))
+
+        yield run_forked
+        # With a child that hangs.
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -141,30 +182,29 @@ def test_there_are_never_more_connections_than_allowed(demo):
     assert total == idle + busy <= 10
 
 
-def test_streams_and_requests_are_as_many_as_asked_for():
-    """In one process, which starts slowly."""
-    streams, one = run_each(
-        [
-            ["demo", "--requests", "50", "--streams", "5"],
-            ["demo", "--requests", "1", "--concurrency", "7"],
-        ]
-    )
+def test_streams_are_the_capacity_of_a_connection(run_forked):
+    ended = run_forked("demo", "--requests", "50", "--streams", "5")
 
-    assert streams.code == 0
-    assert streams.row("afterwards")[-1] == "0/50"
-    assert one.code == 0
-    assert one.number("requests") == one.number("allowed (200)") == 1
+    assert ended.code == 0
+    assert ended.row("afterwards")[-1] == "0/50"
 
 
-def test_proxies_of_the_environment_are_not_asked(nobody):
-    ended = run("demo", "--requests", "8", HTTP_PROXY=f"http://{nobody}")
+def test_one_request_is_enough(run_forked):
+    ended = run_forked("demo", "--requests", "1", "--concurrency", "7")
+
+    assert ended.code == 0
+    assert ended.number("requests") == ended.number("allowed (200)") == 1
+
+
+def test_proxies_of_the_environment_are_not_asked(nobody, run_forked):
+    ended = run_forked("demo", "--requests", "8", HTTP_PROXY=f"http://{nobody}")
 
     assert ended.code == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_real_topaz_that_is_not_there(backend, nobody):
-    ended = run(
+def test_a_real_topaz_that_is_not_there(backend, nobody, run_forked):
+    ended = run_forked(
         *("demo", "--url", nobody, "--insecure", "--backend", backend),
         *("--requests", "500", "--concurrency", "10"),
     )
@@ -181,7 +221,7 @@ def test_a_real_topaz_that_is_not_there(backend, nobody):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_real_topaz_may_decide_as_it_likes(backend):
+def test_a_real_topaz_may_decide_as_it_likes(backend, run_forked):
     with EmbeddedAuthorizer(
         {
             "other.GET.documents": False,
@@ -191,7 +231,7 @@ def test_a_real_topaz_may_decide_as_it_likes(backend):
         tls=True,
         api_key="secret",
     ) as topaz:
-        ended = run(
+        ended = run_forked(
             *("demo", "--url", topaz.url, "--cert", topaz.ca_cert_path),
             *("--policy-root", "other", "--requests", "80", "--backend", backend),
             TOPAZ_API_KEY="secret",
@@ -203,10 +243,10 @@ def test_a_real_topaz_may_decide_as_it_likes(backend):
         assert topaz.connections_accepted <= 10
 
 
-def test_some_requests_that_fail_are_enough_for_exit_code_1():
+def test_some_requests_that_fail_are_enough_for_exit_code_1(run_forked):
     policies = {"myapp.GET.documents": True, "myapp.GET.documents.__id": True}
     with EmbeddedAuthorizer(policies) as topaz:
-        ended = run("demo", "--url", topaz.url, "--insecure", "--requests", "80")
+        ended = run_forked("demo", "--url", topaz.url, "--insecure", "--requests", "80")
 
     assert (ended.code, ended.err) == (1, "")
     assert ended.number("requests") == 80
@@ -236,94 +276,43 @@ QUESTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def said():
-    """What each command line that starts no demo ended with."""
-    lines = [*WRONG, *QUESTIONS]
-    ended = run_each([line.split() for line in lines])
-    return dict(zip(lines, ended, strict=True))
-
-
 @pytest.mark.parametrize("line, complaint", WRONG.items())
-def test_wrong_usage(line, complaint, said):
-    assert said[line].code == 2
-    assert complaint in said[line].err
-    assert "Traceback" not in said[line].err
+def test_wrong_usage(line, complaint, run_forked):
+    ended = run_forked(*line.split())
+    assert ended.code == 2
+    assert complaint in ended.err
+    assert "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize("line, answer", QUESTIONS.items())
-def test_questions_about_itself(line, answer, said):
-    assert (said[line].code, said[line].err) == (0, "")
-    assert re.search(answer, said[line].out, re.MULTILINE)
+def test_questions_about_itself(line, answer, run_forked):
+    ended = run_forked(*line.split())
+    assert (ended.code, ended.err) == (0, "")
+    assert re.search(answer, ended.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("line", ["dmeo", "--version"])
-def test_a_process_of_its_own_says_the_same(line, said):
-    assert run(*line.split()) == said[line]
+def test_a_process_of_its_own_says_the_same(line, run_forked):
+    assert run(*line.split()) == run_forked(*line.split())
 
 
-MISSING = """
-import contextlib, io, json, os, sys
-# What takes long to import and needs none of the extra; the forks have it then.
-import fastapi_topaz
+@pytest.mark.parametrize(
+    "name, backend",
+    [
+        ("typer", "asyncio"),
+        ("rich", "asyncio"),
+        ("httpx", "asyncio"),
+        ("uvicorn", "asyncio"),
+        ("hypercorn", "trio"),
+        ("trio", "trio"),
+    ],
+)
+def test_the_extra_is_named_when_it_is_not_installed(name, backend, run_forked):
+    ended = run_forked("demo", "--backend", backend, without=name)
 
-class Blocker:
-    def __init__(self, name):
-        self.name = name
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == self.name:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-def ended(name, backend):
-    assert name not in sys.modules
-    sys.meta_path.insert(0, Blocker(name))
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            from fastapi_topaz.cli import main
-            main(["demo", "--backend", backend])
-        except SystemExit as error:
-            return error.code or 0, out.getvalue(), err.getvalue()
-
-for name, backend in json.loads(sys.argv[1]):
-    if os.fork() == 0:
-        print(json.dumps([name, ended(name, backend)]), flush=True)
-        os._exit(0)
-    os.wait()
-"""
-EXTRA = {
-    "typer": "asyncio",
-    "rich": "asyncio",
-    "httpx": "asyncio",
-    "uvicorn": "asyncio",
-    "hypercorn": "trio",
-    "trio": "trio",
-}
-
-
-@pytest.fixture(scope="module")
-def without():
-    """How the demo ends without each module of the extra."""
-    done = subprocess.run(
-        [sys.executable, "-c", MISSING, json.dumps(list(EXTRA.items()))],
-        env=environment(),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=50,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {name: Ended(*ended) for name, ended in lines}
-
-
-@pytest.mark.parametrize("name", EXTRA)
-def test_the_extra_is_named_when_it_is_not_installed(name, without):
-    assert without[name].code == 2
+    assert ended.code == 2
     assert re.fullmatch(
-        rf"{name}\S* is missing: pip install 'fastapi-topaz\[demo\]'\n",
-        without[name].err,
+        rf"{name}\S* is missing: pip install 'fastapi-topaz\[demo\]'\n", ended.err
     )
 
 

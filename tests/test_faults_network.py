@@ -643,7 +643,7 @@ silences = pytest.mark.parametrize("silence", ["half_open", "freeze"])
 async def test_two_calls_without_an_answer_have_all_silent_connections_evicted(
     silence, proxy
 ):
-    options = {"health_check_timeout": 0.3, "connection_timeout": 2, "max_retries": 0}
+    options = {"health_check_timeout": 0.3, "connection_timeout": 1, "max_retries": 0}
     pool = pool_to(via(proxy), min_connections=2, eager_init=True, **options)
     async with pool:
         leases = [await pool.acquire() for _ in range(2)]
@@ -676,7 +676,7 @@ async def test_silent_connections_that_nobody_uses_are_evicted_by_the_health_che
         eager_init=True,
         health_check_interval=0.1,
         health_check_timeout=0.3,
-        connection_timeout=2,
+        connection_timeout=1,
     )
     async with pool:
         old = [entry.connection for entry in pool._runtime.state.open]

@@ -67,7 +67,7 @@ async def test_while_the_server_is_down_callers_fail_fast_with_the_cause():
                 assert caught.value.__cause__ is not None
                 await anyio.sleep(0.01)
 
-        with anyio.move_on_after(60):
+        with anyio.move_on_after(20):
             async with anyio.create_task_group() as tasks:
                 for _ in range(20):
                     tasks.start_soon(caller)
@@ -77,7 +77,7 @@ async def test_while_the_server_is_down_callers_fail_fast_with_the_cause():
 
 
 @pytest.mark.parametrize(
-    "callers", [1, 10, 60, pytest.param(200, marks=pytest.mark.slow)]
+    "callers", [1, 10, 30, pytest.param(200, marks=pytest.mark.slow)]
 )
 async def test_the_rate_of_attempts_is_bounded_and_does_not_grow_with_callers(callers):
     connector = Timed(default=fail())
@@ -231,7 +231,7 @@ async def test_recovery_takes_a_moment_however_long_the_outage_was(outage):
         assert anyio.current_time() - back <= 2.2
 
 
-@pytest.mark.parametrize("outage", [3, 60])
+@pytest.mark.parametrize("outage", [3, 20])
 async def test_who_waits_when_the_server_is_back_is_served_within_half_a_second(outage):
     connector = FakeConnector()
     async with make(connector, max_connections=10) as pool:
@@ -463,7 +463,7 @@ async def test_connections_that_are_lost_soon_are_not_made_faster_than_failed_on
                 async with pool.acquire():
                     await anyio.sleep(0.02)
 
-        with anyio.move_on_after(30):
+        with anyio.move_on_after(15):
             async with anyio.create_task_group() as tasks:
                 for _ in range(20):
                     tasks.start_soon(caller)
@@ -486,7 +486,7 @@ async def test_a_replica_that_stays_sick_does_not_keep_the_others_rotating(goes_
         pool._runtime.state.rotation._respread.clear()
         attempts = connector.attempts
         connector.connections[0].hung_up = True
-        await anyio.sleep(3600)
+        await anyio.sleep(900)
         # One in its stead, and three times ten, of which each third goes wrong.
         assert connector.attempts - attempts <= 50
 
