@@ -208,7 +208,7 @@ def test_a_pool_that_was_open_before_the_fork_and_is_closed_works_after_it(
     assert len(served.workers(2)) == 2
     assert {answer.built_in for answer in served.answers} == {served.pid}
     # One is the application's own, the others are the first probes of connections.
-    assert topaz.calls["Info"] == 1 + topaz.connections_accepted
+    served.until(lambda: topaz.calls["Info"] == 1 + topaz.connections_accepted)
     assert_counts_agree(served, topaz)
     assert_ended_clean(served, topaz, served.stop())
 
@@ -423,4 +423,6 @@ def test_what_no_retry_can_mend_stops_the_server_as_it_starts(server, serve, tmp
     served = serve(server, 1, env={"TOPAZ_CERT": missing})
 
     assert served.ended() != 0
-    assert f"must be a readable PEM file, got {missing!r}" in served.log
+    assert (
+        f"must be a readable PEM file of CA certificates, got {missing!r}" in served.log
+    )

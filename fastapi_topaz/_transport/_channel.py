@@ -7,6 +7,7 @@ All of this is for a channel that owns one TCP connection: see `_link`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PROBE",
     "READY",
+    "close_without_loop",
     "open_channel",
     "until_ready",
     "until_reported",
@@ -96,6 +98,14 @@ def open_channel(options: AuthorizerOptions, timeout: float) -> grpc.aio.Channel
         channel = grpc.aio.secure_channel(options.url, credentials, options=arguments)
     learn(channel)
     return channel
+
+
+def close_without_loop(channel: Any) -> None:
+    """Close *channel*, which has no calls in flight, when no event loop runs."""
+    # close() of grpc.aio asks for the tasks of the running loop before 1.84. There is
+    # none, which is an error.
+    with contextlib.suppress(AttributeError):  # else its destructor closes it
+        channel._channel.close()  # noqa: SLF001
 
 
 async def until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:

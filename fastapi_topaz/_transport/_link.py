@@ -23,6 +23,7 @@ from fastapi_topaz._transport._call import is_direct
 from fastapi_topaz._transport._calls import Calls
 from fastapi_topaz._transport._channel import (
     PROBE,
+    close_without_loop,
     open_channel,
     until_ready,
     until_reported,
@@ -139,10 +140,12 @@ class Link:
             if link.is_lost():
                 raise hung_up(options)
         except BaseException as error:  # noqa: BLE001  (raised again)
+            tried = peer.tried() if isinstance(error, Exception) else []
             if isinstance(error, GeneratorExit):
                 take_last_events(loop)
-            tried = peer.tried() if isinstance(error, Exception) else []
-            await channel.close()
+                close_without_loop(channel)
+            else:
+                await channel.close()
             _fork.forget(channel)
             # The pool keeps its last error; its frames must not keep the channel.
             del channel, link
@@ -362,11 +365,8 @@ class Link:
         """Close the channel without waiting, because its event loop was closed."""
         take_last_events(self._loop)
         self._calls.abandon()
-        closing = self._channel.close()
-        try:
-            closing.send(None)  # without grace it waits for nothing
-        except StopIteration:
-            _fork.forget(self._channel)
+        close_without_loop(self._channel)
+        _fork.forget(self._channel)
 
     async def until_quiet(self, timeout: float) -> None:
         """Return when the last call has ended, or after *timeout* seconds."""
