@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastapi_topaz._interrupts import protected
 from fastapi_topaz._lease import PooledConnection
 from fastapi_topaz._slips import LEASE_FORM, NotAsync
 from fastapi_topaz.exceptions import PoolMisuse
@@ -44,6 +45,7 @@ class Acquire(NotAsync):
             "a task needs a coroutine function that does so>"
         )
 
+    @protected
     def __await__(self) -> Generator[Any, Any, PooledConnection]:
         conn = self._pool._acquire_nowait()  # noqa: SLF001
         if conn is None:
@@ -52,6 +54,7 @@ class Acquire(NotAsync):
             conn = yield from waiting.__await__()
         return conn
 
+    @protected
     async def __aenter__(self) -> PooledConnection:
         if self._entered:
             raise PoolMisuse("this acquire() is entered already; call acquire() again")
@@ -68,6 +71,7 @@ class Acquire(NotAsync):
         self._conn = conn
         return conn
 
+    @protected
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,

@@ -17,6 +17,7 @@ import anyio
 
 from fastapi_topaz._conformity import defect_of
 from fastapi_topaz._errors import kind_of, logged, told, words
+from fastapi_topaz._interrupts import protected
 from fastapi_topaz._snapshot import peer_of
 from fastapi_topaz._transport import Verdict
 from fastapi_topaz.exceptions import ConnectFailed, PoolError, PoolMisuse
@@ -81,6 +82,7 @@ async def _within(
         raise ConnectionAbortedError("it was cancelled on asyncio") from error
 
 
+@protected
 async def connect(runtime: Runtime, entry: PoolEntry) -> None:
     """Make one attempt to establish the connection of *entry*."""
     scope = anyio.CancelScope()
@@ -281,6 +283,7 @@ def _failed(runtime: Runtime, entry: PoolEntry, error: ConnectFailed) -> None:
     )
 
 
+@protected
 async def probe(runtime: Runtime, entry: PoolEntry) -> None:
     """Ask *entry* for an answer, unless that is being done."""
     if not entry.probing:
@@ -288,6 +291,7 @@ async def probe(runtime: Runtime, entry: PoolEntry) -> None:
         await probe_claimed(runtime, entry)
 
 
+@protected
 async def probe_claimed(runtime: Runtime, entry: PoolEntry) -> None:
     """Ask *entry* for an answer within `health_check_timeout`; ends its `probing`."""
     try:
@@ -418,6 +422,7 @@ def _unanswered(
     )
 
 
+@protected
 async def close(runtime: Runtime, entry: PoolEntry) -> None:
     """Close the connection of *entry*, whose leases are back or out of time."""
     where, reason = place(runtime, entry), entry.retired or "close"

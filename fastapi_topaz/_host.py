@@ -16,6 +16,7 @@ from anyio.lowlevel import current_token
 
 from fastapi_topaz._clock import Clock
 from fastapi_topaz._fork import current as process
+from fastapi_topaz._interrupts import protect
 from fastapi_topaz.exceptions import PoolMisuse
 
 
@@ -193,6 +194,8 @@ class Home:
             self._task.add_done_callback(ended)
         else:
             import trio  # noqa: PLC0415
+
+            protect()
 
             async def run() -> None:
                 try:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from fastapi_topaz import _connections
+from fastapi_topaz._interrupts import protected
 from fastapi_topaz._redaction import clear_frames
 
 
@@ -153,6 +154,7 @@ async def _pause(runtime: Runtime, interval: float) -> None:
     await runtime.clock.sleep(interval or math.inf)
 
 
+@protected
 async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
     """Start what the state asks for: attempts to connect, and closings."""
     state = runtime.state
@@ -181,6 +183,7 @@ def _next_look(state: PoolState, now: float) -> float:
     return min(state.attempts.next_overdue(), attempt if attempt > now else math.inf)
 
 
+@protected
 async def _timekeeper(runtime: Runtime) -> None:
     """Send those away who have waited for too long."""
     while True:
@@ -190,6 +193,7 @@ async def _timekeeper(runtime: Runtime) -> None:
         runtime.expire()
 
 
+@protected
 async def _reaper(runtime: Runtime) -> None:
     """Every `idle_check_interval` close what was idle for `max_idle_time`."""
     while True:
@@ -205,6 +209,7 @@ async def _reaper(runtime: Runtime) -> None:
         runtime.settle()
 
 
+@protected
 async def _rotator(runtime: Runtime) -> None:
     """Have connections replaced whose time is over."""
     while True:
@@ -215,6 +220,7 @@ async def _rotator(runtime: Runtime) -> None:
         runtime.settle()
 
 
+@protected
 async def _lookout(runtime: Runtime) -> None:
     """Every second retire what was lost, and look closely at one of the others."""
     state = runtime.state
@@ -243,17 +249,11 @@ def _look_closely(runtime: Runtime, entry: PoolEntry) -> None:
         logger.debug("%s: look_closely() failed", runtime.label, exc_info=True)
 
 
+@protected
 async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:
     """Every `health_check_interval` probe what has proved nothing since."""
     places = anyio.Semaphore(PROBES_AT_ONCE)
     state = runtime.state
-
-    async def probe(entry: PoolEntry) -> None:
-        try:
-            await _connections.probe(runtime, entry)
-        finally:
-            places.release()
-
     last_round = runtime.now()
     while True:
         await _pause(runtime, runtime.options.health_check_interval)
@@ -263,12 +263,23 @@ async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:
             # The next round waits for this one, or slow probes would pile up.
             await places.acquire()
             if entry.proven_at <= last_round and not entry.suspect:
-                tasks.start_soon(probe, entry)
+                tasks.start_soon(_probe_in_round, runtime, entry, places)
             else:
                 places.release()
         last_round = this_round
 
 
+@protected
+async def _probe_in_round(
+    runtime: Runtime, entry: PoolEntry, places: anyio.Semaphore
+) -> None:
+    try:
+        await _connections.probe(runtime, entry)
+    finally:
+        places.release()
+
+
+@protected
 async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
     """Probe suspects at once, each for itself: one may hang, another one be needed."""
     outage = runtime.state.outage
@@ -284,6 +295,7 @@ async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
             tasks.start_soon(_connections.probe_claimed, runtime, due)
 
 
+@protected
 async def _leak_watcher(runtime: Runtime, leaks: Leaks) -> None:
     """Warn of each lease that is held for longer than `leak_threshold`."""
     while True:

@@ -9,6 +9,7 @@ import attrs
 
 from fastapi_topaz._acquire import Acquire
 from fastapi_topaz._entry import Lease
+from fastapi_topaz._interrupts import protected
 from fastapi_topaz._lease import PooledConnection
 from fastapi_topaz._life import PoolLife
 from fastapi_topaz._options import (
@@ -298,6 +299,7 @@ class ConnectionPool(PoolLife, NotAsync, NotCopied):
             )
         return PooledConnection(self, runtime, lease)
 
+    @protected
     def _release(self, conn: PooledConnection, *, discard: bool = False) -> None:
         lease = conn._lease  # noqa: SLF001
         if lease is None:

@@ -3,6 +3,11 @@ gRPC for trio: a link that lives on the loop thread, driven from trio tasks.
 
 Nothing here blocks trio's thread. A call is begun in it, and its end comes through the
 loop thread, which costs one wake-up of each.
+
+The loop thread wakes a task of trio when its operation has ended. If Ctrl-C raised
+KeyboardInterrupt between the begin of the operation and the wait, the task would be
+awake already, and trio aborts the program. So these functions are protected: trio
+raises it when the task waits.
 """
 
 from __future__ import annotations
@@ -73,6 +78,7 @@ class _Forward:
         self._thread = thread
         self._running: asyncio.Task[Any] | None = None
 
+    @trio.lowlevel.enable_ki_protection
     async def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         token = trio.lowlevel.current_trio_token()
         task = trio.lowlevel.current_task()
@@ -174,6 +180,7 @@ class BridgedLink:
             raise
         return cls(link, thread, options)
 
+    @trio.lowlevel.enable_ki_protection
     async def call(
         self,
         method: str,
