@@ -124,7 +124,7 @@ _CHANGES_STATE = {
     f"fastapi_topaz.{module}"
     for module in (
         *("_runtime", "_state", "_attempts", "_rotation", "_leaks", "_clock"),
-        *("_maintenance", "_connections"),
+        *("_maintenance", "_connections", "_readiness"),
     )
 }
 

@@ -13,6 +13,7 @@ import anyio
 import attrs
 import grpc
 
+from fastapi_topaz._errors import kind_of, logged
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._messages import is_request
 from fastapi_topaz._options import (
@@ -25,13 +26,14 @@ from fastapi_topaz._options import (
     text,
 )
 from fastapi_topaz._pool import ConnectionPool
+from fastapi_topaz._readiness import is_ready
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rego import check_name, check_reference
 from fastapi_topaz._resource import EXACT
 from fastapi_topaz._slips import NotCopied
 from fastapi_topaz._telemetry import Tracing
 from fastapi_topaz._transport import is_unprocessed
-from fastapi_topaz.exceptions import ConnectionLost, TopazError
+from fastapi_topaz.exceptions import ConnectionLost, PoolMisuse, TopazError
 
 
 if TYPE_CHECKING:
@@ -184,6 +186,43 @@ class TopazConfig(NotCopied):
                 yield
         finally:
             self._log_limit.flush(everything=True)
+
+    @boundary
+    async def is_ready(self, timeout: float = 1.0) -> bool:
+        """
+        Ask whether the authorizer answers, for a readiness probe.
+
+        Opens the pool if it was not used yet. If the authorizer answered within the
+        last second, and nothing failed since, this returns True at once. Otherwise one
+        connection asks for its version (the RPC `Info`), and is made before if none is
+        open. Many callers at the same time share that call. It needs no free lease.
+
+        An error is logged and is not ready. So is a pool that the application closed:
+        this does not open it again.
+
+        Args:
+            timeout: Seconds it may take, more than 0. Default 1.
+
+        Returns:
+            True only if the authorizer answered, with OK or an error status of its
+            own. UNAVAILABLE is no answer, and neither is a page of a proxy.
+
+        Raises:
+            TypeError, ValueError: *timeout* is not a number of seconds above 0.
+        """
+        timeout = seconds("timeout", timeout, zero=False, infinite=False)
+        try:
+            return await is_ready(self.connection_pool, timeout)
+        except Exception as error:  # noqa: BLE001  (a connector may raise anything)
+            # The pool logs an outage by itself. The rest is a mistake to be mended.
+            outage = isinstance(error, TopazError) and not isinstance(error, PoolMisuse)
+            self._log_limit.report(
+                logging.DEBUG if outage else logging.ERROR,
+                f"not ready: {kind_of(error)}",
+                "not ready: %s",
+                logged(error),
+            )
+            return False
 
     @boundary
     async def is_allowed(

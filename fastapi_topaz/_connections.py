@@ -320,7 +320,7 @@ async def _ask(runtime: Runtime, entry: PoolEntry) -> None:
             _refused(runtime, entry, error, began)
         elif verdict is Verdict.ANSWERED:
             # Only the stream was reset, as by a server that has too many.
-            _answered(runtime, entry)
+            _answered(runtime, entry, reset=True)
         else:
             late = runtime.now() - began - timeout
             _unanswered(runtime, entry, error, late=late)
@@ -343,9 +343,13 @@ def _tell_suspicion(runtime: Runtime, entry: PoolEntry) -> None:
     )
 
 
-def _answered(runtime: Runtime, entry: PoolEntry) -> None:
+def _answered(runtime: Runtime, entry: PoolEntry, *, reset: bool = False) -> None:
     was_out, was_suspect = runtime.state.outage.declared, entry.suspect
     runtime.state.answered(entry, runtime.now())
+    if reset:
+        runtime.state.failed()  # the connection is well, but there was no status
+    else:
+        runtime.answered_probes += 1
     if was_out:
         runtime.log_limit.report(
             logging.INFO,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -35,8 +35,10 @@ class PoolEntry:
     last_used_at: float = 0.0
     # When it was made, a call was answered, or a probe was.
     proven_at: float = 0.0
-    # Whether anything was ever answered on it, be it a call or a probe.
-    answered: bool = False
+    # Whether a call or a probe was ever answered on it: True if that was after the last
+    # failure of the pool. So each answer stores a constant, and needs no comparison of
+    # times, which may be equal.
+    answered: bool | Literal["before"] = False
     # When a call last ended without an answer, its time being over.
     timed_out_at: float = float("-inf")
     expires_at: float = float("inf")

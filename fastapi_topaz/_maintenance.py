@@ -288,7 +288,9 @@ async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
             await runtime.suspicion.wait()
         runtime.suspicion = anyio.Event()
         for entry in _outbox(runtime.state.to_probe):
-            tasks.start_soon(_connections.probe, runtime, entry)
+            if not entry.probing:
+                entry.probing = True
+                tasks.start_soon(_connections.probe_claimed, runtime, entry)
         if outage.is_overdue(runtime.now()):
             runtime.dismiss_refused()
         while (due := outage.due(runtime.now())) is not None:

@@ -22,7 +22,7 @@ from fastapi_topaz._errors import alone, told
 from fastapi_topaz._leaks import Leaks
 from fastapi_topaz._nesting import held_by, locals_of_callers
 from fastapi_topaz._state import PoolState
-from fastapi_topaz._transport import Verdict
+from fastapi_topaz._transport import Verdict, is_reset
 from fastapi_topaz.exceptions import PoolClosed
 
 
@@ -98,6 +98,10 @@ class Runtime:
         self.progress = anyio.Event()
         # Set: there are suspects to probe. Replaced by the prober.
         self.suspicion = anyio.Event()
+        # Held by the one caller of is_ready() who asks for all others.
+        self.readiness = anyio.Lock()
+        # Probes so far that were answered with a status of the server.
+        self.answered_probes = 0
         # Set once the host has ended and nothing is left.
         self.done = anyio.Event()
         # When the first of those who wait has waited for too long, and the latest
@@ -356,11 +360,13 @@ class Runtime:
             case Verdict.ANSWERED:
                 entry.proven_at = now
                 entry.answered = True
+                if is_reset(error):
+                    self.state.failed()  # the connection is well, but not the server
                 return
             case Verdict.REFUSED:
                 self.state.refused(entry, now)
             case Verdict.UNAVAILABLE:
-                self.state.suspect(entry, now)
+                self.state.unavailable(entry, now)
             case Verdict.BROKEN:
                 self.state.broke(entry, now)
             case Verdict.SILENT:

@@ -37,6 +37,7 @@ def pool_status(state: PoolState) -> PoolStatus:
         suspect=suspect,
         leaving=leaving,
         failing=state.attempts.failures > 0 or state.outage.declared,
+        ready=state.is_ready,
     )
 
 

@@ -41,7 +41,7 @@ from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from fastapi_topaz._entry import Lease, PoolEntry
     from fastapi_topaz._options import PoolOptions
@@ -84,6 +84,10 @@ class PoolState:
         self.to_probe: list[PoolEntry] = []
         self.unanswered_ends: list[PoolEntry] = []
         self.first_unanswered = False
+        # Failures so far, and whether a connection that is closed by now has answered
+        # since the last one.
+        self.failures = 0
+        self._closed_answered = False
 
         # A stack: the last used is leased first, so that the others grow idle and
         # can be reaped. A dict, because any of them may have to leave.
@@ -248,6 +252,7 @@ class PoolState:
     def connect_failed(self, entry: PoolEntry, error: Exception, now: float) -> None:
         """Drop *entry*, whose connection could not be established."""
         self.wish = 0
+        self.failed()
         self.attempts.failed(entry, error, now)
 
     def want_one(self) -> None:
@@ -289,7 +294,10 @@ class PoolState:
         if any(other.answered and self.attempts.is_newer(other) for other in self.open):
             self.attempts.unanswered = 0
         first = not self.attempts.unanswered
-        self.attempts.ended(entry, self._failure(entry, reason, now), now)
+        failure = self._failure(entry, reason, now)
+        if failure is not None:
+            self.failed()
+        self.attempts.ended(entry, failure, now)
         self.first_unanswered |= first and self.attempts.unanswered > 0
         self.rotation.lost(now)
         self.news = True
@@ -332,12 +340,19 @@ class PoolState:
         entry.suspected_at = now
         self.to_probe.append(entry)
 
+    def unavailable(self, entry: PoolEntry, now: float) -> None:
+        """Suspect *entry*, whose other side refuses calls or has ended it in order."""
+        if entry.retired is None and not self.look_at(entry, now):
+            self.failed()
+            self.suspect(entry, now)
+
     def broke(self, entry: PoolEntry, now: float) -> None:
         """
         Suspect *entry*, on which a call was cut off, and its siblings with it.
 
         Whatever broke it may have broken all that lead to the same server.
         """
+        self.failed()
         self.suspect(entry, now)
         if not entry.broken:
             entry.broken = True
@@ -345,6 +360,7 @@ class PoolState:
 
     def timed_out(self, entry: PoolEntry, now: float) -> None:
         """Suspect *entry* if that was the second call in a row without an answer."""
+        self.failed()
         if entry.proven_at <= entry.timed_out_at:
             self.suspect(entry, now)
         entry.timed_out_at = now
@@ -363,6 +379,7 @@ class PoolState:
 
     def unanswered(self, entry: PoolEntry, now: float) -> None:
         """Suspect *entry*, which failed a probe; the second time it has to go."""
+        self.failed()
         self.outage.forget(entry)
         if not entry.suspect:
             self.suspect(entry, now)
@@ -382,6 +399,7 @@ class PoolState:
 
     def refused(self, entry: PoolEntry, now: float) -> None:
         """Lease *entry* to nobody until a probe is answered: a call was refused."""
+        self.failed()
         if entry.retired is not None or entry not in self.open:
             return
         self.outage.saw_answer(self._answered_at())
@@ -397,6 +415,7 @@ class PoolState:
         Returns:
             Whether an outage begins with it.
         """
+        self.failed()
         if entry.retired is not None or self.look_at(entry, now):
             return False
         self.ready.pop(entry, None)
@@ -420,6 +439,36 @@ class PoolState:
                 self.outage.forget(other)
                 self._clear(other)
         return self.outage.declare(self._all_usable(), now)
+
+    # -- readiness --------------------------------------------------------------
+
+    def failed(self) -> None:
+        """Note a failure: until the next answer the pool is not ready."""
+        self.failures += 1
+        self._closed_answered = False
+        for entry in self.open:
+            if entry.answered:
+                entry.answered = "before"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the last answer is newer than the last failure; from any thread."""
+        answered = self._closed_answered or any(
+            entry.answered is True for entry in tuple(self.open)
+        )
+        return answered and not self.shut
+
+    def newest_proof(
+        self, asked: Collection[PoolEntry], now: float
+    ) -> PoolEntry | None:
+        """Return the connection that was well last, of those not *asked* yet."""
+        well = [
+            entry
+            for entry in list(self.open)
+            if not (entry.suspect or entry in asked or self.look_at(entry, now))
+            and entry.retired is None
+        ]
+        return max(well, key=lambda entry: entry.proven_at, default=None)
 
     def _doubt(self, entry: PoolEntry, refusals: int, now: float) -> None:
         self.ready.pop(entry, None)
@@ -488,6 +537,7 @@ class PoolState:
 
     def _close(self, entry: PoolEntry) -> None:
         del self.open[entry]
+        self._closed_answered |= entry.answered is True
         self.rotation.forget(entry)
         self.outage.forget(entry)
         self.closing.add(entry)

@@ -47,6 +47,11 @@ class PoolStatus:
             a probe, which is under way.
         leaving: Open connections that close when their last lease is back.
         failing: True if no attempt to connect succeeded since the last one failed.
+        ready: True if the pool is open, and its last answer is newer than its last
+            failure. Answers are those of calls and of probes, and errors of the
+            authorizer's own. Failures are attempts to connect, refusals, missing
+            answers and lost calls. False before the first answer. To ask the
+            authorizer, see `TopazConfig.is_ready`.
         healthy: Whether a check would have a connection to go to. True with at least
             one healthy connection. Without any, True as long as no attempt to connect
             failed since the last success. So a pool that is not in use yet is
@@ -66,6 +71,7 @@ class PoolStatus:
     suspect: int = 0
     leaving: int = 0
     failing: bool = False
+    ready: bool = False
     # Derived, but a field: so every serialiser includes it.
     healthy: bool = dataclasses.field(init=False, default=False)
 

@@ -23,6 +23,7 @@ LAYERS = [
         *("_clock", "_host", "_refusals", "_leaks", "_runtime", "_conformity"),
         *("_connections",),
         *("_maintenance", "_life", "_lease", "_acquire", "_nesting", "_pool"),
+        *("_readiness", "_interrupts"),
     },
     {"_routes", "_config", "_dependencies"},
     {"testing"},

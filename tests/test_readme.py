@@ -13,8 +13,10 @@ from typing import get_args
 import anyio
 import httpx
 import pytest
+import yaml
+from fastapi import FastAPI
 
-from fastapi_topaz import ConnectionPool
+from fastapi_topaz import ConnectionPool, Identity, IdentityType, TopazConfig
 from fastapi_topaz._demo import serving
 from fastapi_topaz._status import CloseReason
 from fastapi_topaz._telemetry._instruments import BOUNDARIES, TOPAZ
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.real_clock
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OBSERVABILITY = (ROOT / "docs" / "observability.md").read_text()
+READINESS = (ROOT / "docs" / "readiness.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -71,6 +74,46 @@ async def test_the_program_without_fastapi_runs(embedded_authorizer):
 def test_the_test_of_the_readme_runs():
     names = {"pool": ConnectionPool()}
     exec(compile(BLOCKS[2], "README.md", "exec", dont_inherit=True), names)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_probes_of_the_page_on_readiness_run(backend, embedded_authorizer):
+    config = TopazConfig(
+        authorizer_options=embedded_authorizer.options,
+        policy_path_root="myapp",
+        identity_provider=lambda _request: Identity(IdentityType.NONE),
+        # One connection, so that no second one answers at a moment of its own.
+        connection_pool=ConnectionPool(min_connections=0),
+    )
+    app = FastAPI(lifespan=config.lifespan)
+    (code,) = re.findall(r"```python\n(.*?)```", READINESS, re.DOTALL)
+    names = {"app": app, "config": config}
+    exec(compile(code, "readiness.md", "exec", dont_inherit=True), names)
+    with serving(app, backend) as url, httpx.Client(base_url=url) as client:
+
+        def probe(path):
+            response = client.get(path)
+            return response.status_code, response.json()
+
+        assert probe("/readyz") == (200, {"ready": True})
+        embedded_authorizer.freeze()
+        for entry in config.connection_pool._runtime.state.open:
+            entry.proven_at -= 1  # as if it had answered so long ago
+        assert probe("/readyz") == (503, {"ready": False})
+        assert probe("/livez") == (200, {"status": "ok"})
+        embedded_authorizer.thaw()
+        assert probe("/readyz") == (200, {"ready": True})
+    assert not config.connection_pool.status().ready
+
+
+def test_the_manifest_of_the_page_on_readiness_fits_its_routes_and_the_default():
+    (manifest,) = re.findall(r"```yaml\n(.*?)```", READINESS, re.DOTALL)
+    probes = yaml.safe_load(manifest)
+    paths = {probe["httpGet"]["path"] for probe in probes.values()}
+    assert paths == set(re.findall(r'@app.get\("(.*)"\)', READINESS))
+    timeout = inspect.signature(TopazConfig.is_ready).parameters["timeout"].default
+    assert f"is_ready(timeout={timeout})" in READINESS
+    assert probes["readinessProbe"]["timeoutSeconds"] > timeout
 
 
 def test_every_parameter_is_in_the_table_with_its_default():

@@ -31,6 +31,7 @@ COUNTS = {
     "suspect": 0,
     "leaving": 0,
     "failing": False,
+    "ready": True,
 }
 CONNECTION = {
     "peer": "ipv4:127.0.0.1:8282",
@@ -72,11 +73,17 @@ async def test_what_a_pool_tells_of_itself_is_a_dict_as_well():
         assert json.dumps(connection.as_dict())
 
 
+def test_a_status_with_the_names_of_the_guide_alone_is_not_ready():
+    names = ["total", "idle", "busy", "healthy_connections", "max_connections"]
+    assert PoolStatus(**{name: COUNTS[name] for name in names}).ready is False
+
+
 def test_healthy_is_derived_and_cannot_be_passed_or_changed():
     with pytest.raises(TypeError, match="healthy"):
         PoolStatus(**COUNTS, healthy=True)
-    with pytest.raises(AttributeError):
-        pool_status().healthy = False
+    for name in ("healthy", "ready"):
+        with pytest.raises(AttributeError):
+            setattr(pool_status(), name, False)
     sick = PoolStatus(**{**COUNTS, "healthy_connections": 0, "failing": True})
     assert not sick.healthy
     assert sick.as_dict()["healthy"] is False

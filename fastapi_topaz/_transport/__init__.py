@@ -2,7 +2,7 @@
 
 from fastapi_topaz._transport._base import Connection, Connector, RpcConnection, Verdict
 from fastapi_topaz._transport._connector import GrpcConnector
-from fastapi_topaz._transport._endings import is_unprocessed
+from fastapi_topaz._transport._endings import is_reset, is_unprocessed
 
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "GrpcConnector",
     "RpcConnection",
     "Verdict",
+    "is_reset",
     "is_unprocessed",
 ]

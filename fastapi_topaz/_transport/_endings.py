@@ -104,3 +104,11 @@ def is_unprocessed(error: BaseException) -> bool:
         Ending.GOAWAY,
         Ending.NOT_SENT,
     }
+
+
+def is_reset(error: BaseException) -> bool:
+    """Say whether *error* is a reset stream: an answer, but without a `grpc-status`."""
+    return isinstance(error, grpc.aio.AioRpcError) and ending(error) in {
+        Ending.REFUSED_STREAM,
+        Ending.RESET,
+    }

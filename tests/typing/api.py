@@ -71,6 +71,8 @@ async def use(pool: ConnectionPool) -> None:
     del wrong
     assert_type(pool.status(), PoolStatus)
     assert_type(pool.status().healthy, bool)
+    assert_type(pool.status().ready, bool)
+    assert_type(await config.is_ready(timeout=2.0), bool)
     async with pool as same:
         assert_type(same, ConnectionPool)
 
