@@ -34,6 +34,11 @@ from autojump import AutojumpLoop  # noqa: E402
 from shuffled import shuffled_loop  # noqa: E402
 
 
+# Even where Python is told to keep no bytecode: each of the many programs that tests
+# start would compile the whole package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Begun in the background by a shell, this ignores Ctrl-C, and so would programs that
 # tests start and stop by it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -49,6 +54,7 @@ hypothesis.settings.register_profile(
     deadline=None,
     derandomize=True,
     database=None,
+    max_examples=50,  # `nox -s model` tries others, and many more
 )
 hypothesis.settings.load_profile("unhurried")
 hypothesis.settings.register_profile(

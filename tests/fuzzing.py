@@ -26,7 +26,7 @@ TURNS = 20_000
 
 
 def examples(count):
-    # In proportion to what the profile says, of which 100 is the default.
+    # In proportion to what the profile says: 100 means *count*.
     return settings(max_examples=max(1, count * settings.default.max_examples // 100))
 
 

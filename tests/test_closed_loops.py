@@ -96,8 +96,9 @@ JOBS = [used, leased, in_flight, connecting, waiting]
 @pytest.mark.parametrize("make_loop", list(loops()))
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
 @pytest.mark.parametrize("shared", [False, True], ids=["own pools", "one pool"])
-def test_20_closed_loops_leave_no_socket_and_no_descriptor(
-    embedded_authorizer, make_loop, job, shared
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_closed_loops_leave_no_socket_and_no_descriptor(
+    embedded_authorizer, make_loop, job, shared, count
 ):
     process = psutil.Process()
 
@@ -119,7 +120,7 @@ def test_20_closed_loops_leave_no_socket_and_no_descriptor(
     rounds(3)
     settled(lambda: embedded_authorizer.connections_open == 0)
     before = process.num_fds()
-    rounds(20)
+    rounds(count)
     settled(lambda: embedded_authorizer.connections_open == 0)
     settled(lambda: process.num_fds() <= before)
 

@@ -352,23 +352,24 @@ async def cycle(pool, count):
         tasks.start_soon(both)
 
 
-async def test_10_000_leases_leave_no_object_and_no_memory_behind():
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_thousands_of_leases_leave_no_object_and_no_memory_behind(count):
     async with make(max_connections=1) as pool:
-        await cycle(pool, 2_000)
+        await cycle(pool, count // 5)
         objects = ours()
         tracemalloc.start()
         try:
-            await cycle(pool, 2_000)
+            await cycle(pool, count // 5)
             gc.collect()
             before, _ = tracemalloc.get_traced_memory()
-            await cycle(pool, 10_000)
+            await cycle(pool, count)
             gc.collect()
             after, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         assert ours() == objects
         assert after - before < 16 * 1024
-        assert pool._counters.acquisitions == 14_000
+        assert pool._counters.acquisitions == count + 2 * (count // 5)
         assert pool.status().waiting == 0
 
 
@@ -486,7 +487,7 @@ async def assert_whole(pool):
 
 
 rounds = pytest.mark.parametrize(
-    "rounds", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+    "rounds", [1, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
 )
 
 WAITERS = 1000

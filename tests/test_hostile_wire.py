@@ -66,6 +66,7 @@ def saying(**decisions):
 
 ALLOW, DENY = saying(allowed=True), saying(allowed=False)
 TYPE = HEAD[1]
+REFUSED_STREAM = 7
 
 
 def status(value):
@@ -219,11 +220,9 @@ HOSTILE = {
             ("headers", HEAD), BODY, ("reset", code)
         )
         for code in range(15)
+        if code != REFUSED_STREAM
     },
     "a close before the trailers": frames(("headers", HEAD), BODY, ("close",)),
-    "GOAWAY before the answer": frames(
-        ("goaway",), ("headers", HEAD), BODY, ("headers", TAIL, END)
-    ),
     # Headers.
     **{
         f"{place.__name__} {name!r}": place(name, value)
@@ -256,6 +255,13 @@ SLOW = {
     ),
     "headers alone": frames(("headers", HEAD)),
     "nothing": frames(),
+    # The check is sent again until the deadline, because no server has begun it.
+    "a reset with 7 before the trailers": frames(
+        ("headers", HEAD), BODY, ("reset", REFUSED_STREAM)
+    ),
+    "GOAWAY before the answer": frames(
+        ("goaway",), ("headers", HEAD), BODY, ("headers", TAIL, END)
+    ),
 }
 
 # gRPC's core removes these fields, or lets the last one win: neither grpc.aio nor the
@@ -317,6 +323,11 @@ def assert_error(end):
     assert isinstance(end, Exception), f"the check was answered {end}"
 
 
+def to_checks(script):
+    """Return a script that answers the probe well, and each check by *script*."""
+    return lambda *request: (script if request[-1] == "Is" else answer())(*request)
+
+
 def of(scripts):
     return pytest.mark.parametrize("script", scripts.values(), ids=scripts)
 
@@ -330,13 +341,37 @@ async def test_an_answer_that_keeps_the_rules_counts(server, script):
 
 @of(HOSTILE)
 async def test_an_answer_that_breaks_the_rules_is_an_error(server, script):
-    server.script = script
+    server.script = to_checks(script)
     async with opened(server) as config:
         assert_error(await end_of(config))
+    assert server.calls["Is"] >= 1
 
 
 @of(SLOW)
 async def test_an_answer_that_does_not_end_is_an_error_at_its_deadline(server, script):
+    server.script = to_checks(script)
+    async with opened(server, SOON) as config:
+        assert_error(await end_of(config))
+    assert server.calls["Is"] >= 1
+
+
+# Each waits for new attempts to connect, so a few are enough by default.
+PROBES = {
+    *(":status 503", "grpc-status '7'", "no grpc-status", "a message that is cut"),
+    *("HTTP/1.1", "a close before the trailers", "header 'connection'", "nothing"),
+}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, id=name, marks=() if name in PROBES else pytest.mark.slow)
+        for name, script in (HOSTILE | SLOW).items()
+    ],
+)
+async def test_a_check_is_an_error_also_if_the_probe_is_answered_like_it(
+    server, script
+):
     server.script = script
     async with opened(server, SOON) as config:
         assert_error(await end_of(config))

@@ -110,9 +110,9 @@ async def pool_left_open(options, seconds):
 )
 @backends
 def test_nothing_is_reported_to_a_closed_loop(caplog, ports, backend, work):
-    # Less and more than all that takes, in steps of 0.1 ms.
-    for step, options in zip(range(60), itertools.cycle(ports), strict=False):
-        anyio.run(work, options, 0.0001 * (1 + step), backend=backend)
+    # Less and more than all that takes, in steps of 0.2 ms.
+    for step, options in zip(range(30), itertools.cycle(ports), strict=False):
+        anyio.run(work, options, 0.0002 * (1 + step), backend=backend)
     # A loop passes on what is left of others before it can do this.
     anyio.run(connect_out_of_time, ports[0], 5, backend=backend)
     logged = [record for record in caplog.records if record.name == "asyncio"]

@@ -1091,7 +1091,13 @@ def run_program(tmp_path, backend, *arguments, status):
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=tmp_path,
-        env={**os.environ, "SECRETS": " ".join(SECRETS), "BACKEND": backend},
+        env={
+            **os.environ,
+            "SECRETS": " ".join(SECRETS),
+            "BACKEND": backend,
+            # pytest itself is enough, and its plugins take long to import.
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        },
         capture_output=True,
         text=True,
         timeout=60,
@@ -1137,7 +1143,7 @@ def test_pytest_shows_no_secret(backend, tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]")
     shown = run_program(
         *(tmp_path, backend, "-m", "pytest", "-l", "--tb=long"),
-        *("-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("-p", "no:cacheprovider"),
         status=1,
     )
     assert "4 failed" in shown

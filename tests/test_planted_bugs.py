@@ -226,14 +226,25 @@ OF_THE_POOL = [
 ]
 
 
+# Found late here; the other model, or another test, finds them sooner.
+LATE = [pytest.mark.slow, pytest.mark.timeout(600)]
+LATE_IN_THE_STATE = {ReapsWhatIsLeased, LeasesTheRefused, ClosesTheRefused}
+LATE_IN_THE_POOL = {HasAnOutageOfOne, ServesNobodyOnRelease}
+
+
+def planted(bugs, late):
+    return [pytest.param(*each, marks=LATE if each[0] in late else []) for each in bugs]
+
+
 def broken(machine):
     """Return the invariants that fail first."""
     with pytest.raises(Broken) as caught:
-        run_state_machine_as_test(machine, settings=settings(FIXED, max_examples=500))
+        # Which examples come first depends on the constants in all files imported.
+        run_state_machine_as_test(machine, settings=settings(FIXED, max_examples=3000))
     return caught.value.names
 
 
-@pytest.mark.parametrize("bug, invariant", OF_THE_STATE)
+@pytest.mark.parametrize("bug, invariant", planted(OF_THE_STATE, LATE_IN_THE_STATE))
 def test_the_model_of_the_state_finds(bug, invariant):
     class Machine(StateMachine):
         make_state = bug
@@ -246,7 +257,7 @@ BACKENDS = [PoolMachine, pytest.param(OnTrioMachine, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("machine", BACKENDS)
-@pytest.mark.parametrize("bug, invariant", OF_THE_POOL)
+@pytest.mark.parametrize("bug, invariant", planted(OF_THE_POOL, LATE_IN_THE_POOL))
 def test_the_model_of_the_pool_finds(bug, invariant, machine, monkeypatch):
     if issubclass(bug, Runtime):
         monkeypatch.setattr(_life, "Runtime", bug)

@@ -178,7 +178,9 @@ async def test_close_in_the_middle_of_anything(steps):
     await pool.close()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))]
+)
 @pytest.mark.parametrize("streams", [1, 3])
 async def test_random_cancellation_of_everything(seed, streams):
     rng = random.Random(seed)

@@ -372,7 +372,7 @@ def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
-@pytest.mark.parametrize("each", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", [20, pytest.param(200, marks=pytest.mark.slow)])
 async def test_thousands_of_calls_cancelled_at_random_points_leave_nothing(
     authorizer, each
 ):

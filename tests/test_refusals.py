@@ -113,8 +113,8 @@ def most_within(times, seconds):
 async def test_a_server_that_is_refused_by_its_proxy_is_an_outage(caplog, streams):
     connector = Proxy()
     options = {"streams_per_connection": streams, "max_connections": 4}
-    async with make(connector, **options) as pool, Callers(pool, 30) as callers:
-        await anyio.sleep(5)
+    async with make(connector, **options) as pool, Callers(pool, 21) as callers:
+        await anyio.sleep(1)
         assert all(error is None for _, _, error in callers.ends)
         made = connector.attempts
         connector.refuse()
@@ -147,7 +147,7 @@ async def test_a_server_that_is_refused_by_its_proxy_is_an_outage(caplog, stream
 
         connector.refuse("")
         began = anyio.current_time()
-        await anyio.sleep(5)
+        await anyio.sleep(1)
         assert pool.status().healthy
         assert pool.status().suspect == 0
         assert all(error is None for _, _, error in callers.since(began + 0.5))
@@ -292,13 +292,13 @@ async def test_if_one_proxy_of_several_refuses_only_its_connections_get_no_lease
         cut_off = connector.connections[::2]
         connector.refuse(connections=cut_off)
         began = anyio.current_time()
-        await anyio.sleep(20)
+        await anyio.sleep(10)
         failed = [end for end in callers.since(began) if end[2]]
         assert len(failed) <= 5, "each connection refuses one call"
         assert pool.status().healthy
         assert pool.status().suspect == 5
         later = [time for time in connector.probed if time > began + 5]
-        assert len(later) <= 15 * 4
+        assert len(later) <= 5 * 4
         assert connector.attempts == 10
         assert not any(conn.closed for conn in connector.connections)
         connector.refuse("", cut_off)
@@ -334,7 +334,7 @@ async def test_a_rate_limit_costs_no_connection_and_little_time(connections, str
         async with Callers(pool, connections * streams) as callers:
             await anyio.sleep(1)
             began = anyio.current_time()
-            await anyio.sleep(5)
+            await anyio.sleep(1)
             without = len(callers.since(began))
             turn = itertools.count(1)
             for conn in connector.connections:
@@ -348,7 +348,7 @@ async def test_a_rate_limit_costs_no_connection_and_little_time(connections, str
 
                 conn._answer = limited
             began = anyio.current_time()
-            for _ in range(50):
+            for _ in range(10):
                 await anyio.sleep(0.1)
                 assert pool.status().healthy
             limited = callers.since(began)
@@ -491,9 +491,9 @@ async def test_connections_that_end_after_they_answered_are_replaced_without_a_p
         async with anyio.create_task_group() as tasks:
             for _ in range(20):
                 tasks.start_soon(caller)
-            await anyio.sleep(1)
+            await anyio.sleep(0.3)
             stopped = True
         # Ten at a time, a millisecond each.
-        assert answered >= 0.9 * 10 * 1000
+        assert answered >= 0.9 * 10 * 300
         assert pool._counters.connect_failures == {}
         assert pool._counters.connect_retries == 0

@@ -131,7 +131,26 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+# Each takes more than a second, so by default some are met on one backend alone.
+ON_BOTH = {"HTTP 503", "HTTP 200 with a page", "headers", "trailers", "GOAWAY"}
+ON_BOTH |= {"HTTP 200 without a status", "streams are reset"}
+
+
+@pytest.mark.parametrize(
+    "anyio_backend, name",
+    [
+        pytest.param(
+            backend,
+            name,
+            marks=pytest.mark.slow
+            if name not in ON_BOTH and number % 2 == turn
+            else (),
+        )
+        for turn, backend in enumerate(["asyncio", "trio"])
+        for number, name in enumerate(REFUSALS)
+    ],
+    indirect=["anyio_backend"],
+)
 async def test_an_answer_of_a_proxy_is_an_outage_and_closes_no_connection(
     server, name, caplog
 ):

@@ -482,7 +482,7 @@ class Branch:
         return path
 
 
-@settings(max_examples=80, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(drawn=st.lists(branches, min_size=1, max_size=3))
 def test_the_policy_is_that_of_the_templates_however_routers_nest(drawn, asked):
     app = FastAPI(lifespan=asked.config.lifespan)
