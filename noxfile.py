@@ -35,6 +35,8 @@ OLDEST = [
     "opentelemetry-api==1.30.0",
     "opentelemetry-sdk==1.30.0",
     "opentelemetry-exporter-prometheus==0.51b0",
+    "protobuf==6.30.1",
+    "starlette==0.37.2",
     "trio==0.32.0",
 ]
 
@@ -276,10 +278,10 @@ def package(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *map(str, dist.glob("*")))
     session.run("check-wheel-contents", str(wheel))
     session.install("--force-reinstall", "--no-deps", str(wheel))
-    session.install(f"fastapi-topaz[demo] @ {wheel.resolve().as_uri()}")
+    session.install(f"fastapi-topaz-pool[demo] @ {wheel.resolve().as_uri()}")
     # Somewhere else: here, the sources would be imported instead.
     with session.chdir(session.create_tmp()):
-        session.run("fastapi-topaz", "demo", "--requests", "200")
+        session.run("fastapi-topaz-pool", "demo", "--requests", "200")
 
 
 def found_program(cache: Path, name: str, package: str, argument: str) -> str | None:
@@ -473,7 +475,7 @@ def demo(session: nox.Session) -> None:
     """Run the demo on both backends."""
     session.install("-e", ".[demo]")
     for backend in ("asyncio", "trio"):
-        session.run("fastapi-topaz", "demo", "--backend", backend)
+        session.run("fastapi-topaz-pool", "demo", "--backend", backend)
 
 
 @nox.session

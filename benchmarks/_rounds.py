@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 
 PACKAGES = (
-    "fastapi-topaz",
+    "fastapi-topaz-pool",
     "anyio",
     "trio",
     "uvloop",

@@ -133,7 +133,7 @@ def goals(backend, names):
 
 
 def main(options):
-    print(versions("fastapi-topaz", "anyio", "trio", "uvloop"))
+    print(versions("fastapi-topaz-pool", "anyio", "trio", "uvloop"))
     found = peers()
     for backend in options.backend:
         racing = contestants(backend, found, options.leases)

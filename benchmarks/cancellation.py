@@ -276,7 +276,7 @@ def tally_of(name, backend, how, options):
 
 
 def main(options):
-    print(versions("fastapi-topaz", "anyio", "trio", "uvloop"))
+    print(versions("fastapi-topaz-pool", "anyio", "trio", "uvloop"))
     print(f"{options.rounds} rounds of {WAITERS} tasks, --seed {options.seed}")
     found = [peer for peer in peers() if not options.only or options.only in peer.name]
     if not found:

@@ -173,7 +173,7 @@ def show_waits(backend, waits):
 
 
 def main(options):
-    print(versions("fastapi-topaz", "anyio", "trio", "uvloop"))
+    print(versions("fastapi-topaz-pool", "anyio", "trio", "uvloop"))
     floors = [
         Peer(LIMITER, limiter(Borrowed), BACKENDS),
         Peer(TIMED_LIMITER, limiter(BorrowedInTime), BACKENDS),

@@ -48,7 +48,7 @@ def above_nothing(program):
 
 
 def main(options):
-    print(versions("fastapi-topaz", "grpcio", "fastapi"))
+    print(versions("fastapi-topaz-pool", "grpcio", "fastapi"))
     race = Race("One import", "ms of CPU")
     racing = {
         name: functools.partial(above_nothing, program)

@@ -239,7 +239,7 @@ def kept(options, url):
 
 
 def main(options):
-    print(versions("fastapi-topaz", "grpcio", "anyio", "trio"))
+    print(versions("fastapi-topaz-pool", "grpcio", "anyio", "trio"))
     growth = leases(options)
     with authorizer() as server:
         rows, extra = idle(options, server.url)

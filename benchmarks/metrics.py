@@ -333,7 +333,7 @@ def race_calls(options):
 
 def main(options):
     packages = ("opentelemetry-api", "opentelemetry-sdk")
-    print(versions("fastapi-topaz", "anyio", "trio", *packages))
+    print(versions("fastapi-topaz-pool", "anyio", "trio", *packages))
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         del os.environ[name]  # it might put an SDK where none is to be
     for backend in options.backend:

@@ -7,6 +7,12 @@ Everything public stands here; the modules with an underscore do not.
 
 from typing import TYPE_CHECKING, Any
 
+from fastapi_topaz._distribution import refuse_mixture
+
+
+# Before anything else of a mixed folder is imported.
+refuse_mixture()
+
 from fastapi_topaz._config import TopazConfig
 from fastapi_topaz._lease import PooledConnection
 from fastapi_topaz._options import AuthorizerOptions, Identity, IdentityType

@@ -29,6 +29,7 @@ from fastapi_topaz._demo import (
     serving,
     whoever,
 )
+from fastapi_topaz._distribution import DISTRIBUTION
 from fastapi_topaz._options import AuthorizerOptions
 from fastapi_topaz._pool import ConnectionPool
 from fastapi_topaz.testing import EmbeddedAuthorizer
@@ -93,7 +94,7 @@ commands = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fastapi-topaz {installed('fastapi-topaz')}")
+        typer.echo(f"{DISTRIBUTION} {installed(DISTRIBUTION)}")
         raise typer.Exit
 
 

@@ -1,9 +1,11 @@
-"""The console script `fastapi-topaz`; its commands need the extra `demo`."""
+"""The console script `fastapi-topaz-pool`; its commands need the extra `demo`."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn
+
+from fastapi_topaz._distribution import DISTRIBUTION
 
 
 if TYPE_CHECKING:
@@ -33,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # Not above: the script is installed without the extra, too.
         from fastapi_topaz._demo_command import commands  # noqa: PLC0415
 
-        commands(args=argv, prog_name="fastapi-topaz")
+        commands(args=argv, prog_name=DISTRIBUTION)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRA:
             raise
-        _complain(f"{error.name} is missing: pip install 'fastapi-topaz[demo]'")
+        _complain(f"{error.name} is missing: pip install '{DISTRIBUTION}[demo]'")
         sys.exit(WRONG_USAGE)
     except KeyboardInterrupt:
         _complain("Interrupted.")

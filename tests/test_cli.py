@@ -270,9 +270,9 @@ WRONG = {
     "dmeo": "dmeo",
 }
 QUESTIONS = {
-    "--version": r"^fastapi-topaz \d+\.\d+",
-    "--help": "Usage: fastapi-topaz",
-    "demo --help": "Usage: fastapi-topaz demo",
+    "--version": r"^fastapi-topaz-pool \d+\.\d+",
+    "--help": "Usage: fastapi-topaz-pool",
+    "demo --help": "Usage: fastapi-topaz-pool demo",
 }
 
 
@@ -312,7 +312,7 @@ def test_the_extra_is_named_when_it_is_not_installed(name, backend, run_forked):
 
     assert ended.code == 2
     assert re.fullmatch(
-        rf"{name}\S* is missing: pip install 'fastapi-topaz\[demo\]'\n", ended.err
+        rf"{name}\S* is missing: pip install 'fastapi-topaz-pool\[demo\]'\n", ended.err
     )
 
 

@@ -725,7 +725,7 @@ def test_tls_keeps_its_ca_over_a_restart_and_removes_it_in_the_end():
 def test_tls_without_trustme_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "trustme", None)
     authorizer = EmbeddedAuthorizer(tls=True)
-    with pytest.raises(ImportError, match=r"fastapi-topaz\[testing\]"):
+    with pytest.raises(ImportError, match=r"fastapi-topaz-pool\[testing\]"):
         authorizer.start()
 
 

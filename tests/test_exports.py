@@ -134,6 +134,6 @@ print("fastapi" in sys.modules)
 
 
 def test_the_changelog_knows_the_version():
-    version = importlib.metadata.version("fastapi-topaz")
+    version = importlib.metadata.version("fastapi-topaz-pool")
     text = (ROOT / "CHANGELOG.md").read_text()
     assert "## [Unreleased]" in text or f"## [{version}]" in text

@@ -16,6 +16,7 @@ LAYERS = [
     {
         *("exceptions", "_errors", "_options", "_target", "_rego", "_backoff"),
         *("_status", "_fork", "_version", "_redaction", "_log_limit", "_slips"),
+        "_distribution",
     },
     {"_attempts", "_entry", "_outage", "_rotation", "_snapshot", "_state"},
     {"_resource", "_answers", "_messages", "_authorizer", "_telemetry", "_transport"},

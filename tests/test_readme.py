@@ -36,7 +36,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_ci_runs_the_test_command_word_for_word():
     (block,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     demo, tests = block.splitlines()
-    assert demo.endswith("fastapi-topaz demo")
+    assert demo.endswith("fastapi-topaz-pool demo")
     assert tests in (ROOT / ".ci" / "run").read_text()
 
 

@@ -10,6 +10,8 @@ from typing import Self
 
 import attrs
 
+from fastapi_topaz._distribution import DISTRIBUTION
+
 
 __all__ = ["Certificates"]
 
@@ -41,7 +43,7 @@ class Certificates:
             import trustme  # noqa: PLC0415
         except ImportError as error:
             raise ImportError(
-                "tls=True needs trustme: pip install 'fastapi-topaz[testing]'"
+                f"tls=True needs trustme: pip install '{DISTRIBUTION}[testing]'"
             ) from error
         authority = trustme.CA()
         server = authority.issue_cert("localhost", "127.0.0.1")
