@@ -146,7 +146,7 @@ SCRIPTS = {
 # These leave a check to its deadline.
 SILENT = {"no streams", "no streams, and GOAWAY"}
 SILENT |= {"GOAWAY after this request", "GOAWAY for later requests"}
-SHORT, ENOUGH = 1.0, 5.0
+SHORT, ENOUGH = 2.0, 5.0
 
 
 @pytest.fixture
