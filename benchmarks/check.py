@@ -27,7 +27,7 @@ from aserto.authorizer.v2 import AuthorizerStub, IsRequest
 from aserto.client.authorizer.aio import AuthorizerClient
 
 from fastapi_topaz import ConnectionPool, Identity, IdentityType
-from fastapi_topaz._messages import is_request
+from fastapi_topaz._authorizer.messages import is_request
 
 
 ALICE = Identity(IdentityType.SUB, "alice")

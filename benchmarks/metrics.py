@@ -36,9 +36,9 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz._authorizer import AuthorizerCalls
-from fastapi_topaz._lease import PooledConnection
-from fastapi_topaz._telemetry import Tracing, propagated
+from fastapi_topaz._authorizer.calls import AuthorizerCalls
+from fastapi_topaz._pool.handle import PooledConnection
+from fastapi_topaz._telemetry.tracing import Tracing, propagated
 from fastapi_topaz.testing import FakeConnector
 
 

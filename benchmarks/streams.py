@@ -28,7 +28,7 @@ from _server import POLICY, authorizer
 from aserto.authorizer.v2 import AuthorizerStub, IsRequest
 
 from fastapi_topaz import ConnectionPool, PoolError
-from fastapi_topaz._messages import is_request
+from fastapi_topaz._authorizer.messages import is_request
 
 
 SHARED = "one shared channel, asyncio"

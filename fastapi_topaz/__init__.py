@@ -13,12 +13,12 @@ from fastapi_topaz._distribution import refuse_mixture
 # Before anything else of a mixed folder is imported.
 refuse_mixture()
 
-from fastapi_topaz._config import TopazConfig
-from fastapi_topaz._lease import PooledConnection
-from fastapi_topaz._options import AuthorizerOptions, Identity, IdentityType
-from fastapi_topaz._pool import ConnectionPool
-from fastapi_topaz._status import ConnectionStatus, PoolStatus
-from fastapi_topaz._transport import Connector, Verdict
+from fastapi_topaz._app.config import TopazConfig
+from fastapi_topaz._authorizer.options import AuthorizerOptions, Identity, IdentityType
+from fastapi_topaz._pool.connector import Connector, Verdict
+from fastapi_topaz._pool.handle import PooledConnection
+from fastapi_topaz._pool.pool import ConnectionPool
+from fastapi_topaz._pool.status import ConnectionStatus, PoolStatus
 from fastapi_topaz.exceptions import (
     ConnectFailed,
     ConnectionLost,
@@ -32,7 +32,7 @@ from fastapi_topaz.exceptions import (
 
 
 if TYPE_CHECKING:
-    from fastapi_topaz._dependencies import require_policy_allowed, require_policy_auto
+    from fastapi_topaz._app.guards import require_policy_allowed, require_policy_auto
 
 
 __all__ = [
@@ -66,7 +66,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     # FastAPI takes longer to import than all else here, and not each program has it.
     if name in {"require_policy_allowed", "require_policy_auto"}:
-        from fastapi_topaz import _dependencies  # noqa: PLC0415
+        from fastapi_topaz._app import guards as _dependencies  # noqa: PLC0415
 
         return getattr(_dependencies, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     try:
         # Not above: the script is installed without the extra, too.
-        from fastapi_topaz._demo_command import commands  # noqa: PLC0415
+        from fastapi_topaz._cli.demo_command import commands  # noqa: PLC0415
 
         commands(args=argv, prog_name=DISTRIBUTION)
     except ModuleNotFoundError as error:

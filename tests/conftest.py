@@ -23,7 +23,7 @@ import hypothesis
 import pytest
 import trio.testing
 
-from fastapi_topaz._clock import Clock
+from fastapi_topaz._pool.clock import Clock
 
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -17,9 +17,9 @@ import math
 
 import attrs
 
-from fastapi_topaz._outage import OVERDUE, PAUSE
-from fastapi_topaz._snapshot import connection_statuses
-from fastapi_topaz._state import RAMP
+from fastapi_topaz._pool.state.outage import OVERDUE, PAUSE
+from fastapi_topaz._pool.state.pool_state import RAMP
+from fastapi_topaz._pool.state.snapshot import connection_statuses
 
 
 EVERYWHERE = []

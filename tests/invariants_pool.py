@@ -16,7 +16,7 @@ from fastapi_topaz import (
     PoolSaturated,
     PoolTimeout,
 )
-from fastapi_topaz._state import RAMP
+from fastapi_topaz._pool.state.pool_state import RAMP
 
 
 OF_AN_OPEN_POOL = []

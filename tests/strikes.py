@@ -25,7 +25,7 @@ import trio.testing
 from autojump import AutojumpLoop
 
 from fastapi_topaz import ConnectionLost, ConnectionPool, PoolError, PoolTimeout
-from fastapi_topaz._transport import Verdict
+from fastapi_topaz._pool.connector import Verdict
 
 
 SCOPE = ["scope", "scope, late"]

@@ -9,10 +9,10 @@ from random import Random
 import pytest
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz._attempts import BRIEF, FORGIVEN, PATIENCE, Attempts
-from fastapi_topaz._backoff import DEMAND_CAP, FLOOR
-from fastapi_topaz._entry import PoolEntry
-from fastapi_topaz._state import PoolState
+from fastapi_topaz._pool.state.attempts import BRIEF, FORGIVEN, PATIENCE, Attempts
+from fastapi_topaz._pool.state.backoff import DEMAND_CAP, FLOOR
+from fastapi_topaz._pool.state.entry import PoolEntry
+from fastapi_topaz._pool.state.pool_state import PoolState
 from fastapi_topaz.exceptions import ConnectFailed
 
 

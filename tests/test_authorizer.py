@@ -19,8 +19,8 @@ from fastapi_topaz import (
     Identity,
     IdentityType,
     PoolError,
-    _messages,
 )
+from fastapi_topaz._authorizer import messages as _messages
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 

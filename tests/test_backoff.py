@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies
 
-from fastapi_topaz._backoff import BASE, CAP, DEMAND_CAP, FLOOR, full_jitter
+from fastapi_topaz._pool.state.backoff import BASE, CAP, DEMAND_CAP, FLOOR, full_jitter
 
 
 @given(

@@ -14,8 +14,10 @@ import pytest
 import trio
 from waiting import eventually
 
-from fastapi_topaz import ConnectFailed, ConnectionLost, ConnectionPool, _messages
-from fastapi_topaz._transport import GrpcConnector, _call
+from fastapi_topaz import ConnectFailed, ConnectionLost, ConnectionPool
+from fastapi_topaz._authorizer import messages as _messages
+from fastapi_topaz._grpcio import call as _call
+from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 

@@ -29,8 +29,9 @@ from strikes import (
 )
 from waiting import eventually
 
-from fastapi_topaz import ConnectionLost, PoolClosed, _connections
-from fastapi_topaz._transport import GrpcConnector
+from fastapi_topaz import ConnectionLost, PoolClosed
+from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz._pool import connections as _connections
 
 
 OUTCOMES = ["ok", "error", "slow", "never"]

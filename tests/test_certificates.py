@@ -9,8 +9,8 @@ import pytest
 from faultkit.tls import Certificate
 
 from fastapi_topaz import AuthorizerOptions, ConnectFailed, ConnectionPool
-from fastapi_topaz._transport import GrpcConnector
-from fastapi_topaz._transport._certificates import root_certificates
+from fastapi_topaz._grpcio.certificates import root_certificates
+from fastapi_topaz._grpcio.connector import GrpcConnector
 
 
 pytestmark = pytest.mark.real_clock

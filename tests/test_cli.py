@@ -362,7 +362,7 @@ def test_in_this_process_it_leaves_nothing_behind(capsys):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_server_that_does_not_start(backend, monkeypatch, capsys):
-    from fastapi_topaz import _demo_command
+    from fastapi_topaz._cli import demo_command as _demo_command
 
     @contextlib.asynccontextmanager
     async def lifespan(_app):
@@ -384,7 +384,7 @@ def test_a_server_that_does_not_start(backend, monkeypatch, capsys):
 
 
 def test_another_missing_module_is_not_blamed_on_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastapi_topaz._demo_command", None)
+    monkeypatch.setitem(sys.modules, "fastapi_topaz._cli.demo_command", None)
 
     with pytest.raises(ModuleNotFoundError):
         cli.main(["--version"])

@@ -26,10 +26,10 @@ from fastapi_topaz import (
     PoolTimeout,
     TopazConfig,
 )
-from fastapi_topaz._clock import Clock
-from fastapi_topaz._host import Home
-from fastapi_topaz._transport import _call
-from fastapi_topaz._transport._failures import in_time
+from fastapi_topaz._grpcio import call as _call
+from fastapi_topaz._grpcio.failures import in_time
+from fastapi_topaz._pool.clock import Clock
+from fastapi_topaz._pool.owner_loop import Home
 from fastapi_topaz.testing import FakeConnector, fail, hang
 
 

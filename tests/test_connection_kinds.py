@@ -12,7 +12,7 @@ import anyio.lowlevel
 import pytest
 
 from fastapi_topaz import ConnectFailed, ConnectionPool
-from fastapi_topaz._conformity import defect_of
+from fastapi_topaz._pool.conformity import defect_of
 from fastapi_topaz.testing import FakeConnection, FakeConnector
 
 

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from fastapi_topaz import ConnectFailed, ConnectionPool, PoolError
-from fastapi_topaz._transport import Verdict
+from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz.testing import FakeConnector, fail, slow
 
 

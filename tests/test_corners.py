@@ -33,16 +33,20 @@ from fastapi_topaz import (
     PoolError,
     PoolTimeout,
     TopazConfig,
-    _demo,
-    _demo_command,
     _errors,
-    _host,
-    _messages,
-    _resource,
     cli,
 )
-from fastapi_topaz._state import PoolState
-from fastapi_topaz._transport import GrpcConnector, _call, _channel, _failures, _link
+from fastapi_topaz._authorizer import messages as _messages
+from fastapi_topaz._authorizer import resource as _resource
+from fastapi_topaz._cli import demo as _demo
+from fastapi_topaz._cli import demo_command as _demo_command
+from fastapi_topaz._grpcio import call as _call
+from fastapi_topaz._grpcio import channel as _channel
+from fastapi_topaz._grpcio import failures as _failures
+from fastapi_topaz._grpcio import link as _link
+from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz._pool import owner_loop as _host
+from fastapi_topaz._pool.state.pool_state import PoolState
 from fastapi_topaz.testing import FakeConnection, FakeConnector, hang, ok
 
 
@@ -103,10 +107,10 @@ def test_ctrl_c_while_the_command_is_loaded_has_no_traceback(monkeypatch, capsys
     class Pressed:
         @staticmethod
         def find_spec(name, path=None, target=None):
-            if name == "fastapi_topaz._demo_command":
+            if name == "fastapi_topaz._cli.demo_command":
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "fastapi_topaz._demo_command")
+    monkeypatch.delitem(sys.modules, "fastapi_topaz._cli.demo_command")
     monkeypatch.setattr(sys, "meta_path", [Pressed, *sys.meta_path])
 
     with pytest.raises(SystemExit) as ended:
@@ -878,7 +882,7 @@ def test_a_reason_that_nobody_knows_is_passed_on():
 
 @pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)
 async def test_an_error_lands_where_it_is_awaited():
-    from fastapi_topaz._transport._loop_thread import _Landing
+    from fastapi_topaz._grpcio.loop_thread import _Landing
 
     landing = _Landing()
     stepped = []
@@ -898,7 +902,7 @@ async def test_an_error_lands_where_it_is_awaited():
 
 
 def test_what_lands_after_the_end_of_trio_is_dropped():
-    from fastapi_topaz._transport._loop_thread import _Landing
+    from fastapi_topaz._grpcio.loop_thread import _Landing
 
     stepped = []
 
@@ -916,7 +920,7 @@ def test_what_lands_after_the_end_of_trio_is_dropped():
 async def test_a_loop_that_cannot_be_made_is_a_failed_attempt(
     monkeypatch, embedded_authorizer
 ):
-    from fastapi_topaz._transport import _loop_thread
+    from fastapi_topaz._grpcio import loop_thread as _loop_thread
 
     def none_left():
         raise OSError("Too many open files")
@@ -935,7 +939,7 @@ async def test_a_loop_that_cannot_be_made_is_a_failed_attempt(
 
 
 def test_a_bug_in_the_loop_thread_is_told_of(monkeypatch):
-    from fastapi_topaz._transport._loop_thread import LoopThread
+    from fastapi_topaz._grpcio.loop_thread import LoopThread
 
     class Broken(LoopThread):
         async def _serve(self):

@@ -24,7 +24,8 @@ import pytest
 from aserto.authorizer.v2 import Decision, IsRequest, IsResponse
 from waiting import eventually, eventually_at_most
 
-from fastapi_topaz import ConnectionPool, Identity, IdentityType, PoolTimeout, _messages
+from fastapi_topaz import ConnectionPool, Identity, IdentityType, PoolTimeout
+from fastapi_topaz._authorizer import messages as _messages
 from fastapi_topaz.testing import FakeConnector, slow
 
 

@@ -32,7 +32,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
-from fastapi_topaz._options import Identity, IdentityType
+from fastapi_topaz._authorizer.options import Identity, IdentityType
 from fastapi_topaz.testing import Check, EmbeddedAuthorizer
 from fastapi_topaz.testing.fixtures import (
     embedded_authorizer,

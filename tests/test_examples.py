@@ -39,7 +39,7 @@ from fastapi_topaz import (
     Identity,
     IdentityType,
 )
-from fastapi_topaz._demo import serving
+from fastapi_topaz._cli.demo import serving
 from fastapi_topaz.testing import Check
 
 

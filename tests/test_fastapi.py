@@ -20,8 +20,8 @@ from fastapi_topaz import (
     require_policy_allowed,
     require_policy_auto,
 )
-from fastapi_topaz._demo import serving
-from fastapi_topaz._routes import policy_path_of
+from fastapi_topaz._app.routes import policy_path_of
+from fastapi_topaz._cli.demo import serving
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 

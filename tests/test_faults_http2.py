@@ -15,7 +15,7 @@ from starlette.requests import Request
 from waiting import eventually
 
 from fastapi_topaz import ConnectionPool, Identity, IdentityType, TopazConfig
-from fastapi_topaz._transport import _failures
+from fastapi_topaz._grpcio import failures as _failures
 
 
 pytestmark = pytest.mark.real_clock

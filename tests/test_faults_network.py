@@ -47,8 +47,8 @@ from fastapi_topaz import (
     PoolTimeout,
     TopazConfig,
 )
-from fastapi_topaz._backoff import FLOOR
-from fastapi_topaz._transport import _call
+from fastapi_topaz._grpcio import call as _call
+from fastapi_topaz._pool.state.backoff import FLOOR
 from fastapi_topaz.testing import EmbeddedAuthorizer, FakeConnector, slow
 from fastapi_topaz.testing._certs import Certificates
 

@@ -40,7 +40,7 @@ from fastapi_topaz import (
     PoolTimeout,
     TopazConfig,
 )
-from fastapi_topaz._transport._channel import _channel_options
+from fastapi_topaz._grpcio.channel import _channel_options
 from fastapi_topaz.testing import FakeConnector
 
 

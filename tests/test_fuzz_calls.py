@@ -35,7 +35,7 @@ from fastapi_topaz import (
     IdentityType,
     PoolError,
 )
-from fastapi_topaz._routes import policy_path_of
+from fastapi_topaz._app.routes import policy_path_of
 from fastapi_topaz.testing import EmbeddedAuthorizer, FakeConnector
 
 

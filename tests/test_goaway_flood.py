@@ -27,7 +27,7 @@ from fastapi_topaz import (
     TopazError,
     Verdict,
 )
-from fastapi_topaz._transport import GrpcConnector
+from fastapi_topaz._grpcio.connector import GrpcConnector
 
 
 pytestmark = pytest.mark.real_clock

@@ -31,8 +31,8 @@ from fastapi_topaz import (
     PoolError,
     TopazConfig,
 )
-from fastapi_topaz._messages import IS, is_request
-from fastapi_topaz._transport import _channel
+from fastapi_topaz._authorizer.messages import IS, is_request
+from fastapi_topaz._grpcio import channel as _channel
 
 
 pytestmark = [

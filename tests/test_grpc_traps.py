@@ -26,8 +26,8 @@ import trio
 from waiting import eventually
 
 from fastapi_topaz import ConnectFailed, ConnectionLost, Verdict
-from fastapi_topaz._messages import is_request
-from fastapi_topaz._transport import GrpcConnector
+from fastapi_topaz._authorizer.messages import is_request
+from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 

@@ -24,7 +24,7 @@ from fastapi_topaz import (
     require_policy_allowed,
     require_policy_auto,
 )
-from fastapi_topaz._demo import serving
+from fastapi_topaz._cli.demo import serving
 
 
 pytestmark = pytest.mark.real_clock

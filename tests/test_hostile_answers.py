@@ -25,7 +25,7 @@ from fastapi_topaz import (
     IdentityType,
     TopazConfig,
 )
-from fastapi_topaz._messages import decision_tree_of, decisions_of
+from fastapi_topaz._authorizer.messages import decision_tree_of, decisions_of
 from fastapi_topaz.testing import FakeConnector
 
 

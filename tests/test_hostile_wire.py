@@ -44,7 +44,7 @@ from fastapi_topaz import (
     TopazError,
     require_policy_allowed,
 )
-from fastapi_topaz._transport import _call
+from fastapi_topaz._grpcio import call as _call
 
 
 pytestmark = pytest.mark.real_clock

@@ -18,9 +18,9 @@ from fastapi_topaz import (
     ConnectionPool,
     PoolError,
 )
-from fastapi_topaz._transport import GrpcConnector
-from fastapi_topaz._transport._calls import LAST_CALLS
-from fastapi_topaz._transport._channel import until_reported
+from fastapi_topaz._grpcio.calls import LAST_CALLS
+from fastapi_topaz._grpcio.channel import until_reported
+from fastapi_topaz._grpcio.connector import GrpcConnector
 
 
 asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)

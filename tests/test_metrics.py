@@ -19,7 +19,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client import REGISTRY, generate_latest
 
 from fastapi_topaz import ConnectionPool, PoolError, PoolTimeout
-from fastapi_topaz._telemetry._instruments import TOPAZ
+from fastapi_topaz._telemetry.instruments import TOPAZ
 from fastapi_topaz.testing import FakeConnector, fail
 
 

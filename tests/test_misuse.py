@@ -29,12 +29,12 @@ from fastapi_topaz import (
     PoolMisuse,
     PoolTimeout,
     TopazConfig,
-    _config,
     _fork,
-    _runtime,
     require_policy_allowed,
     require_policy_auto,
 )
+from fastapi_topaz._app import config as _config
+from fastapi_topaz._pool import open_pool as _runtime
 from fastapi_topaz.testing import FakeConnector, slow
 
 
@@ -482,7 +482,7 @@ async def test_the_search_for_nested_leases_is_bounded(monkeypatch):
         searches.append(args)
         return original(*args)
 
-    monkeypatch.setattr("fastapi_topaz._runtime.held_by", counted)
+    monkeypatch.setattr("fastapi_topaz._pool.open_pool.held_by", counted)
     async with make(max_connections=1) as pool, pool.acquire():
         for _ in range(50):
             with pytest.raises(PoolTimeout):

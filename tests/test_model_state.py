@@ -24,8 +24,8 @@ from invariants import EVERYWHERE, OF_THE_STATE, check, usable
 from stepwise import chosen_settings
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz._entry import Lease
-from fastapi_topaz._state import PoolState
+from fastapi_topaz._pool.state.entry import Lease
+from fastapi_topaz._pool.state.pool_state import PoolState
 from fastapi_topaz.exceptions import ConnectFailed
 
 

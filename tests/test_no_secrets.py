@@ -43,10 +43,10 @@ from fastapi_topaz import (
     PoolError,
     PoolTimeout,
     TopazConfig,
-    _messages,
     require_policy_allowed,
     require_policy_auto,
 )
+from fastapi_topaz._authorizer import messages as _messages
 from fastapi_topaz._redaction import boundary, clear_frames
 from fastapi_topaz.testing import (
     EmbeddedAuthorizer,
@@ -939,7 +939,7 @@ def test_members_causes_and_contexts_are_cleared_and_circles_end():
 @pytest.mark.parametrize(
     "filename, cleared",
     [
-        ("<attrs generated init fastapi_topaz._options.Identity>", True),
+        ("<attrs generated init fastapi_topaz._authorizer.options.Identity>", True),
         ("<attrs generated init theirs.Identity>", False),
         ("<string>", False),
     ],

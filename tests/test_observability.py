@@ -29,8 +29,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from waiting import eventually
 
 import fastapi_topaz as topaz
-from fastapi_topaz._demo import serving
-from fastapi_topaz._status import CloseReason
+from fastapi_topaz._cli.demo import serving
+from fastapi_topaz._pool.status import CloseReason
 from fastapi_topaz.exceptions import FailureReason
 
 

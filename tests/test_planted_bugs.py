@@ -11,9 +11,9 @@ from invariants import Broken
 from test_model_pool import OnTrioMachine, PoolMachine
 from test_model_state import StateMachine
 
-from fastapi_topaz import _life
-from fastapi_topaz._runtime import Runtime
-from fastapi_topaz._state import PoolState
+from fastapi_topaz._pool import life as _life
+from fastapi_topaz._pool.open_pool import Runtime
+from fastapi_topaz._pool.state.pool_state import PoolState
 
 
 FIXED = settings(
@@ -262,7 +262,7 @@ def test_the_model_of_the_pool_finds(bug, invariant, machine, monkeypatch):
     if issubclass(bug, Runtime):
         monkeypatch.setattr(_life, "Runtime", bug)
     else:
-        monkeypatch.setattr("fastapi_topaz._runtime.PoolState", bug)
+        monkeypatch.setattr("fastapi_topaz._pool.open_pool.PoolState", bug)
     assert broken(machine).intersection(invariant.split())
 
 

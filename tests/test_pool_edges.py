@@ -16,13 +16,13 @@ from fastapi_topaz import (
     PoolClosed,
     PoolSaturated,
     PoolTimeout,
-    _leaks,
 )
-from fastapi_topaz._entry import Lease
-from fastapi_topaz._leaks import STACK_DEPTH, Leaks, _Holder
-from fastapi_topaz._refusals import check_saturation, failed
-from fastapi_topaz._status import PoolCounters
-from fastapi_topaz._transport import Verdict
+from fastapi_topaz._pool import leaks as _leaks
+from fastapi_topaz._pool.connector import Verdict
+from fastapi_topaz._pool.leaks import STACK_DEPTH, Leaks, _Holder
+from fastapi_topaz._pool.refusals import check_saturation, failed
+from fastapi_topaz._pool.state.entry import Lease
+from fastapi_topaz._pool.status import PoolCounters
 from fastapi_topaz.testing import FakeConnector, fail, hang, slow
 
 

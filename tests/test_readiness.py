@@ -20,8 +20,8 @@ from fastapi_topaz import (
     TopazConfig,
     Verdict,
 )
-from fastapi_topaz._entry import Lease
-from fastapi_topaz._state import PoolState
+from fastapi_topaz._pool.state.entry import Lease
+from fastapi_topaz._pool.state.pool_state import PoolState
 from fastapi_topaz.testing import FakeConnector, fail, hang, ok
 
 

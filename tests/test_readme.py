@@ -17,10 +17,10 @@ import yaml
 from fastapi import FastAPI
 
 from fastapi_topaz import ConnectionPool, Identity, IdentityType, TopazConfig
-from fastapi_topaz._demo import serving
-from fastapi_topaz._status import CloseReason
-from fastapi_topaz._telemetry._instruments import BOUNDARIES, TOPAZ
-from fastapi_topaz._telemetry._semconv import DB_CLIENT
+from fastapi_topaz._cli.demo import serving
+from fastapi_topaz._pool.status import CloseReason
+from fastapi_topaz._telemetry.instruments import BOUNDARIES, TOPAZ
+from fastapi_topaz._telemetry.semconv import DB_CLIENT
 from fastapi_topaz.exceptions import FailureReason
 
 

@@ -24,8 +24,8 @@ from fastapi_topaz import (
     TopazConfig,
     require_policy_allowed,
 )
-from fastapi_topaz._messages import Subject, is_request
-from fastapi_topaz._rego import KEYWORDS, check_name, check_reference, join
+from fastapi_topaz._authorizer.messages import Subject, is_request
+from fastapi_topaz._authorizer.rego import KEYWORDS, check_name, check_reference, join
 
 
 # Each turns a denial into an allow, or into another question, if it is sent as it is.

@@ -23,7 +23,7 @@ from fastapi_topaz import (
     TopazConfig,
     require_policy_auto,
 )
-from fastapi_topaz._routes import route_policy_path
+from fastapi_topaz._app.routes import route_policy_path
 
 
 pytestmark = pytest.mark.real_clock

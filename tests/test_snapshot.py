@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz._entry import Lease
-from fastapi_topaz._snapshot import connection_statuses
-from fastapi_topaz._state import PoolState
+from fastapi_topaz._pool.state.entry import Lease
+from fastapi_topaz._pool.state.pool_state import PoolState
+from fastapi_topaz._pool.state.snapshot import connection_statuses
 from fastapi_topaz.exceptions import ConnectFailed
 
 

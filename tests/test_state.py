@@ -6,9 +6,9 @@ import attrs
 import pytest
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz._attempts import BRIEF, PATIENCE
-from fastapi_topaz._entry import Lease
-from fastapi_topaz._state import RAMP, PoolState
+from fastapi_topaz._pool.state.attempts import BRIEF, PATIENCE
+from fastapi_topaz._pool.state.entry import Lease
+from fastapi_topaz._pool.state.pool_state import RAMP, PoolState
 from fastapi_topaz.exceptions import ConnectFailed
 
 

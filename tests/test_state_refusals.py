@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz._attempts import BRIEF
-from fastapi_topaz._entry import Lease
-from fastapi_topaz._outage import (
+from fastapi_topaz._pool.state.attempts import BRIEF
+from fastapi_topaz._pool.state.entry import Lease
+from fastapi_topaz._pool.state.outage import (
     AT_ONCE,
     ATTEMPT,
     FIRST_PAUSE,
@@ -18,7 +18,7 @@ from fastapi_topaz._outage import (
     PAUSE,
     Outage,
 )
-from fastapi_topaz._state import PoolState
+from fastapi_topaz._pool.state.pool_state import PoolState
 from fastapi_topaz.exceptions import ConnectFailed
 
 

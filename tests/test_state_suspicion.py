@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz._attempts import BRIEF
-from fastapi_topaz._entry import Lease
-from fastapi_topaz._state import PoolState
+from fastapi_topaz._pool.state.attempts import BRIEF
+from fastapi_topaz._pool.state.entry import Lease
+from fastapi_topaz._pool.state.pool_state import PoolState
 
 
 class Link:

@@ -26,8 +26,8 @@ from fastapi_topaz import (
     TopazConfig,
     require_policy_allowed,
 )
-from fastapi_topaz._demo import serving
-from fastapi_topaz._messages import IS, is_request
+from fastapi_topaz._authorizer.messages import IS, is_request
+from fastapi_topaz._cli.demo import serving
 from fastapi_topaz.testing import EmbeddedAuthorizer, FakeConnector, slow
 
 

@@ -19,8 +19,8 @@ from faultkit.tls import (
 )
 
 from fastapi_topaz import AuthorizerOptions, ConnectFailed, ConnectionPool
-from fastapi_topaz._transport import GrpcConnector
-from fastapi_topaz._transport._failures import connect_failed
+from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz._grpcio.failures import connect_failed
 
 
 pytestmark = pytest.mark.real_clock

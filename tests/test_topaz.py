@@ -32,7 +32,7 @@ from fastapi_topaz import (
     IdentityType,
     TopazConfig,
 )
-from fastapi_topaz._messages import is_request
+from fastapi_topaz._authorizer.messages import is_request
 from fastapi_topaz.testing._certs import Certificates
 
 

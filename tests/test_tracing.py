@@ -30,7 +30,7 @@ from fastapi_topaz import (
     TopazConfig,
     require_policy_allowed,
 )
-from fastapi_topaz._demo import serving
+from fastapi_topaz._cli.demo import serving
 
 
 pytestmark = pytest.mark.real_clock
@@ -272,7 +272,7 @@ async def test_a_propagator_cannot_break_a_check(
     propagator, authorizer, monkeypatch, caplog
 ):
     monkeypatch.setattr(propagate, "inject", propagator.inject)
-    monkeypatch.setattr("fastapi_topaz._telemetry._tracing._broken", set())
+    monkeypatch.setattr("fastapi_topaz._telemetry.tracing._broken", set())
     asked = recorded(authorizer)
     traced = Traced(authorizer)
     async with traced.pool:
@@ -308,7 +308,7 @@ class Broken(SpanProcessor):
 async def test_tracing_that_raises_fails_no_check(
     moment, authorizer, monkeypatch, caplog
 ):
-    monkeypatch.setattr("fastapi_topaz._telemetry._tracing._broken", set())
+    monkeypatch.setattr("fastapi_topaz._telemetry.tracing._broken", set())
     traced = Traced(authorizer, processor=Broken(moment))
     async with traced.pool:
         authorizer.fail(grpc.StatusCode.UNAVAILABLE, "gone", times=1, methods=["Is"])
@@ -321,7 +321,7 @@ async def test_tracing_that_raises_fails_no_check(
 async def test_what_the_authorizer_said_is_not_in_the_traceback_of_that(
     authorizer, monkeypatch, caplog
 ):
-    monkeypatch.setattr("fastapi_topaz._telemetry._tracing._broken", set())
+    monkeypatch.setattr("fastapi_topaz._telemetry.tracing._broken", set())
     traced = Traced(authorizer, processor=Broken("end"))
     async with traced.pool:
         authorizer.fail(grpc.StatusCode.INTERNAL, f"no {SECRET} here")

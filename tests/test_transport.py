@@ -13,7 +13,7 @@ import trustme
 from waiting import eventually
 
 from fastapi_topaz import AuthorizerOptions, ConnectFailed, ConnectionLost, Verdict
-from fastapi_topaz._transport import GrpcConnector
+from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from fastapi_topaz.testing._certs import Certificates
 

@@ -18,7 +18,7 @@ import attrs
 if TYPE_CHECKING:
     import grpc
 
-    from fastapi_topaz._options import Identity
+    from fastapi_topaz._authorizer.options import Identity
 
 
 __all__ = [

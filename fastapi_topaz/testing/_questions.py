@@ -25,7 +25,7 @@ from aserto.authorizer.v2 import (
 )
 from google.protobuf.json_format import MessageToDict
 
-from fastapi_topaz._options import Identity, IdentityType
+from fastapi_topaz._authorizer.options import Identity, IdentityType
 
 from ._policies import (
     Check,

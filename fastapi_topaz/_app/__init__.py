@@ -1,0 +1,1 @@
+"""What a FastAPI application uses: the configuration and the guards of routes."""

@@ -1,0 +1,421 @@
+"""What an application says once: which authorizer, which policies, whose requests."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+import attrs
+import grpc
+
+from fastapi_topaz._authorizer.messages import is_request
+from fastapi_topaz._authorizer.options import (
+    AuthorizerOptions,
+    AuthorizerOptionsLike,
+    Identity,
+    IdentityLike,
+    seconds,
+    shown,
+    text,
+)
+from fastapi_topaz._authorizer.rego import check_name, check_reference
+from fastapi_topaz._authorizer.resource import EXACT
+from fastapi_topaz._errors import kind_of, logged
+from fastapi_topaz._grpcio.endings import is_unprocessed
+from fastapi_topaz._log_limit import LogLimit
+from fastapi_topaz._pool.pool import ConnectionPool
+from fastapi_topaz._pool.readiness import is_ready
+from fastapi_topaz._redaction import boundary
+from fastapi_topaz._slips import NotCopied
+from fastapi_topaz._telemetry.tracing import Tracing
+from fastapi_topaz.exceptions import ConnectionLost, PoolMisuse, TopazError
+
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from opentelemetry.trace import TracerProvider
+    from starlette.requests import HTTPConnection
+
+    from fastapi_topaz._telemetry.tracing import CheckSpan
+
+    # Called with a Request, or with a WebSocket where a WebSocket route is guarded.
+    IdentityProvider = Callable[[Any], IdentityLike | Awaitable[IdentityLike]]
+    ResourceContextProvider = Callable[
+        [Any], Mapping[str, Any] | Awaitable[Mapping[str, Any]]
+    ]
+
+
+__all__ = ["TopazConfig"]
+
+
+logger = logging.getLogger("fastapi_topaz.fastapi")
+
+
+@attrs.frozen
+class Question:
+    """
+    One check, encoded before it waits for a connection.
+
+    So an argument that cannot be sent raises its own error, also if the pool is full.
+    """
+
+    policy_path: str
+    decision: str
+    # It holds the identity: see `Identity`.
+    request: bytes = attrs.field(repr=False)
+
+
+class TopazConfig(NotCopied):
+    """
+    How a FastAPI application asks its authorizer.
+
+    Build one at import time, share it between routes, and let
+    `FastAPI(lifespan=config.lifespan)` open and close its pool.
+
+    Args:
+        authorizer_options: Where the authorizer is; objects of
+            `aserto.client.AuthorizerOptions` work, too.
+        policy_path_root: The package that all policies are below, such as `myapp`.
+        identity_provider: Called with the Request, or with the WebSocket of a guarded
+            WebSocket route. Returns its `Identity`; sync or async. What it raises is
+            the application's own error and reaches the client as such.
+        policy_instance_name: Which policy instance to ask; None leaves it to the
+            server.
+        policy_instance_label: Its label; the name if None.
+        resource_context_provider: Called with the request, returns what the policy
+            sees as `input.resource` besides the path parameters, which it cannot
+            replace; sync or async.
+        connection_pool: The pool; None makes one with the defaults.
+        check_timeout: Seconds for one check, waiting for a connection and asking
+            together. Default 5.
+        path_parameters: How the policy sees path parameters in `input.resource`.
+            "typed", the default: as a number if the route converts it to one, as
+            `{id:int}` and `{x:float}` do, and as text otherwise. "text": always as
+            text. A whole number beyond 2**53 is text, since it would be rounded.
+        tracer_provider: Where the spans of checks go; None is OpenTelemetry's global
+            one.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; names it.
+        PoolMisuse: *connection_pool* is open, to another authorizer.
+    """
+
+    _copy_form = "its pool belongs to one process; share it, or build another one"
+
+    @boundary
+    def __init__(
+        self,
+        *,
+        authorizer_options: AuthorizerOptionsLike,
+        policy_path_root: str,
+        identity_provider: IdentityProvider,
+        policy_instance_name: str | None = None,
+        policy_instance_label: str | None = None,
+        resource_context_provider: ResourceContextProvider | None = None,
+        connection_pool: ConnectionPool | None = None,
+        check_timeout: float = 5.0,
+        path_parameters: Literal["typed", "text"] = "typed",
+        tracer_provider: TracerProvider | None = None,
+    ) -> None:
+        check_reference("policy_path_root", policy_path_root)
+        text("policy_instance_name", policy_instance_name)
+        text("policy_instance_label", policy_instance_label)
+        _callable("identity_provider", identity_provider)
+        if resource_context_provider is not None:
+            _callable("resource_context_provider", resource_context_provider)
+        if path_parameters not in ("typed", "text"):
+            raise ValueError(
+                "path_parameters must be 'typed' or 'text', got "
+                f"{shown(path_parameters)}"
+            )
+        if connection_pool is None:
+            connection_pool = ConnectionPool()
+        elif not isinstance(connection_pool, ConnectionPool):
+            raise TypeError(
+                "connection_pool must be a ConnectionPool, got "
+                f"{shown(connection_pool)}"
+            )
+        get_tracer = getattr(tracer_provider, "get_tracer", None)
+        if tracer_provider is not None and not callable(get_tracer):
+            raise TypeError(
+                "tracer_provider must be a TracerProvider, got "
+                f"{shown(tracer_provider)}"
+            )
+        self.authorizer_options: AuthorizerOptions = AuthorizerOptions.coerce(
+            authorizer_options
+        )
+        self.policy_path_root = policy_path_root
+        self.identity_provider = identity_provider
+        self.policy_instance_name = policy_instance_name
+        self.policy_instance_label = policy_instance_label
+        self.resource_context_provider = resource_context_provider
+        self.connection_pool = connection_pool
+        self.check_timeout: float = seconds(
+            "check_timeout", check_timeout, zero=False, infinite=False
+        )
+        self.path_parameters = path_parameters
+        self._tracing = Tracing(tracer_provider)
+        # By policy path, and None for that of the route: see `require_policy_allowed`.
+        self._dependencies: dict[str | None, Any] = {}
+        self._log_limit = LogLimit(logger, "checks")
+        already = connection_pool.authorizer_options
+        if already not in (None, self.authorizer_options):
+            raise ValueError(
+                "connection_pool must not be shared by configurations of different "
+                f"authorizers: it is configured for {already}, and this one is for "
+                f"{self.authorizer_options}"
+            )
+        connection_pool.configure(self.authorizer_options)
+
+    def __repr__(self) -> str:
+        return (
+            f"<TopazConfig {self.policy_path_root!r} to {self.authorizer_options.url}>"
+        )
+
+    @asynccontextmanager
+    async def lifespan(self, _app: object) -> AsyncIterator[None]:
+        """Open the pool when the application starts, close it when it stops."""
+        try:
+            async with self.connection_pool:
+                yield
+        finally:
+            self._log_limit.flush(everything=True)
+
+    @boundary
+    async def is_ready(self, timeout: float = 1.0) -> bool:
+        """
+        Ask whether the authorizer answers, for a readiness probe.
+
+        Opens the pool if it was not used yet. If the authorizer answered within the
+        last second, and nothing failed since, this returns True at once. Otherwise one
+        connection asks for its version (the RPC `Info`), and is made before if none is
+        open. Many callers at the same time share that call. It needs no free lease.
+
+        An error is logged and is not ready. So is a pool that the application closed:
+        this does not open it again.
+
+        Args:
+            timeout: Seconds it may take, more than 0. Default 1.
+
+        Returns:
+            True only if the authorizer answered, with OK or an error status of its
+            own. UNAVAILABLE is no answer, and neither is a page of a proxy.
+
+        Raises:
+            TypeError, ValueError: *timeout* is not a number of seconds above 0.
+        """
+        timeout = seconds("timeout", timeout, zero=False, infinite=False)
+        try:
+            return await is_ready(self.connection_pool, timeout)
+        except Exception as error:  # noqa: BLE001  (a connector may raise anything)
+            # The pool logs an outage by itself. The rest is a mistake to be mended.
+            outage = isinstance(error, TopazError) and not isinstance(error, PoolMisuse)
+            self._log_limit.report(
+                logging.DEBUG if outage else logging.ERROR,
+                f"not ready: {kind_of(error)}",
+                "not ready: %s",
+                logged(error),
+            )
+            return False
+
+    @boundary
+    async def is_allowed(
+        self,
+        request: HTTPConnection,
+        policy_path: str,
+        *,
+        decision: str = "allowed",
+        resource_context: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """
+        Ask whether the caller of *request* may do what *policy_path* is about.
+
+        A decision that is lost with its connection, or ends UNAVAILABLE or CANCELLED,
+        is asked for once more within `check_timeout`. One that the server certainly
+        did not process is sent again as often as that time allows, from the third
+        time on after pauses of 0.01 s that double up to 0.5 s.
+
+        Args:
+            request: The Request or WebSocket whose identity and path parameters are
+                sent.
+            policy_path: The whole path, such as `myapp.GET.documents`.
+            decision: The decision that must be true, default `allowed`.
+            resource_context: Sent besides the path parameters and what
+                `resource_context_provider` says, and wins over both: only the
+                application can pass it.
+
+        Returns:
+            True only if the authorizer decided so. There is no answer in doubt: an
+            authorizer that cannot be asked is an exception.
+
+        Raises:
+            PoolError: No connection could be had within `check_timeout`, or two were
+                lost; see `ConnectionPool.acquire`.
+            grpc.aio.AioRpcError: The authorizer answered with an error status, not
+                in time, or without a clear decision.
+            TypeError: A provider returned something else than it should, or an argument
+                cannot be sent.
+            ValueError: *policy_path* is not a Rego reference, *decision* is not a Rego
+                name, or an argument cannot be sent.
+        """
+        return await self._ask(
+            await self._question(request, policy_path, decision, resource_context)
+        )
+
+    async def _question(
+        self,
+        request: HTTPConnection,
+        policy_path: str,
+        decision: str = "allowed",
+        resource_context: Mapping[str, Any] | None = None,
+    ) -> Question:
+        """
+        Return what to ask.
+
+        Raises:
+            TypeError, ValueError: An argument cannot be sent; names it.
+            Exception: What the application's providers raise.
+        """
+        check_reference("policy_path", policy_path)
+        check_name("decision", decision)
+        return Question(
+            policy_path,
+            decision,
+            is_request(
+                policy_path,
+                (decision,),
+                await self._identity(request),
+                {**await self._resource(request), **(resource_context or {})},
+                self.policy_instance_name,
+                self.policy_instance_label,
+            ),
+        )
+
+    async def _ask(self, question: Question) -> bool:
+        """
+        Return the answer of the authorizer, in a span of its own.
+
+        A decision is a read, so it is asked for once more if it was lost. By then the
+        pool leases no connection that it has reason to suspect before it has answered
+        a probe.
+        """
+        pool = self.connection_pool.options.name
+        path, decision = question.policy_path, question.decision
+        with self._tracing.check(path, decision, pool) as span:
+            allowed = await self._answer(question, span)
+            span.decided(allowed)
+            return allowed
+
+    async def _answer(self, question: Question, span: CheckSpan) -> bool:
+        # One budget: what waiting or a first attempt takes, the rest has less.
+        deadline = anyio.current_time() + self.check_timeout
+        lost: Exception | None = None
+        retried, resent = False, 0
+        while True:
+            try:
+                return await self._ask_once(question, deadline, span)
+            except (TopazError, grpc.aio.AioRpcError) as error:
+                pause = 0.0
+                if is_unprocessed(error):
+                    # Free, because the server has done nothing for it yet.
+                    pause = _pause_before(resent)
+                    resent += 1
+                elif retried or not _is_worth_a_retry(error):
+                    if isinstance(error, TopazError) and lost is not None:
+                        raise error from lost
+                    raise
+                else:
+                    retried = True
+                if anyio.current_time() + pause >= deadline:
+                    raise
+                lost = error
+            self.connection_pool._counters.retries += 1  # noqa: SLF001
+            span.lost(lost)
+            if pause:
+                await anyio.sleep(pause)
+
+    async def _ask_once(
+        self, question: Question, deadline: float, span: CheckSpan
+    ) -> bool:
+        pool = self.connection_pool
+        wait = min(self._left(deadline), pool.options.acquire_timeout)
+        async with pool.acquire(timeout=wait) as conn:
+            if conn.waited:
+                span.waited(conn.waited)
+            decisions = await conn._decide(  # noqa: SLF001
+                question.request, (question.decision,), self._left(deadline)
+            )
+        return decisions[question.decision] is True
+
+    def _left(self, deadline: float) -> float:
+        """Return the seconds until *deadline*, also if the clock has jumped back."""
+        return min(self.check_timeout, max(0.0, deadline - anyio.current_time()))
+
+    async def _identity(self, request: HTTPConnection) -> Identity:
+        identity = await _result(self.identity_provider(request))
+        if identity is None:
+            raise TypeError(
+                "identity_provider must return an Identity, got None; for an anonymous "
+                "caller return Identity(IdentityType.NONE)"
+            )
+        try:
+            return Identity.coerce(identity)
+        except TypeError:
+            # By its type: the value may be somebody's token.
+            raise TypeError(
+                "identity_provider must return an Identity, got "
+                f"{type(identity).__name__}"
+            ) from None
+
+    async def _resource(self, request: HTTPConnection) -> dict[str, Any]:
+        resource: dict[str, Any] = {}
+        if self.resource_context_provider is not None:
+            extra = await _result(self.resource_context_provider(request))
+            if not isinstance(extra, Mapping):
+                raise TypeError(
+                    "resource_context_provider must return a mapping, got "
+                    f"{type(extra).__name__}"
+                )
+            resource.update(extra)
+        # Last: a provider that passes on what the client sends, such as the query,
+        # must not change which document the question is about.
+        typed = self.path_parameters == "typed"
+        for name, value in request.path_params.items():
+            resource[name] = value if typed and _is_exact_number(value) else str(value)
+        return resource
+
+
+def _is_exact_number(value: object) -> bool:
+    """Return whether JSON has *value* as a number, and protobuf does not round it."""
+    # Not isinstance(): a converter may return a bool, or an enumeration.
+    if type(value) is int:
+        return abs(value) <= EXACT
+    return type(value) is float and math.isfinite(value)
+
+
+def _is_worth_a_retry(error: Exception) -> bool:
+    if isinstance(error, grpc.aio.AioRpcError):
+        # Who cancels a check gets no error but the cancellation: it was the server,
+        # which does that to what it has received and not begun when it stops.
+        return error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    return isinstance(error, ConnectionLost)
+
+
+def _pause_before(resent: int) -> float:
+    """Return how many seconds to wait before a call is sent once more."""
+    return 0.0 if resent < 2 else min(0.5, 0.01 * 2.0 ** (resent - 2))
+
+
+def _callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {shown(value)}")
+
+
+async def _result(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value

@@ -1,0 +1,212 @@
+"""FastAPI dependencies: a request goes on if its policy allows it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import starlette
+from fastapi import HTTPException, WebSocketException
+from starlette.requests import HTTPConnection  # noqa: TC002  (FastAPI reads it)
+
+from fastapi_topaz._app.config import TopazConfig
+from fastapi_topaz._app.routes import route_policy_path
+from fastapi_topaz._authorizer.options import shown
+from fastapi_topaz._authorizer.rego import check_reference
+from fastapi_topaz._errors import kind_of, logged
+from fastapi_topaz._redaction import boundary
+from fastapi_topaz.exceptions import PoolMisuse, TopazError
+
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Dependency = Callable[[HTTPConnection], Awaitable[None]]
+
+
+__all__ = ["require_policy_allowed", "require_policy_auto"]
+
+
+RETRY_AFTER = "1"
+"""Seconds. A pool recovers within a moment of its authorizer."""
+
+POLICY_VIOLATION = 1008
+"""The close code of a WebSocket that is refused: RFC 6455, section 7.4.1."""
+
+_ANSWERS_WEBSOCKETS = tuple(map(int, starlette.__version__.split(".")[:2])) >= (0, 41)
+"""Whether Starlette sends what its handler of HTTPException makes for a WebSocket."""
+
+HINTS = {
+    grpc.StatusCode.INVALID_ARGUMENT: (
+        "there is no such policy or rule, the rule has no value, or it fails"
+    ),
+    grpc.StatusCode.INTERNAL: (
+        "it failed, or its answer is wrong or lacks the decision, as Topaz's answer "
+        "does if the decision is not a boolean"
+    ),
+    grpc.StatusCode.NOT_FOUND: "it does not know the identity, or cannot look it up",
+    grpc.StatusCode.UNAUTHENTICATED: "the api_key is missing or wrong",
+    grpc.StatusCode.UNIMPLEMENTED: "it serves no Authorizer: is url the right port?",
+}
+"""What these statuses of Topaz mean for a check."""
+
+# How a request ends without an allow: a status, and a detail for the client. None of it
+# is text of the authorizer.
+DENIED: tuple[int, str] = (403, "Not allowed.")
+UNAVAILABLE: tuple[int, str] = (503, "The authorizer is not available.")
+MISUSE: tuple[int, str] = (500, "Internal Server Error")
+WRONG_POLICY: tuple[int, str] = (
+    500,
+    (
+        "The authorizer cannot evaluate the policy: there is no such policy or rule, "
+        "the rule has no value for this request, or it fails."
+    ),
+)
+
+ENDS: dict[Any, tuple[int, str]] = {
+    # Topaz says that of an identity only.
+    grpc.StatusCode.NOT_FOUND: DENIED,
+    # A mistake in the policy or in its path, which no retry mends.
+    grpc.StatusCode.INVALID_ARGUMENT: WRONG_POLICY,
+}
+"""How a check ends that the authorizer answers with these. Others are UNAVAILABLE."""
+
+
+def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
+    """
+    Return a dependency that lets a request pass if *policy_path* allows it.
+
+    Use it as `Depends(require_policy_allowed(config, "myapp.GET.documents"))`.
+    A denied request ends with 403, and so does one of an identity that the authorizer
+    does not know, or could not look up. If the authorizer cannot be asked, it ends
+    with 503 and `Retry-After`. If the authorizer cannot evaluate the policy, because
+    policy or rule do not exist, or the rule has no value or fails, it ends with 500:
+    trying again does not help. So it does if the application misuses the pool: see
+    `PoolMisuse`. The exception has no cause, because the text of the authorizer may
+    name the identity; the log has the reason.
+
+    It also guards WebSocket routes, and then asks before the WebSocket is accepted. A
+    server with the ASGI extension `websocket.http.response` sends the same answers.
+    Other servers, and Starlette before 0.41, get the close code 1008 and answer 403.
+
+    Equal arguments give the same object. So FastAPI runs it once for a request, and
+    finds it in `dependency_overrides`.
+
+    Args:
+        config: How to ask.
+        policy_path: The whole path of the policy.
+
+    Raises:
+        TypeError: *config* or *policy_path* has the wrong type.
+        ValueError: *policy_path* is not a Rego reference.
+    """
+    _check_config(config)
+    check_reference("policy_path", policy_path)
+
+    @boundary
+    async def dependency(request: HTTPConnection) -> None:
+        await _check(config, request, policy_path)
+
+    return _once(config, policy_path, dependency)
+
+
+def require_policy_auto(config: TopazConfig) -> Dependency:
+    """
+    Return a dependency that takes the policy path from the route.
+
+    `GET /documents/{id}` of the root `myapp` asks `myapp.GET.documents.__id`.
+    Otherwise as `require_policy_allowed`.
+
+    The path is built from the templates of the route and of everything above it:
+    prefixes of `APIRouter` and `include_router`, and mounts. A mount with a parameter,
+    such as `app.mount("/{tenant}", ...)`, asks `myapp.GET.__tenant...`. No text of a
+    request becomes part of the path. A dot separates as a slash does: `/users.export`
+    and `/users/export` have one policy. A segment that is not a Rego name is quoted:
+    `/user-profiles` asks `myapp.GET["user-profiles"]`. Declare the package under
+    exactly that name.
+
+    HEAD asks the policy of GET if the route answers both, and so does a WebSocket
+    route, because a WebSocket begins as a GET request. The dependency raises
+    RuntimeError, and asks nothing, for a route below a `Host` route, for the files of
+    `app.frontend`, and if no template of the route matches the path of the request.
+
+    Args:
+        config: How to ask.
+
+    Raises:
+        TypeError: *config* is not a TopazConfig.
+    """
+    _check_config(config)
+
+    @boundary
+    async def dependency(request: HTTPConnection) -> None:
+        path = route_policy_path(config.policy_path_root, request.scope)
+        await _check(config, request, path)
+
+    return _once(config, None, dependency)
+
+
+def _once(
+    config: TopazConfig, policy_path: str | None, dependency: Dependency
+) -> Dependency:
+    """Return the dependency of *policy_path*, which lives as long as *config*."""
+    known: dict[str | None, Dependency] = config._dependencies  # noqa: SLF001
+    return known.setdefault(policy_path, dependency)
+
+
+async def _check(
+    config: TopazConfig, request: HTTPConnection, policy_path: str
+) -> None:
+    # Outside the try: what a provider raises is the application's own.
+    question = await config._question(request, policy_path)  # noqa: SLF001
+    limit = config._log_limit  # noqa: SLF001
+    try:
+        allowed = await config._ask(question)  # noqa: SLF001
+    except (TopazError, grpc.RpcError) as error:
+        misuse = isinstance(error, PoolMisuse)
+        limit.report(
+            logging.ERROR if misuse else logging.WARNING,
+            f"no decision: {kind_of(error)}",
+            "no decision on %s: %s",
+            *(policy_path, _reason(error, config.check_timeout)),
+        )
+        end = MISUSE if misuse else ENDS.get(_code(error), UNAVAILABLE)
+    else:
+        if limit.held:
+            limit.flush()
+        if allowed:
+            return
+        end = DENIED
+    # Raised here and not above, where the error of the authorizer would be its context:
+    # error trackers and logs show that one, and its details may name the identity.
+    raise _refusal(request, *end)
+
+
+def _refusal(request: HTTPConnection, status: int, detail: str) -> Exception:
+    """Return the exception that ends *request* with *status*."""
+    if request.scope["type"] == "websocket":
+        extensions = request.scope.get("extensions") or {}
+        if "websocket.http.response" not in extensions or not _ANSWERS_WEBSOCKETS:
+            return WebSocketException(POLICY_VIOLATION, detail)
+    headers = {"Retry-After": RETRY_AFTER} if status == 503 else None
+    return HTTPException(status, detail, headers)
+
+
+def _code(error: Exception) -> Any:
+    return error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+
+
+def _reason(error: Exception, timeout: float) -> str:
+    if (code := _code(error)) is None:
+        return logged(error)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"no answer within {timeout:g} s (check_timeout)"
+    # Not the details: an authorizer may name the identity there.
+    hint = HINTS.get(code)
+    return f"the authorizer answered {code.name}" + (f" ({hint})" if hint else "")
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, TopazConfig):
+        raise TypeError(f"config must be a TopazConfig, got {shown(config)}")

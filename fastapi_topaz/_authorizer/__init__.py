@@ -1,0 +1,1 @@
+"""The API of the Topaz authorizer: its options, messages and calls."""

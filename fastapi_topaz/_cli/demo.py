@@ -1,0 +1,399 @@
+"""
+The parts of the demo: policies, an application, a real server, and its traffic.
+
+    httpx --HTTP--> uvicorn or hypercorn --> FastAPI --gRPC--> authorizer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import socket
+import ssl
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import anyio
+import attrs
+import httpx
+import uvicorn
+from fastapi import Depends, FastAPI, Request
+
+from fastapi_topaz._app.guards import require_policy_auto
+from fastapi_topaz._authorizer.options import Identity, IdentityType
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from fastapi_topaz._app.config import TopazConfig
+    from fastapi_topaz.testing import Check, Policies
+
+    Health: TypeAlias = dict[str, Any]
+    Started: TypeAlias = Future["Running"]
+
+
+__all__ = [
+    "DemoFailed",
+    "Tally",
+    "application",
+    "policies",
+    "send",
+    "serving",
+    "whoever",
+]
+
+
+logger = logging.getLogger(__name__)
+
+USERS: Final = frozenset({"alice", "bob"})
+OWNERS: Final = {"1": "alice", "2": "bob"}
+# Seconds for what takes milliseconds unless something is broken.
+PATIENCE: Final = 30.0
+
+
+class DemoFailed(Exception):  # noqa: N818
+    """The demo could not run; the message says why."""
+
+
+# -- who may do what ----------------------------------------------------------------
+
+
+def policies(root: str) -> Policies:
+    """Return the policies below *root*: all users read, owners delete."""
+
+    def known(check: Check) -> bool:
+        return check.identity.value in USERS
+
+    def owner(check: Check) -> bool:
+        return known(check) and OWNERS.get(check.resource["id"]) == check.identity.value
+
+    return {
+        f"{root}.GET.documents": known,
+        f"{root}.GET.documents.__id": known,
+        f"{root}.DELETE.documents.__id": owner,
+    }
+
+
+def whoever(request: Request) -> Identity:
+    """Believe the header `x-user`; an application would verify a token instead."""
+    user = request.headers.get("x-user")
+    # MANUAL, because a Topaz would look SUB up in its directory, which may be empty.
+    return Identity(IdentityType.MANUAL, user) if user else Identity(IdentityType.NONE)
+
+
+def application(config: TopazConfig) -> FastAPI:
+    """Return the guarded application; nothing is ever really deleted."""
+    app = FastAPI(lifespan=config.lifespan)
+    guarded = [Depends(require_policy_auto(config))]
+
+    @app.get("/documents", dependencies=guarded)
+    async def documents() -> list[str]:
+        return sorted(OWNERS)
+
+    @app.get("/documents/{id}", dependencies=guarded)
+    async def document(id: str) -> dict[str, str]:  # noqa: A002
+        return {"id": id}
+
+    @app.delete("/documents/{id}", dependencies=guarded)
+    async def delete(id: str) -> dict[str, str]:  # noqa: A002
+        return {"deleted": id}
+
+    @app.get("/health")
+    async def health() -> dict[str, object]:
+        pool_status = config.connection_pool.status()
+        return {
+            "status": "ok" if pool_status.healthy else "degraded",
+            "connection_pool": {
+                "total": pool_status.total,
+                "idle": pool_status.idle,
+                "busy": pool_status.busy,
+                "healthy": pool_status.healthy_connections,
+                "max": pool_status.max_connections,
+                "streams": pool_status.streams_in_use,
+                "streams_max": pool_status.streams_max,
+            },
+        }
+
+    return app
+
+
+# -- the server ---------------------------------------------------------------------
+
+
+@attrs.frozen
+class Running:
+    """A server that listens: where, and how to ask it from any thread to stop."""
+
+    url: str
+    stop: Callable[[], object]
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI, backend: str) -> Iterator[str]:
+    """
+    Serve *app* on a free port of 127.0.0.1, in a thread of its own.
+
+    The backend `asyncio` is uvicorn, `trio` is hypercorn.
+
+    Yields:
+        The URL, once the application has started and the server listens.
+
+    Raises:
+        DemoFailed: The server did not start, or did not stop.
+    """
+    started: Started = Future()
+    serve = _hypercorn if backend == "trio" else _uvicorn
+    thread = threading.Thread(
+        target=_guarded,
+        args=(serve, app, started),
+        name="demo-server",
+        # After a second Ctrl-C nobody waits for it any more.
+        daemon=True,
+    )
+    thread.start()
+    try:
+        try:
+            url = started.result(PATIENCE).url
+        except TimeoutError:
+            raise DemoFailed("the server did not start in time") from None
+        yield url
+    finally:
+        # Also if the wait for the start was given up: then as soon as it listens.
+        started.add_done_callback(_stop)
+        thread.join(PATIENCE)
+    if thread.is_alive():
+        raise DemoFailed("the server did not stop in time")
+
+
+def _stop(started: Started) -> None:
+    if started.exception() is None:
+        started.result().stop()
+
+
+def _guarded(
+    serve: Callable[[FastAPI, Started], None], app: FastAPI, started: Started
+) -> None:
+    try:
+        serve(app, started)
+    except BaseException as error:
+        logger.exception("the server broke down")
+        if not started.done():
+            missing = isinstance(error, ModuleNotFoundError)
+            failed = error if missing else DemoFailed("the server did not start")
+            started.set_exception(failed)
+
+
+def _uvicorn(app: FastAPI, started: Started) -> None:
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            stop = partial(setattr, self, "should_exit", True)
+            started.set_result(Running(url, stop))
+
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        ws="auto",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        # Longer than the demo, so that no connection closes under a request.
+        timeout_keep_alive=3600,
+        timeout_graceful_shutdown=3,
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # asyncio does not do it for such sockets, and answers would take 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        Server(config).run(sockets=[listener])
+
+
+def _hypercorn(app: FastAPI, started: Started) -> None:
+    # Not above: the other backend needs neither.
+    import hypercorn.trio  # noqa: PLC0415
+    import trio.testing  # noqa: PLC0415
+    from hypercorn.config import Config  # noqa: PLC0415
+
+    config = Config()
+    config.bind = "127.0.0.1:0"
+    config.backlog = 2048
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.keep_alive_timeout = 3600
+    config.keep_alive_max_requests = 2**31
+
+    async def main() -> None:
+        stop = trio.Event()
+        token = trio.lowlevel.current_trio_token()
+
+        def leave() -> None:
+            # It may have broken down before.
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(stop.set)
+
+        serve = partial(
+            hypercorn.trio.serve,
+            app,  # type: ignore[arg-type]
+            config,
+            shutdown_trigger=stop.wait,
+        )
+        async with trio.open_nursery() as nursery:
+            urls = await nursery.start(serve)
+            # hypercorn starts with a failed lifespan, too, and only then breaks down.
+            await trio.testing.wait_all_tasks_blocked()
+            started.set_result(Running(urls[0], leave))
+
+    trio.run(main)
+
+
+# -- the traffic --------------------------------------------------------------------
+
+
+@attrs.frozen
+class Shot:
+    """One request, and whether the policies above allow it."""
+
+    method: Literal["GET", "DELETE"]
+    path: str
+    user: str | None
+    allowed: bool
+
+
+SHOTS: Final = (
+    Shot("GET", "/documents/1", "alice", allowed=True),
+    Shot("GET", "/documents", "bob", allowed=True),
+    Shot("DELETE", "/documents/1", "bob", allowed=False),
+    Shot("GET", "/documents/2", "alice", allowed=True),
+    Shot("GET", "/documents/2", "mallory", allowed=False),
+    Shot("DELETE", "/documents/2", "bob", allowed=True),
+    Shot("GET", "/documents/1", "bob", allowed=True),
+    Shot("GET", "/documents", None, allowed=False),
+)
+
+
+@attrs.define
+class Tally:
+    """What became of the requests."""
+
+    allowed: int = 0
+    denied: int = 0
+    failures: Counter[str] = attrs.Factory(Counter)
+    latencies: list[float] = attrs.Factory(list)
+    elapsed: float = 0.0
+    halfway: Health | None = None
+    afterwards: Health | None = None
+
+    @property
+    def failed(self) -> int:
+        """Answers that were none, or not the expected ones."""
+        return self.failures.total()
+
+    @property
+    def requests(self) -> int:
+        """All requests that ended."""
+        return self.allowed + self.denied + self.failed
+
+    @property
+    def rate(self) -> float:
+        """Requests per second."""
+        return self.requests / self.elapsed if self.elapsed else 0.0
+
+    def percentile(self, share: float) -> float:
+        """Return the latency in seconds that *share* of the answers did not exceed."""
+        if not self.latencies:
+            return math.nan
+        ordered = sorted(self.latencies)
+        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+    def count(self, status: int, expected: int | None) -> None:
+        """Count an answer; *expected* None means that both decisions are welcome."""
+        if status not in {200, 403}:
+            self.failures[f"answered {status}"] += 1
+        elif expected not in {None, status}:
+            self.failures[f"answered {status} instead of {expected}"] += 1
+        elif status == 200:
+            self.allowed += 1
+        else:
+            self.denied += 1
+
+
+async def send(
+    url: str,
+    *,
+    requests: int,
+    concurrency: int,
+    strict: bool,
+    progress: Callable[[], object],
+) -> Tally:
+    """
+    Send *requests* requests, *concurrency* at once, and count what comes back.
+
+    *strict* says that the policies are those above, so that each outcome is known;
+    *progress* is called after every answer. Gives up when the first ones have all
+    failed: an authorizer that cannot be reached is not worth minutes.
+    """
+    tally = Tally()
+    shots = enumerate(itertools.islice(itertools.cycle(SHOTS), requests))
+    enough = max(concurrency, 10)
+
+    async def work() -> None:
+        # A client each: in one for all, httpx would look at every connection of
+        # its pool for every request, and the demo would measure that.
+        async with _client(url) as client:
+            for number, shot in shots:
+                if number == requests // 2:
+                    tally.halfway = await _health(client)
+                await _fire(client, shot, tally, strict=strict)
+                progress()
+                if tally.failed == tally.requests >= enough:
+                    return
+
+    begin = time.perf_counter()
+    async with anyio.create_task_group() as workers:
+        for _ in range(min(concurrency, requests)):
+            workers.start_soon(work)
+    tally.elapsed = time.perf_counter() - begin
+    async with _client(url) as client:
+        tally.afterwards = await _health(client)
+    return tally
+
+
+def _client(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=url,
+        timeout=PATIENCE,
+        # Never used, and much cheaper than one that loads all root certificates.
+        verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        # A proxy of the environment cannot reach this machine's 127.0.0.1.
+        trust_env=False,
+    )
+
+
+async def _fire(
+    client: httpx.AsyncClient, shot: Shot, tally: Tally, *, strict: bool
+) -> None:
+    headers = {"x-user": shot.user} if shot.user else {}
+    begin = time.perf_counter()
+    try:
+        response = await client.request(shot.method, shot.path, headers=headers)
+    except httpx.HTTPError as error:
+        tally.failures[f"not answered: {error!r}"] += 1
+        return
+    tally.latencies.append(time.perf_counter() - begin)
+    expected = 200 if shot.allowed else 403
+    tally.count(response.status_code, expected if strict else None)
+
+
+async def _health(client: httpx.AsyncClient) -> Health | None:
+    try:
+        response = await client.get("/health")
+        health: Health = response.raise_for_status().json()
+    except httpx.HTTPError:
+        return None
+    return health

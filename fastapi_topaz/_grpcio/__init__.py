@@ -1,0 +1,1 @@
+"""gRPC connections through grpc.aio, on asyncio and on trio."""

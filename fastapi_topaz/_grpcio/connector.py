@@ -1,0 +1,100 @@
+"""The connector of a pool that talks to Topaz."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from anyio.lowlevel import current_token
+
+from fastapi_topaz import _fork
+from fastapi_topaz._grpcio.certificates import root_certificates
+from fastapi_topaz._grpcio.link import Link
+from fastapi_topaz._grpcio.loopback import is_loopback
+from fastapi_topaz.exceptions import ConnectFailed, PoolMisuse
+
+
+if TYPE_CHECKING:
+    from fastapi_topaz._authorizer.options import AuthorizerOptions
+    from fastapi_topaz._pool.connector import RpcConnection
+
+
+__all__ = ["GrpcConnector"]
+
+
+logger = logging.getLogger("fastapi_topaz.transport")
+
+
+class GrpcConnector:
+    """
+    Makes gRPC connections to an authorizer, on the running backend.
+
+    Strictly private.
+    """
+
+    # One address may stand for several servers, and gRPC picks one of several.
+    spreads = True
+    # A channel is READY before the server has answered anything, also behind a proxy
+    # whose server is down, and to a server without the Authorizer.
+    probes = True
+
+    def __init__(self, options: AuthorizerOptions) -> None:
+        self.options = options
+        self.target = options.url
+        # Whether a key is sent in plaintext across a network, and no log says so yet.
+        self._exposes_key = (
+            options.api_key is not None
+            and options.insecure
+            and not is_loopback(options.url)
+        )
+
+    def __repr__(self) -> str:
+        return f"<GrpcConnector to {self.target}>"
+
+    def opened(self, pool: str) -> None:
+        """Log a warning, the first time, if *pool* sends its key in plaintext."""
+        if self._exposes_key:
+            self._exposes_key = False
+            logger.warning(
+                "%s: the api_key is sent to %s without TLS because of insecure=True; "
+                "anyone on the network path can read it. Use TLS or a loopback address",
+                *(pool, self.target),
+            )
+
+    def validate(self) -> None:
+        """
+        Check what no retry can mend.
+
+        Raises:
+            ValueError: The certificate file cannot be read, or is not a PEM file of
+                certificates.
+        """
+        root_certificates(self.options)
+
+    async def connect(self, timeout: float, /) -> RpcConnection:
+        """
+        Open one connection; see `Link.open`.
+
+        Raises:
+            ConnectFailed: It could not be established, and why.
+            PoolMisuse: This process was forked while connections were open, or kept.
+        """
+        parent = _fork.inherited_from()
+        if parent is not None:
+            raise PoolMisuse(
+                f"process {_fork.current.pid} was forked from {parent} while gRPC "
+                "connections were open there, or closed ones kept (as by an error with "
+                "its traceback), after which gRPC cannot be used; open pools after the "
+                "fork, in the lifespan or a startup hook"
+            )
+        try:
+            self.validate()
+        except ValueError as error:
+            raise ConnectFailed(str(error), reason="tls", permanent=True) from error
+        if isinstance(current_token().native_token, asyncio.AbstractEventLoop):
+            return await Link.open(self.options, timeout)
+        # Here and not above: asyncio applications need no trio installed.
+        from fastapi_topaz._grpcio.on_trio import BridgedLink  # noqa: PLC0415
+
+        return await BridgedLink.open(self.options, timeout)

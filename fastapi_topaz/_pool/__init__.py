@@ -1,0 +1,1 @@
+"""A pool of connections of any kind: no gRPC, no Topaz, no FastAPI."""

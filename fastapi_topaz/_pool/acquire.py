@@ -1,0 +1,148 @@
+"""What `pool.acquire()` returns: not a lease yet, but the way to one."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastapi_topaz._pool.handle import PooledConnection
+from fastapi_topaz._pool.interrupts import protected
+from fastapi_topaz._slips import LEASE_FORM, NotAsync
+from fastapi_topaz.exceptions import PoolMisuse
+
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from types import FrameType, TracebackType
+
+    from fastapi_topaz._pool.pool import ConnectionPool
+
+
+__all__ = ["Acquire"]
+
+
+class Acquire(NotAsync):
+    """
+    The result of `pool.acquire()`: to be awaited, or entered with `async with`.
+
+    Strictly private.
+    """
+
+    _conn: PooledConnection | None = None
+    _entered = False
+    _right_form = LEASE_FORM
+
+    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
+        self._pool = pool
+        self._timeout = timeout
+
+    def __repr__(self) -> str:
+        # Part of the error of create_task() and others, which want a coroutine.
+        return (
+            f"<pool.acquire(), which is no coroutine and no connection: {LEASE_FORM}; "
+            "a task needs a coroutine function that does so>"
+        )
+
+    @protected
+    def __await__(self) -> Generator[Any, Any, PooledConnection]:
+        conn = self._pool._acquire_nowait()  # noqa: SLF001
+        if conn is None:
+            waiting = self._pool._acquire(self._timeout)  # noqa: SLF001
+            del self  # this frame is in the traceback of an error
+            conn = yield from waiting.__await__()
+        return conn
+
+    @protected
+    async def __aenter__(self) -> PooledConnection:
+        if self._entered:
+            raise PoolMisuse("this acquire() is entered already; call acquire() again")
+        # Before the wait, or two tasks could share it, and one lease be lost.
+        self._entered = True
+        try:
+            conn = self._pool._acquire_nowait()  # noqa: SLF001
+            if conn is None:
+                conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
+        except BaseException:
+            self._entered = False
+            del self  # this frame is in the traceback
+            raise
+        self._conn = conn
+        return conn
+
+    @protected
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        del exc, traceback  # this frame would keep them
+        conn, self._conn = self._conn, None
+        self._entered = False
+        # Released inside the block already.
+        if conn is None or conn._lease is None:  # noqa: SLF001
+            return
+        if exc_type is GeneratorExit and not _is_orderly_end(conn):
+            # The task may be garbage. Its collection may interrupt the pool in the
+            # midst of a change, so the loop gives the lease back in its own turn.
+            conn._runtime.home.call_soon(partial(self._give_back, conn))  # noqa: SLF001
+        else:
+            self._pool._release(conn)  # noqa: SLF001
+
+    def _give_back(self, conn: PooledConnection) -> None:
+        if conn._lease is not None:  # noqa: SLF001
+            self._pool._release(conn)  # noqa: SLF001
+
+    if not TYPE_CHECKING:  # see `_slips`
+
+        def __iter__(self):  # noqa: ANN204
+            raise TypeError(f"pool.acquire() cannot be iterated: {LEASE_FORM}")
+
+        __aiter__ = __iter__
+
+
+class _Unawaited:
+    """An attribute of a lease, which an `Acquire` does not have."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type) -> NoReturn:
+        raise AttributeError(
+            f"pool.acquire() is no connection and has no {self._name!r}: {LEASE_FORM}"
+        )
+
+
+# No __getattr__, which would make each access to an attribute slower.
+for _name in (name for name in dir(PooledConnection) if not name.startswith("_")):
+    setattr(Acquire, _name, _Unawaited(_name))
+
+
+_CHANGES_STATE = {
+    f"fastapi_topaz.{module}"
+    for module in (
+        *("_runtime", "_state", "_attempts", "_rotation", "_leaks", "_clock"),
+        *("_maintenance", "_connections", "_readiness"),
+    )
+}
+
+
+def _is_orderly_end(conn: PooledConnection) -> bool:
+    """
+    Say whether an asynchronous generator ends that may give *conn* back at once.
+
+    Garbage collection ends coroutines in the same way, at any moment: also while a
+    function of the pool runs, which is then on the stack below.
+    """
+    if not conn._runtime.home.is_here():  # noqa: SLF001
+        return False
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001
+    generator = False
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _CHANGES_STATE:
+            return False
+        generator |= bool(frame.f_code.co_flags & inspect.CO_ASYNC_GENERATOR)
+        frame = frame.f_back
+    return generator

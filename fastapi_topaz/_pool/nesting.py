@@ -1,0 +1,80 @@
+"""
+Finds leases that are held by the tasks that wait for another one.
+
+If every lease is held in that way, no task can go on until one gives up. Nothing is
+recorded for it when a lease is taken: the search looks into the waiting tasks, and only
+when one of them got no lease in time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from types import AsyncGeneratorType, CoroutineType, GeneratorType, MethodType
+from typing import TYPE_CHECKING, Any
+
+from fastapi_topaz._pool.acquire import Acquire
+from fastapi_topaz._pool.handle import PooledConnection
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import FrameType
+
+    from fastapi_topaz._pool.open_pool import Runtime
+
+
+__all__ = ["held_by", "locals_of_callers"]
+
+
+LIMIT = 1_000
+"""Objects looked at in one search, which takes about a millisecond then."""
+
+# Their locals, and what they await, are what the garbage collector finds in them.
+_SUSPENDED = (CoroutineType, GeneratorType, AsyncGeneratorType)
+
+_CONTEXT_MANAGERS = (
+    contextlib.AsyncExitStack,
+    contextlib._AsyncGeneratorContextManager,  # noqa: SLF001  (has no public name)
+)
+
+
+def held_by(roots: Iterable[object], runtime: Runtime) -> int:
+    """Return how many leases of *runtime* the *roots*, such as coroutines, hold."""
+    left = list(roots)
+    seen: set[int] = set()
+    leases = set()
+    while left and len(seen) < LIMIT:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, PooledConnection):
+            # Not one that waits, whose handle is not made yet.
+            if each._runtime is runtime and each._lease is not None:  # noqa: SLF001
+                leases.add(each._lease)  # noqa: SLF001
+        else:
+            left.extend(_next(each))
+    return len(leases)
+
+
+def locals_of_callers() -> Iterator[object]:
+    """Yield the local variables of all functions that run in this thread."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001
+    while frame is not None:
+        yield from list(frame.f_locals.values())
+        frame = frame.f_back
+
+
+def _next(each: Any) -> Iterable[object]:
+    if isinstance(each, _SUSPENDED):
+        return gc.get_referents(each)
+    if isinstance(each, MethodType):  # such as the __aexit__ of an `async with`
+        each = each.__self__
+    if isinstance(each, Acquire):
+        return [each._conn]  # noqa: SLF001
+    if isinstance(each, _CONTEXT_MANAGERS):
+        callbacks = getattr(each, "_exit_callbacks", ())
+        return [getattr(each, "gen", None), *(exit_ for _, exit_ in callbacks)]
+    return ()

@@ -1,0 +1,1 @@
+"""What a pool knows and decides, without I/O and without a clock."""

@@ -1,0 +1,569 @@
+"""
+The state of a pool and every change of it, without I/O and without a clock.
+
+An entry is one slot for a connection. Which of the three collections holds it is
+its state, and it is always in exactly one until it is gone:
+
+    connecting ──connected──▶ open ──retire, last lease back──▶ closing ──closed──▶ ∅
+        └─────connect_failed─────────────────────────────────────────────────────▶ ∅
+
+An open entry is *ready* while it may take another lease: it is below its number of
+streams, not *suspect* (waiting for a probe) and not *retired* (waiting for its last
+lease to come back). An *expired* entry still serves, until a new one replaces it.
+
+A call that is cut off, or two in a row without an answer, or a failed probe makes an
+entry suspect; a failed probe of a suspect retires it.
+
+What holds after every method:
+
+- open + connecting + closing never grows beyond `max_connections`. Lowering it does
+  not cut leases short, nor attempts.
+- an entry has at most `streams` leases, and `in_use` is the sum of them.
+- leases are served in the order they came; nobody is served past one who waits.
+- nobody who may be served waits: see `serve`.
+- an entry with leases is never closed, until `abandon` ends the grace of close().
+
+Methods are synchronous: no other task can see them half done, so there is no lock.
+They take the time as an argument and leave their effects to the caller: entries to
+close pile up in `to_close`, entries to probe at once in `to_probe`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from fastapi_topaz._pool.state.attempts import BRIEF, Attempts
+from fastapi_topaz._pool.state.outage import Outage
+from fastapi_topaz._pool.state.rotation import Rotation
+from fastapi_topaz._pool.state.snapshot import pool_status
+from fastapi_topaz.exceptions import ConnectFailed
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from fastapi_topaz._authorizer.options import PoolOptions
+    from fastapi_topaz._pool.state.entry import Lease, PoolEntry
+    from fastapi_topaz._pool.status import PoolStatus
+
+
+__all__ = ["PoolState"]
+
+
+RAMP = 2
+"""Attempts at once at first; later as many as there are connections."""
+
+
+class PoolState:
+    """
+    The entries of one open pool, and who waits for them.
+
+    Strictly private.
+    """
+
+    def __init__(
+        self,
+        options: PoolOptions,
+        random: Callable[[], float],
+        *,
+        spreads: bool = False,
+        target: str = "the server",
+    ) -> None:
+        self.options = options
+        self._target = target
+        self.streams = options.streams_per_connection
+        self.attempts = Attempts(random)
+        self.rotation = Rotation(random, spreads=spreads)
+        self.outage = Outage()
+
+        self.connecting = self.attempts.under_way
+        self.open: dict[PoolEntry, None] = {}
+        self.closing: set[PoolEntry] = set()
+        self.to_close: list[PoolEntry] = []
+        self.to_probe: list[PoolEntry] = []
+        self.unanswered_ends: list[PoolEntry] = []
+        self.first_unanswered = False
+        # Failures so far, and whether a connection that is closed by now has answered
+        # since the last one.
+        self.failures = 0
+        self._closed_answered = False
+
+        # A stack: the last used is leased first, so that the others grow idle and
+        # can be reaped. A dict, because any of them may have to leave.
+        self.ready: dict[PoolEntry, None] = {}
+        self.waiting: OrderedDict[Lease, None] = OrderedDict()
+        self.in_use = 0
+
+        # In use, and so kept at its minimum.
+        self.warm = False
+        self.wish = 0  # Connections wanted by callers who did not wait for them.
+        self.shut = False
+        self.news = False  # One was lost, which may be missed though it closes later.
+        # Had its time come, a connection would have been probed by then: if it was
+        # not, the clock has jumped, or the process was stopped.
+        interval = options.health_check_interval
+        self._stale_after = (
+            2 * (interval + options.health_check_timeout) if interval else float("inf")
+        )
+
+    # -- leases -----------------------------------------------------------------
+
+    def take(self, lease: Lease, now: float) -> bool:
+        """Serve *lease* at once; False if nothing is ready or somebody waits."""
+        if self.waiting or (entry := self._pick(now)) is None:
+            return False
+        self._assign(lease, entry)
+        return True
+
+    def enqueue(self, lease: Lease) -> None:
+        """Let *lease* wait, behind all others."""
+        self.warm = True
+        self.waiting[lease] = None
+
+    def withdraw(self, lease: Lease, now: float) -> None:
+        """Forget *lease*, whether it still waits or was served meanwhile."""
+        self.waiting.pop(lease, None)
+        if lease.entry is not None:
+            self.give_back(lease, now)
+
+    def serve(self, tokens: int, now: float) -> list[Lease]:
+        """
+        Serve those who wait, first come first served, and return them.
+
+        *tokens* is how many the limiter has lent, but to those who were dismissed. Its
+        queue and `waiting` are in the same order, so whoever holds a token and no
+        stream is at the head of `waiting`: there are `tokens - in_use` of them.
+        """
+        served = []
+        while self.waiting and self.in_use < tokens and (entry := self._pick(now)):
+            lease, _ = self.waiting.popitem(last=False)
+            self._assign(lease, entry)
+            served.append(lease)
+        return served
+
+    def _pick(self, now: float) -> PoolEntry | None:
+        # The channel of a dead server says so within a moment, and asking it costs a
+        # fraction of a microsecond.
+        while self.ready:
+            entry = next(reversed(self.ready))
+            if now - entry.proven_at <= self._stale_after and not entry.is_gone():
+                return entry
+            self.suspect(entry, now)
+        return None
+
+    def _assign(self, lease: Lease, entry: PoolEntry) -> None:
+        entry.leases += 1
+        if entry.leases == self.streams:
+            del self.ready[entry]
+        self.in_use += 1
+        lease.entry = entry
+
+    def give_back(self, lease: Lease, now: float) -> None:
+        """Take the stream of *lease* back."""
+        entry = lease.entry
+        assert entry is not None  # noqa: S101
+        lease.entry = None
+        entry.leases -= 1
+        entry.last_used_at = now
+        self.in_use -= 1
+        if entry.retired is not None:
+            self.retire(entry, entry.retired)
+        elif not entry.suspect:
+            self.ready.setdefault(entry)
+
+    def fail_waiting(self, failure: Exception) -> list[Lease]:
+        """Give *failure* to everybody who waits, and return them."""
+        failed = self.dismiss(float("inf"))
+        for lease in failed:
+            lease.failure = failure
+        return failed
+
+    def dismiss(self, deadline: float) -> list[Lease]:
+        """Return those in front who wait until *deadline* at most, and forget them."""
+        dismissed = []
+        while self.waiting and next(iter(self.waiting)).deadline <= deadline:
+            lease, _ = self.waiting.popitem(last=False)
+            lease.dismissed = True
+            dismissed.append(lease)
+        return dismissed
+
+    # -- connecting -------------------------------------------------------------
+
+    def shortfall(self, tokens: int, now: float) -> int:
+        """
+        Return how many connections to begin to establish now.
+
+        For those who hold a token and no stream, for `min_connections` once the pool is
+        in use, and one to replace an expired connection. At first two at once, then as
+        many as there are; in an outage one by one, each after its backoff.
+        """
+        room = self.room()
+        self.outage.clock_is(now)
+        if room <= 0 or self.shut or now < self.next_attempt():
+            return 0
+        coming = self.attempts.coming(waiting=bool(self.waiting))
+        cautious = self.attempts.is_cautious(now) or self.outage.is_silent
+        ramp = 1 if cautious else max(RAMP, self._usable())
+        entitled = min(len(self.waiting), tokens - self.in_use)
+        needed = -(-entitled // self.streams) - coming
+        floor = self.options.min_connections if self.warm else 0
+        # After a failure until one succeeds, or nobody would know that it is over.
+        failing = bool(self.attempts.failures or self.outage.declared)
+        floor = max(floor, self.wish, int(failing))
+        needed = max(needed, floor - self._usable() - coming)
+        if not coming and self._next_expired() is not None:
+            needed = max(needed, 1)
+        return max(0, min(needed, room, ramp - coming))
+
+    def next_attempt(self) -> float:
+        """Return when the next attempt may be made, which may be long ago."""
+        return max(
+            self.attempts.next_attempt(waiting=bool(self.waiting)),
+            self.outage.next_attempt,
+        )
+
+    def begin(self, now: float) -> PoolEntry:
+        """Add an entry whose connection is being established."""
+        self.outage.attempted(now)
+        return self.attempts.begin(now)
+
+    def connected(self, entry: PoolEntry, connection: Any, now: float) -> None:
+        """Open *entry*; one success makes up for all failures."""
+        self.wish = 0
+        if self.attempts.failures and not self._usable():
+            # Servers come back one by one, and this is the first.
+            self.rotation.lost(now)
+        self.attempts.succeeded(entry)
+        entry.connection = connection
+        entry.watch(connection)
+        entry.opened_at = entry.last_used_at = entry.proven_at = now
+        self.rotation.begin(entry, self.options.max_lifetime, now)
+        self.open[entry] = None
+        if self.shut:
+            self.retire(entry, "close")
+            return
+        self.ready[entry] = None
+        expired = self.rotation.next()
+        if expired is not None:
+            self.retire(expired, self.rotation.reason(expired))
+        self._trim()
+
+    def connect_failed(self, entry: PoolEntry, error: Exception, now: float) -> None:
+        """Drop *entry*, whose connection could not be established."""
+        self.wish = 0
+        self.failed()
+        self.attempts.failed(entry, error, now)
+
+    def want_one(self) -> None:
+        """Have a connection made, if there is none, for whoever comes next."""
+        self.warm = True
+        self.wish = 1
+
+    def hopeless(self, now: float) -> bool:
+        """Say whether nothing can serve those who wait now."""
+        return not self._usable() and self.attempts.hopeless(self.options, now)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether it is an outage, and no connection may be leased soon."""
+        return self.outage.declared and self.outage.is_total(self._all_usable())
+
+    @property
+    def error(self) -> Exception | None:
+        """Why nothing can be leased: the last failure to connect, or refusal."""
+        if self.outage.declared and self.outage.refused:
+            return self.outage.error
+        return self.attempts.error or self.outage.error
+
+    # -- entries that go --------------------------------------------------------
+
+    def retire(self, entry: PoolEntry, reason: str) -> None:
+        """Lease *entry* to nobody any more; it closes when it is idle."""
+        if entry.retired is None:
+            entry.retired = reason
+        self.ready.pop(entry, None)
+        self.outage.forget(entry)
+        if not entry.leases and entry in self.open:
+            self._close(entry)
+
+    def lost(self, entry: PoolEntry, reason: str, now: float) -> None:
+        """Retire *entry*, whose other side is gone."""
+        if entry.retired is not None or entry not in self.open:
+            return
+        if any(other.answered and self.attempts.is_newer(other) for other in self.open):
+            self.attempts.unanswered = 0
+        first = not self.attempts.unanswered
+        failure = self._failure(entry, reason, now)
+        if failure is not None:
+            self.failed()
+        self.attempts.ended(entry, failure, now)
+        self.first_unanswered |= first and self.attempts.unanswered > 0
+        self.rotation.lost(now)
+        self.news = True
+        self.retire(entry, reason)
+
+    def _failure(
+        self, entry: PoolEntry, reason: str, now: float
+    ) -> ConnectFailed | None:
+        """Return the failure that the end of *entry* is, or None if it is none."""
+        if entry.answered or entry.refusals:
+            return None
+        young = now - entry.opened_at < BRIEF
+        in_use = entry.broken or (entry.leases and reason == "lost")
+        if not (young or in_use):
+            return None  # a proxy closes what was idle for too long
+        self.unanswered_ends.append(entry)
+        why = f": {entry.last_error}" if entry.last_error else ""
+        return ConnectFailed(
+            f"cannot connect to {self._target}: a connection was made, and ended "
+            f"before anything was answered on it{why}",
+            reason="unanswered",
+        )
+
+    def look_at(self, entry: PoolEntry, now: float) -> bool:
+        """Retire *entry* if its other side has gone away, and say so."""
+        if entry.retired is not None or not entry.is_gone():
+            return False
+        self.lost(entry, "lost", now)
+        return True
+
+    def suspect(self, entry: PoolEntry, now: float) -> None:
+        """Lease *entry* to nobody until a probe, to be made at once, clears it."""
+        self.ready.pop(entry, None)
+        if entry.suspect or entry.retired is not None or entry not in self.open:
+            return
+        # Asked to probe, a channel that is lost would connect to whatever it finds.
+        if self.look_at(entry, now):
+            return
+        entry.suspect = True
+        entry.suspected_at = now
+        self.to_probe.append(entry)
+
+    def unavailable(self, entry: PoolEntry, now: float) -> None:
+        """Suspect *entry*, whose other side refuses calls or has ended it in order."""
+        if entry.retired is None and not self.look_at(entry, now):
+            self.failed()
+            self.suspect(entry, now)
+
+    def broke(self, entry: PoolEntry, now: float) -> None:
+        """
+        Suspect *entry*, on which a call was cut off, and its siblings with it.
+
+        Whatever broke it may have broken all that lead to the same server.
+        """
+        self.failed()
+        self.suspect(entry, now)
+        if not entry.broken:
+            entry.broken = True
+            self._suspect_others(entry, now, now)
+
+    def timed_out(self, entry: PoolEntry, now: float) -> None:
+        """Suspect *entry* if that was the second call in a row without an answer."""
+        self.failed()
+        if entry.proven_at <= entry.timed_out_at:
+            self.suspect(entry, now)
+        entry.timed_out_at = now
+
+    def answered(self, entry: PoolEntry, now: float) -> None:
+        """*entry* has answered a probe, so it may serve."""
+        entry.proven_at = now
+        entry.answered = True
+        self._clear(entry)
+        self.outage.answered(entry, now)
+
+    def _clear(self, entry: PoolEntry) -> None:
+        entry.suspect = entry.broken = entry.excused = False
+        if entry in self.open and entry.retired is None and entry.leases < self.streams:
+            self.ready.setdefault(entry)
+
+    def unanswered(self, entry: PoolEntry, now: float) -> None:
+        """Suspect *entry*, which failed a probe; the second time it has to go."""
+        self.failed()
+        self.outage.forget(entry)
+        if not entry.suspect:
+            self.suspect(entry, now)
+        elif entry.proven_at > entry.suspected_at:
+            # A call was answered since, so this is the first failure.
+            entry.suspected_at = now
+            self.to_probe.append(entry)
+        else:
+            self.lost(entry, "unhealthy", now)
+            # Those that have answered since then are no part of it.
+            self._suspect_others(entry, entry.suspected_at, now)
+
+    def _suspect_others(self, entry: PoolEntry, since: float, now: float) -> None:
+        for other in list(self.open):
+            if other is not entry and other.proven_at < since:
+                self.suspect(other, now)
+
+    def refused(self, entry: PoolEntry, now: float) -> None:
+        """Lease *entry* to nobody until a probe is answered: a call was refused."""
+        self.failed()
+        if entry.retired is not None or entry not in self.open:
+            return
+        self.outage.saw_answer(self._answered_at())
+        if not entry.suspect and not self.look_at(entry, now):
+            self._doubt(entry, 1, now)
+
+    def probe_refused(
+        self, entry: PoolEntry, error: Exception, began: float, now: float
+    ) -> bool:
+        """
+        Note that a probe of *entry*, which *began* then, was refused with *error*.
+
+        Returns:
+            Whether an outage begins with it.
+        """
+        self.failed()
+        if entry.retired is not None or self.look_at(entry, now):
+            return False
+        self.ready.pop(entry, None)
+        if not entry.suspect:
+            entry.suspect = True
+            entry.suspected_at = began
+        answered_at = self._answered_at()
+        self.outage.saw_answer(answered_at)
+        self.outage.probe_refused(entry, error, began, answered_at, now)
+        for other in self._all_usable():
+            if self.outage.is_silent:
+                # It may be refused just as well, and a probe shows it before a call.
+                if not other.suspect and other.proven_at <= entry.suspected_at:
+                    self._doubt(other, 0, now)
+            elif (
+                other in self.outage.refused
+                and other.answered
+                and other.proven_at > other.suspected_at
+            ):
+                # A call on it was answered, so only a share of them is refused.
+                self.outage.forget(other)
+                self._clear(other)
+        return self.outage.declare(self._all_usable(), now)
+
+    # -- readiness --------------------------------------------------------------
+
+    def failed(self) -> None:
+        """Note a failure: until the next answer the pool is not ready."""
+        self.failures += 1
+        self._closed_answered = False
+        for entry in self.open:
+            if entry.answered:
+                entry.answered = "before"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the last answer is newer than the last failure; from any thread."""
+        answered = self._closed_answered or any(
+            entry.answered is True for entry in tuple(self.open)
+        )
+        return answered and not self.shut
+
+    def newest_proof(
+        self, asked: Collection[PoolEntry], now: float
+    ) -> PoolEntry | None:
+        """Return the connection that was well last, of those not *asked* yet."""
+        well = [
+            entry
+            for entry in list(self.open)
+            if not (entry.suspect or entry in asked or self.look_at(entry, now))
+            and entry.retired is None
+        ]
+        return max(well, key=lambda entry: entry.proven_at, default=None)
+
+    def _doubt(self, entry: PoolEntry, refusals: int, now: float) -> None:
+        self.ready.pop(entry, None)
+        entry.suspect = True
+        entry.suspected_at = now
+        self.outage.add(entry, refusals, now)
+
+    def _answered_at(self) -> float:
+        answered = (x.proven_at for x in self._all_usable() if x.answered)
+        return max(answered, default=float("-inf"))
+
+    def reap(self, now: float) -> None:
+        """Retire what was idle for `max_idle_time`, down to `min_connections`."""
+        limit = self.options.max_idle_time
+        if not limit:
+            return
+        # Those that are refused show when the outage is over.
+        refused = self.outage.refused
+        idle = [x for x in self.open if not x.leases and x not in refused]
+        idle.sort(key=lambda entry: entry.last_used_at)
+        spare = self._usable() - self.options.min_connections
+        for entry in idle[: max(0, spare)]:
+            if now - entry.last_used_at >= limit:
+                self.retire(entry, "idle")
+
+    def rotate(self) -> None:
+        """
+        Retire the next expired entry, unless a new one can be made before.
+
+        If there is room for one more connection, `shortfall` asks for it, and
+        `connected` retires the old one. If not, an idle one makes room; of those that
+        are leased only one at a time is kept from further leases.
+        """
+        entry = self._next_expired()
+        if entry is None or self.closing:
+            return
+        floor = self.options.min_connections if self.warm else 0
+        surplus = not entry.leases and not self.waiting and self._usable() > floor
+        full = self.room() <= 0 and not self.connecting and not self.attempts.failures
+        if surplus or (full and (self.rotation.is_idle() or not entry.leases)):
+            self.retire(entry, self.rotation.reason(entry))
+
+    def _next_expired(self) -> PoolEntry | None:
+        # In an outage a new connection is no better than an old one.
+        return None if self.outage.declared else self.rotation.next()
+
+    def resize(self, options: PoolOptions) -> None:
+        """Work with other limits from now on."""
+        self.options = options
+        self._trim()
+
+    def shut_down(self) -> None:
+        """Connect no more, and retire everything."""
+        self.shut = True
+        for entry in list(self.open):
+            self.retire(entry, "close")
+
+    def abandon(self) -> None:
+        """Close what is still leased: its time is up."""
+        for entry in list(self.open):
+            self._close(entry)
+
+    def closed(self, entry: PoolEntry) -> None:
+        """*entry* is gone, and its place free."""
+        self.closing.discard(entry)
+
+    def _close(self, entry: PoolEntry) -> None:
+        del self.open[entry]
+        self._closed_answered |= entry.answered is True
+        self.rotation.forget(entry)
+        self.outage.forget(entry)
+        self.closing.add(entry)
+        self.to_close.append(entry)
+
+    def _trim(self) -> None:
+        surplus = self._usable() - self.options.max_connections
+        # Idle ones first, and among them the longest unused.
+        for entry in sorted(self.open, key=lambda e: (e.leases, e.last_used_at)):
+            if surplus <= 0:
+                break
+            if entry.retired is None:
+                self.retire(entry, "resize")
+                surplus -= 1
+
+    def _usable(self) -> int:
+        return sum(entry.retired is None for entry in self.open)
+
+    def _all_usable(self) -> list[PoolEntry]:
+        return [entry for entry in self.open if entry.retired is None]
+
+    def room(self) -> int:
+        """Return how many connections more there may be."""
+        taken = len(self.open) + len(self.connecting) + len(self.closing)
+        return self.options.max_connections - taken
+
+    def status(self) -> PoolStatus:
+        """Return a snapshot; callable from any thread."""
+        return pool_status(self)

@@ -1,0 +1,246 @@
+"""
+What is measured: each instrument with its unit and what it means.
+
+Names are those of OpenTelemetry. A Prometheus exporter appends the unit of a duration,
+as `_seconds`, and `_total` to counters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+import attrs
+
+from fastapi_topaz._pool.status import CloseReason
+from fastapi_topaz.exceptions import FailureReason
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from fastapi_topaz._pool.status import PoolCounters, PoolStatus
+
+
+__all__ = ["BOUNDARIES", "TOPAZ", "Convention", "Duration", "Event", "Level", "Phase"]
+
+
+# Seconds. The SDK's own boundaries start at 5, which is a timeout here.
+BOUNDARIES = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025),
+    *(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+
+Phase: TypeAlias = Literal["wait", "hold", "connect"]
+"""What takes time: waiting for a lease, holding it, and connecting."""
+
+
+@attrs.frozen
+class Level:
+    """What is so many now; of several kinds, if *label* tells them apart."""
+
+    name: str
+    unit: str
+    description: str
+    read: Callable[[PoolStatus], int | Mapping[str, int]]
+    label: str = ""
+
+
+@attrs.frozen
+class Event:
+    """What happened so often; for several reasons, if *label* tells them apart."""
+
+    name: str
+    unit: str
+    description: str
+    read: Callable[[PoolCounters], int | Mapping[str, int]]
+    label: str = ""
+
+
+@attrs.frozen
+class Duration:
+    """How long something took, in seconds, as a histogram."""
+
+    name: str
+    phase: Phase
+    description: str
+    unit: str = "s"
+
+
+@attrs.frozen
+class Convention:
+    """
+    One way to name what is measured.
+
+    Attributes:
+        pool: The attribute that holds the name of the pool.
+        names_all: Whether a pool without a name has that of its target there.
+        durations, levels, events: The instruments.
+    """
+
+    pool: str
+    durations: tuple[Duration, ...]
+    levels: tuple[Level, ...]
+    events: tuple[Event, ...]
+    names_all: bool = False
+
+
+def _all(reasons: object, counted: Mapping[str, int]) -> Mapping[str, int]:
+    # From the start, also where nothing has happened yet: Prometheus does not see the
+    # first increase of what was not there before.
+    return {**dict.fromkeys(get_args(reasons), 0), **counted}
+
+
+TOPAZ = Convention(
+    pool="pool",
+    durations=(
+        Duration(
+            "topaz_pool_acquire_latency", "wait", "Time acquire() took to give a lease"
+        ),
+        Duration("topaz_pool_hold_time", "hold", "Time a lease was held"),
+        Duration(
+            "topaz_pool_connect_time", "connect", "Time it took to connect, if it did"
+        ),
+    ),
+    levels=(
+        # The name ends in _total, which is the exporter's suffix for counters, and
+        # stays: it is what dashboards of this pool have always asked for.
+        Level(
+            "topaz_pool_connections_total",
+            "{connection}",
+            "Open connections: with a lease, or without",
+            lambda s: {"idle": s.idle, "busy": s.busy},
+            "state",
+        ),
+        Level(
+            "topaz_pool_connections_healthy",
+            "{connection}",
+            "Open connections that may be leased",
+            lambda s: s.healthy_connections,
+        ),
+        Level(
+            "topaz_pool_connections_min",
+            "{connection}",
+            "Connections that are kept once the pool is in use",
+            lambda s: s.min_connections,
+        ),
+        Level(
+            "topaz_pool_connections_max",
+            "{connection}",
+            "Connections there may be, open and connecting",
+            lambda s: s.max_connections,
+        ),
+        Level(
+            "topaz_pool_connecting",
+            "{connection}",
+            "Connections being established",
+            lambda s: s.connecting,
+        ),
+        Level(
+            "topaz_pool_healthy",
+            "{pool}",
+            "Whether a check would have a connection to go to: 1 or 0",
+            lambda s: int(s.healthy),
+        ),
+        Level(
+            "topaz_pool_streams_in_use",
+            "{lease}",
+            "Leases out now",
+            lambda s: s.streams_in_use,
+        ),
+        Level(
+            "topaz_pool_streams_max",
+            "{lease}",
+            "Leases there may be: connections_max x streams_per_connection",
+            lambda s: s.streams_max,
+        ),
+        Level(
+            "topaz_pool_waiting",
+            "{request}",
+            "Callers waiting in acquire()",
+            lambda s: s.waiting,
+        ),
+    ),
+    events=(
+        Event(
+            "topaz_pool_acquisitions",
+            "{request}",
+            "Calls of acquire() that got a lease",
+            lambda c: c.acquisitions,
+        ),
+        Event(
+            "topaz_pool_timeouts",
+            "{request}",
+            "Calls of acquire() that got none in time",
+            lambda c: c.timeouts,
+        ),
+        Event(
+            "topaz_pool_rejected",
+            "{request}",
+            "Calls of acquire() refused because max_waiting callers waited",
+            lambda c: c.rejected,
+        ),
+        Event(
+            "topaz_pool_cancelled",
+            "{request}",
+            "Calls of acquire() whose caller was cancelled while waiting",
+            lambda c: c.cancelled,
+        ),
+        Event(
+            "topaz_pool_failed",
+            "{request}",
+            "Calls of acquire() that failed: no connection, or the pool closed",
+            lambda c: {"connect": c.failed, "closed": c.closed},
+            "reason",
+        ),
+        Event(
+            "topaz_pool_connects",
+            "{connection}",
+            "Connections established",
+            lambda c: c.connects,
+        ),
+        Event(
+            "topaz_pool_connect_failures",
+            "{attempt}",
+            "Attempts to connect that failed",
+            lambda c: _all(FailureReason, c.connect_failures),
+            "reason",
+        ),
+        Event(
+            "topaz_pool_connect_retries",
+            "{attempt}",
+            "Attempts to connect made after one that failed",
+            lambda c: c.connect_retries,
+        ),
+        Event(
+            "topaz_pool_closes",
+            "{connection}",
+            "Connections closed",
+            lambda c: _all(CloseReason, c.closes),
+            "reason",
+        ),
+        Event(
+            "topaz_pool_probe_failures",
+            "{probe}",
+            "Health checks that failed, or were refused",
+            lambda c: c.probe_failures,
+        ),
+        Event(
+            "topaz_pool_retries",
+            "{check}",
+            "Checks that were lost with their connection and asked again",
+            lambda c: c.retries,
+        ),
+        Event(
+            "topaz_pool_leaked",
+            "{lease}",
+            "Leases held longer than leak_threshold",
+            lambda c: c.leaked,
+        ),
+        Event(
+            "topaz_pool_reclaimed",
+            "{lease}",
+            "Leases garbage-collected without release()",
+            lambda c: c.reclaimed,
+        ),
+    ),
+)

@@ -1,0 +1,77 @@
+"""
+The same under the names that OpenTelemetry gives to any pool of connections.
+
+See "Semantic conventions for database client metrics". They know less than `TOPAZ`,
+but dashboards that exist already know them.
+"""
+
+from __future__ import annotations
+
+from fastapi_topaz._telemetry.instruments import Convention, Duration, Event, Level
+
+
+__all__ = ["DB_CLIENT"]
+
+
+DB_CLIENT = Convention(
+    pool="db.client.connection.pool.name",
+    names_all=True,
+    durations=(
+        Duration(
+            "db.client.connection.wait_time",
+            "wait",
+            "Time acquire() took to give a lease",
+        ),
+        Duration(
+            "db.client.connection.use_time",
+            "hold",
+            "Time a lease was held",
+        ),
+        Duration(
+            "db.client.connection.create_time",
+            "connect",
+            "Time it took to connect, if it did",
+        ),
+    ),
+    levels=(
+        Level(
+            "db.client.connection.count",
+            "{connection}",
+            "Open connections: with a lease, or without",
+            lambda s: {"idle": s.idle, "used": s.busy},
+            "db.client.connection.state",
+        ),
+        Level(
+            "db.client.connection.idle.min",
+            "{connection}",
+            "Connections that are kept once the pool is in use",
+            lambda s: s.min_connections,
+        ),
+        Level(
+            "db.client.connection.idle.max",
+            "{connection}",
+            "Connections that may be idle",
+            lambda s: s.max_connections,
+        ),
+        Level(
+            "db.client.connection.max",
+            "{connection}",
+            "Connections there may be, open and connecting",
+            lambda s: s.max_connections,
+        ),
+        Level(
+            "db.client.connection.pending_requests",
+            "{request}",
+            "Callers waiting in acquire()",
+            lambda s: s.waiting,
+        ),
+    ),
+    events=(
+        Event(
+            "db.client.connection.timeouts",
+            "{timeout}",
+            "Calls of acquire() that got none in time",
+            lambda c: c.timeouts,
+        ),
+    ),
+)

@@ -1,0 +1,174 @@
+"""
+A span for each check, and its context in the metadata of the call.
+
+No identity, resource context or text of the authorizer goes into a span: those name
+people. Tracing is somebody else's code, and must not be what fails a check.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Self
+
+from opentelemetry import context, propagate, trace
+from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_span
+
+from fastapi_topaz._errors import alone, kind_of
+from fastapi_topaz._pool.connector import is_metadata
+from fastapi_topaz._version import VERSION
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from opentelemetry.trace import Span, TracerProvider
+
+    from fastapi_topaz._pool.connector import Metadata
+
+
+__all__ = ["CheckSpan", "Tracing", "propagated"]
+
+
+logger = logging.getLogger("fastapi_topaz.tracing")
+
+SCOPE = "fastapi_topaz"
+
+_broken: set[str] = set()
+
+
+def _failed(what: str, error: Exception) -> None:
+    # Once, or it would be as many lines as there are checks.
+    if what not in _broken:
+        _broken.add(what)
+        logger.warning("%s failed; checks go on without", what, exc_info=alone(error))
+
+
+def propagated(metadata: Metadata) -> Metadata:
+    """Return *metadata*, and with it the context of the current span, if any."""
+    # Without tracing this is all there is to it, in each call.
+    if get_current_span() is INVALID_SPAN:
+        return metadata
+    carrier: dict[str, str] = {}
+    try:
+        propagate.inject(carrier)
+    except Exception as error:  # noqa: BLE001  (somebody else's code)
+        _failed("propagating a trace", error)
+        return metadata
+    given = {key for key, _ in metadata or ()}
+    return [
+        *(metadata or ()),
+        *(
+            (key.lower(), value)
+            for key, value in carrier.items()
+            # Propagators are made for HTTP, which lets more pass than gRPC.
+            if key.lower() not in given and is_metadata(key.lower(), value)
+        ),
+    ]
+
+
+class Tracing:
+    """
+    Begins the spans of checks.
+
+    Strictly private.
+    """
+
+    def __init__(self, provider: TracerProvider | None) -> None:
+        # Without one: the global one, also if it is set later.
+        source: Any = trace if provider is None else provider
+        self._tracer = source.get_tracer(SCOPE, VERSION)
+
+    def check(self, policy_path: str, decision: str, pool: str | None) -> CheckSpan:
+        """Return the span of one check, to be entered; it is begun already."""
+        attributes = {"topaz.policy_path": policy_path, "topaz.decision": decision}
+        if pool is not None:
+            attributes["topaz.pool"] = pool
+        try:
+            span = self._tracer.start_span(
+                "topaz.check", kind=SpanKind.CLIENT, attributes=attributes
+            )
+            # Not whether it records: that it does not is for the authorizer to know.
+            if span.get_span_context().is_valid:
+                return CheckSpan(span)
+        except Exception as error:  # noqa: BLE001  (somebody else's code)
+            _failed("beginning a span", error)
+        return _NOTHING
+
+
+class CheckSpan:
+    """
+    The span of one check, which is the current one while it is entered.
+
+    Strictly private.
+    """
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self._token: Any = None
+        self._outcome = "error"
+
+    def __enter__(self) -> Self:
+        self._token = context.attach(trace.set_span_in_context(self._span))
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # It is not where the garbage collector ends a check: that has a context of its
+        # own, in which nothing was attached.
+        if get_current_span() is self._span:
+            context.detach(self._token)
+        try:
+            if isinstance(exc, Exception):
+                self._span.set_attribute("error.type", kind_of(exc))
+                self._span.set_status(StatusCode.ERROR, kind_of(exc))
+            elif exc is not None:
+                self._outcome = "cancelled"
+            self._span.set_attribute("topaz.outcome", self._outcome)
+            self._span.end()
+        except Exception as error:  # noqa: BLE001  (somebody else's code)
+            _failed("ending a span", error)
+
+    def decided(self, allowed: bool) -> None:
+        """Note the answer."""
+        self._outcome = "allowed" if allowed else "denied"
+
+    def waited(self, seconds: float) -> None:
+        """Note that the lease it has now was waited for."""
+        self._event("topaz.waited", {"topaz.wait": seconds})
+
+    def lost(self, error: Exception) -> None:
+        """Note that the answer was lost with *error*, and is asked for once more."""
+        self._event("topaz.retry", {"error.type": kind_of(error)})
+
+    def _event(self, name: str, attributes: Mapping[str, float | str]) -> None:
+        try:
+            self._span.add_event(name, attributes)
+        except Exception as error:  # noqa: BLE001  (somebody else's code)
+            _failed("recording an event", error)
+
+
+class _NoSpan(CheckSpan):
+    """In place of a span where nobody traces."""
+
+    def __init__(self) -> None:
+        super().__init__(INVALID_SPAN)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        pass
+
+    def decided(self, allowed: bool) -> None:
+        pass
+
+    def _event(self, name: str, attributes: Mapping[str, float | str]) -> None:
+        pass
+
+
+_NOTHING = _NoSpan()
