@@ -119,7 +119,7 @@ NIGHTLY_QUICK = {
     "soak": ["--minutes", "1"],
     "model": ["--hypothesis-profile=unhurried"],
     "shuffled": ["--shuffle=1"],
-    "mutants": ["state", "--modules", "_backoff"],
+    "mutants": ["state", "--modules", "backoff"],
     "bench": [],
 }
 

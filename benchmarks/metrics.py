@@ -37,7 +37,7 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 from fastapi_topaz import ConnectionPool
 from fastapi_topaz._authorizer.calls import AuthorizerCalls
-from fastapi_topaz._pool.handle import PooledConnection
+from fastapi_topaz._authorizer.pool import PooledConnection
 from fastapi_topaz._telemetry.tracing import Tracing, propagated
 from fastapi_topaz.testing import FakeConnector
 

@@ -15,10 +15,11 @@ refuse_mixture()
 
 from fastapi_topaz._app.config import TopazConfig
 from fastapi_topaz._authorizer.options import AuthorizerOptions, Identity, IdentityType
+from fastapi_topaz._authorizer.pool import ConnectionPool, PooledConnection
+from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz._pool.connector import Connector, Verdict
-from fastapi_topaz._pool.handle import PooledConnection
-from fastapi_topaz._pool.pool import ConnectionPool
-from fastapi_topaz._pool.status import ConnectionStatus, PoolStatus
+from fastapi_topaz._pool.state.status import ConnectionStatus, PoolStatus
+from fastapi_topaz._rpc.target import Target
 from fastapi_topaz.exceptions import (
     ConnectFailed,
     ConnectionLost,
@@ -42,6 +43,7 @@ __all__ = [
     "ConnectionPool",
     "ConnectionStatus",
     "Connector",
+    "GrpcConnector",
     "Identity",
     "IdentityType",
     "PoolClosed",
@@ -51,6 +53,7 @@ __all__ = [
     "PoolStatus",
     "PoolTimeout",
     "PooledConnection",
+    "Target",
     "TopazConfig",
     "TopazError",
     "Verdict",

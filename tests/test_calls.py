@@ -41,7 +41,7 @@ def authorizer(embedded_authorizer):
 
 @contextlib.asynccontextmanager
 async def connected(authorizer):
-    connection = await GrpcConnector(authorizer.options).connect(10)
+    connection = await GrpcConnector(authorizer.options.target).connect(10)
     try:
         yield connection
     finally:
@@ -207,7 +207,7 @@ async def test_interceptors_that_others_put_on_all_channels_are_passed_by(
         assert await ask(connection)
     authorizer.stop()
     with pytest.raises(ConnectFailed, match="refused"):
-        await GrpcConnector(authorizer.options).connect(10)
+        await GrpcConnector(authorizer.options.target).connect(10)
 
 
 @pytest.mark.parametrize("kind", [None], indirect=True)

@@ -135,7 +135,7 @@ async def test_a_life_whose_task_is_cancelled_at_any_point(script):
 
 
 def real(authorizer):
-    return make(GrpcConnector(authorizer.options))
+    return make(GrpcConnector(authorizer.options.target))
 
 
 async def ask(conn):

@@ -59,8 +59,8 @@ def test_certificates_in_pem_format_are_accepted(kind, tmp_path):
     path = tmp_path / "ca.pem"
     path.write_bytes(GOOD[kind])
     options = AuthorizerOptions(cert_file_path=path)
-    GrpcConnector(options).validate()
-    assert root_certificates(options) == GOOD[kind]
+    GrpcConnector(options.target).validate()
+    assert root_certificates(options.target) == GOOD[kind]
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -81,7 +81,7 @@ def test_no_key_is_shown(kind, tmp_path):
     path = tmp_path / "ca.pem"
     path.write_bytes(CA.private_pem + NOT_BASE64 * (kind == "with its key"))
     with pytest.raises(ValueError, match="cert_file_path") as caught:
-        root_certificates(AuthorizerOptions(cert_file_path=path))
+        root_certificates(AuthorizerOptions(cert_file_path=path).target)
     assert CA.private_pem.splitlines()[1].decode() not in str(caught.value)
 
 
@@ -111,7 +111,7 @@ def test_a_path_that_cannot_be_read_is_named(path, fault, tmp_path, monkeypatch)
 
     monkeypatch.setattr(type(tmp_path), "read_bytes", forbidden)
     path = path.format(tmp=tmp_path)
-    connector = GrpcConnector(AuthorizerOptions(cert_file_path=path))
+    connector = GrpcConnector(AuthorizerOptions(cert_file_path=path).target)
     with pytest.raises(ValueError, match="cert_file_path") as caught:
         connector.validate()
     assert fault in str(caught.value)
@@ -124,7 +124,9 @@ async def test_a_file_that_goes_bad_fails_the_next_connect_and_heals(
     path = tmp_path / "ca.pem"
     options = embedded_authorizer_tls.options
     good = (tmp_path / options.cert_file_path).read_bytes()
-    connector = GrpcConnector(AuthorizerOptions(url=options.url, cert_file_path=path))
+    connector = GrpcConnector(
+        AuthorizerOptions(url=options.url, cert_file_path=path).target
+    )
     path.write_bytes(good)
     connector.validate()
     path.write_bytes(good[:-40])

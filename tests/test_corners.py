@@ -715,7 +715,7 @@ def test_a_provider_of_meters_that_are_none_is_refused():
         make(meter_provider=Provider())
 
 
-# -- _transport._call -----------------------------------------------------------------
+# -- _grpcio.call ----------------------------------------------------------------------
 
 
 class Core:
@@ -827,7 +827,7 @@ async def test_a_call_of_grpc_that_ends_oddly_has_no_answer(odd):
     assert call.outcome() is None
 
 
-# -- _transport._channel and _transport._link -----------------------------------------
+# -- _grpcio.channel and _grpcio.link -----------------------------------------------
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
@@ -854,7 +854,7 @@ async def test_a_channel_that_connects_while_its_reason_is_asked_for_is_ready(
             return b"an answer"
 
     monkeypatch.setattr(_channel, "kind", lambda: Answered)
-    await _channel.until_ready(Channel(), TOPAZ)
+    await _channel.until_ready(Channel(), TOPAZ.target)
     assert asked == [INFO]
 
 
@@ -865,19 +865,19 @@ async def test_an_attempt_that_gives_no_reason_in_time_says_so(monkeypatch):
 
     monkeypatch.setattr(_link, "until_ready", never)
     with anyio.fail_after(PATIENCE), pytest.raises(ConnectFailed) as caught:
-        await GrpcConnector(TOPAZ).connect(0.05)
+        await GrpcConnector(TOPAZ.target).connect(0.05)
     assert caught.value.reason == "timeout"
     assert not caught.value.permanent
     assert "not ready within connection_timeout=0.05 s" in str(caught.value)
 
 
 def test_a_reason_that_nobody_knows_is_passed_on():
-    failed = _failures.connect_failed("the moon is full", TOPAZ)
+    failed = _failures.connect_failed("the moon is full", TOPAZ.target)
     assert str(failed) == "cannot connect to topaz.test:8282: the moon is full"
     assert (failed.reason, failed.permanent) == ("other", False)
 
 
-# -- _transport._loop_thread ----------------------------------------------------------
+# -- _grpcio.loop_thread -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)
@@ -956,7 +956,7 @@ def test_a_bug_in_the_loop_thread_is_told_of(monkeypatch):
     assert args.thread.name == "fastapi_topaz gRPC"
 
 
-# -- _transport._peer -----------------------------------------------------------------
+# -- _grpcio.peer ---------------------------------------------------------------------
 
 
 def unreadable(_number):
@@ -965,7 +965,7 @@ def unreadable(_number):
 
 @contextlib.asynccontextmanager
 async def connected(options):
-    connection = await GrpcConnector(options).connect(PATIENCE)
+    connection = await GrpcConnector(options.target).connect(PATIENCE)
     try:
         yield connection
     finally:

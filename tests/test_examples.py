@@ -406,6 +406,16 @@ def example():
     return load("own_connector")
 
 
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_command_for_another_service(stock, tmp_path, warnings_are, backend):
+    line = command(EXAMPLES / "another_service.py").replace("trio", backend)
+    env = environment(tmp_path, STOCK_URL=stock.target)
+    ended = run(program(line, options=warnings_are), env=env)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines() == ["apples: 6", "pears: 5"]
+
+
 def test_the_command_of_the_connector(stock, tmp_path, warnings_are):
     line = command(EXAMPLES / "own_connector.py")
     env = environment(tmp_path, STOCK_URL=stock.target)

@@ -276,7 +276,7 @@ def test_a_goaway_with_a_code_that_is_rare_does_no_harm(server, code):
 async def test_an_attempt_makes_one_connection(server):
     # Asked for its state, gRPC would connect again at once, over and over.
     server.greeting = closing(settings)
-    connector = GrpcConnector(server.options)
+    connector = GrpcConnector(server.options.target)
     failed = Counter()
     for attempt in range(1, 31):
         try:
@@ -295,7 +295,7 @@ ARGUMENTS = {"timeout": PATIENCE, "metadata": ()}
 @asynccontextmanager
 async def ended(server, end=go_and_close):
     """Yield a connection that was answered once and then ended."""
-    connection = await GrpcConnector(server.options).connect(PATIENCE)
+    connection = await GrpcConnector(server.options.target).connect(PATIENCE)
     server.script = lambda *request: (answer()(*request), end(*request))
     await connection.call(METHOD, b"", **ARGUMENTS)
     await eventually(connection.is_lost)
@@ -410,7 +410,7 @@ async def test_a_call_that_goaway_excludes_is_sent_once_more(server, times):
         (rest.pop() if rest else answer())(*request)
 
     server.script = script
-    connection = await GrpcConnector(server.options).connect(PATIENCE)
+    connection = await GrpcConnector(server.options.target).connect(PATIENCE)
     if times == 1:
         assert await connection.call(METHOD, b"", **ARGUMENTS)
     else:
@@ -421,7 +421,7 @@ async def test_a_call_that_goaway_excludes_is_sent_once_more(server, times):
 
 
 async def test_a_call_that_the_server_may_have_begun_is_not_sent_again(server):
-    connection = await GrpcConnector(server.options).connect(PATIENCE)
+    connection = await GrpcConnector(server.options.target).connect(PATIENCE)
     server.script = lambda wire, stream, _method: (
         wire.goaway(last=stream),
         wire.close(),

@@ -47,7 +47,7 @@ def authorizer(embedded_authorizer):
 
 @pytest.fixture
 async def connection(authorizer):
-    connection = await GrpcConnector(authorizer.options).connect(10)
+    connection = await GrpcConnector(authorizer.options.target).connect(10)
     yield connection
     # Whoever made it closes it, once.
     if "closed" not in repr(connection):
@@ -87,7 +87,7 @@ def on_asyncio(test):
 
 @contextlib.asynccontextmanager
 async def connected(authorizer):
-    connection = await GrpcConnector(authorizer.options).connect(10)
+    connection = await GrpcConnector(authorizer.options.target).connect(10)
     try:
         yield connection
     finally:
@@ -372,8 +372,8 @@ import asyncio, functools, gc, json, sys
 import anyio, psutil
 import grpc, grpc.aio
 from fastapi_topaz import AuthorizerOptions
-from fastapi_topaz._messages import is_request
-from fastapi_topaz._transport import GrpcConnector
+from fastapi_topaz._authorizer.messages import is_request
+from fastapi_topaz._grpcio.connector import GrpcConnector
 
 kind, backend, url, rounds = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 IS = "/aserto.authorizer.v2.Authorizer/Is"
@@ -426,7 +426,7 @@ async def main():
                 await method(BEGUN, timeout=60)
             return await grown(native, call, begun)
     options = AuthorizerOptions(url=url, insecure=True)
-    connection = await GrpcConnector(options).connect(10)
+    connection = await GrpcConnector(options.target).connect(10)
     try:
         return await grown(
             scoped,
@@ -605,7 +605,7 @@ async def test_calls_that_race_with_close_end_with_an_answer_or_connection_lost(
 ):
     # A call begun when the last connection goes must not wait for ever.
     for _ in range(30):
-        connection = await GrpcConnector(authorizer.options).connect(10)
+        connection = await GrpcConnector(authorizer.options.target).connect(10)
         ends = []
 
         async def caller(connection=connection, ends=ends):
@@ -680,7 +680,7 @@ def test_trio_never_waits_for_the_server(authorizer):
     answers, ticks = [], []
 
     async def use():
-        connection = await GrpcConnector(authorizer.options).connect(10)
+        connection = await GrpcConnector(authorizer.options.target).connect(10)
         answers.append(await ask(connection))
         await connection.close(0.1)
 
@@ -691,7 +691,7 @@ def test_trio_never_waits_for_the_server(authorizer):
 
     async def silent(frozen):
         with pytest.raises(ConnectFailed):
-            await GrpcConnector(frozen.options).connect(1)
+            await GrpcConnector(frozen.options.target).connect(1)
 
     async def main():
         step = LongestStep()
@@ -720,7 +720,7 @@ def test_trio_never_waits_for_the_server(authorizer):
 def test_no_thread_is_left_when_trio_has_ended(authorizer):
     async def main():
         async def use():
-            connection = await GrpcConnector(authorizer.options).connect(10)
+            connection = await GrpcConnector(authorizer.options.target).connect(10)
             assert b"embedded" in await ask(connection)
             await connection.close(0)
 
@@ -744,7 +744,8 @@ def test_all_connections_of_trio_share_one_thread(authorizer):
     async def main():
         before = set(threading.enumerate())
         connections = [
-            await GrpcConnector(authorizer.options).connect(10) for _ in range(10)
+            await GrpcConnector(authorizer.options.target).connect(10)
+            for _ in range(10)
         ]
         new = set(threading.enumerate()) - before
         for connection in connections:
@@ -759,11 +760,11 @@ def test_a_connection_that_nobody_closed_does_not_keep_python_alive(authorizer):
         import sys
         import anyio
         from fastapi_topaz import AuthorizerOptions
-        from fastapi_topaz._transport import GrpcConnector
+        from fastapi_topaz._grpcio.connector import GrpcConnector
 
         async def main():
             options = AuthorizerOptions(url={authorizer.url!r}, insecure=True)
-            await GrpcConnector(options).connect(10)
+            await GrpcConnector(options.target).connect(10)
 
         anyio.run(main, backend=sys.argv[1])
         print("done")

@@ -45,20 +45,20 @@ def ports(embedded_authorizer):
 async def cancelled_connect(options, seconds):
     connection = None
     with anyio.move_on_after(seconds), contextlib.suppress(ConnectFailed):
-        connection = await GrpcConnector(options).connect(1)
+        connection = await GrpcConnector(options.target).connect(1)
     if connection is not None:
         await connection.close(0)
 
 
 async def connect_out_of_time(options, seconds):
     with contextlib.suppress(ConnectFailed):
-        connection = await GrpcConnector(options).connect(seconds)
+        connection = await GrpcConnector(options.target).connect(seconds)
         await connection.close(0)
 
 
 async def cancelled_calls(options, seconds):
     with anyio.move_on_after(1), contextlib.suppress(ConnectFailed):
-        connection = await GrpcConnector(options).connect(0.02)
+        connection = await GrpcConnector(options.target).connect(0.02)
         async with anyio.create_task_group() as tasks:
             for _ in range(5):
                 tasks.start_soon(connection.probe, 5)

@@ -34,7 +34,8 @@ from fastapi_topaz import (
     require_policy_auto,
 )
 from fastapi_topaz._app import config as _config
-from fastapi_topaz._pool import open_pool as _runtime
+from fastapi_topaz._pool import pool as _pool
+from fastapi_topaz._pool.nesting import held_by
 from fastapi_topaz.testing import FakeConnector, slow
 
 
@@ -476,13 +477,13 @@ async def test_leases_of_tasks_that_do_not_wait_are_not_called_nested():
 
 async def test_the_search_for_nested_leases_is_bounded(monkeypatch):
     searches = []
-    original = _runtime.held_by
+    original = _pool.count_nested
 
     def counted(*args):
         searches.append(args)
         return original(*args)
 
-    monkeypatch.setattr("fastapi_topaz._pool.open_pool.held_by", counted)
+    monkeypatch.setattr("fastapi_topaz._pool.pool.count_nested", counted)
     async with make(max_connections=1) as pool, pool.acquire():
         for _ in range(50):
             with pytest.raises(PoolTimeout):
@@ -490,7 +491,7 @@ async def test_the_search_for_nested_leases_is_bounded(monkeypatch):
         assert len(searches) == 1
         # Another pool's leases, and those that were released, are none of this pool's.
         async with make() as other, other.acquire() as conn:
-            assert original([conn], pool._runtime) == 0
+            assert held_by([conn], pool._runtime) == 0
 
 
 # -- arguments that cannot be sent ----------------------------------------------------

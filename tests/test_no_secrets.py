@@ -1147,6 +1147,6 @@ def test_pytest_shows_no_secret(backend, tmp_path):
         status=1,
     )
     assert "4 failed" in shown
-    assert "fastapi_topaz/_lease.py" in shown
+    assert "fastapi_topaz/_authorizer/pool.py" in shown
     assert "prepare    = " in shown, "or no variable is shown"
     assert not secrets_in(shown)

@@ -30,7 +30,7 @@ from waiting import eventually
 
 import fastapi_topaz as topaz
 from fastapi_topaz._cli.demo import serving
-from fastapi_topaz._pool.status import CloseReason
+from fastapi_topaz._pool.state.status import CloseReason
 from fastapi_topaz.exceptions import FailureReason
 
 

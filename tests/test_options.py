@@ -11,7 +11,7 @@ import pytest
 from aserto.authorizer.v2.api import IdentityType as AsertoIdentityType
 
 from fastapi_topaz import AuthorizerOptions, ConnectionPool, Identity, IdentityType
-from fastapi_topaz._authorizer.options import PoolOptions
+from fastapi_topaz._pool.state.options import PoolOptions
 
 
 pytestmark = pytest.mark.real_clock

@@ -11,7 +11,7 @@ from invariants import Broken
 from test_model_pool import OnTrioMachine, PoolMachine
 from test_model_state import StateMachine
 
-from fastapi_topaz._pool import life as _life
+from fastapi_topaz._pool import pool as _pool
 from fastapi_topaz._pool.open_pool import Runtime
 from fastapi_topaz._pool.state.pool_state import PoolState
 
@@ -260,7 +260,7 @@ BACKENDS = [PoolMachine, pytest.param(OnTrioMachine, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("bug, invariant", planted(OF_THE_POOL, LATE_IN_THE_POOL))
 def test_the_model_of_the_pool_finds(bug, invariant, machine, monkeypatch):
     if issubclass(bug, Runtime):
-        monkeypatch.setattr(_life, "Runtime", bug)
+        monkeypatch.setattr(_pool, "Runtime", bug)
     else:
         monkeypatch.setattr("fastapi_topaz._pool.open_pool.PoolState", bug)
     assert broken(machine).intersection(invariant.split())

@@ -20,9 +20,8 @@ from fastapi_topaz import (
 from fastapi_topaz._pool import leaks as _leaks
 from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz._pool.leaks import STACK_DEPTH, Leaks, _Holder
-from fastapi_topaz._pool.refusals import check_saturation, failed
 from fastapi_topaz._pool.state.entry import Lease
-from fastapi_topaz._pool.status import PoolCounters
+from fastapi_topaz._pool.state.status import PoolCounters
 from fastapi_topaz.testing import FakeConnector, fail, hang, slow
 
 
@@ -191,7 +190,7 @@ async def test_what_is_told_ends_with_the_counts():
 
 async def test_a_failure_that_tells_nothing_of_itself_is_not_permanent():
     async with make() as pool:
-        error = failed(pool._runtime, OSError("no"))
+        error = pool._runtime._refusals.failed(OSError("no"))
         assert (error.reason, error.permanent) == ("other", False)
 
 
@@ -632,10 +631,10 @@ async def test_dismissed_callers_let_no_more_wait_than_max_waiting():
             runtime.expire()
             others = [Lease(), Lease()]
             for other in others:
-                check_saturation(runtime)
+                runtime._refusals.check_saturation()
                 runtime.state.enqueue(other)
             # One waits for a connection and one for capacity, as many as may.
             with pytest.raises(PoolSaturated):
-                check_saturation(runtime)
+                runtime._refusals.check_saturation()
             for other in others:
                 runtime.state.withdraw(other, runtime.now())

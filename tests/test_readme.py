@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from fastapi_topaz import ConnectionPool, Identity, IdentityType, TopazConfig
 from fastapi_topaz._cli.demo import serving
-from fastapi_topaz._pool.status import CloseReason
+from fastapi_topaz._pool.state.status import CloseReason
 from fastapi_topaz._telemetry.instruments import BOUNDARIES, TOPAZ
 from fastapi_topaz._telemetry.semconv import DB_CLIENT
 from fastapi_topaz.exceptions import FailureReason
@@ -165,7 +165,7 @@ def test_the_application_that_is_scraped_runs(backend, embedded_authorizer):
 import httpx
 from fastapi import Depends
 from fastapi_topaz import *
-from fastapi_topaz._demo import serving
+from fastapi_topaz._cli.demo import serving
 real = AuthorizerOptions(url={embedded_authorizer.url!r}, insecure=True)
 get_identity = lambda request: Identity(IdentityType.NONE)
 {code.replace('AuthorizerOptions(url="localhost:8282")', "real")}

@@ -57,7 +57,7 @@ def test_the_status_tells_the_suspect_from_the_leaving():
     status = state.status()
     assert (status.total, status.healthy_connections) == (4, 2)
     assert (status.suspect, status.leaving) == (1, 1)
-    conditions = [one.condition for one in connection_statuses(state, 1.0)]
+    conditions = [one.condition for one in connection_statuses(state.open, 1.0)]
     assert conditions == ["idle", "busy", "suspect", "leaving"]
 
 
@@ -106,21 +106,21 @@ def test_a_pool_of_suspects_is_unhealthy_once_an_attempt_to_connect_fails():
 def test_each_connection_tells_where_it_leads_and_how_it_is():
     state = make()
     entry = open_one(state, 10.0, peer="ipv4:10.0.0.7:8282")
-    (status,) = connection_statuses(state, 15.0)
+    (status,) = connection_statuses(state.open, 15.0)
     assert (status.peer, status.condition) == ("ipv4:10.0.0.7:8282", "idle")
     assert (status.streams, status.age, status.idle_for) == (0, 5.0, 5.0)
     assert status.last_error is None
     entry.last_error = "UNAVAILABLE"
     lease = taken(state, 15.0)
-    (status,) = connection_statuses(state, 16.0)
+    (status,) = connection_statuses(state.open, 16.0)
     assert (status.streams, status.age, status.idle_for) == (1, 6.0, 0.0)
     assert (status.condition, status.last_error) == ("busy", "UNAVAILABLE")
     state.give_back(lease, 17.0)
-    (status,) = connection_statuses(state, 20.0)
+    (status,) = connection_statuses(state.open, 20.0)
     assert (status.age, status.idle_for) == (10.0, 3.0)
 
 
 def test_a_connection_that_does_not_know_where_it_leads_tells_nothing_of_it():
     state = make()
     open_one(state)
-    assert connection_statuses(state, 0.0)[0].peer is None
+    assert connection_statuses(state.open, 0.0)[0].peer is None

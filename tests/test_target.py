@@ -194,7 +194,7 @@ async def test_what_is_accepted_can_be_connected_to(url, embedded_authorizer):
     options = AuthorizerOptions(
         url=url.format(port=embedded_authorizer.port), insecure=True
     )
-    connection = await GrpcConnector(options).connect(5)
+    connection = await GrpcConnector(options.target).connect(5)
     await connection.probe(5)
     await connection.close(0)
 
@@ -209,7 +209,7 @@ async def test_a_socket_of_unix_can_be_connected_to(url, tmp_path):
     server.start()
     try:
         connection = await GrpcConnector(
-            AuthorizerOptions(url=url, insecure=True)
+            AuthorizerOptions(url=url, insecure=True).target
         ).connect(5)
         await connection.close(0)
     finally:

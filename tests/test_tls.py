@@ -253,7 +253,7 @@ async def test_a_good_server_of_the_kit_gets_calls(ca_path):
     options = {"cert_file_path": ca_path, "api_key": SECRET}
     with TlsServer(tls(GOOD)) as server:
         url = f"127.0.0.1:{server.port}"
-        connector = GrpcConnector(AuthorizerOptions(url=url, **options))
+        connector = GrpcConnector(AuthorizerOptions(url=url, **options).target)
         connection = await connector.connect(5)
         with pytest.raises(grpc.aio.AioRpcError):
             await connection.call("/a/b", b"", timeout=0.3, metadata=())
@@ -338,7 +338,7 @@ NOT_SEEN = "Invalid certificate verification context: OK"
 )
 def test_a_text_is_known_from_each_version(text, said):
     details = f"failed to connect to all addresses; last error: UNKNOWN: {text}"
-    error = connect_failed(details, AuthorizerOptions())
+    error = connect_failed(details, AuthorizerOptions().target)
     assert said in str(error)
     assert text in str(error)
     assert "insecure=True" not in str(error)

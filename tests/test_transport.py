@@ -49,7 +49,7 @@ def threads():
 
 @contextlib.asynccontextmanager
 async def connected(options, timeout=10.0):
-    connection = await GrpcConnector(options).connect(timeout)
+    connection = await GrpcConnector(options.target).connect(timeout)
     try:
         yield connection
     finally:
@@ -64,7 +64,7 @@ async def ask(connection, method=INFO, *, timeout=10.0):
 async def refused_by(options, timeout=5.0):
     """Return why a connect failed, which must not take much longer than *timeout*."""
     with anyio.fail_after(timeout + PATIENCE), pytest.raises(ConnectFailed) as caught:
-        await GrpcConnector(options).connect(timeout)
+        await GrpcConnector(options.target).connect(timeout)
     assert options.url in str(caught.value)
     return caught.value
 
@@ -130,7 +130,7 @@ async def test_connections_made_at_once_own_one_socket_each(authorizer):
     connections = []
 
     async def connect():
-        connections.append(await GrpcConnector(authorizer.options).connect(10))
+        connections.append(await GrpcConnector(authorizer.options.target).connect(10))
 
     async with anyio.create_task_group() as tasks:
         for _ in range(10):
@@ -302,7 +302,7 @@ async def test_a_tls_client_never_falls_back_to_plaintext(plaintext):
 
 async def test_a_missing_certificate_file_is_a_mistake_of_the_configuration(tmp_path):
     path = str(tmp_path / "none.pem")
-    connector = GrpcConnector(AuthorizerOptions(cert_file_path=path))
+    connector = GrpcConnector(AuthorizerOptions(cert_file_path=path).target)
     before = threads()
     with pytest.raises(ValueError, match="cert_file_path") as caught:
         connector.validate()
@@ -315,7 +315,7 @@ async def test_a_missing_certificate_file_is_a_mistake_of_the_configuration(tmp_
 
 
 async def test_a_directory_is_no_certificate_file(tmp_path):
-    connector = GrpcConnector(AuthorizerOptions(cert_file_path=tmp_path))
+    connector = GrpcConnector(AuthorizerOptions(cert_file_path=tmp_path).target)
     with pytest.raises(ValueError, match="cert_file_path"):
         connector.validate()
 
@@ -328,7 +328,7 @@ async def test_a_file_without_a_certificate_is_refused(tls, tmp_path):
         anyio.fail_after(PATIENCE + 5),
         pytest.raises((ValueError, ConnectFailed)) as caught,
     ):
-        await GrpcConnector(options).connect(5)
+        await GrpcConnector(options.target).connect(5)
     assert "cert_file_path" in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -368,7 +368,7 @@ async def test_a_cancelled_connect_leaves_no_socket_and_no_thread(authorizer):
         with scope:
             # gRPC ends a handshake that it began in plaintext only when the time of
             # the attempt is over.
-            await GrpcConnector(authorizer.options).connect(2)
+            await GrpcConnector(authorizer.options.target).connect(2)
         ended.append(scope.cancelled_caught)
 
     with anyio.fail_after(PATIENCE):
@@ -389,7 +389,7 @@ async def test_a_connect_that_is_cancelled_before_it_begins_does_nothing(plainte
     connection = None
     with anyio.CancelScope() as scope:
         scope.cancel()
-        connection = await GrpcConnector(plaintext.options).connect(5)
+        connection = await GrpcConnector(plaintext.options.target).connect(5)
     if connection is not None:
         await connection.close(0)
     await eventually(lambda: plaintext.connections_open == 0)
@@ -409,7 +409,7 @@ async def test_a_connect_may_be_cancelled_at_any_moment(plaintext, port):
         # was made all the same is the caller's.
         with anyio.move_on_after(step * 0.0001) as scope:
             with contextlib.suppress(ConnectFailed):
-                connection = await GrpcConnector(plaintext.options).connect(1)
+                connection = await GrpcConnector(plaintext.options.target).connect(1)
         if connection is None:
             assert scope.cancelled_caught or port == "refused"
         else:
@@ -498,7 +498,7 @@ async def test_a_cancelled_probe_does_no_harm(plaintext):
 
 
 async def test_a_probe_of_a_closed_connection_is_connection_lost(plaintext):
-    connection = await GrpcConnector(plaintext.options).connect(5)
+    connection = await GrpcConnector(plaintext.options.target).connect(5)
     await connection.close(0)
     with anyio.fail_after(PATIENCE), pytest.raises(ConnectionLost) as caught:
         await connection.probe(5)
@@ -550,7 +550,7 @@ async def test_a_dropped_socket_fails_the_call_that_was_using_it(plaintext):
 async def test_close_waits_for_calls_as_long_as_its_grace(plaintext):
     plaintext.delay = 0.3
     answers = []
-    connection = await GrpcConnector(plaintext.options).connect(5)
+    connection = await GrpcConnector(plaintext.options.target).connect(5)
 
     async def call():
         answers.append(await ask(connection))
@@ -566,7 +566,7 @@ async def test_close_waits_for_calls_as_long_as_its_grace(plaintext):
 
 
 async def test_close_ends_a_frozen_connection_when_its_grace_is_over(authorizer):
-    connection = await GrpcConnector(authorizer.options).connect(5)
+    connection = await GrpcConnector(authorizer.options.target).connect(5)
     authorizer.freeze()
     lost = []
 
@@ -587,7 +587,7 @@ async def test_close_ends_a_frozen_connection_when_its_grace_is_over(authorizer)
 async def test_a_cancelled_close_closes_all_the_same(plaintext):
     plaintext.delay = 30
     before = threads()
-    connection = await GrpcConnector(plaintext.options).connect(5)
+    connection = await GrpcConnector(plaintext.options.target).connect(5)
     lost = []
 
     async def call():
@@ -611,7 +611,7 @@ async def test_a_cancelled_close_closes_all_the_same(plaintext):
 
 async def test_the_repr_names_the_target_and_no_secret():
     with EmbeddedAuthorizer(api_key="s3cret") as authorizer:
-        connector = GrpcConnector(authorizer.options)
+        connector = GrpcConnector(authorizer.options.target)
         async with connected(authorizer.options) as connection:
             for item in (connector, connection):
                 assert authorizer.url in repr(item)

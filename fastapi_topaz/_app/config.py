@@ -19,16 +19,14 @@ from fastapi_topaz._authorizer.options import (
     AuthorizerOptionsLike,
     Identity,
     IdentityLike,
-    seconds,
-    shown,
-    text,
 )
+from fastapi_topaz._authorizer.pool import ConnectionPool
 from fastapi_topaz._authorizer.rego import check_name, check_reference
 from fastapi_topaz._authorizer.resource import EXACT
+from fastapi_topaz._checks import seconds, shown, text
 from fastapi_topaz._errors import kind_of, logged
 from fastapi_topaz._grpcio.endings import is_unprocessed
 from fastapi_topaz._log_limit import LogLimit
-from fastapi_topaz._pool.pool import ConnectionPool
 from fastapi_topaz._pool.readiness import is_ready
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._slips import NotCopied

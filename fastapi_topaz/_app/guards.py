@@ -12,8 +12,8 @@ from starlette.requests import HTTPConnection  # noqa: TC002  (FastAPI reads it)
 
 from fastapi_topaz._app.config import TopazConfig
 from fastapi_topaz._app.routes import route_policy_path
-from fastapi_topaz._authorizer.options import shown
 from fastapi_topaz._authorizer.rego import check_reference
+from fastapi_topaz._checks import shown
 from fastapi_topaz._errors import kind_of, logged
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz.exceptions import PoolMisuse, TopazError

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._authorizer.messages import Method
     from fastapi_topaz._authorizer.options import IdentityLike
     from fastapi_topaz._authorizer.resource import ResourceContext
-    from fastapi_topaz._pool.connector import Metadata
+    from fastapi_topaz._rpc.metadata import Metadata
 
 
 __all__ = ["AuthorizerCalls"]

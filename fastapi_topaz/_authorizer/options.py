@@ -1,5 +1,5 @@
 """
-What the user configures, and every check of it.
+Where the authorizer is, and on whose behalf it is asked, as the user configures it.
 
 Nothing here touches the network, a file or an event loop: options are built at
 import time, before a worker process forks.
@@ -8,98 +8,25 @@ import time, before a worker process forks.
 from __future__ import annotations
 
 import enum
-import functools
-import math
 import os
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol
+from typing import Any, ClassVar, Protocol
 
 import attrs
 
 from fastapi_topaz._authorizer.address import complete
+from fastapi_topaz._checks import flag, text
 from fastapi_topaz._redaction import boundary, guarded
-
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from fastapi_topaz._rpc.target import Target
 
 
 __all__ = [
+    "PROBE",
     "AuthorizerOptions",
+    "AuthorizerOptionsLike",
     "Identity",
+    "IdentityLike",
     "IdentityType",
-    "PoolOptions",
-    "fit_minimum",
-    "seconds",
-    "shown",
-    "text",
 ]
-
-
-def shown(value: object) -> str:
-    """Return the text of *value* for a message, whatever it is."""
-    try:
-        return repr(value)
-    except Exception:  # noqa: BLE001  (Python itself refuses numbers of 4,300 digits)
-        return f"a {type(value).__name__} that cannot be shown"
-
-
-def _count(name: str, value: object, minimum: int) -> None:
-    # bool is an int to isinstance, but `max_connections=True` is a mistake.
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name} must be an int, got {shown(value)} ({type(value).__name__})"
-        )
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}")
-
-
-def seconds(
-    name: str, value: object, *, zero: bool = True, infinite: bool = True
-) -> float:
-    """Return *value* as a float of seconds, or say what is wrong with it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(
-            f"{name} must be a number of seconds, got {shown(value)} "
-            f"({type(value).__name__})"
-        )
-    given = value
-    try:
-        value = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} is too large for a number of seconds") from None
-    if math.isnan(value) or value < 0 or (value == 0 and not zero):
-        least = "at least 0" if zero else "more than 0"
-        raise ValueError(f"{name} must be {least} seconds, got {given!r}")
-    if math.isinf(value) and not infinite:
-        raise ValueError(f"{name} must be a finite number of seconds, got {given!r}")
-    return value
-
-
-def text(name: str, value: object, *, optional: bool = True) -> None:
-    """Return if *value* is a str with something in it, or say what is wrong with it."""
-    if value is None and optional:
-        return
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{name} must be a str, got {shown(value)} ({type(value).__name__})"
-        )
-    if not value.strip():
-        raise ValueError(f"{name} must not be empty, got {value!r}")
-
-
-def _flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(
-            f"{name} must be True or False, got {shown(value)} ({type(value).__name__})"
-        )
-
-
-# Less would keep the event loop, or the server, busy with nothing else.
-_LEAST = {
-    "idle_check_interval": 0.001,
-    "health_check_interval": 0.001,
-    "max_lifetime": 1.0,
-}
 
 
 class IdentityLike(Protocol):
@@ -133,97 +60,6 @@ class AuthorizerOptionsLike(Protocol):
     def api_key(self) -> str | None:
         """The key."""
         ...
-
-
-P = ParamSpec("P")
-
-
-def fit_minimum(init: Callable[P, None]) -> Callable[P, None]:
-    """
-    Let an omitted `min_connections` be 1 if `max_connections` is 1.
-
-    Its default stays 2 in the signature of *init*, as it is documented. An explicit 2
-    is a contradiction then, which *init* refuses: only the caller's arguments tell the
-    two apart.
-    """
-
-    @functools.wraps(init)
-    def fitting(*args: P.args, **kwargs: P.kwargs) -> None:
-        if kwargs.get("max_connections") == 1:
-            kwargs.setdefault("min_connections", 1)
-        init(*args, **kwargs)
-
-    return fitting
-
-
-@attrs.frozen(kw_only=True)
-class PoolOptions:
-    """
-    The parameters of a pool; `ConnectionPool` documents each, and has the defaults.
-
-    Strictly private.
-    """
-
-    min_connections: int
-    max_connections: int
-    acquire_timeout: float
-    connection_timeout: float
-    max_idle_time: float
-    idle_check_interval: float
-    health_check_interval: float
-    health_check_timeout: float
-    eager_init: bool
-    retry_on_failure: bool
-    max_retries: int
-    streams_per_connection: int
-    max_waiting: int | None
-    max_lifetime: float
-    leak_threshold: float
-    name: str | None
-
-    def __attrs_post_init__(self) -> None:
-        _count("min_connections", self.min_connections, 0)
-        _count("max_connections", self.max_connections, 1)
-        if self.min_connections > self.max_connections:
-            raise ValueError(
-                f"min_connections must not exceed max_connections, got "
-                f"min_connections={shown(self.min_connections)} and "
-                f"max_connections={shown(self.max_connections)}"
-            )
-        _count("max_retries", self.max_retries, 0)
-        _count("streams_per_connection", self.streams_per_connection, 1)
-        if self.max_waiting is not None:
-            _count("max_waiting", self.max_waiting, 0)
-        for name in (
-            "acquire_timeout",
-            "max_idle_time",
-            "idle_check_interval",
-            "health_check_interval",
-            "max_lifetime",
-            "leak_threshold",
-        ):
-            seconds(name, getattr(self, name))
-        for name, least in _LEAST.items():
-            if 0 < getattr(self, name) < least:
-                raise ValueError(
-                    f"{name} must be 0, which is never, or at least {least:g} seconds, "
-                    f"got {getattr(self, name)!r}"
-                )
-        for name in ("connection_timeout", "health_check_timeout"):
-            seconds(name, getattr(self, name), zero=False, infinite=False)
-        _flag("eager_init", self.eager_init)
-        _flag("retry_on_failure", self.retry_on_failure)
-        text("name", self.name)
-
-    @property
-    def capacity(self) -> int:
-        """Leases the pool can give out at once."""
-        return self.max_connections * self.streams_per_connection
-
-    @property
-    def attempts(self) -> int:
-        """Rounds of connecting that one demand is worth."""
-        return 1 + (self.max_retries if self.retry_on_failure else 0)
 
 
 class IdentityType(enum.IntEnum):
@@ -318,6 +154,15 @@ class Identity:
             ) from None
 
 
+# Every Topaz answers it, in its default configuration even without credentials;
+# grpc.health.v1 is served on another port.
+PROBE = "/aserto.authorizer.v2.Authorizer/Info"
+
+UNSERVED = (
+    "is no authorizer, it does not serve aserto.authorizer.v2.Authorizer; the url must "
+    "lead to the port of Topaz's authorizer, which is 8282 by default"
+)
+
 ANONYMOUS = Identity(IdentityType.NONE)
 
 
@@ -377,7 +222,7 @@ class AuthorizerOptions:
                 raise ValueError(
                     f"{name} must be printable ASCII to be sent as a header"
                 )
-        _flag("insecure", self.insecure)
+        flag("insecure", self.insecure)
         if self.insecure and self.cert_file_path is not None:
             raise ValueError(
                 "cert_file_path and insecure=True exclude each other, got "
@@ -393,6 +238,18 @@ class AuthorizerOptions:
         if self.tenant_id is not None:
             headers.append(("aserto-tenant-id", self.tenant_id))
         return tuple(headers)
+
+    @property
+    def target(self) -> Target:
+        """The same for a `GrpcConnector`, with a probe that Topaz answers."""
+        return Target(
+            url=self.url,
+            metadata=self.metadata,
+            cert_file_path=self.cert_file_path,
+            insecure=self.insecure,
+            probe=PROBE,
+            unserved=UNSERVED,
+        )
 
     @classmethod
     @boundary

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 
-from fastapi_topaz._authorizer.options import shown
+from fastapi_topaz._checks import shown
 
 
 __all__ = ["check_name", "check_reference", "join"]

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from fastapi_topaz._app.config import TopazConfig
 from fastapi_topaz._authorizer.options import AuthorizerOptions
+from fastapi_topaz._authorizer.pool import ConnectionPool
 from fastapi_topaz._cli.demo import (
     DemoFailed,
     Tally,
@@ -31,7 +32,6 @@ from fastapi_topaz._cli.demo import (
     whoever,
 )
 from fastapi_topaz._distribution import DISTRIBUTION
-from fastapi_topaz._pool.pool import ConnectionPool
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 

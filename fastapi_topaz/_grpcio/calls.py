@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastapi_topaz._grpcio.call import Call
-    from fastapi_topaz._pool.connector import Metadata
+    from fastapi_topaz._rpc.metadata import Metadata
 
 
 __all__ = ["LAST_CALLS", "Calls"]

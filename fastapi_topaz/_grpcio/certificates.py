@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from fastapi_topaz._authorizer.options import AuthorizerOptions
+    from fastapi_topaz._rpc.target import Target
 
 
 __all__ = ["root_certificates"]
@@ -27,25 +27,25 @@ _BEGIN = b"-----BEGIN CERTIFICATE-----"
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def root_certificates(options: AuthorizerOptions) -> bytes | None:
+def root_certificates(target: Target) -> bytes | None:
     """
     Return the PEM text of `cert_file_path`, or None for gRPC's own roots.
 
     Raises:
         ValueError: The file cannot be read, or is not a PEM file of certificates.
     """
-    if options.cert_file_path is None:
+    if target.cert_file_path is None:
         return None
     pem = b""
     try:
-        pem = _read(pathlib.Path(options.cert_file_path))
+        pem = _read(pathlib.Path(target.cert_file_path))
         fault = _fault(pem)
     except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
         fault = getattr(error, "strerror", None) or str(error)
     if fault:
         raise ValueError(
             "cert_file_path must be a readable PEM file of CA certificates, got "
-            f"{options.cert_file_path!r}: {fault}"
+            f"{target.cert_file_path!r}: {fault}"
         )
     return pem
 

@@ -1,7 +1,7 @@
 """
 How a channel is set up and becomes ready for calls, or why it does not.
 
-All of this is for a channel that owns one TCP connection: see `_link`.
+All of this is for a channel that owns one TCP connection: see `link`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from fastapi_topaz._version import VERSION
 
 
 if TYPE_CHECKING:
-    from fastapi_topaz._authorizer.options import AuthorizerOptions
+    from fastapi_topaz._rpc.target import Target
 
 
 __all__ = [
-    "PROBE",
     "READY",
     "close_without_loop",
     "open_channel",
@@ -34,10 +33,6 @@ __all__ = [
     "until_reported",
 ]
 
-
-# Every Topaz answers it, in its default configuration even without credentials;
-# grpc.health.v1 is served on another port.
-PROBE = "/aserto.authorizer.v2.Authorizer/Info"
 
 # Each channel resolves the name anew and goes to a random one of its addresses: one
 # after the other would bring all connections of all workers to the first.
@@ -85,17 +80,17 @@ def _channel_options(timeout: float) -> list[tuple[str, Any]]:
     ]
 
 
-def open_channel(options: AuthorizerOptions, timeout: float) -> grpc.aio.Channel:
+def open_channel(target: Target, timeout: float) -> grpc.aio.Channel:
     """Return a new channel, which is to be ready within *timeout* seconds."""
     # Without a file descriptor gRPC aborts the process: its first channel opens
     # /dev/urandom. Here it is an error, which the pool knows what to do with.
     os.close(os.open(os.devnull, os.O_RDONLY))
     arguments = _channel_options(timeout)
-    if options.insecure:
-        channel = grpc.aio.insecure_channel(options.url, options=arguments)
+    if target.insecure:
+        channel = grpc.aio.insecure_channel(target.url, options=arguments)
     else:
-        credentials = grpc.ssl_channel_credentials(root_certificates(options))
-        channel = grpc.aio.secure_channel(options.url, credentials, options=arguments)
+        credentials = grpc.ssl_channel_credentials(root_certificates(target))
+        channel = grpc.aio.secure_channel(target.url, credentials, options=arguments)
     learn(channel)
     return channel
 
@@ -108,7 +103,7 @@ def close_without_loop(channel: Any) -> None:
         channel._channel.close()  # noqa: SLF001
 
 
-async def until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:
+async def until_ready(channel: grpc.aio.Channel, target: Target) -> None:
     """
     Return when *channel* is ready for calls.
 
@@ -119,14 +114,14 @@ async def until_ready(channel: grpc.aio.Channel, options: AuthorizerOptions) -> 
     while state is not READY:
         if state is _FAILED:
             # gRPC's own retries are not waited for: the pool paces attempts.
-            await _raise_reason(channel, options)
+            await _raise_reason(channel, target)
         await _until_changed(channel, state)
         # A channel that is IDLE again has lost its connection. gRPC pauses only after
         # an attempt that failed. If this function connected again, a server that hangs
         # up at once would get hundreds of connects a second.
         state = channel.get_state(try_to_connect=False)
         if state in _ENDED:
-            raise hung_up(options)
+            raise hung_up(target)
 
 
 async def until_reported(operation: asyncio.Future[Any]) -> None:
@@ -176,12 +171,12 @@ async def _until_changed(
         watch.close()
 
 
-async def _raise_reason(channel: grpc.aio.Channel, options: AuthorizerOptions) -> None:
+async def _raise_reason(channel: grpc.aio.Channel, target: Target) -> None:
     # The reason is in the status of a call, and nowhere else. No frame may hold the
     # call when this raises: with it an error would keep the closed channel, which then
     # goes on connecting for as long as somebody keeps the error.
     ended = asyncio.get_running_loop().create_future()
-    call = kind()(channel, PROBE, b"", 1, (), lambda _call: ended.set_result(None))
+    call = kind()(channel, target.probe, b"", 1, (), lambda _: ended.set_result(None))
     try:
         await asyncio.wait([ended])
         outcome = call.outcome()
@@ -201,4 +196,4 @@ async def _raise_reason(channel: grpc.aio.Channel, options: AuthorizerOptions) -
         and outcome.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN}
         and channel.get_state() is not READY
     ):
-        raise connect_failed(outcome.details() or "", options)
+        raise connect_failed(outcome.details() or "", target)

@@ -1,4 +1,4 @@
-"""The connector of a pool that talks to Topaz."""
+"""The connector of a pool of gRPC connections."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastapi_topaz import _fork
 from fastapi_topaz._grpcio.certificates import root_certificates
 from fastapi_topaz._grpcio.link import Link
 from fastapi_topaz._grpcio.loopback import is_loopback
+from fastapi_topaz._rpc.target import Target
 from fastapi_topaz.exceptions import ConnectFailed, PoolMisuse
 
 
 if TYPE_CHECKING:
-    from fastapi_topaz._authorizer.options import AuthorizerOptions
-    from fastapi_topaz._pool.connector import RpcConnection
+    from fastapi_topaz._rpc.connection import RpcConnection
 
 
 __all__ = ["GrpcConnector"]
@@ -28,9 +28,17 @@ logger = logging.getLogger("fastapi_topaz.transport")
 
 class GrpcConnector:
     """
-    Makes gRPC connections to an authorizer, on the running backend.
+    Makes gRPC connections for a pool, on the running backend: asyncio or trio.
 
-    Strictly private.
+    Each connection has a TCP connection of its own. A `ConnectionPool` with this
+    connector pools the connections of any gRPC service: `call()` of a lease makes a
+    call of it.
+
+    Args:
+        target: Where the server is, and how to talk to it.
+
+    Raises:
+        TypeError: *target* is no `Target`.
     """
 
     # One address may stand for several servers, and gRPC picks one of several.
@@ -39,14 +47,16 @@ class GrpcConnector:
     # whose server is down, and to a server without the Authorizer.
     probes = True
 
-    def __init__(self, options: AuthorizerOptions) -> None:
-        self.options = options
-        self.target = options.url
+    def __init__(self, target: Target) -> None:
+        if not isinstance(target, Target):
+            raise TypeError(f"target must be a Target, got a {type(target).__name__}")
+        self._target = target
+        self.target = target.url
         # Whether a key is sent in plaintext across a network, and no log says so yet.
         self._exposes_key = (
-            options.api_key is not None
-            and options.insecure
-            and not is_loopback(options.url)
+            any(key == "authorization" for key, _ in target.metadata)
+            and target.insecure
+            and not is_loopback(target.url)
         )
 
     def __repr__(self) -> str:
@@ -70,7 +80,7 @@ class GrpcConnector:
             ValueError: The certificate file cannot be read, or is not a PEM file of
                 certificates.
         """
-        root_certificates(self.options)
+        root_certificates(self._target)
 
     async def connect(self, timeout: float, /) -> RpcConnection:
         """
@@ -93,8 +103,8 @@ class GrpcConnector:
         except ValueError as error:
             raise ConnectFailed(str(error), reason="tls", permanent=True) from error
         if isinstance(current_token().native_token, asyncio.AbstractEventLoop):
-            return await Link.open(self.options, timeout)
+            return await Link.open(self._target, timeout)
         # Here and not above: asyncio applications need no trio installed.
         from fastapi_topaz._grpcio.on_trio import BridgedLink  # noqa: PLC0415
 
-        return await BridgedLink.open(self.options, timeout)
+        return await BridgedLink.open(self._target, timeout)

@@ -20,7 +20,7 @@ from fastapi_topaz.exceptions import ConnectFailed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fastapi_topaz._authorizer.options import AuthorizerOptions
+    from fastapi_topaz._rpc.target import Target
     from fastapi_topaz.exceptions import FailureReason
 
 
@@ -30,8 +30,8 @@ __all__ = [
     "each_failed",
     "hung_up",
     "in_time",
-    "no_authorizer",
     "out_of_time",
+    "unserved",
 ]
 
 
@@ -230,11 +230,11 @@ _MOST = 16
 """Addresses that a message lists."""
 
 
-def connect_failed(details: str, options: AuthorizerOptions) -> ConnectFailed:
+def connect_failed(details: str, target: Target) -> ConnectFailed:
     """Return the error for gRPC's *details* of a failed attempt."""
-    _, reason, permanent, said = _cause(details, options)
+    _, reason, permanent, said = _cause(details, target)
     return ConnectFailed(
-        f"cannot connect to {options.url}: {said}"
+        f"cannot connect to {target.url}: {said}"
         + (f" (gRPC: {details})" if said != details else ""),
         reason=reason,
         permanent=permanent,
@@ -243,7 +243,7 @@ def connect_failed(details: str, options: AuthorizerOptions) -> ConnectFailed:
 
 def each_failed(
     failed: ConnectFailed,
-    options: AuthorizerOptions,
+    target: Target,
     tried: Sequence[tuple[str, str | None]],
 ) -> ConnectFailed:
     """
@@ -255,7 +255,7 @@ def each_failed(
     for address, text in tried:
         if text is None:
             return failed
-        causes.append((_cause(text, options), address, text))
+        causes.append((_cause(text, target), address, text))
     causes.sort()
     by_hint: dict[str, list[str]] = {}
     for (_, _, _, hint), address, _ in causes:
@@ -265,7 +265,7 @@ def each_failed(
     )
     (_, reason, _, _), _, details = causes[0]
     return ConnectFailed(
-        f"cannot connect to {options.url}: {said} (gRPC: {details})",
+        f"cannot connect to {target.url}: {said} (gRPC: {details})",
         reason=reason,
         # An address whose fault is not permanent may come back.
         permanent=all(permanent for (_, _, permanent, _), _, _ in causes),
@@ -277,21 +277,19 @@ def _listed(addresses: Sequence[str]) -> str:
     return f"{', '.join(addresses[:_MOST])}{more}"
 
 
-def _cause(
-    details: str, options: AuthorizerOptions
-) -> tuple[int, FailureReason, bool, str]:
+def _cause(details: str, target: Target) -> tuple[int, FailureReason, bool, str]:
     """Return the row of `_KNOWN` that *details* match, by its number."""
     for number, (needles, reason, permanent, hint) in enumerate(_KNOWN):
         if any(needle in details for needle in needles):
             said = hint.format(
                 roots=(
-                    f"cert_file_path={options.cert_file_path!r} holds"
-                    if options.cert_file_path
+                    f"cert_file_path={target.cert_file_path!r} holds"
+                    if target.cert_file_path
                     else "gRPC ships; pass the right one as cert_file_path"
                 ),
                 closed=(
                     "is it using TLS? insecure=True was given"
-                    if options.insecure
+                    if target.insecure
                     else "is it a gRPC server with TLS, and does it require a client "
                     "certificate (mTLS), which this package cannot send?"
                 ),
@@ -300,17 +298,17 @@ def _cause(
     return len(_KNOWN), "other", False, details
 
 
-def hung_up(options: AuthorizerOptions) -> ConnectFailed:
+def hung_up(target: Target) -> ConnectFailed:
     """Return the error for a connection that ended as soon as it was made."""
     return ConnectFailed(
-        f"cannot connect to {options.url}: the server ended the connection as soon as "
+        f"cannot connect to {target.url}: the server ended the connection as soon as "
         "it was ready (GOAWAY, or the socket was closed); it may be shutting down, or "
         "a proxy may have no server behind it"
     )
 
 
 def connect_timed_out(
-    options: AuthorizerOptions,
+    target: Target,
     timeout: float,
     tried: Sequence[tuple[str, str | None]] = (),
 ) -> ConnectFailed:
@@ -319,19 +317,17 @@ def connect_timed_out(
         f"{address}: {text or 'no answer'}" for address, text in tried[:_MOST]
     )
     return ConnectFailed(
-        f"cannot connect to {options.url}: not ready within connection_timeout="
+        f"cannot connect to {target.url}: not ready within connection_timeout="
         f"{timeout:g} s; the server may be overloaded, or accept and stay silent"
         + (f" (tried {each})" if each else ""),
         reason="timeout",
     )
 
 
-def no_authorizer(target: str) -> ConnectFailed:
+def unserved(target: Target) -> ConnectFailed:
     """Return the error for a server that does not know the service of the probe."""
     return ConnectFailed(
-        f"cannot connect to {target}: the gRPC server there is no authorizer, it does "
-        "not serve aserto.authorizer.v2.Authorizer; the url must lead to the port of "
-        f"Topaz's authorizer, which is 8282 by default",
+        f"cannot connect to {target.url}: the gRPC server there {target.unserved}",
         permanent=True,
     )
 

@@ -6,7 +6,7 @@ own, or that of the loop thread when the application runs on trio.
 
 Closing a channel of grpc.aio raises CancelledError in whoever awaits a call, although
 nobody cancelled them. Here that is `ConnectionLost`. What else is unlike what callers
-expect, `_call` sees to.
+expect, `call` sees to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from fastapi_topaz import _fork
 from fastapi_topaz._grpcio.call import is_direct
 from fastapi_topaz._grpcio.calls import Calls
 from fastapi_topaz._grpcio.channel import (
-    PROBE,
     close_without_loop,
     open_channel,
     until_ready,
@@ -34,8 +33,8 @@ from fastapi_topaz._grpcio.failures import (
     connect_timed_out,
     each_failed,
     hung_up,
-    no_authorizer,
     out_of_time,
+    unserved,
 )
 from fastapi_topaz._grpcio.peer import Peer
 from fastapi_topaz._pool.connector import Verdict
@@ -45,8 +44,8 @@ from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastapi_topaz._authorizer.options import AuthorizerOptions
-    from fastapi_topaz._pool.connector import Metadata
+    from fastapi_topaz._rpc.metadata import Metadata
+    from fastapi_topaz._rpc.target import Target
 
 
 __all__ = ["Link"]
@@ -93,15 +92,15 @@ class Link:
     Strictly private.
     """
 
-    def __init__(self, channel: Any, peer: Peer, options: AuthorizerOptions) -> None:
+    def __init__(self, channel: Any, peer: Peer, target: Target) -> None:
         self._channel = channel
         self._peer = peer
         self.peer = peer.address()
-        self._target = options.url
-        self._options = options
+        self._url = target.url
+        self._target = target
         self._loop = asyncio.get_running_loop()
         self._connecting: asyncio.Task[str | None] | None = None
-        self._calls = self.new_calls(options)
+        self._calls = self.new_calls(target)
         # Twice for each call: get_state() takes four times as long as what it asks.
         self._check: Callable[[bool], int]
         if is_direct():
@@ -113,12 +112,12 @@ class Link:
 
     def __repr__(self) -> str:
         state = "closed" if self._calls.closed else "open"
-        return f"<Link to {self._target} {state} calls={len(self._calls)}>"
+        return f"<Link to {self._url} {state} calls={len(self._calls)}>"
 
     @classmethod
     async def open(
         cls,
-        options: AuthorizerOptions,
+        target: Target,
         timeout: float,
     ) -> Link:
         """
@@ -129,16 +128,16 @@ class Link:
             ValueError: The certificate file cannot be read.
         """
         loop = asyncio.get_running_loop()
-        channel, peer = Peer.of_new(lambda: open_channel(options, timeout))
+        channel, peer = Peer.of_new(lambda: open_channel(target, timeout))
         _fork.watch(channel)
         link: Link | None = None
         try:
             async with asyncio.timeout(timeout):
-                await until_ready(channel, options)
+                await until_ready(channel, target)
             # Making the link takes 0.3 ms. By then it shows if the server hangs up.
-            link = cls(channel, peer, options)
+            link = cls(channel, peer, target)
             if link.is_lost():
-                raise hung_up(options)
+                raise hung_up(target)
         except BaseException as error:  # noqa: BLE001  (raised again)
             tried = peer.tried() if isinstance(error, Exception) else []
             if isinstance(error, GeneratorExit):
@@ -150,19 +149,19 @@ class Link:
             # The pool keeps its last error; its frames must not keep the channel.
             del channel, link
             if isinstance(error, TimeoutError):
-                raise connect_timed_out(options, timeout, tried) from None
+                raise connect_timed_out(target, timeout, tried) from None
             if isinstance(error, ConnectFailed) and len(tried) > 1:
                 # Its own frames, which the new one keeps as context, hold the channel.
                 error.with_traceback(None)
-                raise each_failed(error, options, tried) from None
+                raise each_failed(error, target, tried) from None
             raise error.with_traceback(None)  # noqa: B904  (the same error)
         return link
 
     # -- calls ------------------------------------------------------------------
 
-    def new_calls(self, options: AuthorizerOptions) -> Calls:
+    def new_calls(self, target: Target) -> Calls:
         """Return a book of calls on this link, for one thread to make them in."""
-        return Calls(self._channel, options.url, options.metadata)
+        return Calls(self._channel, target.url, target.metadata)
 
     async def call(
         self,
@@ -238,7 +237,7 @@ class Link:
     async def _until_ready(self) -> str | None:
         """Return when the channel is ready, or why it is not."""
         try:
-            await until_ready(self._channel, self._options)
+            await until_ready(self._channel, self._target)
         # The other one, if the channel is closed meanwhile.
         except (ConnectFailed, grpc.aio.UsageError) as error:
             return str(error)
@@ -311,12 +310,12 @@ class Link:
             ConnectFailed: The server answers that it is no authorizer.
         """
         if await self._ask(timeout) is _UNIMPLEMENTED:
-            raise no_authorizer(self._target)
+            raise unserved(self._target)
 
     async def _ask(self, timeout: float) -> grpc.StatusCode:
         """Return the status of a probe, if it is the authorizer's own."""
         try:
-            await self.call(PROBE, b"", timeout=timeout, metadata=())
+            await self.call(self._target.probe, b"", timeout=timeout, metadata=())
         except grpc.aio.AioRpcError as error:
             found, details = ending(error), error.details()
             if found is Ending.STATUS and error.code() is not _UNAVAILABLE:

@@ -22,7 +22,6 @@ import trio
 
 from fastapi_topaz._grpcio.call import is_direct
 from fastapi_topaz._grpcio.calls import LAST_CALLS
-from fastapi_topaz._grpcio.channel import PROBE
 from fastapi_topaz._grpcio.deadline import left
 from fastapi_topaz._grpcio.endings import Ending, ending
 from fastapi_topaz._grpcio.link import Link
@@ -32,9 +31,9 @@ from fastapi_topaz._grpcio.loop_thread import LoopThread
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from fastapi_topaz._authorizer.options import AuthorizerOptions
     from fastapi_topaz._grpcio.call import Call
-    from fastapi_topaz._pool.connector import Metadata
+    from fastapi_topaz._rpc.metadata import Metadata
+    from fastapi_topaz._rpc.target import Target
 
 
 __all__ = ["BridgedLink"]
@@ -148,14 +147,12 @@ class BridgedLink:
     Strictly private.
     """
 
-    def __init__(
-        self, link: Link, thread: LoopThread, options: AuthorizerOptions
-    ) -> None:
+    def __init__(self, link: Link, thread: LoopThread, target: Target) -> None:
         self._link = link
         self._thread = thread
-        self._target = options.url
+        self._target = target
         # Those of trio's thread; the link has a book of its own for the other.
-        self._calls = link.new_calls(options)
+        self._calls = link.new_calls(target)
         self.judge = link.judge
         self.is_lost = link.is_lost
         self.look_closely = link.look_closely
@@ -163,22 +160,22 @@ class BridgedLink:
 
     def __repr__(self) -> str:
         state = "closed" if self._calls.closed else "open"
-        return f"<BridgedLink to {self._target} {state} calls={len(self._calls)}>"
+        return f"<BridgedLink to {self._target.url} {state} calls={len(self._calls)}>"
 
     @classmethod
     async def open(
         cls,
-        options: AuthorizerOptions,
+        target: Target,
         timeout: float,
     ) -> BridgedLink:
         """Connect; see `Link.open`."""
         thread = LoopThread.hold()
         try:
-            link = await _Forward(thread).run(Link.open, options, timeout)
+            link = await _Forward(thread).run(Link.open, target, timeout)
         except BaseException:
             await _let_go(thread)
             raise
-        return cls(link, thread, options)
+        return cls(link, thread, target)
 
     @trio.lowlevel.enable_ki_protection
     async def call(
@@ -224,13 +221,13 @@ class BridgedLink:
     async def probe(self, timeout: float, /) -> None:
         """Ask the authorizer for its version; see `Link.probe`."""
         if self._calls.closed:
-            raise self._calls.lost(PROBE)
+            raise self._calls.lost(self._target.probe)
         await _Forward(self._thread).run(self._link.probe, timeout)
 
     async def greet(self, timeout: float, /) -> None:
         """Probe the authorizer for the first time; see `Link.greet`."""
         if self._calls.closed:
-            raise self._calls.lost(PROBE)
+            raise self._calls.lost(self._target.probe)
         await _Forward(self._thread).run(self._link.greet, timeout)
 
     async def close(self, grace: float, /) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 
-from fastapi_topaz._pool.handle import PooledConnection
+from fastapi_topaz._pool.handle import Handle
 from fastapi_topaz._pool.interrupts import protected
 from fastapi_topaz._slips import LEASE_FORM, NotAsync
 from fastapi_topaz.exceptions import PoolMisuse
@@ -17,24 +17,35 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from types import FrameType, TracebackType
 
-    from fastapi_topaz._pool.pool import ConnectionPool
+
+__all__ = ["Acquire", "explain_missing_await"]
 
 
-__all__ = ["Acquire"]
+H = TypeVar("H", bound=Handle)
 
 
-class Acquire(NotAsync):
+class Lender(Protocol[H]):
+    """The pool, as far as it is needed here."""
+
+    def _acquire_nowait(self) -> H | None: ...
+
+    async def _acquire(self, timeout: float | None) -> H: ...
+
+    def _release(self, conn: H) -> None: ...
+
+
+class Acquire(NotAsync, Generic[H]):
     """
     The result of `pool.acquire()`: to be awaited, or entered with `async with`.
 
     Strictly private.
     """
 
-    _conn: PooledConnection | None = None
+    _conn: H | None = None
     _entered = False
     _right_form = LEASE_FORM
 
-    def __init__(self, pool: ConnectionPool, timeout: float | None) -> None:
+    def __init__(self, pool: Lender[H], timeout: float | None) -> None:
         self._pool = pool
         self._timeout = timeout
 
@@ -46,7 +57,7 @@ class Acquire(NotAsync):
         )
 
     @protected
-    def __await__(self) -> Generator[Any, Any, PooledConnection]:
+    def __await__(self) -> Generator[Any, Any, H]:
         conn = self._pool._acquire_nowait()  # noqa: SLF001
         if conn is None:
             waiting = self._pool._acquire(self._timeout)  # noqa: SLF001
@@ -55,7 +66,7 @@ class Acquire(NotAsync):
         return conn
 
     @protected
-    async def __aenter__(self) -> PooledConnection:
+    async def __aenter__(self) -> H:
         if self._entered:
             raise PoolMisuse("this acquire() is entered already; call acquire() again")
         # Before the wait, or two tasks could share it, and one lease be lost.
@@ -91,7 +102,7 @@ class Acquire(NotAsync):
         else:
             self._pool._release(conn)  # noqa: SLF001
 
-    def _give_back(self, conn: PooledConnection) -> None:
+    def _give_back(self, conn: H) -> None:
         if conn._lease is not None:  # noqa: SLF001
             self._pool._release(conn)  # noqa: SLF001
 
@@ -115,21 +126,27 @@ class _Unawaited:
         )
 
 
-# No __getattr__, which would make each access to an attribute slower.
-for _name in (name for name in dir(PooledConnection) if not name.startswith("_")):
-    setattr(Acquire, _name, _Unawaited(_name))
+def explain_missing_await(acquire: type[Acquire[Any]], handle: type[Handle]) -> None:
+    """Give *acquire* each public attribute of *handle*, as an error with the remedy."""
+    # No __getattr__, which would make each access to an attribute slower.
+    for name in dir(handle):
+        if not name.startswith("_"):
+            setattr(acquire, name, _Unawaited(name))
+
+
+explain_missing_await(Acquire, Handle)
 
 
 _CHANGES_STATE = {
-    f"fastapi_topaz.{module}"
+    f"fastapi_topaz._pool.{module}"
     for module in (
-        *("_runtime", "_state", "_attempts", "_rotation", "_leaks", "_clock"),
-        *("_maintenance", "_connections", "_readiness"),
+        *("open_pool", "leaks", "clock", "background", "connections", "readiness"),
+        *("state.pool_state", "state.attempts", "state.rotation"),
     )
 }
 
 
-def _is_orderly_end(conn: PooledConnection) -> bool:
+def _is_orderly_end(conn: H) -> bool:
     """
     Say whether an asynchronous generator ends that may give *conn* back at once.
 

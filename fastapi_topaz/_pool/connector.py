@@ -3,42 +3,10 @@
 from __future__ import annotations
 
 import enum
-import re
-from collections.abc import Sequence
 from typing import Protocol
 
 
-__all__ = [
-    "Connection",
-    "Connector",
-    "Metadata",
-    "RpcConnection",
-    "Verdict",
-    "is_metadata",
-    "is_metadata_key",
-]
-
-
-Metadata = Sequence[tuple[str, str | bytes]]
-
-# What gRPC allows as a key: see "Requests" in its protocol over HTTP/2.
-_KEY = re.compile(r"[0-9a-z_.-]+")
-
-
-def is_metadata_key(key: object) -> bool:
-    """Say whether gRPC takes *key*."""
-    return isinstance(key, str) and _KEY.fullmatch(key) is not None
-
-
-def is_metadata(key: object, value: object) -> bool:
-    """Say whether gRPC takes *value* under *key*, as text."""
-    return (
-        is_metadata_key(key)
-        and not str(key).endswith("-bin")
-        and isinstance(value, str)
-        and value.isascii()
-        and value.isprintable()
-    )
+__all__ = ["Connection", "Connector", "Verdict"]
 
 
 class Verdict(enum.Enum):
@@ -118,35 +86,4 @@ class Connector(Protocol):
             ConnectFailed: It could not be established, and why. Any other exception
                 counts as a failure that may be retried.
         """
-        ...
-
-
-class RpcConnection(Connection, Protocol):
-    """A connection that carries gRPC calls, as those of an authorizer do."""
-
-    async def call(
-        self,
-        method: str,
-        request: bytes,
-        *,
-        timeout: float | None,
-        metadata: Metadata,
-    ) -> bytes:
-        """Make one unary-unary call that ends within *timeout* seconds."""
-        ...
-
-    def judge(self, error: BaseException, /) -> Verdict | None:
-        """Return what *error*, raised by a call, says of the connection itself."""
-        ...
-
-    def is_lost(self) -> bool:
-        """Say whether the other side has gone away; takes a microsecond at most."""
-        ...
-
-    def look_closely(self) -> None:
-        """Find out what `is_lost` cannot without taking longer."""
-
-    @property
-    def peer(self) -> str | None:
-        """The address of the other side, if it is known."""
         ...

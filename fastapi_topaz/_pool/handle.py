@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastapi_topaz._authorizer.calls import AuthorizerCalls
-from fastapi_topaz._authorizer.options import seconds
-from fastapi_topaz._pool.connector import is_metadata_key
-from fastapi_topaz._redaction import boundary
 from fastapi_topaz._slips import LEASE_FORM, NotCopied
-from fastapi_topaz._telemetry.tracing import propagated
 from fastapi_topaz.exceptions import ConnectionLost, PoolMisuse
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fastapi_topaz._pool.connector import Metadata
     from fastapi_topaz._pool.open_pool import Runtime
     from fastapi_topaz._pool.state.entry import Lease
 
 
-__all__ = ["PooledConnection"]
+__all__ = ["Handle"]
 
 
-EVER = 10.0 * 365 * 86400
-"""Seconds. gRPC overflows on deadlines far beyond this, and ends the call at once."""
-
-
-class PooledConnection(AuthorizerCalls, NotCopied):
+class Handle(NotCopied):
     """
-    A connection on loan from a pool, with the calls of the authorizer.
+    A lease of a connection. After its release every use of it raises `PoolMisuse`.
 
-    Each `acquire()` gives a new one, also where it lends the same connection again:
-    after its release every use of it raises `PoolMisuse`.
-    Identity, metadata and timeout travel with each call and leave nothing behind.
+    Each `acquire()` gives a new one, also where it lends the same connection again.
     """
 
     __slots__ = ("__weakref__", "_lease", "_pool", "_runtime")
@@ -53,7 +38,7 @@ class PooledConnection(AuthorizerCalls, NotCopied):
 
     def __repr__(self) -> str:
         state = "released" if self._lease is None else "leased"
-        return f"<PooledConnection to {self._runtime.target} {state}>"
+        return f"<{type(self).__name__} to {self._runtime.target} {state}>"
 
     def __del__(self) -> None:
         # Nobody can give it back any more. Not here: garbage is collected at any
@@ -117,109 +102,6 @@ class PooledConnection(AuthorizerCalls, NotCopied):
                 "this connection was released to its pool; acquire() another one"
             )
         return self._lease
-
-    @boundary
-    async def call(
-        self,
-        method: str,
-        request: Any,
-        *,
-        request_serializer: Callable[[Any], bytes] | None = None,
-        response_deserializer: Callable[[bytes], Any] | None = None,
-        timeout: float | None = None,
-        metadata: Metadata = (),
-    ) -> Any:
-        """
-        Make one unary-unary call of any gRPC service the connection reaches.
-
-        Args:
-            method: The full name, as `/package.Service/Method`.
-            request: The message, or bytes without a serializer.
-            request_serializer: Makes bytes of the request.
-            response_deserializer: Makes the response from bytes.
-            timeout: Seconds until the call fails with DEADLINE_EXCEEDED; None for
-                no limit.
-            metadata: Pairs of str, sent besides those of the authorizer options.
-
-        Raises:
-            grpc.aio.AioRpcError: The call ended with another status than OK.
-            ConnectionLost: The connection was closed under the call.
-            PoolMisuse: The lease was released before.
-            TypeError: The pool's connector makes connections without gRPC calls.
-        """
-        _check_call(method, metadata)
-        data = request if request_serializer is None else request_serializer(request)
-        if not isinstance(data, bytes):
-            raise TypeError(
-                "request must be bytes, or request_serializer must make bytes of it, "
-                f"got {type(data).__name__}"
-            )
-        response = await self._send(method, data, timeout, metadata)
-        return response_deserializer(response) if response_deserializer else response
-
-    async def _send(
-        self, method: str, request: bytes, timeout: float | None, metadata: Metadata
-    ) -> bytes:
-        # The usual case first; what each call does costs more than it seems, because by
-        # the next one it has left the processor's caches.
-        if type(timeout) is not float or not 0 < timeout < EVER:
-            timeout = _limit(timeout)
-        connection = self.connection
-        # Not isinstance(): for a runtime protocol it costs more than the lease.
-        rpc = getattr(connection, "call", None)
-        if rpc is None:
-            raise TypeError(
-                f"{connection!r} carries no gRPC calls: use the object itself, which "
-                "is the attribute `connection`"
-            )
-        assert self._lease is not None  # noqa: S101  (connection would have raised)
-        entry = self._lease.entry
-        assert entry is not None  # noqa: S101
-        try:
-            response: bytes = await rpc(
-                method, request, timeout=timeout, metadata=propagated(metadata)
-            )
-        except Exception as error:
-            self._runtime.judge(entry, error)
-            raise
-        entry.proven_at = self._runtime.now()
-        entry.answered = True
-        return response
-
-
-def _limit(timeout: float | None) -> float | None:
-    if timeout is None or seconds("timeout", timeout, infinite=False) > EVER:
-        return None
-    return timeout
-
-
-def _check_call(method: object, metadata: object) -> None:
-    if not isinstance(method, str):
-        raise TypeError(
-            f"method must be a str such as '/package.Service/Method', got {method!r}"
-        )
-    if not metadata:
-        return
-    if isinstance(metadata, str | bytes) or not isinstance(metadata, Sequence):
-        raise TypeError(f"metadata must be pairs of str, got {type(metadata).__name__}")
-    for pair in metadata:
-        # The values may be secrets: not shown.
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise TypeError(
-                f"metadata must be pairs of str, got a {type(pair).__name__}"
-            )
-        key, value = pair
-        if not is_metadata_key(key):
-            raise ValueError(
-                f"metadata keys must be of a-z, 0-9, '_', '-' and '.', got {key!r}"
-            )
-        if not isinstance(value, bytes if key.endswith("-bin") else str):
-            raise TypeError(
-                f"metadata {key!r} must be a str, and bytes only if its key ends with "
-                f"-bin, got {type(value).__name__}"
-            )
-        if isinstance(value, str) and not (value.isascii() and value.isprintable()):
-            raise ValueError(f"metadata {key!r} must be printable ASCII")
 
 
 def _abandon(runtime: Runtime, lease: Lease, conn: object) -> None:

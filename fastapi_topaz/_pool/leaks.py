@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import CodeType
 
     from fastapi_topaz._pool.state.entry import Lease
-    from fastapi_topaz._pool.status import PoolCounters
+    from fastapi_topaz._pool.state.status import PoolCounters
 
 
 __all__ = ["Leaks"]

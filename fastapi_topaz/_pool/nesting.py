@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+from itertools import chain
 from types import AsyncGeneratorType, CoroutineType, GeneratorType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from fastapi_topaz._pool.acquire import Acquire
-from fastapi_topaz._pool.handle import PooledConnection
+from fastapi_topaz._pool.handle import Handle
 
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._pool.open_pool import Runtime
 
 
-__all__ = ["held_by", "locals_of_callers"]
+__all__ = ["count_nested"]
 
 
 LIMIT = 1_000
@@ -40,6 +41,11 @@ _CONTEXT_MANAGERS = (
 )
 
 
+def count_nested(coroutines: Iterable[object], runtime: Runtime) -> int:
+    """Return how many leases of *runtime* the *coroutines* and all callers hold."""
+    return held_by(chain(coroutines, _locals_of_callers()), runtime)
+
+
 def held_by(roots: Iterable[object], runtime: Runtime) -> int:
     """Return how many leases of *runtime* the *roots*, such as coroutines, hold."""
     left = list(roots)
@@ -50,7 +56,7 @@ def held_by(roots: Iterable[object], runtime: Runtime) -> int:
         if id(each) in seen:
             continue
         seen.add(id(each))
-        if isinstance(each, PooledConnection):
+        if isinstance(each, Handle):
             # Not one that waits, whose handle is not made yet.
             if each._runtime is runtime and each._lease is not None:  # noqa: SLF001
                 leases.add(each._lease)  # noqa: SLF001
@@ -59,7 +65,7 @@ def held_by(roots: Iterable[object], runtime: Runtime) -> int:
     return len(leases)
 
 
-def locals_of_callers() -> Iterator[object]:
+def _locals_of_callers() -> Iterator[object]:
     """Yield the local variables of all functions that run in this thread."""
     frame: FrameType | None = sys._getframe()  # noqa: SLF001
     while frame is not None:

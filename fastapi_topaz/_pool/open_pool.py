@@ -2,7 +2,7 @@
 One open period of a pool: everything that is bound to its event loop.
 
 Requests change the state here, and `settle` passes on what follows from a change.
-Work that takes time is done for them by the host task of `_maintenance`: requests
+Work that takes time is done for them by the host task of `background`: requests
 never connect, probe or close anything.
 """
 
@@ -12,30 +12,28 @@ import logging
 import math
 import random
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from fastapi_topaz._errors import alone, told
-from fastapi_topaz._grpcio.endings import is_reset
-from fastapi_topaz._pool import refusals as _refusals
 from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz._pool.leaks import Leaks
-from fastapi_topaz._pool.nesting import held_by, locals_of_callers
+from fastapi_topaz._pool.refusals import Refusals
 from fastapi_topaz._pool.state.pool_state import PoolState
 from fastapi_topaz.exceptions import PoolClosed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from fastapi_topaz._authorizer.options import PoolOptions
     from fastapi_topaz._log_limit import LogLimit
     from fastapi_topaz._pool.connector import Connector
     from fastapi_topaz._pool.owner_loop import Home
     from fastapi_topaz._pool.state.entry import Lease, PoolEntry
-    from fastapi_topaz._pool.status import PoolCounters, PoolObserver
+    from fastapi_topaz._pool.state.options import PoolOptions
+    from fastapi_topaz._pool.state.status import PoolCounters, PoolObserver
 
 
 __all__ = ["Runtime"]
@@ -57,6 +55,14 @@ class Runtime:
     Strictly private.
     """
 
+    # Calls of initialize() under way, and whether one succeeded or a lease was asked
+    # for: until then nobody counts on the pool being open.
+    initializing = 0
+    adopted = False
+    # The last search for nested leases.
+    _nested = (0, 0)
+    _nested_at = -math.inf
+
     def __init__(
         self,
         label: str,
@@ -66,6 +72,7 @@ class Runtime:
         observer: PoolObserver,
         log_limit: LogLimit,
         home: Home,
+        count_nested: Callable[[Iterator[object], Runtime], int],
     ) -> None:
         self.label = label
         # Where it leads, for people and for metrics, but for these not as repr(), which
@@ -113,14 +120,13 @@ class Runtime:
         # Those who were sent away and have not had their turn yet. Until then each
         # holds a token, but for one that is cancelled in the same moment.
         self._dismissed = 0
-        self._nested, self._nested_at = (0, 0), -math.inf
+        self._count_nested = count_nested
+        self._refusals = Refusals(
+            label, self.target, self.state, counters, self.nested_leases
+        )
         self.leaks: Leaks | None = None
         if 0 < options.leak_threshold < math.inf:
             self.leaks = Leaks(label, options.leak_threshold, counters)
-        # Calls of initialize() under way, and whether one succeeded or a lease was
-        # asked for: until then nobody counts on the pool being open.
-        self.initializing = 0
-        self.adopted = False
         self.attempts: set[anyio.CancelScope] = set()
         # Of the tasks that use a connection, or make one.
         self.coroutines: set[Any] = set()
@@ -175,8 +181,8 @@ class Runtime:
         if timeout <= 0:
             self.state.want_one()
             self.settle()
-            raise _refusals.timed_out(self, timeout)
-        _refusals.check_saturation(self)
+            raise self._refusals.timed_out(timeout)
+        self._refusals.check_saturation()
         began = self.perf_counter()
         lease.deadline = self.now() + timeout
         served = False
@@ -207,9 +213,9 @@ class Runtime:
             if self.leaks is not None:
                 self.leaks.taken(lease, self.now())
         elif lease.failure is not None:
-            raise _refusals.failed(self, lease.failure)
+            raise self._refusals.failed(lease.failure)
         else:
-            raise _refusals.timed_out(self, timeout)
+            raise self._refusals.timed_out(timeout)
 
     async def _queue(self, lease: Lease) -> None:
         """Return when *lease* has a stream, or will not get one."""
@@ -302,7 +308,7 @@ class Runtime:
             if now - self._nested_at >= NESTED_FOR:
                 waiting = islice(self.state.waiting, NESTED_MOST)
                 coroutines = (lease.waiter for lease in waiting)
-                held = held_by(chain(coroutines, locals_of_callers()), self)
+                held = self._count_nested(coroutines, self)
                 # A few are no cause: a pool that is too small has some of them, too.
                 self._nested = (
                     held if 2 * held >= self.state.in_use else 0,
@@ -361,8 +367,6 @@ class Runtime:
             case Verdict.ANSWERED:
                 entry.proven_at = now
                 entry.answered = True
-                if is_reset(error):
-                    self.state.failed()  # the connection is well, but not the server
                 return
             case Verdict.REFUSED:
                 self.state.refused(entry, now)

@@ -1,101 +1,55 @@
-"""The pool as its users see it; `_runtime` does the work while it is open."""
+"""The pool as its users see it; `open_pool` does the work while it is open."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
+import anyio
 import attrs
 
-from fastapi_topaz._authorizer.options import (
-    AuthorizerOptions,
-    AuthorizerOptionsLike,
-    PoolOptions,
-    fit_minimum,
-    seconds,
-    shown,
-)
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz._checks import seconds, shown
+from fastapi_topaz._fork import current as process
+from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._pool.acquire import Acquire
-from fastapi_topaz._pool.handle import PooledConnection
+from fastapi_topaz._pool.background import close_now, host
+from fastapi_topaz._pool.connections import CLOSE_LIMIT
+from fastapi_topaz._pool.handle import Handle
 from fastapi_topaz._pool.interrupts import protected
-from fastapi_topaz._pool.life import PoolLife
+from fastapi_topaz._pool.nesting import count_nested
+from fastapi_topaz._pool.open_pool import Runtime
+from fastapi_topaz._pool.owner_loop import Home
 from fastapi_topaz._pool.state.entry import Lease
+from fastapi_topaz._pool.state.snapshot import connection_statuses
+from fastapi_topaz._pool.state.status import ConnectionStatus, PoolCounters, PoolStatus
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._slips import LEASE_FORM, NotAsync, NotCopied
-from fastapi_topaz.exceptions import PoolMisuse
+from fastapi_topaz.exceptions import PoolClosed, PoolMisuse
 
 
 if TYPE_CHECKING:
-    from opentelemetry.metrics import MeterProvider
+    from collections.abc import Callable
+    from types import TracebackType
 
     from fastapi_topaz._pool.connector import Connector
-    from fastapi_topaz._pool.open_pool import Runtime
-    from fastapi_topaz._pool.owner_loop import Home
+    from fastapi_topaz._pool.state.options import PoolOptions
+    from fastapi_topaz._pool.state.status import PoolReport
 
 
-__all__ = ["ConnectionPool"]
+__all__ = ["Pool"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
 
+H = TypeVar("H", bound=Handle)
 
-class ConnectionPool(PoolLife, NotAsync, NotCopied):
+
+class Pool(NotAsync, NotCopied, Generic[H]):
     """
-    A pool of connections to the Topaz authorizer, on asyncio or trio.
+    A pool of connections of any kind, whose leases are handles of class *H*.
 
-    Building one touches no network, thread, file or event loop, so it may be done at
-    import time, before a worker process forks. It opens with `initialize()`,
-    `async with pool`, or the first `acquire()`; it belongs to that process and event
-    loop until `close()`, and can be opened again after it, also elsewhere. The end of
-    any `async with pool` closes it for everybody.
-
-    All times are in seconds.
-
-    Args:
-        min_connections: Connections kept once the pool is in use, default 2, or 1 if
-            *max_connections* is 1. They are made by `initialize()` with *eager_init*,
-            else after the first acquire.
-        max_connections: Connections at most, default 10, in this process: four
-            workers have four pools.
-        acquire_timeout: How long `acquire()` may take, queueing and connecting
-            together, default 5. 0 does not wait at all.
-        connection_timeout: How long one attempt to connect may take, default 10.
-        max_idle_time: Idle for longer than this, a connection is closed, but never
-            below *min_connections*. Default 300; 0 keeps them all.
-        idle_check_interval: How often that is looked for, default 60; 0 is never, and
-            0.001 the least.
-        health_check_interval: How often connections that have answered nothing
-            since are probed, default 30; 0 is never, and 0.001 the least.
-        health_check_timeout: How long the answer may take, default 5. Without one
-            the connection is probed again at once, and then closed; one that a failed
-            call made suspect is closed the first time.
-        eager_init: Whether `initialize()` waits for *min_connections*, default
-            False.
-        retry_on_failure: Whether a failed attempt is repeated for those who wait,
-            default True.
-        max_retries: How many times, with growing pauses, default 3.
-        streams_per_connection: Leases a connection serves at once, default 1. gRPC
-            calls share a connection well: 50, half of the limit that most proxies
-            set, makes ten connections carry 500 calls at once.
-        max_waiting: Callers that may wait when all is leased, default None, any
-            number. One more gets `PoolSaturated` at once.
-        max_lifetime: After this time, less up to 10 % at random, a connection is
-            replaced, so that load spreads to new servers. Default 3600; 0 is never,
-            and 1 the least.
-        leak_threshold: Warn of a lease that is held for longer, with the task's name
-            and the place, default 0, which is off.
-        name: Shown in logs and errors and as the metric attribute `pool`.
-        connector: How connections are made; None is gRPC to the authorizer given to
-            `configure()`.
-        meter_provider: Where metrics go; None is OpenTelemetry's global one.
-        semantic_conventions: Whether they go there also under the names that
-            OpenTelemetry has for pools of connections, `db.client.connection.*`;
-            default False.
-
-    Raises:
-        TypeError: A parameter has the wrong type.
-        ValueError: A parameter has an impossible value.
+    Strictly private; `ConnectionPool` is the public one.
     """
 
     _right_form = "write `async with pool:`"
@@ -103,119 +57,40 @@ class ConnectionPool(PoolLife, NotAsync, NotCopied):
         "its connections belong to one process and one event loop; share the pool, or "
         "build another one"
     )
+    # The classes of leases, and of what acquire() returns.
+    _handle: type[Handle] = Handle
+    _acquiring: type[Acquire[Any]] = Acquire
+    _unconfigured = "has no connector"
 
-    @fit_minimum
     def __init__(
         self,
-        *,
-        min_connections: int = 2,
-        max_connections: int = 10,
-        acquire_timeout: float = 5.0,
-        connection_timeout: float = 10.0,
-        max_idle_time: float = 300.0,
-        idle_check_interval: float = 60.0,
-        health_check_interval: float = 30.0,
-        health_check_timeout: float = 5.0,
-        eager_init: bool = False,
-        retry_on_failure: bool = True,
-        max_retries: int = 3,
-        streams_per_connection: int = 1,
-        max_waiting: int | None = None,
-        max_lifetime: float = 3600.0,
-        leak_threshold: float = 0.0,
-        name: str | None = None,
-        connector: Connector | None = None,
-        meter_provider: MeterProvider | None = None,
-        semantic_conventions: bool = False,
+        options: PoolOptions,
+        connector: Connector | None,
+        report: Callable[[Callable[[], PoolStatus], PoolCounters], PoolReport],
     ) -> None:
-        options = PoolOptions(
-            min_connections=min_connections,
-            max_connections=max_connections,
-            acquire_timeout=acquire_timeout,
-            connection_timeout=connection_timeout,
-            max_idle_time=max_idle_time,
-            idle_check_interval=idle_check_interval,
-            health_check_interval=health_check_interval,
-            health_check_timeout=health_check_timeout,
-            eager_init=eager_init,
-            retry_on_failure=retry_on_failure,
-            max_retries=max_retries,
-            streams_per_connection=streams_per_connection,
-            max_waiting=max_waiting,
-            max_lifetime=max_lifetime,
-            leak_threshold=leak_threshold,
-            name=name,
-        )
-        if connector is not None and not callable(getattr(connector, "connect", None)):
-            raise TypeError(
-                f"connector must have a method connect(timeout), got {shown(connector)}"
-            )
-        get_meter = getattr(meter_provider, "get_meter", None)
-        if meter_provider is not None and not callable(get_meter):
-            raise TypeError(
-                f"meter_provider must be a MeterProvider, got {shown(meter_provider)}"
-            )
-        if not isinstance(semantic_conventions, bool):
-            raise TypeError(
-                "semantic_conventions must be True or False, got "
-                f"{shown(semantic_conventions)}"
-            )
-        super().__init__(
-            options,
-            connector,
-            meter_provider,
-            semantic_conventions=semantic_conventions,
-        )
-        # A connector of the user's own is not replaced by configure().
-        self._own_connector = connector is not None
+        self._options = options
+        self._connector = connector
+        self._counters = PoolCounters()
+        # Outlives each opening: a pool that fails may be opened again by each request.
+        self._log_limit = LogLimit(logger, self._label())
+        self._metrics = report(self.status, self._counters)
+        self._runtime: Runtime | None = None
+        # The loop that opens the pool at this moment, by process.
+        self._claim: dict[int, Home] = {}
+        self._closed = False
 
     def __repr__(self) -> str:
         name = f" {self._options.name!r}" if self._options.name else ""
-        return f"<ConnectionPool{name} {self._phase()} {self.status()}>"
+        return f"<{type(self).__name__}{name} {self._phase()} {self.status()}>"
 
     @property
     def options(self) -> PoolOptions:
         """The parameters it was built with, as changed by `resize()`."""
         return self._options
 
-    @property
-    def authorizer_options(self) -> AuthorizerOptions | None:
-        """Where the authorizer is, if that was configured."""
-        connector = self._connector
-        return connector.options if isinstance(connector, GrpcConnector) else None
-
-    @boundary
-    def configure(self, authorizer_options: AuthorizerOptionsLike) -> None:
-        """
-        Say where the authorizer is; `TopazConfig` does this.
-
-        A pool with a connector of its own ignores it.
-
-        Args:
-            authorizer_options: Those of this package or of `aserto.client`.
-
-        Raises:
-            PoolMisuse: The pool is open, to another authorizer.
-            TypeError: These are no authorizer options.
-        """
-        options = AuthorizerOptions.coerce(authorizer_options)
-        if self._own_connector:
-            return
-        if self.authorizer_options == options:
-            return
-        if self._alive() is not None:
-            raise PoolMisuse(f"{self._label()} is open; close() it to configure it")
-        self._connector = GrpcConnector(options)
-
-    def _start(self, home: Home, connector: Connector) -> Runtime:
-        runtime = super()._start(home, connector)
-        if isinstance(self._connector, GrpcConnector):
-            self._connector.opened(runtime.label)
-        return runtime
-
     # -- leases -----------------------------------------------------------------
 
-    def acquire(self, *, timeout: float | None = None) -> Acquire:
+    def acquire(self, *, timeout: float | None = None) -> Acquire[H]:
         """
         Lease a connection: `async with pool.acquire() as conn`, or `await` it.
 
@@ -236,9 +111,9 @@ class ConnectionPool(PoolLife, NotAsync, NotCopied):
         """
         if timeout is not None:
             seconds("timeout", timeout)
-        return Acquire(self, timeout)
+        return self._acquiring(self, timeout)
 
-    async def release(self, conn: PooledConnection, *, discard: bool = False) -> None:
+    async def release(self, conn: H, *, discard: bool = False) -> None:
         """
         Give back what `acquire()` gave. Never waits.
 
@@ -259,7 +134,7 @@ class ConnectionPool(PoolLife, NotAsync, NotCopied):
                 "release() takes what `await pool.acquire()` returned, and not "
                 f"pool.acquire() itself: {LEASE_FORM}"
             )
-        if not isinstance(conn, PooledConnection):
+        if not isinstance(conn, Handle):
             raise ValueError(  # noqa: TRY004  (a foreign object is a wrong value)
                 f"release() takes what acquire() of {self._label()} gave, got {conn!r}"
             )
@@ -269,16 +144,19 @@ class ConnectionPool(PoolLife, NotAsync, NotCopied):
             )
         self._release(conn, discard=discard)
 
-    def _acquire_nowait(self) -> PooledConnection | None:
+    def _acquire_nowait(self) -> H | None:
         """Lease what is free, if there is anything; None leaves it to `_acquire`."""
         runtime = self._runtime
         if runtime is None or runtime.state.shut or not runtime.home.is_here():
             return None
         lease = Lease()
-        return PooledConnection(self, runtime, lease) if runtime.take(lease) else None
+        return self._lend(runtime, lease) if runtime.take(lease) else None
+
+    def _lend(self, runtime: Any, lease: Lease) -> H:
+        return cast("H", self._handle(self, runtime, lease))
 
     @boundary
-    async def _acquire(self, timeout: float | None) -> PooledConnection:
+    async def _acquire(self, timeout: float | None) -> H:
         runtime = self._runtime
         if runtime is None or not runtime.home.is_here():
             runtime = self._first_use()
@@ -297,10 +175,10 @@ class ConnectionPool(PoolLife, NotAsync, NotCopied):
             await runtime.wait(
                 lease, self._options.acquire_timeout if timeout is None else timeout
             )
-        return PooledConnection(self, runtime, lease)
+        return self._lend(runtime, lease)
 
     @protected
-    def _release(self, conn: PooledConnection, *, discard: bool = False) -> None:
+    def _release(self, conn: H, *, discard: bool = False) -> None:
         lease = conn._lease  # noqa: SLF001
         if lease is None:
             raise ValueError(f"{conn!r} was released to {self._label()} before")
@@ -316,7 +194,116 @@ class ConnectionPool(PoolLife, NotAsync, NotCopied):
             runtime.discard(lease)
         runtime.release(lease)
 
-    # -- telling and changing -----------------------------------------------------
+    # -- opening and closing ----------------------------------------------------
+
+    @boundary
+    async def initialize(self) -> None:
+        """
+        Open the pool; harmless if it is open.
+
+        With `eager_init` it returns once `min_connections` are there. If none comes
+        within `connection_timeout` seconds it logs a WARNING with the cause and
+        returns as well: the pool goes on trying, and an application may start
+        before its authorizer.
+
+        Raises:
+            PoolMisuse: The pool is open on another event loop or in another process,
+                or was not configured.
+            ValueError: What no retry can mend, such as a missing certificate file.
+        """
+        runtime = self._alive()
+        while runtime is not None and runtime.state.shut:
+            await runtime.done.wait()
+            runtime = self._alive()
+        if runtime is None:
+            runtime = self._open(validate=True)
+        if not self._options.eager_init:
+            return
+        runtime.initializing += 1
+        try:
+            await runtime.warm_up()
+            runtime.adopted = True
+        finally:
+            runtime.initializing -= 1
+            # Cancelled: as if it had never come, unless somebody else came, too.
+            if not runtime.adopted and not runtime.initializing:
+                runtime.begin_close(0)
+
+    @boundary
+    async def close(self, grace: float = 5.0) -> None:
+        """
+        Close the pool; harmless if it is closed.
+
+        Waiting callers get `PoolClosed` at once. Leases have *grace* seconds to come
+        back, then their connections close under them and their calls end with
+        `ConnectionLost`. After it returns no task, thread, timer or socket is left.
+
+        Cancelling it gives up the grace, not the closing.
+
+        Args:
+            grace: Seconds, default 5.
+
+        Raises:
+            PoolMisuse: The pool is open on another event loop or in another process.
+        """
+        grace = seconds("grace", grace)
+        runtime = self._alive()
+        self._closed = True
+        if runtime is None:
+            return
+        runtime.begin_close(grace)
+        try:
+            await runtime.done.wait()
+        except BaseException:
+            runtime.begin_close(0)
+            with anyio.move_on_after(2 * CLOSE_LIMIT, shield=True):
+                await runtime.done.wait()
+            raise
+
+    async def __aenter__(self) -> Self:
+        await self.initialize()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # -- telling and changing ---------------------------------------------------
+
+    def status(self) -> PoolStatus:
+        """Return a snapshot of the pool; never raises, open or not."""
+        runtime = self._runtime
+        forked = runtime is not None and runtime.home.is_forked()
+        if runtime is not None and not forked and not runtime.home.is_gone():
+            return runtime.state.status()
+        options = self._options
+        return PoolStatus(
+            total=0,
+            idle=0,
+            busy=0,
+            healthy_connections=0,
+            max_connections=options.max_connections,
+            min_connections=options.min_connections,
+            streams_max=options.capacity,
+            # No call will be answered in a process that was forked while it was open.
+            failing=forked,
+        )
+
+    def connections(self) -> tuple[ConnectionStatus, ...]:
+        """
+        Return a snapshot of each open connection, the oldest first; never raises.
+
+        For people and incidents: where it leads, how old it is, what it carries, and
+        what went wrong on it last.
+        """
+        runtime = self._runtime
+        if runtime is None or runtime.home.is_forked() or runtime.home.is_gone():
+            return ()
+        return connection_statuses(runtime.state.open, runtime.clock.peek())
 
     def resize(self, min_connections: int, max_connections: int) -> None:
         """
@@ -362,3 +349,114 @@ class ConnectionPool(PoolLife, NotAsync, NotCopied):
             )
             runtime.state.rotation.drain(runtime.state.open)
             runtime.settle()
+
+    # -- what an open pool needs ------------------------------------------------
+
+    def _alive(self) -> Runtime | None:
+        """Return the runtime if the pool is open here, None if it is not open."""
+        runtime = self._runtime
+        if runtime is None:
+            return None
+        if runtime.done.is_set() or runtime.home.is_gone():
+            # Its loop has ended, and the host with it. Nobody is left to use it.
+            self._forget(runtime)
+            return None
+        runtime.home.check(self._label())
+        return runtime
+
+    def _open(self, *, validate: bool = False) -> Runtime:
+        """
+        Return a new runtime; only one thread can open the pool.
+
+        Raises:
+            PoolMisuse: Another thread opens it, or has just opened it.
+        """
+        home = Home()
+        # One step, so the threads need no lock, which a fork might find locked.
+        claim = self._claim.setdefault(process.pid, home)
+        if claim is not home:
+            claim.check(self._label())
+        try:
+            runtime = self._alive()
+            if runtime is None:
+                connector = self._configured()
+                check = getattr(connector, "validate", None)
+                if validate and check is not None:
+                    check()
+                runtime = self._start(home, connector)
+        finally:
+            self._claim.clear()
+        return runtime
+
+    def _start(self, home: Home, connector: Connector) -> Runtime:
+        runtime = Runtime(
+            self._label(),
+            self._options,
+            connector,
+            self._counters,
+            self._metrics.observer,
+            self._log_limit,
+            home,
+            count_nested,
+        )
+
+        async def live() -> None:
+            try:
+                await host(runtime)
+            finally:
+                # Here, too: who waits for `done` finds the pool closed.
+                self._forget(runtime)
+
+        def loop_closed() -> None:
+            if home.is_gone():  # and not destroyed in an orderly way
+                close_now(runtime)
+                self._forget(runtime)
+
+        home.spawn(live, partial(self._forget, runtime), loop_closed)
+        self._runtime = runtime
+        self._closed = False
+        self._metrics.attach(runtime.series)
+        logger.info(
+            "%s: opened, to %s (min_connections=%d, max_connections=%d)",
+            *(runtime.label, runtime.target),
+            *(self._options.min_connections, self._options.max_connections),
+        )
+        return runtime
+
+    def _forget(self, runtime: Runtime) -> None:
+        # If the host never began, nobody else wakes those who wait for it.
+        if not runtime.done.is_set() and not runtime.home.is_gone():
+            runtime.begin_close(0)
+            runtime.done.set()
+        if self._runtime is runtime:
+            self._runtime = None
+            self._metrics.detach()
+            if self._closed:
+                self._log_limit.flush(everything=True)
+            self._log_limit.clock = None  # that of the loop, which may go now
+            logger.info("%s: closed", runtime.label)
+
+    def _configured(self) -> Connector:
+        if self._connector is None:
+            raise PoolMisuse(f"{self._label()} {self._unconfigured}")
+        return self._connector
+
+    def _phase(self) -> str:
+        if self._runtime is None:
+            return "closed" if self._closed else "new"
+        return "closing" if self._runtime.state.shut else "open"
+
+    def _label(self) -> str:
+        return f"pool {self._options.name!r}" if self._options.name else "the pool"
+
+    def _first_use(self) -> Runtime:
+        if self._closed:
+            raise self._refused()
+        runtime = self._alive()
+        return self._open() if runtime is None else runtime
+
+    def _refused(self) -> PoolClosed:
+        self._counters.closed += 1
+        return PoolClosed(
+            f"{self._label()} is closed ({self.status()}); initialize() opens it again"
+        )

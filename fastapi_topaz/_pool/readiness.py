@@ -9,7 +9,7 @@ asked for it, and its consequences are those of every probe.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi_topaz.exceptions import PoolTimeout
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastapi_topaz._pool.open_pool import Runtime
-    from fastapi_topaz._pool.pool import ConnectionPool
+    from fastapi_topaz._pool.pool import Pool
     from fastapi_topaz._pool.state.entry import PoolEntry
 
 
@@ -29,7 +29,7 @@ RECENT = 1.0
 """Seconds. An answer that is younger is not asked for again."""
 
 
-async def is_ready(pool: ConnectionPool, timeout: float) -> bool:
+async def is_ready(pool: Pool[Any], timeout: float) -> bool:
     """
     Say whether the server answers within *timeout* seconds.
 
@@ -58,7 +58,7 @@ async def is_ready(pool: ConnectionPool, timeout: float) -> bool:
 
 
 async def _ask(
-    pool: ConnectionPool,
+    pool: Pool[Any],
     runtime: Runtime,
     timeout: float,
     answered: Callable[[], bool],

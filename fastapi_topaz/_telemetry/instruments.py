@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import attrs
 
-from fastapi_topaz._pool.status import CloseReason
+from fastapi_topaz._pool.state.status import CloseReason
 from fastapi_topaz.exceptions import FailureReason
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from fastapi_topaz._pool.status import PoolCounters, PoolStatus
+    from fastapi_topaz._pool.state.status import PoolCounters, PoolStatus
 
 
 __all__ = ["BOUNDARIES", "TOPAZ", "Convention", "Duration", "Event", "Level", "Phase"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.metrics import Histogram, Meter, MeterProvider
 
-    from fastapi_topaz._pool.status import PoolCounters, PoolObserver, PoolStatus
+    from fastapi_topaz._pool.state.status import PoolCounters, PoolObserver, PoolStatus
     from fastapi_topaz._telemetry.instruments import Convention, Event, Level
 
     Callback = Callable[[CallbackOptions], Iterable[Observation]]

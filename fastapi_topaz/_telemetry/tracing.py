@@ -14,7 +14,7 @@ from opentelemetry import context, propagate, trace
 from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_span
 
 from fastapi_topaz._errors import alone, kind_of
-from fastapi_topaz._pool.connector import is_metadata
+from fastapi_topaz._rpc.metadata import is_metadata
 from fastapi_topaz._version import VERSION
 
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.trace import Span, TracerProvider
 
-    from fastapi_topaz._pool.connector import Metadata
+    from fastapi_topaz._rpc.metadata import Metadata
 
 
 __all__ = ["CheckSpan", "Tracing", "propagated"]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 
-from fastapi_topaz._authorizer.options import AuthorizerOptions, seconds, text
+from fastapi_topaz._authorizer.options import AuthorizerOptions
+from fastapi_topaz._checks import seconds, text
 from fastapi_topaz._redaction import boundary
 
 from ._certs import Certificates

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import attrs
 
-from fastapi_topaz._authorizer.options import seconds
+from fastapi_topaz._checks import seconds
 from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
 

@@ -11,7 +11,7 @@ from fastapi_topaz._pool.state.entry import PoolEntry
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastapi_topaz._authorizer.options import PoolOptions
+    from fastapi_topaz._pool.state.options import PoolOptions
 
 
 __all__ = ["Attempts"]

@@ -36,16 +36,15 @@ from typing import TYPE_CHECKING, Any
 from fastapi_topaz._pool.state.attempts import BRIEF, Attempts
 from fastapi_topaz._pool.state.outage import Outage
 from fastapi_topaz._pool.state.rotation import Rotation
-from fastapi_topaz._pool.state.snapshot import pool_status
+from fastapi_topaz._pool.state.status import PoolStatus
 from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from fastapi_topaz._authorizer.options import PoolOptions
     from fastapi_topaz._pool.state.entry import Lease, PoolEntry
-    from fastapi_topaz._pool.status import PoolStatus
+    from fastapi_topaz._pool.state.options import PoolOptions
 
 
 __all__ = ["PoolState"]
@@ -566,4 +565,24 @@ class PoolState:
 
     def status(self) -> PoolStatus:
         """Return a snapshot; callable from any thread."""
-        return pool_status(self)
+        # A copy: metrics are collected in threads of their own.
+        entries = tuple(self.open)
+        busy = sum(entry.leases > 0 for entry in entries)
+        leaving = sum(entry.retired is not None for entry in entries)
+        suspect = sum(entry.suspect and entry.retired is None for entry in entries)
+        return PoolStatus(
+            total=len(entries),
+            idle=len(entries) - busy,
+            busy=busy,
+            healthy_connections=len(entries) - leaving - suspect,
+            max_connections=self.options.max_connections,
+            min_connections=self.options.min_connections,
+            waiting=len(self.waiting),
+            connecting=len(self.connecting),
+            streams_in_use=self.in_use,
+            streams_max=self.options.max_connections * self.streams,
+            suspect=suspect,
+            leaving=leaving,
+            failing=self.attempts.failures > 0 or self.outage.declared,
+            ready=self.is_ready,
+        )

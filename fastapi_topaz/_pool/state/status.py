@@ -14,6 +14,7 @@ __all__ = [
     "ConnectionStatus",
     "PoolCounters",
     "PoolObserver",
+    "PoolReport",
     "PoolStatus",
 ]
 
@@ -170,6 +171,18 @@ class PoolCounters:
     def count(self, which: dict[str, int], reason: str) -> None:
         """Add one to *reason* in one of the counters that are kept by reason."""
         which[reason] = which.get(reason, 0) + 1
+
+
+class PoolReport(Protocol):
+    """Reports the numbers of a pool while it is attached."""
+
+    observer: PoolObserver
+
+    def attach(self, target: str) -> None:
+        """Begin, for a pool that leads to *target*."""
+
+    def detach(self) -> None:
+        """End; the numbers stay."""
 
 
 class PoolObserver(Protocol):

@@ -1,0 +1,120 @@
+"""
+The parameters of a pool, and what each of them may be.
+
+Nothing here touches the network, a file or an event loop: options are built at
+import time, before a worker process forks.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, ParamSpec
+
+import attrs
+
+from fastapi_topaz._checks import count, flag, seconds, shown, text
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+__all__ = ["PoolOptions", "fit_minimum"]
+
+
+# Less would keep the event loop, or the server, busy with nothing else.
+_LEAST = {
+    "idle_check_interval": 0.001,
+    "health_check_interval": 0.001,
+    "max_lifetime": 1.0,
+}
+
+P = ParamSpec("P")
+
+
+def fit_minimum(init: Callable[P, None]) -> Callable[P, None]:
+    """
+    Let an omitted `min_connections` be 1 if `max_connections` is 1.
+
+    Its default stays 2 in the signature of *init*, as it is documented. An explicit 2
+    is a contradiction then, which *init* refuses: only the caller's arguments tell the
+    two apart.
+    """
+
+    @functools.wraps(init)
+    def fitting(*args: P.args, **kwargs: P.kwargs) -> None:
+        if kwargs.get("max_connections") == 1:
+            kwargs.setdefault("min_connections", 1)
+        init(*args, **kwargs)
+
+    return fitting
+
+
+@attrs.frozen(kw_only=True)
+class PoolOptions:
+    """
+    The parameters of a pool; `ConnectionPool` documents each, and has the defaults.
+
+    Strictly private.
+    """
+
+    min_connections: int
+    max_connections: int
+    acquire_timeout: float
+    connection_timeout: float
+    max_idle_time: float
+    idle_check_interval: float
+    health_check_interval: float
+    health_check_timeout: float
+    eager_init: bool
+    retry_on_failure: bool
+    max_retries: int
+    streams_per_connection: int
+    max_waiting: int | None
+    max_lifetime: float
+    leak_threshold: float
+    name: str | None
+
+    def __attrs_post_init__(self) -> None:
+        count("min_connections", self.min_connections, 0)
+        count("max_connections", self.max_connections, 1)
+        if self.min_connections > self.max_connections:
+            raise ValueError(
+                f"min_connections must not exceed max_connections, got "
+                f"min_connections={shown(self.min_connections)} and "
+                f"max_connections={shown(self.max_connections)}"
+            )
+        count("max_retries", self.max_retries, 0)
+        count("streams_per_connection", self.streams_per_connection, 1)
+        if self.max_waiting is not None:
+            count("max_waiting", self.max_waiting, 0)
+        for name in (
+            "acquire_timeout",
+            "max_idle_time",
+            "idle_check_interval",
+            "health_check_interval",
+            "max_lifetime",
+            "leak_threshold",
+        ):
+            seconds(name, getattr(self, name))
+        for name, least in _LEAST.items():
+            if 0 < getattr(self, name) < least:
+                raise ValueError(
+                    f"{name} must be 0, which is never, or at least {least:g} seconds, "
+                    f"got {getattr(self, name)!r}"
+                )
+        for name in ("connection_timeout", "health_check_timeout"):
+            seconds(name, getattr(self, name), zero=False, infinite=False)
+        flag("eager_init", self.eager_init)
+        flag("retry_on_failure", self.retry_on_failure)
+        text("name", self.name)
+
+    @property
+    def capacity(self) -> int:
+        """Leases the pool can give out at once."""
+        return self.max_connections * self.streams_per_connection
+
+    @property
+    def attempts(self) -> int:
+        """Rounds of connecting that one demand is worth."""
+        return 1 + (self.max_retries if self.retry_on_failure else 0)

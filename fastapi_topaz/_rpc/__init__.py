@@ -1,0 +1,1 @@
+"""What transports of gRPC share: a target, metadata, what a connection offers."""

@@ -1,0 +1,62 @@
+"""The metadata of gRPC calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+__all__ = ["Metadata", "check_metadata", "is_metadata"]
+
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+# What gRPC allows as a key: see "Requests" in its protocol over HTTP/2.
+_KEY = re.compile(r"[0-9a-z_.-]+")
+
+
+def _is_key(key: object) -> bool:
+    """Say whether gRPC takes *key*."""
+    return isinstance(key, str) and _KEY.fullmatch(key) is not None
+
+
+def is_metadata(key: object, value: object) -> bool:
+    """Say whether gRPC takes *value* under *key*, as text."""
+    return (
+        _is_key(key)
+        and not str(key).endswith("-bin")
+        and isinstance(value, str)
+        and value.isascii()
+        and value.isprintable()
+    )
+
+
+def check_metadata(metadata: object) -> None:
+    """
+    Return if *metadata* can be sent. No error shows a value, which may be secret.
+
+    Raises:
+        TypeError: These are no pairs of str, or a value has the wrong type.
+        ValueError: gRPC does not take a key or a value.
+    """
+    if not metadata:
+        return
+    if isinstance(metadata, str | bytes) or not isinstance(metadata, Sequence):
+        raise TypeError(f"metadata must be pairs of str, got {type(metadata).__name__}")
+    for pair in metadata:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(
+                f"metadata must be pairs of str, got a {type(pair).__name__}"
+            )
+        key, value = pair
+        if not _is_key(key):
+            raise ValueError(
+                f"metadata keys must be of a-z, 0-9, '_', '-' and '.', got {key!r}"
+            )
+        if not isinstance(value, bytes if key.endswith("-bin") else str):
+            raise TypeError(
+                f"metadata {key!r} must be a str, and bytes only if its key ends with "
+                f"-bin, got {type(value).__name__}"
+            )
+        if isinstance(value, str) and not (value.isascii() and value.isprintable()):
+            raise ValueError(f"metadata {key!r} must be printable ASCII")
