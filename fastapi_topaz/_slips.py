@@ -10,7 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 
-__all__ = ["LEASE_FORM", "NotAsync", "NotCopied"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+__all__ = ["LEASE_FORM", "NotAsync", "NotCopied", "explain_absence"]
 
 
 LEASE_FORM = (
@@ -48,3 +52,25 @@ class NotAsync:
 
         def __exit__(self, *exc):  # noqa: ANN002, ANN204
             """Do nothing: `__enter__` always raises."""
+
+
+class Absent:
+    """
+    An attribute that objects of a class do not have, as `hasattr` tells.
+
+    Args:
+        what: Begins the error, and says what the object is.
+        name: The name of the attribute.
+    """
+
+    def __init__(self, what: str, name: str) -> None:
+        self._error = f"{what} and has no {name!r}: {LEASE_FORM}"
+
+    def __get__(self, instance: object, owner: type) -> NoReturn:
+        raise AttributeError(self._error)
+
+
+def explain_absence(cls: type, what: str, names: Iterable[str]) -> None:
+    """Give *cls* attributes of these *names* that only raise an error: see `Absent`."""
+    for name in names:
+        setattr(cls, name, Absent(what, name))

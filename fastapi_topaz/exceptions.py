@@ -74,9 +74,9 @@ class ConnectFailed(PoolError, ConnectionError):  # noqa: N818
     Attributes:
         reason: Why, as one of a few words (they are the values of the metric
             attribute `reason`): `refused`, `resolve`, `tls`, `timeout`, `unanswered`
-            (connections were made and ended before they answered anything),
-            `unavailable` (the other side answers that its server cannot be reached,
-            as a proxy does), `other`.
+            (connections were made and ended before they answered anything, or with
+            their first answer), `unavailable` (the other side answers that its server
+            cannot be reached, as a proxy does), `other`.
         permanent: True if trying again cannot help until somebody changes the
             configuration or the server, as with a certificate of the wrong CA.
     """

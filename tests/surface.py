@@ -55,7 +55,8 @@ def described(name, thing):
         yield f"{name}{inspect.signature(thing)}"
     builtin = [base for base in thing.__mro__ if base.__module__ == "builtins"]
     for member, value in sorted(inspect.getmembers_static(thing)):
-        if not member.startswith("_") and not any(hasattr(b, member) for b in builtin):
+        is_there = hasattr(thing, member) and not member.startswith("_")
+        if is_there and not any(hasattr(base, member) for base in builtin):
             yield described_member(f"{name}.{member}", value)
 
 

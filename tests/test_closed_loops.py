@@ -12,6 +12,7 @@ import weakref
 import anyio
 import psutil
 import pytest
+from waiting import eventually
 
 from fastapi_topaz import ConnectionPool, PoolMisuse
 from fastapi_topaz.testing import FakeConnection, FakeConnector, hang
@@ -68,6 +69,15 @@ async def connecting(pool):
     assert not all(task.done() for task in tasks)
 
 
+async def greeting(pool):
+    """Leave a new connection without an answer to its first probe."""
+    authorizer = pool.authorizer
+    authorizer.delay, before = 0.2, authorizer.calls["Info"]
+    pool.tasks = [asyncio.create_task(used(pool))]
+    await eventually(lambda: authorizer.calls["Info"] > before, 10)
+    assert pool.status().connecting
+
+
 async def waiting(pool):
     """Leave callers that wait."""
     pool.leases = [await pool.acquire() for _ in range(pool.options.max_connections)]
@@ -90,7 +100,7 @@ def run(make_loop, job, pool):
     loop.close()
 
 
-JOBS = [used, leased, in_flight, connecting, waiting]
+JOBS = [used, leased, in_flight, connecting, greeting, waiting]
 
 
 @pytest.mark.parametrize("make_loop", list(loops()))
@@ -113,7 +123,7 @@ def test_closed_loops_leave_no_socket_and_no_descriptor(
     def rounds(count):
         for _ in range(count):
             run(make_loop, job, one if shared else make())
-            embedded_authorizer.thaw()
+            embedded_authorizer.heal()
         gc.collect()
 
     # What gRPC opens once in a process, and keeps.

@@ -150,6 +150,11 @@ class AsyncJudge(Right):
         return None
 
 
+class IsLostReturnsAnObject(Right):
+    def is_lost(self):
+        return object()
+
+
 class JudgeWithoutError(Right):
     def judge(self):
         return None
@@ -179,6 +184,7 @@ WRONG = {
     CallWithoutMetadata: "its call has the parameters (method, request, timeout)",
     AsyncIsLost: "its is_lost is a coroutine function and must not be one",
     WrappedAsyncIsLost: "its is_lost returns an awaitable, which is always true",
+    IsLostReturnsAnObject: "its is_lost returns an object of the class object",
     IsLostIsNoMethod: "its is_lost is bool, which cannot be called",
     IsLostTakesMore: "its is_lost has the parameters (timeout)",
     JudgeIsNoMethod: "its judge is str, which cannot be called",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 
 import anyio
@@ -265,3 +266,21 @@ async def test_a_probe_is_excused_once():
         await anyio.sleep(1)
         assert pool._counters.closes == {"unhealthy": 1}
         assert pool._counters.probe_failures == 1
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "Connection timed out"),
+        (TimeoutError("no route in 3 s"), "no route in 3 s"),
+        (TimeoutError(), "not established within connection_timeout=10 s"),
+    ],
+)
+async def test_a_timeout_of_the_connector_is_told_in_its_own_words(error, told):
+    connector = FakeConnector([fail(error)])
+    async with make(connector, max_retries=0) as pool:
+        with pytest.raises(ConnectFailed) as caught:
+            await pool.acquire()
+        assert told in str(caught.value)
+        assert ("connection_timeout" in str(caught.value)) == (not str(error))
+        assert caught.value.reason == "timeout"

@@ -226,6 +226,24 @@ async def test_connections_that_are_ended_by_each_call_are_few_and_small(
     assert 1 <= server.accepted <= CONNECTS
 
 
+@pytest.mark.parametrize("callers", [1, 20])
+async def test_connections_that_are_ended_with_their_first_answer_are_few(
+    server, callers
+):
+    """No call can use such a connection, though its first probe was answered."""
+
+    def go_and_answer(wire, stream, method):
+        wire.goaway(last=stream)
+        answer()(wire, stream, method)
+
+    server.script = go_and_answer
+    config = config_of(server, SHORT)
+    ends = await ends_of(config, callers)
+    assert ends.total() == callers
+    assert False not in ends
+    assert 1 <= server.accepted <= CONNECTS
+
+
 def cost_of(server, backend, callers):
     """Return what the checks of so many callers cost a process of their own."""
     program = Path(__file__).parent / "flooded.py"

@@ -309,13 +309,15 @@ SLIPS = {
     "async for": "async for conn in pool.acquire(): pass",
     "with await": "with await pool.acquire() as conn: pass",
     "no await": "await pool.acquire().info()",
+    "no acquire": "await pool.info()",
+    "aclosing": "async with aclosing(pool.acquire()): pass",
     "release": "await pool.release(pool.acquire())",
 }
 
 
 @pytest.mark.parametrize("form", SLIPS.values(), ids=SLIPS)
 async def test_a_wrong_form_raises_an_error_that_shows_the_right_one(form):
-    names = {}
+    names = {"aclosing": aclosing}
     exec(f"async def slip(pool):\n    {form}", names)
     async with make(max_connections=1) as pool:
         with pytest.raises(
@@ -338,6 +340,19 @@ async def test_a_lease_that_was_entered_by_mistake_can_still_be_used():
         await pool.release(conn)
 
 
+@pytest.mark.parametrize("name", ["release", "close", "aclose"])
+async def test_a_lease_that_is_released_in_the_form_of_other_pools_can_be_released(
+    name,
+):
+    async with make(max_connections=1) as pool:
+        conn = await pool.acquire()
+        with pytest.raises(AttributeError, match=re.escape(RIGHT)):
+            await getattr(conn, name)()
+        assert not hasattr(conn, name)
+        await pool.release(conn)
+        assert pool.status().streams_in_use == 0
+
+
 async def test_with_is_refused_by_a_pool():
     with pytest.raises(TypeError, match="`async with pool:`"), make():
         pass
@@ -353,6 +368,8 @@ async def test_what_takes_a_coroutine_shows_the_right_form_and_the_rest_works():
         async with anyio.create_task_group() as tasks:
             with pytest.raises(TypeError, match=re.escape(RIGHT)):
                 tasks.start_soon(pool.acquire)
+        with pytest.raises(AttributeError, match=re.escape(RIGHT)):
+            await asyncio.wait([pool.acquire()])
         conn = await asyncio.wait_for(pool.acquire(), 1)
         await pool.release(conn)
         for conn in await asyncio.gather(pool.acquire(), pool.acquire()):
@@ -517,6 +534,14 @@ async def test_an_argument_that_cannot_be_sent_is_its_own_error_on_a_full_pool(
             await config.is_allowed(request, **{"policy_path": "a.b", **arguments})
         assert anyio.current_time() == began
         assert pool._counters.timeouts == 0
+
+
+@pytest.mark.parametrize("context", [5, 0, "", "id=7", [], [("id", 7)]])
+async def test_a_resource_context_that_is_no_mapping_is_named(context):
+    async with make() as pool:
+        request = Request({"type": "http", "path_params": {}, "headers": []})
+        with pytest.raises(TypeError, match="resource_context must be a mapping, got"):
+            await configured(pool).is_allowed(request, "a.b", resource_context=context)
 
 
 @pytest.mark.real_clock

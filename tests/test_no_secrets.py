@@ -233,6 +233,8 @@ BAD = [
     {"policy_path": "app." + SURROGATE},
     {"decisions": "allowed"},
     {"decisions": [3]},
+    {"decisions": {"card": RESOURCE}},
+    {"decisions": [RESOURCE, 3]},
     {"policy_instance_name": 3},
     {"policy_instance_label": SURROGATE},
     {"timeout": "soon"},

@@ -291,7 +291,8 @@ async def test_an_authorizer_that_is_killed_and_down_and_unwell(
         now = await shop.scrape()
         assert [now[end] for end in ENDS][1:] == [0, 0, 0, 2, 0]
         failed = [why for why in get_args(FailureReason) if now[FAILURES % why]]
-        assert failed == ["refused"]
+        # One that ended right after the answer to its first probe is "unanswered".
+        assert {"refused"} <= set(failed) <= {"refused", "unanswered"}
         assert now["topaz_pool_connect_retries_total"] > 0
         assert now[IDLE] == now[BUSY] == shop.authorizer.connections_open == 0
         gone = now[CLOSES % "lost"] + now[CLOSES % "unhealthy"]

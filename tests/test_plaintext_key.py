@@ -22,6 +22,8 @@ LOOPBACK = [
     *("ipv6:::1", "ipv6:[::1]", "ipv6:[::1]:8282", "ipv6:[::1]:1,[::1]:2"),
     *("dns:localhost", "dns:localhost:8282", "dns:/localhost", "dns:///127.0.0.1"),
     *("dns:///localhost", "dns:///localhost:8282", "dns:///[::1]:8282"),
+    # gRPC ignores the case of a scheme.
+    *("IPV4:127.0.0.1:8282", "Ipv6:[::1]:8282", "UNIX:/topaz.sock", "DNS:localhost:1"),
 ]
 ELSEWHERE = [
     *("topaz", "topaz:8282", "topaz.example.com:8282", "10.0.0.1", "10.0.0.1:8282"),
@@ -37,7 +39,7 @@ ELSEWHERE = [
     *("dns:///localhost/evil.com", "dns:////localhost", "dns:localhost.evil.com"),
     # The DNS server named there may answer with any address.
     *("dns://8.8.8.8/localhost:8282", "dns://localhost/topaz:8282"),
-    *("xds:///localhost:8282", "vsock:2:8282", "IPV4:127.0.0.1:8282"),
+    *("xds:///localhost:8282", "vsock:2:8282", "IPV4:10.0.0.1:8282"),
     *(" localhost", "localhost:8282,10.0.0.1:8282", "127.0.0.1:1,10.0.0.1:2"),
 ]
 

@@ -282,6 +282,11 @@ class TopazConfig(NotCopied):
         """
         check_reference("policy_path", policy_path)
         check_name("decision", decision)
+        if resource_context is not None and not isinstance(resource_context, Mapping):
+            raise TypeError(
+                f"resource_context must be a mapping, got "
+                f"{type(resource_context).__name__}"
+            )
         return Question(
             policy_path,
             decision,

@@ -39,6 +39,7 @@ from fastapi_topaz._authorizer.answers import decided, decided_by_path
 from fastapi_topaz._authorizer.options import Identity, IdentityLike
 from fastapi_topaz._authorizer.rego import check_name, check_reference
 from fastapi_topaz._authorizer.resource import ResourceContext, fill, text_of
+from fastapi_topaz._checks import shown
 
 
 __all__ = [
@@ -117,10 +118,13 @@ def _non_empty(name: str, value: object) -> str:
 
 def _names(values: object, name: str = "decisions") -> list[str]:
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a sequence of str, got {values!r}")
+        # By its type: the arguments may be swapped, and hold a resource context.
+        given = shown(values) if isinstance(values, str) else type(values).__name__
+        raise TypeError(f"{name} must be a sequence of str, got {given}")
     for value in values:
         if not isinstance(value, str):
-            raise TypeError(f"{name} must hold only str, got {values!r}")
+            given = type(value).__name__
+            raise TypeError(f"{name} must hold only str, got a {given}")
     return [text_of(name, value) for value in values]
 
 

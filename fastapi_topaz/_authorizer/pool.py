@@ -16,6 +16,7 @@ from fastapi_topaz._pool.pool import Pool
 from fastapi_topaz._pool.state.options import PoolOptions, fit_minimum
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rpc.metadata import check_metadata
+from fastapi_topaz._slips import explain_absence
 from fastapi_topaz._telemetry.metrics import PoolMetrics, Source
 from fastapi_topaz._telemetry.tracing import propagated
 from fastapi_topaz.exceptions import PoolMisuse
@@ -321,3 +322,11 @@ class ConnectionPool(Pool[PooledConnection]):
         if isinstance(connector, GrpcConnector):
             connector.opened(runtime.label)
         return runtime
+
+
+# As in `async with pool as conn:`.
+explain_absence(
+    ConnectionPool,
+    "a pool is no connection",
+    [name for name in dir(PooledConnection) if not hasattr(ConnectionPool, name)],
+)

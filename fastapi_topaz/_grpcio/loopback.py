@@ -24,7 +24,7 @@ def is_loopback(target: str) -> bool:
     read is not a loopback.
     """
     scheme, colon, rest = target.partition(":")
-    match scheme if colon else "":
+    match scheme.lower() if colon else "":
         case "unix" | "unix-abstract":
             return True
         case "ipv4" | "ipv6":

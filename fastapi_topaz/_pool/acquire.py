@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from fastapi_topaz._pool.handle import Handle
 from fastapi_topaz._pool.interrupts import protected
-from fastapi_topaz._slips import LEASE_FORM, NotAsync
+from fastapi_topaz._slips import LEASE_FORM, NotAsync, explain_absence
 from fastapi_topaz.exceptions import PoolMisuse
 
 
@@ -114,24 +114,13 @@ class Acquire(NotAsync, Generic[H]):
         __aiter__ = __iter__
 
 
-class _Unawaited:
-    """An attribute of a lease, which an `Acquire` does not have."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: object, owner: type) -> NoReturn:
-        raise AttributeError(
-            f"pool.acquire() is no connection and has no {self._name!r}: {LEASE_FORM}"
-        )
-
-
 def explain_missing_await(acquire: type[Acquire[Any]], handle: type[Handle]) -> None:
     """Give *acquire* each public attribute of *handle*, as an error with the remedy."""
-    # No __getattr__, which would make each access to an attribute slower.
-    for name in dir(handle):
-        if not name.startswith("_"):
-            setattr(acquire, name, _Unawaited(name))
+    # No __getattr__, which would make each access to an attribute slower. The last two
+    # are what asyncio.wait() and contextlib.aclosing() look for.
+    public = (name for name in dir(handle) if not name.startswith("_"))
+    names = (*public, "add_done_callback", "aclose")
+    explain_absence(acquire, "pool.acquire() is no connection", names)
 
 
 explain_missing_await(Acquire, Handle)

@@ -88,11 +88,15 @@ def _wrong_answer(connection: Any) -> str | None:
         lost = connection.is_lost()
     except Exception:  # noqa: BLE001  (not there, or it cannot tell: see PoolEntry)
         return None
-    if not inspect.isawaitable(lost):
+    if inspect.isawaitable(lost):
+        if inspect.iscoroutine(lost):
+            lost.close()
+        kind = "an awaitable"
+    elif isinstance(lost, bool) or not lost:
         return None
-    if inspect.iscoroutine(lost):
-        lost.close()
-    return "its is_lost returns an awaitable, which is always true: def is_lost(self)"
+    else:
+        kind = f"an object of the class {type(lost).__name__}"
+    return f"its is_lost returns {kind}, which is always true: def is_lost(self)"
 
 
 def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:

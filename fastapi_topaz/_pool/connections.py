@@ -137,7 +137,9 @@ async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
     if refusal is not None:
         _refused(runtime, entry, refusal, probed_at)
         return
-    if probed:
+    # Not if the server has ended it together with that answer (GOAWAY). No call can use
+    # such a connection, and as an orderly end it would be replaced without a pause.
+    if probed and not entry.is_gone():
         _answered(runtime, entry)
     runtime.log_limit.report(
         # While none of them answers, that one was made is not the end of an outage.
@@ -228,6 +230,9 @@ async def _first_answer(
 
 async def _discard(runtime: Runtime, connection: Connection) -> None:
     """Close a new *connection* that never became one of the pool."""
+    if runtime.home.is_gone():  # then nothing can be awaited
+        _abandon(runtime, connection)
+        return
     try:
         with anyio.CancelScope(shield=True):
             await _within(runtime.clock, CLOSE_LIMIT, connection.close, 0.0)
@@ -244,9 +249,12 @@ def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
     if isinstance(error, ConnectFailed) and _is_complete(error):
         return error
     if isinstance(error, TimeoutError):
+        # Not one that the connector or the system raised, such as ETIMEDOUT, whose time
+        # was another one.
+        limit = f"connection_timeout={runtime.options.connection_timeout:g} s"
         failed = ConnectFailed(
-            f"cannot connect to {runtime.target}: not established within "
-            f"connection_timeout={runtime.options.connection_timeout:g} s",
+            f"cannot connect to {runtime.target}: "
+            f"{str(error) or f'not established within {limit}'}",
             reason="timeout",
         )
     else:
@@ -474,6 +482,11 @@ def drop(runtime: Runtime, entry: PoolEntry) -> None:
     if connection is None:
         return
     runtime.counters.count(runtime.counters.closes, entry.retired or "close")
+    _abandon(runtime, connection)
+
+
+def _abandon(runtime: Runtime, connection: Connection) -> None:
+    """Have *connection* free what it holds, because its event loop was closed."""
     try:
         abandon = getattr(connection, "abandon", None)
         if abandon is not None:

@@ -7,7 +7,7 @@ import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastapi_topaz._slips import LEASE_FORM, NotCopied
+from fastapi_topaz._slips import LEASE_FORM, NotCopied, explain_absence
 from fastapi_topaz.exceptions import ConnectionLost, PoolMisuse
 
 
@@ -102,6 +102,10 @@ class Handle(NotCopied):
                 "this connection was released to its pool; acquire() another one"
             )
         return self._lease
+
+
+# Leases of other pools have these.
+explain_absence(Handle, "a lease goes back by its pool", ("release", "close", "aclose"))
 
 
 def _abandon(runtime: Runtime, lease: Lease, conn: object) -> None:

@@ -316,7 +316,7 @@ class PoolState:
         why = f": {entry.last_error}" if entry.last_error else ""
         return ConnectFailed(
             f"cannot connect to {self._target}: a connection was made, and ended "
-            f"before anything was answered on it{why}",
+            f"before anything was answered on it, or with the first answer{why}",
             reason="unanswered",
         )
 
