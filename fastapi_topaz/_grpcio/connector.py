@@ -51,7 +51,7 @@ class GrpcConnector:
         if not isinstance(target, Target):
             raise TypeError(f"target must be a Target, got a {type(target).__name__}")
         self._target = target
-        self.target = target.url
+        self.target: str = target.url
         # Whether a key is sent in plaintext across a network, and no log says so yet.
         self._exposes_key = (
             any(key == "authorization" for key, _ in target.metadata)

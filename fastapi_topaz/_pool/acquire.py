@@ -135,7 +135,7 @@ _CHANGES_STATE = {
 }
 
 
-def _is_orderly_end(conn: H) -> bool:
+def _is_orderly_end(conn: Handle) -> bool:
     """
     Say whether an asynchronous generator ends that may give *conn* back at once.
 
