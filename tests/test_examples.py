@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -696,22 +697,50 @@ def test_topaz_is_the_release_that_is_tested(services):
     assert services["topaz"]["image"].endswith(f"/topaz:{release[1]}")
 
 
-@pytest.mark.skipif(REAL is None, reason=MISSING)
-async def test_topaz_takes_its_configuration_and_policies(tmp_path):
+def with_free_ports(text):
+    """Return a configuration with other ports, and the address of each old one."""
     with contextlib.ExitStack() as free:
 
         def here(match):
             port = free.enter_context(free_port()).getsockname()[1]
-            return ports.setdefault(match[0], f"127.0.0.1:{port}")
+            return ports.setdefault(int(match[1]), f"127.0.0.1:{port}")
 
         ports = {}
-        text = (COMPOSE / "topaz" / "config.yaml").read_text()
-        text = re.sub(r"0\.0\.0\.0:\d+", here, text)
+        return re.sub(r"(?:0\.0\.0\.0|127\.0\.0\.1):(\d+)", here, text), ports
+
+
+@pytest.mark.skipif(REAL is None, reason=MISSING)
+async def test_topaz_takes_the_configuration_and_the_policy_of_the_quickstart(tmp_path):
+    home = tmp_path / "quickstart"
+    shutil.copytree(EXAMPLES / "quickstart", home)
+    text, ports = with_free_ports((home / "topaz.yaml").read_text())
+    text = text.replace("[policies]", f"[{home / 'policies'}]")
+    with Topazd([REAL], tmp_path) as server:
+        server.config_file = home / "topaz.yaml"
+        server.config_file.write_text(
+            text.replace("directory.db", str(home / "directory.db"))
+        )
+        server.port = int(ports[8282].rpartition(":")[2])
+        await anyio.to_thread.run_sync(server.start)
+        pool = ConnectionPool(min_connections=0)
+        pool.configure(server.options)
+        async with pool, pool.acquire() as conn:
+            for user, allowed in (("alice", True), ("mallory", False)):
+                answer = await conn.decisions(
+                    policy_path="myapp.GET.documents.__id",
+                    identity=Identity(IdentityType.MANUAL, user),
+                )
+                assert answer == {"allowed": allowed}
+
+
+@pytest.mark.skipif(REAL is None, reason=MISSING)
+async def test_topaz_takes_its_configuration_and_policies(tmp_path):
+    text, ports = with_free_ports((COMPOSE / "topaz" / "config.yaml").read_text())
     text = text.replace("/policies", str(POLICIES)).replace("/db", str(tmp_path))
     with Topazd([REAL], tmp_path) as server:
         server.config_file = tmp_path / "compose.yaml"
         server.config_file.write_text(text)
-        server.port = int(ports["0.0.0.0:8282"].rpartition(":")[2])
+        server.port = int(ports[8282].rpartition(":")[2])
         await anyio.to_thread.run_sync(server.start)
         pool = ConnectionPool(min_connections=0)
         pool.configure(server.options)
@@ -740,7 +769,7 @@ def test_the_readme_lists_each_example_with_its_command():
         r"^# {5}(\S.*)$", (COMPOSE / "docker-compose.yaml").read_text(), re.MULTILINE
     )
     here = line.replace("compose", "compose -f compose/docker-compose.yaml", 1)
-    assert listed == {**files, "compose/": here}
+    assert listed == {**files, "compose/": here, "quickstart/": "uvicorn app:app"}
     assert all((EXAMPLES / target).exists() for _, target, _ in rows)
 
 

@@ -1,4 +1,4 @@
-"""What the README says is true: its commands, its code, its tables."""
+"""What the README and the pages say is true: commands, code, tables."""
 
 from __future__ import annotations
 
@@ -30,18 +30,63 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OBSERVABILITY = (ROOT / "docs" / "observability.md").read_text()
 READINESS = (ROOT / "docs" / "readiness.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PARAMETERS = (ROOT / "docs" / "parameters.md").read_text()
+FASTAPI = (ROOT / "docs" / "fastapi.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", FASTAPI, re.DOTALL)
+QUICKSTART = ROOT / "examples" / "quickstart"
+
+
+def blocks_of(text, language):
+    """Return the code blocks of a page, also those of a list."""
+    found = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return [textwrap.dedent(block) for block in found]
+
+
+def test_the_readme_has_at_most_120_lines():
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_quickstart_is_that_of_the_examples():
+    (app,) = blocks_of(README, "python")
+    assert (QUICKSTART / "app.py").read_text().partition('"""\n\n')[2].replace(
+        "from __future__ import annotations\n\n", ""
+    ) == app
+    (policy,) = blocks_of(README, "rego")
+    assert (QUICKSTART / "policies" / "document.rego").read_text() == policy
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_quickstart_answers_as_it_says(backend, embedded_authorizer):
+    embedded_authorizer.policies = {
+        "myapp.GET.documents.__id": lambda check: check.identity.value == "alice"
+    }
+    (code,) = blocks_of(README, "python")
+    asking = code.replace("127.0.0.1:8282", embedded_authorizer.url)
+    names = {}
+    exec(compile(asking, "README.md", "exec", dont_inherit=True), names)
+    with serving(names["app"], backend) as url, httpx.Client(base_url=url) as client:
+        _, _, dialogue = blocks_of(README, "console")
+        lines = dialogue.splitlines()
+        for command, answer in zip(lines[::2], lines[1::2], strict=True):
+            user, path = re.search(r"x-user: (\w+)' \S+8000(\S+)", command).groups()
+            assert client.get(path, headers={"x-user": user}).text == answer
+
+
+def test_each_link_of_the_pages_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_ci_runs_the_test_command_word_for_word():
-    (block,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
-    demo, tests = block.splitlines()
+    demo, tests = blocks_of(README, "console")[0].splitlines()
     assert demo.endswith("fastapi-topaz-pool demo")
     assert tests in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_the_application_of_the_readme_runs(backend, embedded_authorizer):
+def test_the_application_of_the_page_runs(backend, embedded_authorizer):
     embedded_authorizer.policies = {
         "myapp.GET.documents.__id": lambda check: (
             check.identity.value == "alice" and check.resource["id"] == "7"
@@ -49,7 +94,7 @@ def test_the_application_of_the_readme_runs(backend, embedded_authorizer):
     }
     names = {"options": embedded_authorizer.options}
     code = BLOCKS[0].replace('AuthorizerOptions(url="localhost:8282")', "options")
-    exec(compile(code, "README.md", "exec", dont_inherit=True), names)
+    exec(compile(code, "fastapi.md", "exec", dont_inherit=True), names)
     with serving(names["app"], backend) as url, httpx.Client(base_url=url) as client:
         alice = {"user": "alice"}
         assert client.get("/documents/7", headers=alice).json() == {"id": "7"}
@@ -71,7 +116,7 @@ async def test_the_program_without_fastapi_runs(embedded_authorizer):
         assert await names["program"]() is True
 
 
-def test_the_test_of_the_readme_runs():
+def test_the_test_of_the_page_runs():
     names = {"pool": ConnectionPool()}
     exec(compile(BLOCKS[2], "README.md", "exec", dont_inherit=True), names)
 
@@ -117,8 +162,7 @@ def test_the_manifest_of_the_page_on_readiness_fits_its_routes_and_the_default()
 
 
 def test_every_parameter_is_in_the_table_with_its_default():
-    table = README.partition("## Parameters")[2].partition("## Metrics")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PARAMETERS, re.MULTILINE))
     parameters = inspect.signature(ConnectionPool).parameters
     assert {name: str(p.default) for name, p in parameters.items()} == rows
 

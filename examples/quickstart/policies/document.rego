@@ -1,0 +1,5 @@
+package myapp.GET.documents.__id
+
+default allowed := false
+
+allowed if input.identity.identity == "alice"
