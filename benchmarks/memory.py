@@ -34,7 +34,8 @@ from _rounds import Verdict, parsed, parser, save, versions
 from _server import authorizer
 
 from fastapi_topaz import AuthorizerOptions, ConnectionPool
-from fastapi_topaz._grpcio.channel import PROBE, _channel_options
+from fastapi_topaz._authorizer.options import PROBE
+from fastapi_topaz._grpcio.channel import _channel_options
 
 
 BACKENDS = ("asyncio", "trio")

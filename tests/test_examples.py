@@ -769,7 +769,7 @@ def test_the_readme_lists_each_example_with_its_command():
         r"^# {5}(\S.*)$", (COMPOSE / "docker-compose.yaml").read_text(), re.MULTILINE
     )
     here = line.replace("compose", "compose -f compose/docker-compose.yaml", 1)
-    assert listed == {**files, "compose/": here, "quickstart/": "uvicorn app:app"}
+    assert listed == {**files, "compose/": here, "quickstart/": "uvicorn main:app"}
     assert all((EXAMPLES / target).exists() for _, target, _ in rows)
 
 

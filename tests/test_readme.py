@@ -48,7 +48,7 @@ def test_the_readme_has_at_most_120_lines():
 
 def test_the_quickstart_is_that_of_the_examples():
     (app,) = blocks_of(README, "python")
-    assert (QUICKSTART / "app.py").read_text().partition('"""\n\n')[2].replace(
+    assert (QUICKSTART / "main.py").read_text().partition('"""\n\n')[2].replace(
         "from __future__ import annotations\n\n", ""
     ) == app
     (policy,) = blocks_of(README, "rego")
