@@ -53,6 +53,7 @@ EXPECTED = re.compile(
     r"|took back a lease|lease garbage-collected: .* more in|is out for"
     r"|is suspect and gets no calls|suspect: silent: .* more in"
     r"|its server is not available|refused: .* more in|a probe was refused"
+    r"|unanswered: .* more in"
     r"|closed with .* still out|no connection to .* at startup"
 )
 ENDS = {PoolTimeout: "timeouts", PoolSaturated: "rejected"}
