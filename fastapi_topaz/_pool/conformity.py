@@ -86,14 +86,15 @@ def _wrong_answer(connection: Any) -> str | None:
     # It is asked before each lease, and whatever is no bool would mostly be true.
     try:
         lost = connection.is_lost()
+        # An object may also be of a kind that refuses to be true or false.
+        if isinstance(lost, bool) or not lost:
+            return None
     except Exception:  # noqa: BLE001  (not there, or it cannot tell: see PoolEntry)
         return None
     if inspect.isawaitable(lost):
         if inspect.iscoroutine(lost):
             lost.close()
         kind = "an awaitable"
-    elif isinstance(lost, bool) or not lost:
-        return None
     else:
         kind = f"an object of the class {type(lost).__name__}"
     return f"its is_lost returns {kind}, which is always true: def is_lost(self)"
