@@ -214,7 +214,7 @@ def model(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Change the state in every small way; tests must notice. Both: `-- state pool`."""
+    """Change the state in every small way; tests must notice. All: see its --help."""
     session.install("-e", ".", "--group", "mutation")
     session.run("python", "tests/mutation/survivors.py", *session.posargs)
 

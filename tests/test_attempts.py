@@ -252,6 +252,16 @@ def test_an_attempt_that_fails_with_an_unanswered_connection_is_the_same_failure
     assert attempts.failures == 2
 
 
+def test_an_attempt_under_way_is_of_the_round_that_an_unanswered_connection_ends():
+    attempts = make()
+    fail(attempts)
+    succeed(attempts)
+    together = attempts.begin(0.0)
+    end(attempts, 0.0)
+    attempts.failed(together, ConnectFailed("no"), 0.0)
+    assert attempts.failures == 1
+
+
 def test_a_connection_that_answered_ends_without_a_pause():
     attempts = make()
     end(attempts, 0.0, answered=True)

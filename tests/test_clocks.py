@@ -139,6 +139,34 @@ async def test_a_caller_that_waits_is_sent_away_in_its_time_after_a_jump(
 
 
 @pytest.mark.parametrize("seconds", BACK)
+@pytest.mark.parametrize("before", [False, True], ids=["under it", "before it"])
+async def test_a_refused_connection_is_probed_in_its_time_after_a_jump(seconds, before):
+    connector = FakeConnector(answer=lambda _method, request: request)
+    async with make(connector, max_connections=1) as pool:
+        await wake(pool)
+        await anyio.sleep(1)
+        (connection,) = connector.connections
+        connection.refuses, probe = "503", connection.probe
+
+        async def refused_once(_timeout):
+            connection.refuses, connection.probe = "", probe
+            raise ConnectionRefusedError
+
+        connection.probe = refused_once
+        if before:
+            jump(seconds)
+        async with pool.acquire() as conn:
+            with pytest.raises(ConnectionRefusedError):
+                await conn.call("/a/b", b"?")
+        if not before:
+            jump(seconds)
+        began = anyio.current_time()
+        async with pool.acquire(timeout=60):
+            assert anyio.current_time() - began <= LONGEST_PAUSE
+            assert connection.probes == 1
+
+
+@pytest.mark.parametrize("seconds", BACK)
 async def test_idle_connections_are_reaped_in_their_time_after_a_jump(seconds):
     connector = FakeConnector()
     async with make(connector, max_idle_time=100, idle_check_interval=10) as pool:
@@ -257,10 +285,12 @@ def test_it_goes_on_with_the_loop_and_never_back():
     source = Source()
     clock = Clock(source)
     seen = [clock.now()]
+    assert seen == [source.at]
     for step in (5, -1000, 2, -0.5, 3, 1e9, -2e9, 1):
         source.at += step
-        assert clock.peek() >= seen[-1]
+        peeked = clock.peek()
         seen.append(clock.now())
+        assert peeked == seen[-1]
     assert seen == sorted(seen)
     assert seen[1] - seen[0] == 5
     assert seen[3] - seen[2] == 2
@@ -269,7 +299,9 @@ def test_it_goes_on_with_the_loop_and_never_back():
 
 async def test_a_scope_keeps_the_time_it_has_left():
     clock = Home().clock
-    with clock.deadline(clock.now() + 5) as scope:
+    end = clock.now() + 5
+    with clock.deadline(end) as scope:
+        assert scope.deadline == end
         await anyio.sleep(2)
         clock.now()
         jump(-1000)

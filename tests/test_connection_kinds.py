@@ -109,6 +109,34 @@ class PartialPlainProbe(Right):
         pass
 
 
+class Answer:
+    def __call__(self, _argument):
+        return True
+
+
+class PlainObjectProbe(Right):
+    probe = Answer()
+
+
+class GeneratorProbeWithResult(Right):
+    def probe(self, timeout):
+        yield
+        return timeout
+
+
+class CallRaisesAndLostTakesMore(Right):
+    @property
+    def call(self):
+        raise OSError("no such socket")
+
+    def is_lost(self, timeout):
+        return False
+
+
+class MockedAsyncJudge(Right):
+    judge = AsyncMock()
+
+
 class PlainCall(Right):
     def call(self, method, request, *, timeout, metadata):
         return b""
@@ -180,6 +208,10 @@ WRONG = {
     CloseByKeyword: "its close has the parameters (*, timeout=None)",
     CloseWithoutGrace: "its close has the parameters ()",
     PartialPlainProbe: "its probe is no coroutine function",
+    PlainObjectProbe: "its probe is no coroutine function",
+    GeneratorProbeWithResult: "its probe is no coroutine function",
+    CallRaisesAndLostTakesMore: "its is_lost has the parameters (timeout)",
+    MockedAsyncJudge: "its judge is a coroutine function and must not be one",
     PlainCall: "its call is no coroutine function",
     CallWithoutMetadata: "its call has the parameters (method, request, timeout)",
     AsyncIsLost: "its is_lost is a coroutine function and must not be one",
@@ -220,7 +252,7 @@ async def test_a_wrong_connection_is_refused_by_name(kind):
         told = str(caught.value)
         for name in ("the shop", "Shop.connect()", f"class {kind.__name__}"):
             assert name in told
-        assert WRONG[kind] in told
+        assert f"; it has {WRONG[kind]}" in told or f"; {WRONG[kind]}" in told
         assert "def " in told
         assert anyio.current_time() == began
         assert pool.status().total == 0

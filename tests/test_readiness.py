@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -20,6 +21,7 @@ from fastapi_topaz import (
     TopazConfig,
     Verdict,
 )
+from fastapi_topaz._pool.readiness import _is_answered
 from fastapi_topaz._pool.state.entry import Lease
 from fastapi_topaz._pool.state.pool_state import PoolState
 from fastapi_topaz.testing import FakeConnector, fail, hang, ok
@@ -100,6 +102,7 @@ def test_after_a_failure_a_pool_is_not_ready_until_the_next_answer(name):
     FAILURES[name](state, entry)
     other.answered = True  # as each answered call stores it
     assert state.status().ready
+    assert state.failures == 2
 
 
 def test_a_connection_that_answered_nothing_is_not_ready_and_its_end_is_a_failure():
@@ -143,6 +146,39 @@ def test_a_connection_that_answered_before_a_failure_leaves_nothing_when_it_clos
     state.retire(entry, "drain")
     state.give_back(lease, 0.0)
     assert (state.status().total, state.status().ready) == (0, False)
+
+
+def test_an_answer_counts_though_its_connection_and_then_another_one_close():
+    state = make_state()
+    silent, answering = open_one(state, answered=False), open_one(state)
+    state.retire(answering, "drain")
+    state.retire(silent, "drain")
+    assert (state.status().total, state.status().ready) == (0, True)
+
+
+def test_the_connection_to_be_asked_is_the_one_that_was_well_last():
+    state = make_state()
+    old, last, new = (open_one(state) for _ in range(3))
+    old.proven_at, last.proven_at, new.proven_at = 1.0, 3.0, 2.0
+    assert state.newest_proof(set(), 4.0) is last
+    assert state.newest_proof({last}, 4.0) is new
+    assert state.newest_proof({last, new}, 4.0) is old
+    assert state.newest_proof({last, new, old}, 4.0) is None
+
+
+def test_no_connection_is_asked_that_is_suspect_leaves_or_is_lost():
+    state = make_state()
+    leaving, suspect, lost, well = (open_one(state, answered=False) for _ in range(4))
+    while not leaving.leases:
+        assert state.take(Lease(), 0.0)
+    state.retire(leaving, "drain")
+    state.suspect(suspect, 0.0)
+    lost.connection.lost = True
+    for entry in (leaving, suspect, lost):
+        entry.proven_at = 1.0
+    assert state.newest_proof(set(), 1.0) is well
+    assert lost.retired == "lost"
+    assert state.newest_proof({well}, 1.0) is None
 
 
 def test_a_pool_that_closes_is_not_ready():
@@ -384,6 +420,28 @@ async def test_after_a_failure_it_asks_though_the_last_answer_is_new():
                 await conn.call("/a/b", b"?", timeout=0.1)
             assert await config.is_ready(0.1) is False
             conn.connection.frozen = False
+
+
+async def test_a_connection_that_is_lost_before_any_answer_is_replaced_and_asked():
+    connector = FakeConnector()
+    config = make(connector)
+    async with config.connection_pool as pool:
+        async with pool.acquire():
+            pass
+        connector.connections[0].hung_up = True
+        assert await config.is_ready()
+        assert connector.attempts == 2
+
+
+def test_an_answered_probe_counts_though_another_connection_fails_at_once():
+    state = make_state()
+    open_one(state)
+    state.failed()
+    runtime = SimpleNamespace(state=state, answered_probes=1, now=lambda: 0.0)
+    assert not _is_answered(runtime, 1)
+    assert _is_answered(runtime, 0)
+    state.shut_down()
+    assert not _is_answered(runtime, 0)
 
 
 async def test_it_counts_on_the_pool_as_a_check_does():

@@ -149,6 +149,12 @@ def test_whoever_does_not_wait_has_one_connection_made_if_there_is_none():
     assert state.shortfall(tokens=0, now=9.0) == 0
 
 
+def test_a_caller_that_does_not_wait_puts_the_pool_in_use():
+    state = make(min_connections=2)
+    state.want_one()
+    assert state.shortfall(tokens=0, now=0.0) == 2
+
+
 def test_after_a_failure_attempts_go_on_until_one_succeeds_though_nobody_asks():
     # Else a pool that keeps no connections would call itself failing for ever, and
     # whoever routes requests by that would never send one again.

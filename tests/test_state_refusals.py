@@ -116,12 +116,67 @@ def test_a_refusal_says_nothing_of_what_goes_is_gone_or_is_accused_already():
     assert not state.outage.refused
 
 
+@pytest.mark.parametrize(
+    "accuse",
+    [
+        lambda state, entry: state.unavailable(entry, 1.0),
+        lambda state, entry: state.refused(entry, 1.0),
+        lambda state, entry: refuse(state, entry, 1.0),
+    ],
+)
+def test_a_connection_that_ends_with_a_refusal_before_any_answer_is_a_failure(accuse):
+    state = make()
+    (entry,) = open_some(state, 1)
+    entry.answered, entry.connection.lost = False, True
+    accuse(state, entry)
+    assert entry.retired == "lost"
+    assert state.attempts.failures == 1
+
+
+def test_a_server_that_cannot_be_had_is_asked_on_that_connection_at_once():
+    state = make()
+    (entry,) = open_some(state, 1)
+    state.unavailable(entry, 1.0)
+    assert state.to_probe == [entry]
+    assert entry.suspected_at == 1.0
+
+
 def test_a_suspect_whose_probe_is_refused_is_refused():
     state = make()
     (entry,) = open_some(state, 1)
     state.suspect(entry, 1.0)
     refuse(state, entry, 1.1)
     assert list(state.outage.refused) == [entry]
+    assert entry.retired is None
+
+
+def test_a_connection_whose_health_check_is_refused_gets_no_lease():
+    state = make()
+    (entry,) = open_some(state, 1)
+    refuse(state, entry, 1.1, began=1.0)
+    assert not state.take(Lease(), 1.1)
+    assert state.status().suspect == 1
+    assert (entry.suspected_at, entry.refusals) == (1.0, 1)
+
+
+def test_a_refused_connection_that_leaves_is_not_probed_again():
+    state = make()
+    (entry,) = open_some(state, 1)
+    assert state.take(Lease(), 0.0)
+    state.refused(entry, 1.0)
+    state.retire(entry, "drain")
+    assert due(state, 1.0) == []
+    assert state.outage.next_at(1.0) == float("inf")
+
+
+def test_a_refused_connection_that_answers_a_call_but_no_probe_gets_another_probe():
+    state = make()
+    (entry,) = open_some(state, 1)
+    state.refused(entry, 1.0)
+    entry.proven_at = 1.5
+    state.unanswered(entry, 6.0)
+    assert state.to_probe == [entry]
+    assert not state.outage.refused, "it would be probed twice"
     assert entry.retired is None
 
 
@@ -195,6 +250,48 @@ def test_what_was_proven_after_the_refusal_is_not_doubted():
     assert {*state.ready} == {answering, silent}
 
 
+def test_a_connection_proven_in_the_moment_of_a_refusal_is_doubted():
+    state = make()
+    entry, other = open_some(state, 2, now=1.0)
+    state.refused(entry, 1.0)
+    refuse(state, entry, 1.1)
+    assert state.outage.is_silent
+    assert other.suspect
+
+
+def test_a_refused_connection_is_well_only_if_its_answer_is_newer_than_the_refusal():
+    state = make()
+    entry, refused, answering = open_some(state, 3)
+    state.refused(entry, 1.0)
+    state.refused(refused, 1.0)
+    refused.proven_at, answering.proven_at = 1.0, 1.2
+    refuse(state, entry, 1.3)
+    assert not state.outage.is_silent
+    assert set(state.outage.refused) == {entry, refused}
+
+
+@pytest.mark.parametrize("at", [1.0, 1.05, 1.1])
+@pytest.mark.parametrize("closes", [False, True])
+def test_an_answered_probe_is_no_silence_also_if_its_connection_closes(at, closes):
+    state = make()
+    refused, answering = open_some(state, 2)
+    state.refused(refused, 1.0)
+    answer(state, answering, at)
+    if closes:
+        state.retire(answering, "drain")
+    refuse(state, refused, 1.1)
+    assert not state.outage.is_silent
+
+
+def test_a_call_that_is_answered_as_the_probe_is_refused_is_no_silence():
+    state = make()
+    refused, answering = open_some(state, 2)
+    state.refused(refused, 1.0)
+    answering.proven_at = 1.1
+    refuse(state, refused, 1.1)
+    assert not state.outage.is_silent
+
+
 def test_a_connection_that_is_refused_for_long_beside_others_ends_no_silence():
     state = make()
     old, new = open_some(state, 2)
@@ -228,6 +325,71 @@ def test_a_few_refused_beside_others_share_four_probes_a_second():
     later = [at for at in made if at > 11.0]
     assert 20 * 2 <= len(later) <= 20 * 4
     assert set(state.outage.refused) == set(entries[:5])
+
+
+def test_pauses_of_a_connection_that_is_refused_beside_others_grow_up_to_a_limit():
+    state = make()
+    refused, well = open_some(state, 2)
+    state.refused(refused, 1.0)
+    now, made = 1.001, []
+    while len(made) < 7:
+        well.proven_at = now
+        if due(state, now):
+            made.append(now)
+            refuse(state, refused, now)
+        now += 0.001
+    pauses = [b - a for a, b in itertools.pairwise(made)]
+    assert pauses == pytest.approx([0.05, 0.1, 0.2, 0.3, 0.3, 0.3], abs=0.003)
+
+
+def test_the_last_of_several_that_are_refused_does_not_wait_for_the_turns_of_others():
+    state = make()
+    *refused, well = open_some(state, 6)
+    for entry in refused:
+        state.refused(entry, 1.0)
+    well.proven_at = 1.05
+    for _ in range(4):
+        for entry in refused:
+            refuse(state, entry, 1.05)
+    last, *others = refused
+    for entry in others:
+        answer(state, entry, 1.1)
+    refuse(state, last, 1.1)
+    assert due(state, 1.1 + PAUSE - 0.01) == []
+    assert due(state, 1.1 + PAUSE) == [last]
+
+
+def test_there_is_nothing_to_do_before_a_probe_ends_while_the_most_are_under_way():
+    state = make()
+    *refused, well = open_some(state, AT_ONCE + 2)
+    for entry in refused:
+        state.refused(entry, 1.0)
+    first, *_ = due(state, 1.0)
+    assert state.outage.next_at(1.0) == 1.0 + OVERDUE
+    well.proven_at = 1.1
+    refuse(state, first, 1.1)
+    assert state.outage.next_at(1.1) <= 1.1
+
+
+def test_there_is_nothing_to_do_while_the_one_that_is_refused_is_being_probed():
+    state = make()
+    (entry,) = open_some(state, 1)
+    state.refused(entry, 1.0)
+    refuse(state, entry, 1.0)
+    assert state.outage.is_silent
+    assert due(state, 1.1) == [entry]
+    assert state.outage.next_at(1.1) == 1.1 + OVERDUE
+
+
+def test_a_probe_that_begins_as_another_is_refused_is_the_next_round():
+    state = make()
+    one, other = open_some(state, 2)
+    state.refused(one, 1.0)
+    state.refused(other, 1.0)
+    refuse(state, one, 1.0)
+    refuse(state, other, 1.2, began=1.0)
+    assert due(state, 1.29) == []
+    assert len(due(state, 1.31)) == 1
 
 
 def test_probes_that_were_under_way_together_make_one_pause():
@@ -266,7 +428,24 @@ def test_with_the_first_answer_all_others_are_probed_again():
     assert len(due(state, 21.1)) == AT_ONCE
 
 
+def test_with_the_first_answer_in_a_short_silence_the_others_are_probed_at_once():
+    state = make()
+    entries = open_some(state, 3)
+    for entry in entries:
+        state.refused(entry, 1.0)
+        refuse(state, entry, 1.0)
+    assert not state.outage.declared
+    answer(state, entries[0], 1.01)
+    assert set(due(state, 1.01)) == set(entries[1:])
+
+
 # -- an outage ----------------------------------------------------------------------
+
+
+def test_a_pool_that_was_never_refused_has_no_error_and_fails_at_nothing():
+    state = make()
+    assert state.error is None
+    assert state.status().failing is False
 
 
 def test_it_is_an_outage_once_nothing_was_answered_for_a_while():
@@ -310,6 +489,7 @@ def test_the_first_answer_ends_an_outage():
     answer(state, entries[0], 3.0)
     assert not state.outage.declared
     assert state.status().healthy
+    assert state.status().failing is False
     assert state.error is ERROR, "the other one is refused still"
     answer(state, entries[1], 3.1)
     assert state.error is None
@@ -317,9 +497,12 @@ def test_the_first_answer_ends_an_outage():
 
 def test_a_call_that_is_answered_ends_an_outage():
     state, entries = outage()
+    entries[0].proven_at = 2.0
+    state.refused(entries[1], 3.1)
+    assert state.outage.declared, "it was answered before"
     entries[0].proven_at = 3.0
     state.refused(entries[1], 3.1)
-    assert not state.outage.declared
+    assert state.status().failing is False
 
 
 def test_an_outage_lasts_while_its_connections_are_lost_and_made_again():
@@ -335,6 +518,8 @@ def test_an_outage_lasts_while_its_connections_are_lost_and_made_again():
     state.connected(entry, Link(), 3.1)
     refuse(state, entry, 3.1, began=3.05)
     assert state.is_refused
+    assert due(state, 3.1 + PAUSE - 0.01) == [], "as long as that of the others"
+    assert due(state, 3.1 + PAUSE) == [entry]
 
 
 def test_in_an_outage_no_connection_is_reaped_or_replaced():
@@ -393,6 +578,13 @@ def test_a_clock_that_is_set_back_delays_nothing_for_long():
     assert state.is_refused
 
 
+def test_a_pause_that_is_longer_than_twice_the_longest_is_of_a_clock_set_back():
+    state, (entry,) = outage(1)
+    refuse(state, entry, 3.0)
+    assert due(state, 3.0 - 0.9 * PAUSE) == []
+    assert due(state, 3.0 - 1.5 * PAUSE) == [entry]
+
+
 # -- connections that end -----------------------------------------------------------
 
 
@@ -408,7 +600,7 @@ def lost(*, answered=False, lived=100.0, reason="lost", **history):
     if history.get("broken"):
         state.broke(entry, lived)
     state.lost(entry, reason, lived)
-    return state
+    return state, entry
 
 
 @pytest.mark.parametrize(
@@ -428,8 +620,9 @@ def lost(*, answered=False, lived=100.0, reason="lost", **history):
 def test_a_connection_that_never_answered_fails_unless_it_ends_idle_and_late(
     history, failed
 ):
-    state = lost(**history)
-    assert len(state.unanswered_ends) == state.attempts.failures == failed
+    state, entry = lost(**history)
+    assert state.unanswered_ends == [entry] * failed
+    assert state.attempts.failures == failed
     assert state.first_unanswered is failed
     if failed:
         assert state.attempts.error.reason == "unanswered"
@@ -442,6 +635,26 @@ def test_the_error_of_a_connection_that_never_answered_says_what_it_said_last():
     entry.answered, entry.last_error = False, "Socket closed"
     state.lost(entry, "lost", 0.0)
     assert str(state.attempts.error).endswith(": Socket closed")
+
+
+def test_the_error_names_no_more_than_is_known():
+    state = PoolState(make().options, lambda: 1.0)
+    (entry,) = open_some(state, 1)
+    entry.answered = False
+    state.lost(entry, "lost", 0.0)
+    assert str(state.attempts.error) == (
+        "cannot connect to the server: a connection was made, and ended before "
+        "anything was answered on it, or with the first answer"
+    )
+
+
+def test_the_first_end_without_an_answer_stays_news_until_it_is_told():
+    state = make()
+    for _ in range(2):
+        entry = state.begin(0.0)
+        state.connected(entry, Link(), 0.0)
+        state.lost(entry, "lost", 0.1)
+        assert state.first_unanswered
 
 
 def test_only_the_first_of_those_that_end_unanswered_is_news():

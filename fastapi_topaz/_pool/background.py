@@ -284,7 +284,7 @@ async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
     """Probe suspects at once, each for itself: one may hang, another one be needed."""
     outage = runtime.state.outage
     while True:
-        with anyio.CancelScope(deadline=outage.next_at(runtime.now())):
+        with runtime.clock.deadline(outage.next_at(runtime.now())):
             await runtime.suspicion.wait()
         runtime.suspicion = anyio.Event()
         for entry in _outbox(runtime.state.to_probe):

@@ -110,8 +110,7 @@ def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
         elif inspect.isfunction(method) or inspect.iscoroutinefunction(method):
             return method
         else:
-            call = getattr(type(method), "__call__", None)  # noqa: B004  (its kind)
-            return call if inspect.isfunction(call) else method
+            return type(method).__call__
 
 
 def _returns_constant(function: Callable[..., Any]) -> bool:
@@ -126,6 +125,5 @@ def _returns_constant(function: Callable[..., Any]) -> bool:
     for each in dis.get_instructions(function):
         if each.opname == "RETURN_VALUE" and before != "LOAD_CONST":
             return False
-        if each.opname != "NOP":
-            before = each.opname
+        before = each.opname
     return True

@@ -2,8 +2,9 @@
 Mutate the modules of the pool, and compare the mutants that live with the known ones.
 
     python tests/mutation/survivors.py              the state: minutes
+    python tests/mutation/survivors.py parts        its clock, its checks: minutes
     python tests/mutation/survivors.py pool         the pool around it: longer
-    python tests/mutation/survivors.py state pool   both
+    python tests/mutation/survivors.py state pool   several of them
     python tests/mutation/survivors.py --list       print the survivors as the list does
 
 mutmut makes the mutants; a plugin of pytest, `forks`, runs the tests. Nothing is left
@@ -34,7 +35,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 KNOWN = HERE / "survivors.txt"
 PARTED = " || "
-LEAST = {"_state": 95.0}
+LEAST = {"pool_state": 95.0}
 """Per cent of the mutants of a module of which more have to die."""
 
 QUICK = """
@@ -51,6 +52,12 @@ none that counts frames, since mutants have frames of their own.
 """
 
 
+VIRTUAL = ["-m", "not slow and not soak", "-k", " ".join(QUICK.split())]
+
+WORDS = [r"logger\.", r'^\s+f?"', r'raise \w+\(f?"', r"^\s+\*\("]
+"""What a log or an error says in words, and what a repr() shows."""
+
+
 @attrs.frozen
 class Group:
     """Modules, and the tests that have to notice their mutants."""
@@ -65,26 +72,46 @@ GROUPS = {
     # Without the random scripts of test_model_state: what they find is luck, and
     # what a rule forbids is to have a test that says so.
     "state": Group(
-        modules=["_state", "_attempts", "_rotation", "_backoff", "_entry", "_snapshot"],
+        modules=[
+            *("_pool/state/pool_state", "_pool/state/outage", "_pool/state/attempts"),
+            *("_pool/state/rotation", "_pool/state/backoff", "_pool/state/entry"),
+            "_pool/state/snapshot",
+        ],
         tests=[
             "test_state.py",
             "test_state_edges.py",
             "test_state_suspicion.py",
+            "test_state_refusals.py",
+            "test_readiness.py",
             "test_attempts.py",
             "test_rotation.py",
             "test_snapshot.py",
             "test_backoff.py",
         ],
+        options=["-k", "not trio and not asyncio"],  # the state alone
+    ),
+    # Not `interrupts`, which works on trio only.
+    "parts": Group(
+        modules=["_pool/clock", "_pool/conformity", "_pool/readiness"],
+        tests=["test_clocks.py", "test_connection_kinds.py", "test_readiness.py"],
+        options=VIRTUAL,
+        unmutated=WORDS,
     ),
     "pool": Group(
         modules=[
-            *("_refusals", "_leaks", "_runtime"),
-            *("_connections", "_maintenance", "_life", "_lease", "_pool"),
+            *("_pool/refusals", "_pool/leaks", "_pool/open_pool", "_pool/connections"),
+            *("_pool/owner_loop", "_pool/background", "_pool/handle"),
+            *("_pool/acquire", "_pool/pool"),
         ],
         tests=[
             "test_pool_edges.py",
             "test_connections_edges.py",
             "test_life_edges.py",
+            "test_clocks.py",
+            "test_connection_kinds.py",
+            "test_readiness.py",
+            "test_refusals.py",
+            "test_misuse.py",
             "test_pool_acquire.py",
             "test_pool_cancellation.py",
             "test_pool_lifecycle.py",
@@ -103,14 +130,8 @@ GROUPS = {
             "test_parameters.py",
             "test_options.py",
         ],
-        options=[
-            "-m",
-            "not slow and not soak",
-            "-k",
-            " ".join(QUICK.split()),
-        ],
-        # What a log or an error says in words, and what a repr() shows.
-        unmutated=[r"logger\.", r'^\s+f?"', r'raise \w+\(f?"', r"^\s+\*\("],
+        options=VIRTUAL,
+        unmutated=WORDS,
     ),
 }
 
@@ -126,6 +147,11 @@ class Mutant:
 
     def __str__(self) -> str:
         return PARTED.join((f"{self.module}.{self.function}", self.old, self.new))
+
+
+def stem(module: str) -> str:
+    """Return the name of *module* without its folders."""
+    return module.rpartition("/")[2]
 
 
 def mutate(module: str, scratch: Path) -> dict[str, Mutant]:
@@ -151,8 +177,8 @@ def mutate(module: str, scratch: Path) -> dict[str, Mutant]:
             for head, *body in (sources[f"{mangled}__mutmut_orig"], sources[plain])
         )
         changes = [line for line in difflib.ndiff(was, now) if line[0] in "-+"]
-        mutants[f"fastapi_topaz.{module}.{plain}"] = Mutant(
-            module,
+        mutants[f"fastapi_topaz.{module.replace('/', '.')}.{plain}"] = Mutant(
+            stem(module),
             mangled.removeprefix("x_").removeprefix("xǁ").replace("ǁ", "."),
             *(
                 " ".join(line[2:] for line in changes if line[0] == sign)
@@ -201,7 +227,7 @@ def fates_of(group: Group, scratch: Path) -> dict[str, list[tuple[Mutant, str]]]
             for name, mutant in mutants.items()
             if mutant.module == module
         ]
-        for module in group.modules
+        for module in map(stem, group.modules)
     }
 
 
@@ -219,7 +245,9 @@ def main() -> int:
     """Return 1 if the mutants show that tests are missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", help=f"some of {', '.join(GROUPS)}")
-    parser.add_argument("--modules", nargs="+", help="only these, of the groups")
+    parser.add_argument(
+        "--modules", nargs="+", help="only these, as outage"
+    )
     parser.add_argument("--list", action="store_true", help="print all survivors")
     arguments = parser.parse_args()
     if not GROUPS.keys() >= set(arguments.groups):
@@ -230,7 +258,9 @@ def main() -> int:
     for name in arguments.groups or ["state"]:
         group = GROUPS[name]
         if arguments.modules:
-            modules = [each for each in group.modules if each in arguments.modules]
+            modules = [
+                each for each in group.modules if stem(each) in arguments.modules
+            ]
             group = attrs.evolve(group, modules=modules)
         with tempfile.TemporaryDirectory() as scratch:
             fates |= fates_of(group, Path(scratch).resolve())

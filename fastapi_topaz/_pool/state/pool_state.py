@@ -538,7 +538,6 @@ class PoolState:
         del self.open[entry]
         self._closed_answered |= entry.answered is True
         self.rotation.forget(entry)
-        self.outage.forget(entry)
         self.closing.add(entry)
         self.to_close.append(entry)
 
