@@ -491,3 +491,18 @@ async def test_a_generator_that_ends_in_the_midst_of_a_change_gives_back_later()
         await anyio.lowlevel.checkpoint()
         await anyio.lowlevel.checkpoint()
         assert pool.status().streams_in_use == 0
+
+
+@pytest.mark.parametrize("answer", [True, False, None, 0])
+def test_an_is_lost_that_is_a_bool_or_false_is_no_defect(answer):
+    class Sound:
+        async def probe(self, timeout):
+            pass
+
+        async def close(self, grace):
+            pass
+
+        def is_lost(self):
+            return answer
+
+    assert defect_of(Sound()) is None

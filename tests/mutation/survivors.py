@@ -245,9 +245,7 @@ def main() -> int:
     """Return 1 if the mutants show that tests are missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", help=f"some of {', '.join(GROUPS)}")
-    parser.add_argument(
-        "--modules", nargs="+", help="only these, as outage"
-    )
+    parser.add_argument("--modules", nargs="+", help="only these, as outage")
     parser.add_argument("--list", action="store_true", help="print all survivors")
     arguments = parser.parse_args()
     if not GROUPS.keys() >= set(arguments.groups):
