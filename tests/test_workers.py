@@ -207,8 +207,9 @@ def test_a_pool_that_was_open_before_the_fork_and_is_closed_works_after_it(
 
     assert len(served.workers(2)) == 2
     assert {answer.built_in for answer in served.answers} == {served.pid}
-    # One is the application's own, the others are the first probes of connections.
-    served.until(lambda: topaz.calls["Info"] == 1 + topaz.connections_accepted)
+    # One is the application's own, the others are the first probes of connections. The
+    # parent may have closed its second connection before the probe of it.
+    served.until(lambda: topaz.calls["Info"] - topaz.connections_accepted in {0, 1})
     assert_counts_agree(served, topaz)
     assert_ended_clean(served, topaz, served.stop())
 
