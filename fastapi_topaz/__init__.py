@@ -69,7 +69,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     # FastAPI takes longer to import than all else here, and not each program has it.
     if name in {"require_policy_allowed", "require_policy_auto"}:
-        from fastapi_topaz._app import guards as _dependencies  # noqa: PLC0415
+        from fastapi_topaz._app import guards  # noqa: PLC0415
 
-        return getattr(_dependencies, name)
+        return getattr(guards, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

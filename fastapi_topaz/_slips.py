@@ -71,6 +71,8 @@ class Absent:
 
 
 def explain_absence(cls: type, what: str, names: Iterable[str]) -> None:
-    """Give *cls* attributes of these *names* that only raise an error: see `Absent`."""
+    """Give *cls* each public one of *names* that it lacks, as an `Absent`."""
     for name in names:
-        setattr(cls, name, Absent(what, name))
+        # Not `__del__` and the like, which Python looks for by itself.
+        if not name.startswith("_") and not hasattr(cls, name):
+            setattr(cls, name, Absent(what, name))

@@ -26,6 +26,7 @@ from fastapi_topaz import (
     ConnectionPool,
     Identity,
     IdentityType,
+    PooledConnection,
     PoolMisuse,
     PoolTimeout,
     TopazConfig,
@@ -585,3 +586,13 @@ async def test_a_check_that_is_asked_again_is_encoded_once(monkeypatch):
         assert await config.is_allowed(request, "myapp.GET.a") is False
     assert len(encoded) == 1
     assert sent == encoded * 2
+
+
+@pytest.mark.parametrize("cls", [ConnectionPool, PooledConnection])
+def test_only_public_attributes_explain_that_they_are_absent(cls):
+    """Not `__del__`, which Python looks for when an object goes."""
+    absent = {name for name in dir(cls) if not hasattr(cls, name)}
+    assert {"release", "info"} & absent
+    assert not [name for name in absent if name.startswith("_")]
+    assert not hasattr(ConnectionPool, "__del__")
+    assert "__del__" not in dir(ConnectionPool)

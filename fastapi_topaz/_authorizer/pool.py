@@ -192,7 +192,7 @@ class ConnectionPool(Pool[PooledConnection]):
             call made suspect is closed the first time.
         eager_init: Whether `initialize()` waits for *min_connections*, default
             False.
-        retry_on_failure: Whether a failed attempt is repeated for those who wait,
+        retry_on_failure: Whether a failed attempt is repeated for waiting callers,
             default True.
         max_retries: How many times, with growing pauses, default 3.
         streams_per_connection: Leases a connection serves at once, default 1. gRPC
@@ -325,8 +325,4 @@ class ConnectionPool(Pool[PooledConnection]):
 
 
 # As in `async with pool as conn:`.
-explain_absence(
-    ConnectionPool,
-    "a pool is no connection",
-    [name for name in dir(PooledConnection) if not hasattr(ConnectionPool, name)],
-)
+explain_absence(ConnectionPool, "a pool is no connection", dir(PooledConnection))

@@ -118,8 +118,7 @@ def explain_missing_await(acquire: type[Acquire[Any]], handle: type[Handle]) -> 
     """Give *acquire* each public attribute of *handle*, as an error with the remedy."""
     # No __getattr__, which would make each access to an attribute slower. The last two
     # are what asyncio.wait() and contextlib.aclosing() look for.
-    public = (name for name in dir(handle) if not name.startswith("_"))
-    names = (*public, "add_done_callback", "aclose")
+    names = (*dir(handle), "add_done_callback", "aclose")
     explain_absence(acquire, "pool.acquire() is no connection", names)
 
 

@@ -41,7 +41,7 @@ class Handle(NotCopied):
         return f"<{type(self).__name__} to {self._runtime.target} {state}>"
 
     def __del__(self) -> None:
-        # Nobody can give it back any more. Not here: garbage is collected at any
+        # No caller can release it now. Not here: garbage is collected at any
         # moment, in the midst of whatever the pool does, and in any thread.
         try:
             lease = self._lease

@@ -56,7 +56,7 @@ class Runtime:
     """
 
     # Calls of initialize() under way, and whether one succeeded or a lease was asked
-    # for: until then nobody counts on the pool being open.
+    # for. Until then a cancelled initialize() may close the pool again.
     initializing = 0
     adopted = False
     # The last search for nested leases.
