@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastapi_topaz._authorizer import messages as _messages
+from fastapi_topaz._authorizer import messages
 from fastapi_topaz._authorizer.messages import Subject, policy_instance
 from fastapi_topaz._redaction import boundary
 
@@ -95,8 +95,8 @@ class AuthorizerCalls:
             grpc.aio.AioRpcError: As all calls. Also, with INTERNAL, if the answer
                 lacks a decision, or cannot be read: no decision is not a denial.
         """
-        names = _messages.names_of(decisions)
-        request = _messages.is_request(
+        names = messages.names_of(decisions)
+        request = messages.is_request(
             policy_path,
             names,
             identity,
@@ -110,8 +110,8 @@ class AuthorizerCalls:
         self, request: bytes, names: tuple[str, ...], timeout: float | None
     ) -> dict[str, bool]:
         """Make the RPC `Is` with a *request* for *names* that is encoded already."""
-        response = await self._send(_messages.IS, request, timeout, ())
-        return _messages.decisions_of(response, names)
+        response = await self._send(messages.IS, request, timeout, ())
+        return messages.decisions_of(response, names)
 
     @boundary
     async def decision_tree(
@@ -146,8 +146,8 @@ class AuthorizerCalls:
             policy_instance_label=policy_instance_label,
         ).decision_tree_request(policy_path_separator)
         data = request.SerializeToString()
-        response = await self._send(_messages.DECISION_TREE, data, timeout, ())
-        return _messages.decision_tree_of(response, request.policy_context.decisions)
+        response = await self._send(messages.DECISION_TREE, data, timeout, ())
+        return messages.decision_tree_of(response, request.policy_context.decisions)
 
     @boundary
     async def query(
@@ -173,7 +173,7 @@ class AuthorizerCalls:
             policy_instance_name=policy_instance_name,
             policy_instance_label=policy_instance_label,
         ).query_request(query, input, options)
-        response: QueryResponse = await self._call(_messages.QUERY, request, timeout)
+        response: QueryResponse = await self._call(messages.QUERY, request, timeout)
         return response
 
     @boundary
@@ -202,9 +202,7 @@ class AuthorizerCalls:
             policy_instance_name=policy_instance_name,
             policy_instance_label=policy_instance_label,
         ).compile_request(query, input, unknowns, disable_inlining, options)
-        response: CompileResponse = await self._call(
-            _messages.COMPILE, request, timeout
-        )
+        response: CompileResponse = await self._call(messages.COMPILE, request, timeout)
         return response
 
     @boundary
@@ -218,7 +216,7 @@ class AuthorizerCalls:
         """List the policy modules that the server has loaded."""
         instance = policy_instance(policy_instance_name, policy_instance_label)
         response: ListPoliciesResponse = await self._call(
-            _messages.LIST_POLICIES, _messages.list_policies_request(instance), timeout
+            messages.LIST_POLICIES, messages.list_policies_request(instance), timeout
         )
         return response
 
@@ -234,7 +232,7 @@ class AuthorizerCalls:
         """Get one policy module by the id that `list_policies` tells."""
         instance = policy_instance(policy_instance_name, policy_instance_label)
         response: GetPolicyResponse = await self._call(
-            _messages.GET_POLICY, _messages.get_policy_request(id, instance), timeout
+            messages.GET_POLICY, messages.get_policy_request(id, instance), timeout
         )
         return response
 
@@ -242,6 +240,6 @@ class AuthorizerCalls:
     async def info(self, *, timeout: float | None = None) -> InfoResponse:
         """Ask for the version of the server."""
         response: InfoResponse = await self._call(
-            _messages.INFO, _messages.info_request(), timeout
+            messages.INFO, messages.info_request(), timeout
         )
         return response

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from fastapi_topaz._pool import connections as _connections
+from fastapi_topaz._pool import connections
 from fastapi_topaz._pool.interrupts import protected
 from fastapi_topaz._redaction import clear_frames
 
@@ -62,7 +62,7 @@ async def host(runtime: Runtime) -> None:
             await runtime.until_closed()
             runtime.state.abandon()
             for entry in _outbox(runtime.state.to_close):
-                tasks.start_soon(_connections.close, runtime, entry)
+                tasks.start_soon(connections.close, runtime, entry)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         _, failures = group.split(anyio.get_cancelled_exc_class())
@@ -93,7 +93,7 @@ async def _leave_nothing(runtime: Runtime) -> None:
     with anyio.CancelScope(shield=True):
         async with anyio.create_task_group() as closings:
             for entry in state.closing:
-                closings.start_soon(_connections.close, runtime, entry)
+                closings.start_soon(connections.close, runtime, entry)
     if state.in_use:
         logger.warning(
             "%s: closed with %s still out", runtime.label, _leases_out(runtime)
@@ -122,7 +122,7 @@ def close_now(runtime: Runtime) -> None:
             # Cancel scopes refuse to end outside of their task, and so does an `await`.
             logger.debug("%s: a task ended with %r", runtime.label, error)
     for entry in list(state.closing):
-        _connections.drop(runtime, entry)
+        connections.drop(runtime, entry)
 
 
 def _leases_out(runtime: Runtime) -> str:
@@ -161,7 +161,7 @@ async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
     while True:
         runtime.work = anyio.Event()
         for entry in _outbox(state.to_close):
-            tasks.start_soon(_connections.close, runtime, entry)
+            tasks.start_soon(connections.close, runtime, entry)
         now = runtime.now()
         if state.attempts.overdue(now) or state.room() <= 0:
             runtime.dismiss_hopeless()
@@ -172,7 +172,7 @@ async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
             if state.attempts.failures:
                 runtime.counters.connect_retries += 1
             entry = state.begin(now)
-            tasks.start_soon(_connections.connect, runtime, entry)
+            tasks.start_soon(connections.connect, runtime, entry)
         with runtime.clock.deadline(_next_look(state, now)):
             await runtime.work.wait()
 
@@ -274,7 +274,7 @@ async def _probe_in_round(
     runtime: Runtime, entry: PoolEntry, places: anyio.Semaphore
 ) -> None:
     try:
-        await _connections.probe(runtime, entry)
+        await connections.probe(runtime, entry)
     finally:
         places.release()
 
@@ -290,11 +290,11 @@ async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
         for entry in _outbox(runtime.state.to_probe):
             if not entry.probing:
                 entry.probing = True
-                tasks.start_soon(_connections.probe_claimed, runtime, entry)
+                tasks.start_soon(connections.probe_claimed, runtime, entry)
         if outage.is_overdue(runtime.now()):
             runtime.dismiss_refused()
         while (due := outage.due(runtime.now())) is not None:
-            tasks.start_soon(_connections.probe_claimed, runtime, due)
+            tasks.start_soon(connections.probe_claimed, runtime, due)
 
 
 @protected
