@@ -228,7 +228,7 @@ def sqlalchemy_async():
     from sqlalchemy.pool import AsyncAdaptedQueuePool  # noqa: PLC0415
     from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415
 
-    class Lease:
+    class Claim:
         __slots__ = ("conn", "pool")
 
         def __init__(self, pool):
@@ -244,7 +244,7 @@ def sqlalchemy_async():
     @contextlib.asynccontextmanager
     async def opened(count):
         pool = AsyncAdaptedQueuePool(_DBAPIConnection, pool_size=count, max_overflow=0)
-        lease = functools.partial(Lease, pool)
+        lease = functools.partial(Claim, pool)
         async with fill(lease, count):
             pass
         yield lease  # waits 30 s

@@ -169,7 +169,7 @@ class Cost:
 class NoDel(AuthorizerCalls):
     """What acquire() gives, without what notices that it was not released."""
 
-    __slots__ = ("__weakref__", "_lease", "_pool", "_runtime")
+    __slots__ = ("__weakref__", "_claim", "_open_pool", "_pool")
     __init__ = PooledConnection.__init__
 
 
@@ -196,12 +196,14 @@ def calls(count):
     current = trace.set_span_in_context(spans.get_tracer("benchmark").start_span("x"))
     return {
         LEASE: functools.partial(run, "asyncio", leases, max(count // 10, CHUNK)),
-        "floor, the two calls of a lease": cost(both, runtime=nobody),
-        ACQUIRED: cost(acquired, runtime=observers()),
-        LEASED: cost(both, runtime=observers()),
-        f"{LEASED}, with its counter": cost(f"{counter}; {both}", runtime=observers()),
-        "metrics of a lease, SDK": cost(both, runtime=sdk),
-        "metrics of a lease, SDK, semantic_conventions": cost(both, runtime=semantic),
+        "floor, the two calls of a lease": cost(both, open_pool=nobody),
+        ACQUIRED: cost(acquired, open_pool=observers()),
+        LEASED: cost(both, open_pool=observers()),
+        f"{LEASED}, with its counter": cost(
+            f"{counter}; {both}", open_pool=observers()
+        ),
+        "metrics of a lease, SDK": cost(both, open_pool=sdk),
+        "metrics of a lease, SDK, semantic_conventions": cost(both, open_pool=semantic),
         "trace in the metadata, no SDK": cost("propagated(())", propagated=propagated),
         "span of a check, no SDK": cost(span, tracing=Tracing(None)),
         "trace in the metadata, SDK": functools.partial(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 
-__all__ = ["count", "flag", "seconds", "shown", "text"]
+__all__ = ["check_count", "check_flag", "check_seconds", "check_text", "safe_repr"]
 
 
-def shown(value: object) -> str:
+def safe_repr(value: object) -> str:
     """Return the text of *value* for a message, whatever it is."""
     try:
         return repr(value)
@@ -16,23 +16,23 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} that cannot be shown"
 
 
-def count(name: str, value: object, minimum: int) -> None:
+def check_count(name: str, value: object, minimum: int) -> None:
     # bool is an int to isinstance, but `max_connections=True` is a mistake.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
-            f"{name} must be an int, got {shown(value)} ({type(value).__name__})"
+            f"{name} must be an int, got {safe_repr(value)} ({type(value).__name__})"
         )
     if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}")
+        raise ValueError(f"{name} must be at least {minimum}, got {safe_repr(value)}")
 
 
-def seconds(
+def check_seconds(
     name: str, value: object, *, zero: bool = True, infinite: bool = True
 ) -> float:
     """Return *value* as a float of seconds, or say what is wrong with it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
-            f"{name} must be a number of seconds, got {shown(value)} "
+            f"{name} must be a number of seconds, got {safe_repr(value)} "
             f"({type(value).__name__})"
         )
     given = value
@@ -48,20 +48,21 @@ def seconds(
     return value
 
 
-def text(name: str, value: object, *, optional: bool = True) -> None:
+def check_text(name: str, value: object, *, optional: bool = True) -> None:
     """Return if *value* is a str with something in it, or say what is wrong with it."""
     if value is None and optional:
         return
     if not isinstance(value, str):
         raise TypeError(
-            f"{name} must be a str, got {shown(value)} ({type(value).__name__})"
+            f"{name} must be a str, got {safe_repr(value)} ({type(value).__name__})"
         )
     if not value.strip():
         raise ValueError(f"{name} must not be empty, got {value!r}")
 
 
-def flag(name: str, value: object) -> None:
+def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(
-            f"{name} must be True or False, got {shown(value)} ({type(value).__name__})"
+            f"{name} must be True or False, got {safe_repr(value)} "
+            f"({type(value).__name__})"
         )

@@ -200,7 +200,7 @@ async def assert_whole(pool, most=30):
     """Nobody holds anything, and all can be had, up to a number that is bearable."""
     status = pool.status()
     assert (status.waiting, status.streams_in_use) == (0, 0)
-    assert pool._runtime.limiter.borrowed_tokens == 0
+    assert pool._open_pool.limiter.borrowed_tokens == 0
     leases = [await pool.acquire(timeout=9) for _ in range(status.streams_max)[:most]]
     for conn in leases:
         await pool.release(conn)

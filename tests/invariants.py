@@ -74,11 +74,11 @@ def holds(number, where):
 
 
 def usable(state):
-    return [entry for entry in state.open if entry.retired is None]
+    return [slot for slot in state.open if slot.retired is None]
 
 
 def came(books, leases):
-    return [books.came.get(lease, math.inf) for lease in leases]
+    return [books.came.get(claim, math.inf) for claim in leases]
 
 
 # -- connections: each has one place, and there are never too many --------------------
@@ -119,7 +119,7 @@ def none_is_closed_under_a_lease(books):
     """A connection that carries a lease is not closed, but when the grace is over."""
     if books.grace_is_over:
         return None
-    closed = [x for x in books.held if x.entry not in books.state.open]
+    closed = [x for x in books.held if x.slot not in books.state.open]
     return f"{closed} are held on closed ones" if closed else None
 
 
@@ -149,10 +149,10 @@ def what_is_closed_is_forgotten(books):
 @holds(8, EVERYWHERE)
 def no_time_is_of_the_future(books):
     """No connection was opened, used or proven later than now, nor used unopened."""
-    for entry in books.state.open:
-        times = (entry.opened_at, entry.last_used_at, entry.proven_at)
-        if max(times) > books.now or min(times) < entry.opened_at:
-            return f"at {books.now}: {entry}"
+    for slot in books.state.open:
+        times = (slot.opened_at, slot.last_used_at, slot.proven_at)
+        if max(times) > books.now or min(times) < slot.opened_at:
+            return f"at {books.now}: {slot}"
     return None
 
 
@@ -169,10 +169,10 @@ def leases_are_counted_once(books):
 @holds(10, EVERYWHERE)
 def each_connection_counts_its_leases(books):
     """A connection carries the leases that are held on it, no more and no less."""
-    state, on = books.state, [lease.entry for lease in books.held]
-    for entry in (*state.connecting, *state.open, *state.closing):
-        if entry.leases != on.count(entry):
-            return f"{entry} carries {on.count(entry)}"
+    state, on = books.state, [claim.slot for claim in books.held]
+    for slot in (*state.connecting, *state.open, *state.closing):
+        if slot.leases != on.count(slot):
+            return f"{slot} carries {on.count(slot)}"
     return None
 
 
@@ -187,9 +187,9 @@ def no_connection_carries_too_many(books):
 def nobody_waits_and_holds(books):
     """Who waits has no connection, and who holds has one and does not wait."""
     state = books.state
-    if any(lease.entry is not None for lease in state.waiting):
+    if any(claim.slot is not None for claim in state.waiting):
         return "somebody who waits has one"
-    if any(lease.entry is None or lease in state.waiting for lease in books.held):
+    if any(claim.slot is None or claim in state.waiting for claim in books.held):
         return "somebody who holds has none"
     return None
 
@@ -207,7 +207,7 @@ def what_may_be_leased_is_ready(books):
 @holds(14, EVERYWHERE)
 def no_unfit_one_is_leased(books):
     """Nobody gets a connection that is known to be lost, or is to go."""
-    unfit = books.unfit.intersection(lease.entry for lease in books.served_now)
+    unfit = books.unfit.intersection(claim.slot for claim in books.served_now)
     return f"{unfit} was leased" if unfit else None
 
 
@@ -275,7 +275,7 @@ def nobody_waits_for_nothing(books):
     if state.room() <= 0:
         coming = state.connecting or state.closing or probed or state.in_use
     else:
-        coming = any(not entry.overdue for entry in state.connecting)
+        coming = any(not slot.overdue for slot in state.connecting)
         coming = coming or state.next_attempt() > books.now
         # Nobody has looked yet; that somebody does is another of these.
         coming = coming or not books.at_rest
@@ -294,7 +294,7 @@ def the_minimum_is_kept(books):
     """A pool in use has its minimum, unless the server or the maximum forbids it."""
     state, least = books.state, books.state.options.min_connections
     excused = (
-        not (books.at_rest and state.warm)
+        not (books.at_rest and state.keeps_minimum)
         or state.shut
         or state.connecting
         or state.attempts.failures
@@ -311,11 +311,11 @@ def the_minimum_is_kept(books):
 def a_suspect_is_probed(books):
     """A connection that nobody may lease is on its way out, or a probe decides."""
     state = books.state
-    for entry in usable(state):
-        asked = entry.probing or (entry in state.to_probe and not books.at_rest)
-        asked = asked or entry in state.outage.refused
-        if entry.suspect and not asked:
-            return f"nobody asks {entry}"
+    for slot in usable(state):
+        asked = slot.probing or (slot in state.to_probe and not books.at_rest)
+        asked = asked or slot in state.outage.refused
+        if slot.suspect and not asked:
+            return f"nobody asks {slot}"
     return None
 
 
@@ -336,7 +336,7 @@ def the_status_adds_up(books):
     failing = bool(state.attempts.failures or state.outage.declared)
     expected = {
         "total": len(told),
-        "busy": len({lease.entry for lease in books.held} & state.open.keys()),
+        "busy": len({claim.slot for claim in books.held} & state.open.keys()),
         "suspect": told.count("suspect"),
         "leaving": told.count("leaving"),
         "healthy_connections": well,
@@ -359,12 +359,12 @@ def the_status_adds_up(books):
 def a_refused_one_waits_for_its_probe(books):
     """A refused connection is open and stays, gets no lease, and is probed in time."""
     state, outage = books.state, books.state.outage
-    for entry in outage.refused:
-        if entry not in usable(state) or not entry.suspect or entry in state.ready:
-            return f"{entry} does not"
-        late = entry.probe_at > books.now + 2 * PAUSE * len(state.open)
-        if late and not entry.probing:
-            return f"{entry} waits until {entry.probe_at}, and it is {books.now}"
+    for slot in outage.refused:
+        if slot not in usable(state) or not slot.suspect or slot in state.ready:
+            return f"{slot} does not"
+        late = slot.probe_at > books.now + 2 * PAUSE * len(state.open)
+        if late and not slot.probing:
+            return f"{slot} waits until {slot.probe_at}, and it is {books.now}"
     # Also if the clock is set back.
     if outage.refused and outage.next_at(books.now) > books.now + OVERDUE:
         return "no probe is due soon"

@@ -32,7 +32,7 @@ OF_THE_POOL = []
 @holds(28, OF_AN_OPEN_POOL)
 def the_server_has_what_the_pool_has(books):
     """The connections that are open at the server are those that the pool has."""
-    ours = [entry.connection for entry in books.state.open]
+    ours = [slot.connection for slot in books.state.open]
     theirs = books.server.open
     if len(ours) != len(theirs) or any(conn not in theirs for conn in ours):
         return f"the pool has {ours}, the server {theirs}"
@@ -58,16 +58,16 @@ def the_server_sees_the_closings(books):
 @holds(31, OF_AN_OPEN_POOL)
 def the_limiter_has_the_capacity(books):
     """There are as many tokens as capacity, and nobody is being dismissed."""
-    runtime = books.runtime
-    if runtime.limiter.total_tokens != books.state.options.capacity:
-        return f"it has {runtime.limiter.total_tokens}"
-    return f"{runtime._dismissed} are" if runtime._dismissed else None
+    open_pool = books.open_pool
+    if open_pool.limiter.total_tokens != books.state.options.capacity:
+        return f"it has {open_pool.limiter.total_tokens}"
+    return f"{open_pool._dismissed} are" if open_pool._dismissed else None
 
 
 @holds(32, OF_AN_OPEN_POOL)
 def each_who_is_served_knows(books):
     """Whoever has been given a connection has woken up and has it."""
-    given = {x for x in books.runtime.limiter.statistics().borrowers if x.entry}
+    given = {x for x in books.open_pool.limiter.statistics().borrowers if x.slot}
     asleep = given - set(books.held)
     return f"{len(asleep)} sleep on" if asleep else None
 
@@ -115,9 +115,9 @@ def an_outage_is_probed_rarely(books):
 @holds(52, OF_AN_OPEN_POOL)
 def a_connection_that_answers_is_kept(books):
     """None that is refused, and else well, is closed as lost or unhealthy."""
-    for entry in (*books.state.open, *books.state.closing):
-        conn = entry.connection
-        if conn is None or entry.retired not in {"lost", "unhealthy"}:
+    for slot in (*books.state.open, *books.state.closing):
+        conn = slot.connection
+        if conn is None or slot.retired not in {"lost", "unhealthy"}:
             continue
         if conn.refuses and not conn.was_unwell:
             return f"{conn} is"
@@ -130,14 +130,14 @@ def a_connection_that_answers_is_kept(books):
 @holds(36, OF_THE_POOL)
 def it_is_open_while_it_should_be(books):
     """It is open from its first use until it is closed, whatever happens to it."""
-    is_open = books.runtime is not None
+    is_open = books.open_pool is not None
     return f"it is {books.pool!r}" if is_open != books.should_be_open else None
 
 
 @holds(37, OF_THE_POOL)
 def closed_nothing_is_left(books):
     """A closed pool has no task, no timer, and no connection at the server."""
-    if books.runtime is not None:
+    if books.open_pool is not None:
         return None
     left = (books.pools_tasks(), books.timers(), len(books.server.open))
     if any(left) or books.server.connecting or books.server.closing:
@@ -220,7 +220,7 @@ def connections_are_counted_as_the_server_does(books):
 def the_pool_tells_its_state(books):
     """status() and connections() tell of an open pool, and of none once closed."""
     pool = books.pool
-    if books.runtime is not None:
+    if books.open_pool is not None:
         same = pool.status() == books.state.status()
         return (
             None if same and len(pool.connections()) == len(books.state.open) else "no"

@@ -89,7 +89,7 @@ class Server(FakeConnector):
 class Caller:
     """One call of acquire() in a task of its own, and what came of it."""
 
-    number = conn = lease = outcome = ended = None
+    number = conn = claim = outcome = ended = None
     released = cancelled = calling = came_closed = False
     came_at, deadline = 0.0, math.inf
 
@@ -119,7 +119,7 @@ class Caller:
             books.opened()
         try:
             with self.scope:
-                await self._lease()
+                await self._claim()
             self.outcome = "served" if self.conn else "cancelled"
         except PoolError as error:
             self.outcome = error
@@ -132,13 +132,13 @@ class Caller:
         elif not self.released:
             self.give_back()
 
-    async def _lease(self):
+    async def _claim(self):
         async with self.books.pool.acquire(timeout=self.timeout) as conn:
-            self.conn, self.lease = conn, conn._lease
+            self.conn, self.claim = conn, conn._claim
             self.deadline = math.inf
             self.epoch = self.books.epoch
-            self.books.came[self.lease] = self.number
-            self.books.served_now.append(self.lease)
+            self.books.came[self.claim] = self.number
+            self.books.served_now.append(self.claim)
             self.books.outcomes["acquisitions"] += 1
             await self.leave.wait()
             if self.last_words:
@@ -196,12 +196,12 @@ class PoolBooks(RuleBasedStateMachine):
         return self.driver.now()
 
     @property
-    def runtime(self):
-        return self.pool._runtime
+    def open_pool(self):
+        return self.pool._open_pool
 
     @property
     def state(self):
-        return self.runtime.state
+        return self.open_pool.state
 
     @property
     def should_be_open(self):
@@ -226,15 +226,15 @@ class PoolBooks(RuleBasedStateMachine):
 
     @property
     def held(self):
-        return [caller.lease for caller in self.holders if caller.epoch == self.epoch]
+        return [caller.claim for caller in self.holders if caller.epoch == self.epoch]
 
     @property
     def queue(self):
-        return [caller.lease for caller in self.waiters]
+        return [caller.claim for caller in self.waiters]
 
     @property
     def tokens(self):
-        return self.runtime.limiter.borrowed_tokens
+        return self.open_pool.limiter.borrowed_tokens
 
     def pools_tasks(self):
         return self.driver.others()
@@ -256,15 +256,15 @@ class PoolBooks(RuleBasedStateMachine):
         passed = self.now - self.looked_at
         self.well_for = self.well_for + passed if self.server.is_well else 0.0
         self.looked_at = self.now
-        if self.runtime is None:
+        if self.open_pool is None:
             check(self, OF_THE_POOL)
         else:
             self._who_is_who()
             check(self, EVERYWHERE, OF_AN_OPEN_POOL, OF_THE_POOL)
         self.callers = [x for x in self.callers if x.outcome is None or x.holds]
-        self.came = {x.lease: x.number for x in self.callers}
+        self.came = {x.claim: x.number for x in self.callers}
         self.served_now, self.ended_now = [], []
-        if self.runtime is None:
+        if self.open_pool is None:
             return
         state = self.state
         self.number_before = sum(
@@ -280,12 +280,12 @@ class PoolBooks(RuleBasedStateMachine):
 
     def _who_is_who(self):
         """Find the leases of those who have begun to wait: they are the last."""
-        known = {caller.lease for caller in self.callers}
-        news = [lease for lease in self.state.waiting if lease not in known]
-        newcomers = [caller for caller in self.waiters if caller.lease is None]
-        for caller, lease in zip(newcomers, news, strict=False):
-            caller.lease = lease
-            self.came[lease] = caller.number
+        known = {caller.claim for caller in self.callers}
+        unhandled_loss = [claim for claim in self.state.waiting if claim not in known]
+        newcomers = [caller for caller in self.waiters if caller.claim is None]
+        for caller, claim in zip(newcomers, unhandled_loss, strict=False):
+            caller.claim = claim
+            self.came[claim] = caller.number
 
     def do(self, *actions):
         """Do all of *actions* in one tick."""
@@ -345,7 +345,7 @@ class PoolBooks(RuleBasedStateMachine):
         (caller.native_cancel if natively else caller.scope.cancel)()
 
     def set_limits(self, least, most):
-        if self.runtime is not None:
+        if self.open_pool is not None:
             self.number_before = max(self.number_before, len(self.server.open))
             self.tokens_before = max(self.tokens_before, self.tokens)
         self.pool.resize(least, most)

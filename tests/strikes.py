@@ -273,10 +273,10 @@ def make(connector=None, **options):
 
 def assert_unused(pool, cut=0):
     """Nobody waits, nothing is lent, and each who asked is counted once."""
-    runtime, counts = pool.opened, pool._counters
-    state = runtime.state
-    assert state.in_use == runtime.limiter.borrowed_tokens == cut
-    left = [*state.waiting, runtime.initializing, runtime._dismissed]
+    open_pool, counts = pool.opened, pool._counters
+    state = open_pool.state
+    assert state.in_use == open_pool.limiter.borrowed_tokens == cut
+    left = [*state.waiting, open_pool.initializing, open_pool._dismissed]
     assert not any(left)
     outcomes = [counts.acquisitions, counts.timeouts, counts.rejected]
     outcomes += [counts.failed, counts.closed, counts.cancelled]
@@ -304,9 +304,9 @@ def assert_closed(pool, cut=0):
     """Nothing is left of it but *cut* leases, and all it opened was closed, once."""
     assert repr(pool).split()[1] in {"closed", "new"}
     assert_unused(pool, cut)
-    runtime, counts, connector = pool.opened, pool._counters, pool._connector
-    state = runtime.state
-    left = [*state.open, *state.connecting, *state.closing, *runtime.attempts]
+    open_pool, counts, connector = pool.opened, pool._counters, pool._connector
+    state = open_pool.state
+    left = [*state.open, *state.connecting, *state.closing, *open_pool.attempts]
     assert not left
     assert not connector.connecting
     assert all(conn.closed == 1 for conn in connector.connections)

@@ -11,8 +11,8 @@ import pytest
 from fastapi_topaz import ConnectionPool
 from fastapi_topaz._pool.state.attempts import BRIEF, FORGIVEN, PATIENCE, Attempts
 from fastapi_topaz._pool.state.backoff import DEMAND_CAP, FLOOR
-from fastapi_topaz._pool.state.entry import PoolEntry
 from fastapi_topaz._pool.state.pool_state import PoolState
+from fastapi_topaz._pool.state.slot import Slot
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -51,9 +51,9 @@ def test_the_first_attempt_may_be_made_at_once():
 
 def test_attempts_that_were_begun_together_fail_as_one_round():
     attempts = make(random=0.5)
-    entries = [attempts.begin(0.0) for _ in range(5)]
-    for entry in entries:
-        attempts.failed(entry, ConnectFailed("no"), 1.0)
+    slots = [attempts.begin(0.0) for _ in range(5)]
+    for slot in slots:
+        attempts.failed(slot, ConnectFailed("no"), 1.0)
     assert attempts.failures == 1
     assert pauses(attempts, now=1.0) == (0.05, 0.05)
 
@@ -107,11 +107,11 @@ def test_one_success_makes_up_for_all_failures():
 
 def test_a_cancelled_attempt_is_no_failure():
     attempts = make()
-    entry = attempts.begin(0.0)
-    attempts.cancelled(entry)
+    slot = attempts.begin(0.0)
+    attempts.cancelled(slot)
     assert not attempts.under_way
     assert attempts.failures == 0
-    attempts.cancelled(entry)  # as each attempt is that has ended
+    attempts.cancelled(slot)  # as each attempt is that has ended
 
 
 # -- attempts that take too long ----------------------------------------------------
@@ -207,7 +207,7 @@ def test_there_is_hope_until_an_attempt_has_failed():
 def end(attempts, now, *, answered=False):
     """End a connection, which is a failure unless it *answered* something."""
     error = None if answered else ConnectFailed("ended", reason="unanswered")
-    attempts.ended(PoolEntry(started_at=now, answered=answered), error, now)
+    attempts.ended(Slot(started_at=now, answered=answered), error, now)
 
 
 def test_unanswered_connections_pace_the_next_attempts_with_growing_pauses():
@@ -236,8 +236,8 @@ def test_without_retries_an_unanswered_connection_ends_all_hope():
 
 def test_hope_ends_an_acquire_timeout_after_the_unanswered_connection_was_begun():
     attempts = make()
-    attempts.ended(PoolEntry(started_at=1.0), ConnectFailed("ended"), 3.0)
-    attempts.ended(PoolEntry(started_at=2.0), ConnectFailed("ended"), 4.0)
+    attempts.ended(Slot(started_at=1.0), ConnectFailed("ended"), 3.0)
+    attempts.ended(Slot(started_at=2.0), ConnectFailed("ended"), 4.0)
     assert not hopeless(attempts, 5.9, acquire_timeout=5)
     assert hopeless(attempts, 6.0, acquire_timeout=5)
 
@@ -273,7 +273,7 @@ def test_a_connection_that_answered_ends_without_a_pause():
 def test_an_idle_connection_that_ends_late_is_no_failure_and_forgives_none():
     attempts = make()
     end(attempts, 0.0)
-    attempts.ended(PoolEntry(), None, 1.0)
+    attempts.ended(Slot(), None, 1.0)
     assert attempts.unanswered == 1
     end(attempts, 2.0)
     assert pauses(attempts, now=2.0) == (0.2, 0.2)
@@ -332,10 +332,10 @@ def test_attempts_are_made_one_at_a_time_for_a_while_after_an_unanswered_connect
 def test_a_connection_is_newer_than_a_failure_if_it_was_begun_after_it():
     attempts = make()
     fail(attempts, now=1.0)
-    newer = [attempts.is_newer(PoolEntry(started_at=now)) for now in (0.9, 1.0, 1.1)]
+    newer = [attempts.is_newer(Slot(started_at=now)) for now in (0.9, 1.0, 1.1)]
     assert newer == [False, True, True]
     end(attempts, 2.0)
-    assert not attempts.is_newer(PoolEntry(started_at=1.9))
+    assert not attempts.is_newer(Slot(started_at=1.9))
 
 
 @pytest.mark.parametrize("minimum", [1, 2, 5])
@@ -350,14 +350,14 @@ def test_a_server_that_accepts_and_hangs_up_sees_few_attempts(
     begun, order, now = 0, count(), 0.0
     events = [(0.0, next(order), "look", None)]
     while events[0][0] < 10.0:
-        now, _, what, entry = heapq.heappop(events)
+        now, _, what, slot = heapq.heappop(events)
         if what == "connected":
-            state.connected(entry, object(), now)
+            state.connected(slot, object(), now)
             then = now + lives * (0.5 + random())
-            heapq.heappush(events, (then, next(order), "hangs up", entry))
+            heapq.heappush(events, (then, next(order), "hangs up", slot))
         elif what == "hangs up":
-            state.lost(entry, "lost", now)
-            state.closed(entry)
+            state.lost(slot, "lost", now)
+            state.closed(slot)
         for _ in range(state.shortfall(0, now)):
             begun += 1
             then = now + connects_in * (0.5 + random())
@@ -376,8 +376,8 @@ def test_a_later_round_counts_once_as_well():
     attempts = make()
     fail(attempts)
     for failures in (2, 3, 4):
-        for entry in [attempts.begin(0.0) for _ in range(3)]:
-            attempts.failed(entry, ConnectFailed("no"), 0.0)
+        for slot in [attempts.begin(0.0) for _ in range(3)]:
+            attempts.failed(slot, ConnectFailed("no"), 0.0)
         assert attempts.failures == failures
 
 

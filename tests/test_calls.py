@@ -27,9 +27,9 @@ QUESTION = _messages.is_request("app.GET.x", ("allowed",), None, None, None, Non
 KINDS = [_call.DirectCall, _call.TaskCall]
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__, autouse=True)
-def kind(request, monkeypatch):
-    monkeypatch.setattr(_call, "_kind", request.param)
+@pytest.fixture(params=KINDS, ids=lambda call_class: call_class.__name__, autouse=True)
+def call_class(request, monkeypatch):
+    monkeypatch.setattr(_call, "_call_class", request.param)
     return request.param
 
 
@@ -210,8 +210,8 @@ async def test_interceptors_that_others_put_on_all_channels_are_passed_by(
         await GrpcConnector(authorizer.options.target).connect(10)
 
 
-@pytest.mark.parametrize("kind", [None], indirect=True)
-def test_trio_as_the_guest_of_asyncio_asks_as_well(authorizer, kind):
+@pytest.mark.parametrize("call_class", [None], indirect=True)
+def test_trio_as_the_guest_of_asyncio_asks_as_well(authorizer, call_class):
     """Two loops share a thread, and gRPC is driven from the inner one."""
 
     async def guest():
@@ -245,21 +245,23 @@ class AnotherInside:
             raise AssertionError("called with less than it should be")
 
 
-@pytest.mark.parametrize("kind", [None], indirect=True)
+@pytest.mark.parametrize("call_class", [None], indirect=True)
 @pytest.mark.parametrize("channel", [AnotherInside(), object()])
-def test_where_grpc_has_another_inside_its_own_calls_are_used(channel, kind, caplog):
+def test_where_grpc_has_another_inside_its_own_calls_are_used(
+    channel, call_class, caplog
+):
     with caplog.at_level(logging.INFO, "fastapi_topaz"):
-        _call.learn(channel)
-        _call.learn(channel)
-    assert _call._kind is _call.TaskCall
+        _call.detect_call_class(channel)
+        _call.detect_call_class(channel)
+    assert _call._call_class is _call.TaskCall
     assert not _call.is_direct()
     assert [r.message for r in caplog.records] == [
         f"gRPC {grpc.__version__} has another inside than known: its own calls are used"
     ]
 
 
-@pytest.mark.parametrize("kind", [None], indirect=True)
-async def test_the_grpc_installed_here_is_driven_on_its_core(kind):
+@pytest.mark.parametrize("call_class", [None], indirect=True)
+async def test_the_grpc_installed_here_is_driven_on_its_core(call_class):
     with EmbeddedAuthorizer({"app.GET.x": True}) as authorizer:
         async with connected(authorizer) as connection:
             assert await ask(connection)

@@ -208,9 +208,9 @@ async def initialize_with_another(strike):
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(pool.initialize)
         await strike.hit(pool.initialize)
-    runtime = pool._runtime
+    open_pool = pool._open_pool
     async with whole_after(pool):
-        assert pool._runtime is runtime, "the other one counts on it"
+        assert pool._open_pool is open_pool, "the other one counts on it"
 
 
 async def initialize_behind_close(strike):

@@ -50,10 +50,10 @@ async def at_work(strike, task, who, script):
         if who == "caller":
             scope.cancel()
         else:  # what close() does before it waits for the host
-            pool._runtime.begin_close(0)
+            pool._open_pool.begin_close(0)
 
-    async def watched(runtime, entry):
-        await strike.watch(original(runtime, entry), cancel)
+    async def watched(open_pool, slot):
+        await strike.watch(original(open_pool, slot), cancel)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_connections, task, watched)
@@ -167,8 +167,8 @@ async def real_connect(strike, authorizer):
     pool = real(authorizer)
     original = _connections.connect
 
-    async def watched(runtime, entry):
-        await strike.watch(original(runtime, entry), partial(runtime.begin_close, 0))
+    async def watched(open_pool, slot):
+        await strike.watch(original(open_pool, slot), partial(open_pool.begin_close, 0))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_connections, "connect", watched)

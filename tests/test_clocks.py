@@ -29,7 +29,7 @@ from fastapi_topaz import (
 from fastapi_topaz._grpcio import call as _call
 from fastapi_topaz._grpcio.failures import in_time
 from fastapi_topaz._pool.clock import Clock
-from fastapi_topaz._pool.owner_loop import Home
+from fastapi_topaz._pool.owner_loop import OwnerLoop
 from fastapi_topaz.testing import FakeConnector, fail, hang
 
 
@@ -298,7 +298,7 @@ def test_it_goes_on_with_the_loop_and_never_back():
 
 
 async def test_a_scope_keeps_the_time_it_has_left():
-    clock = Home().clock
+    clock = OwnerLoop().clock
     end = clock.now() + 5
     with clock.deadline(end) as scope:
         assert scope.deadline == end
@@ -410,7 +410,7 @@ def wall_clock(request, monkeypatch):
 
 @pytest.fixture(params=[_call.DirectCall, _call.TaskCall])
 def _kind(request, monkeypatch):
-    monkeypatch.setattr(_call, "_kind", request.param)
+    monkeypatch.setattr(_call, "_call_class", request.param)
 
 
 @pytest.mark.real_clock

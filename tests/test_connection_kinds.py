@@ -189,7 +189,7 @@ class JudgeWithoutError(Right):
 
 
 class AsyncLook(Right):
-    async def look_closely(self):
+    async def refresh_liveness(self):
         pass
 
 
@@ -222,7 +222,7 @@ WRONG = {
     JudgeIsNoMethod: "its judge is str, which cannot be called",
     AsyncJudge: "its judge is a coroutine function and must not be one",
     JudgeWithoutError: "its judge has the parameters ()",
-    AsyncLook: "its look_closely is a coroutine function and must not be one",
+    AsyncLook: "its refresh_liveness is a coroutine function and must not be one",
 }
 
 

@@ -98,7 +98,7 @@ async def test_a_connection_is_observed_for_as_long_as_it_took_to_make():
 
     async with make(FakeConnector(default=slow(3))) as pool:
         await anyio.sleep(50)
-        pool._runtime.observer = Observer()
+        pool._open_pool.observer = Observer()
         async with pool.acquire():
             pass
     assert observed == [pytest.approx(3)]

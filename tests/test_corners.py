@@ -33,7 +33,7 @@ from fastapi_topaz import (
     PoolError,
     PoolTimeout,
     TopazConfig,
-    _errors,
+    _error_text,
     cli,
 )
 from fastapi_topaz._authorizer import messages as _messages
@@ -42,8 +42,8 @@ from fastapi_topaz._cli import demo as _demo
 from fastapi_topaz._cli import demo_command as _demo_command
 from fastapi_topaz._grpcio import call as _call
 from fastapi_topaz._grpcio import channel as _channel
+from fastapi_topaz._grpcio import connection as _connection
 from fastapi_topaz._grpcio import failures as _failures
-from fastapi_topaz._grpcio import link as _link
 from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz._pool import owner_loop as _host
 from fastapi_topaz._pool.state.pool_state import PoolState
@@ -329,7 +329,7 @@ async def test_a_connection_that_cannot_say_where_it_leads_is_shown_without():
         assert (told.peer, told.condition) == (None, "busy")
 
 
-# -- _errors --------------------------------------------------------------------------
+# -- _error_text ----------------------------------------------------------------------
 
 
 class Sullen(Exception):  # noqa: N818
@@ -344,7 +344,8 @@ class Sullen(Exception):  # noqa: N818
 
 
 def test_an_error_that_cannot_be_asked_is_called_by_its_class():
-    assert _errors.told(Sullen()) == _errors.kind_of(Sullen()) == "Sullen"
+    assert _error_text.safe_text(Sullen()) == "Sullen"
+    assert _error_text.error_kind(Sullen()) == "Sullen"
 
 
 # -- _host ----------------------------------------------------------------------------
@@ -353,11 +354,11 @@ def test_an_error_that_cannot_be_asked_is_called_by_its_class():
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_what_comes_after_the_end_of_the_loop_is_not_called(backend):
     async def main():
-        return _host.Home()
+        return _host.OwnerLoop()
 
-    home = anyio.run(main, backend=backend)
+    owner = anyio.run(main, backend=backend)
     called = []
-    home.call_soon(lambda: called.append(1))
+    owner.call_soon(lambda: called.append(1))
     assert called == []
 
 
@@ -460,9 +461,9 @@ async def test_a_bug_in_the_host_closes_the_pool_and_nothing_else(caplog, monkey
     assert connector.open == []
 
 
-async def test_a_connection_that_cannot_look_closely_stays(caplog):
+async def test_a_connection_that_cannot_refresh_liveness_stays(caplog):
     class Blind(FakeConnection):
-        def look_closely(self):
+        def refresh_liveness(self):
             raise RuntimeError("too dark")
 
     async with make(Making(Blind), name="main") as pool:
@@ -470,7 +471,7 @@ async def test_a_connection_that_cannot_look_closely_stays(caplog):
             pass
         await anyio.sleep(5)
         assert pool.status().idle == 1
-        failed = "pool 'main': look_closely() failed"
+        failed = "pool 'main': refresh_liveness() failed"
         assert lines(caplog, logging.DEBUG).count(failed) >= 3
 
 
@@ -683,7 +684,7 @@ async def test_a_verdict_of_another_kind_accuses_nobody():
 
 async def test_an_open_pool_is_told_from_others_in_a_debugger():
     async with make(name="main") as pool:
-        assert repr(pool._runtime).startswith("<Runtime of pool 'main' total=0 ")
+        assert repr(pool._open_pool).startswith("<OpenPool of pool 'main' total=0 ")
 
 
 # -- _state ---------------------------------------------------------------------------
@@ -827,7 +828,7 @@ async def test_a_call_of_grpc_that_ends_oddly_has_no_answer(odd):
     assert call.outcome() is None
 
 
-# -- _grpcio.channel and _grpcio.link -----------------------------------------------
+# -- _grpcio.channel and _grpcio.connection -------------------------------------------
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
@@ -853,7 +854,7 @@ async def test_a_channel_that_connects_while_its_reason_is_asked_for_is_ready(
         def outcome(self):
             return b"an answer"
 
-    monkeypatch.setattr(_channel, "kind", lambda: Answered)
+    monkeypatch.setattr(_channel, "call_class", lambda: Answered)
     await _channel.until_ready(Channel(), TOPAZ.target)
     assert asked == [INFO]
 
@@ -863,7 +864,7 @@ async def test_an_attempt_that_gives_no_reason_in_time_says_so(monkeypatch):
     async def never(_channel, _options):
         await asyncio.sleep(PATIENCE)
 
-    monkeypatch.setattr(_link, "until_ready", never)
+    monkeypatch.setattr(_connection, "until_ready", never)
     with anyio.fail_after(PATIENCE), pytest.raises(ConnectFailed) as caught:
         await GrpcConnector(TOPAZ.target).connect(0.05)
     assert caught.value.reason == "timeout"
@@ -988,7 +989,7 @@ async def test_a_connection_works_where_its_peer_cannot_be_read(
     monkeypatch.setattr(cygrpc, book, unreadable)
     async with connected(embedded_authorizer.options) as connection:
         assert connection.peer is None
-        connection.look_closely()
+        connection.refresh_liveness()
         assert not connection.is_lost()
         await connection.probe(PATIENCE)
 
@@ -1012,6 +1013,6 @@ async def test_a_socket_that_cannot_be_read_is_not_taken_for_lost(
     async with connected(embedded_authorizer.options) as connection:
         assert connection.peer is not None
         monkeypatch.setattr(cygrpc, "channelz_get_socket", unreadable)
-        connection.look_closely()
+        connection.refresh_liveness()
         assert not connection.is_lost()
         await connection.probe(PATIENCE)

@@ -70,7 +70,7 @@ async def test_those_with_a_token_and_those_without_time_out_together():
     options = {"max_connections": 3, "connection_timeout": 2000}
     async with make(connector, **options) as pool, pool.acquire():
         await all_timed_out(pool, [5.0] * 7)
-        assert pool._runtime.limiter.borrowed_tokens == 1
+        assert pool._open_pool.limiter.borrowed_tokens == 1
 
 
 async def test_a_pool_that_was_quiet_for_long_keeps_the_next_deadline():
@@ -103,7 +103,7 @@ async def test_a_timeout_serves_nobody_else_too_early():
             await anyio.sleep(5)
             assert served == []
             assert pool.status().waiting == 2
-            assert pool._runtime.limiter.borrowed_tokens == 2
+            assert pool._open_pool.limiter.borrowed_tokens == 2
             for conn in held:
                 await pool.release(conn)
         assert sorted(served) == [("c", pytest.approx(5)), ("e", pytest.approx(5))]
@@ -132,7 +132,7 @@ async def test_a_stream_handed_over_in_the_tick_of_the_deadline_is_used_or_goes_
                 await anyio.lowlevel.checkpoint()
                 callers.start_soon(wait, pool, 50, outcomes)
             assert outcomes in (["served"] * 2, ["timed out", "served"])
-            assert pool._runtime.limiter.borrowed_tokens == 0
+            assert pool._open_pool.limiter.borrowed_tokens == 0
 
 
 async def test_a_closing_pool_and_a_failing_one_tell_before_the_deadline():
@@ -194,4 +194,4 @@ async def test_random_deadlines_cancellations_and_releases(seed):
         assert sum(counts.values()) == 300
         assert all(counts.values()), counts
         assert pool.status().waiting == pool.status().streams_in_use == 0
-        assert pool._runtime.limiter.borrowed_tokens == 0
+        assert pool._open_pool.limiter.borrowed_tokens == 0

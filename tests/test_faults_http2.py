@@ -259,7 +259,7 @@ async def test_goaway_lets_calls_finish_and_the_connection_is_leased_no_more(
     options = {"max_connections": 4, "streams_per_connection": 5}
     async with opened(server, **options) as pool:
         async with on_hold(server, lambda: call(pool), 3) as ends:
-            (old,) = pool._runtime.state.open
+            (old,) = pool._open_pool.state.open
             link = old.connection
             server.goaway(error_code)
             await eventually(link.is_lost, PATIENCE)

@@ -178,7 +178,7 @@ async def assert_whole(pool):
     """All capacity is there: as many leases as it has, at once and no more."""
     status = pool.status()
     assert (status.waiting, status.streams_in_use) == (0, 0)
-    assert pool._runtime.limiter.borrowed_tokens == 0
+    assert pool._open_pool.limiter.borrowed_tokens == 0
     leases = [await pool.acquire(timeout=10) for _ in range(status.streams_max)]
     with pytest.raises(PoolTimeout):
         await pool.acquire(timeout=0)
@@ -679,7 +679,7 @@ async def test_silent_connections_that_nobody_uses_are_evicted_by_the_health_che
         connection_timeout=1,
     )
     async with pool:
-        old = [entry.connection for entry in pool._runtime.state.open]
+        old = [entry.connection for entry in pool._open_pool.state.open]
         proxy.half_open()
         await soon(lambda: not pool.status().healthy)
         assert pool._counters.closes["unhealthy"] >= 2
@@ -724,7 +724,7 @@ async def test_of_three_replicas_a_silent_one_fails_only_the_checks_it_holds(
             # Whatever was sent before the fault has arrived by now.
             since = anyio.current_time()
             await soon(
-                lambda: all(e.proven_at > since for e in pool._runtime.state.open)
+                lambda: all(e.proven_at > since for e in pool._open_pool.state.open)
             )
             tasks.cancel_scope.cancel()
         for error in failures:
@@ -917,8 +917,8 @@ async def test_a_jump_of_the_wall_clock_is_not_noticed_by_real_connections(
     options = {"min_connections": 2, "eager_init": True, "idle_check_interval": 0.01}
     async with pool_to(authorizer.options, **options) as pool:
         config = config_of(pool, authorizer.options)
-        reap, reaped = pool._runtime.state.reap, []
-        pool._runtime.state.reap = lambda now: (reaped.append(now), reap(now))
+        reap, reaped = pool._open_pool.state.reap, []
+        pool._open_pool.state.reap = lambda now: (reaped.append(now), reap(now))
         assert await checked(config)
         for offset in (seconds, 0, seconds):
             jump(offset)

@@ -98,7 +98,7 @@ def test_without_file_descriptors_a_pool_serves_what_it_has_and_says_what_is_mis
     program = f"""
         import anyio, os, resource, threading
         # Else the import would be what fails.
-        import fastapi_topaz._grpcio.on_trio
+        import fastapi_topaz._grpcio.trio_connection
         from fastapi_topaz import (
             AuthorizerOptions, ConnectFailed, ConnectionPool, PoolTimeout
         )

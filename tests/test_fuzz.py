@@ -90,7 +90,7 @@ async def works(pool, connector):
             pool.drain()
             await anyio.sleep(5)
             await assert_whole(pool)
-        assert pool._runtime is None
+        assert pool._open_pool is None
         assert all(conn.closed == 1 for conn in connector.connections)
 
 

@@ -92,7 +92,7 @@ def kind_of(required, told):
 connections = kind_of(
     ["probe", "close", "call"],
     {
-        **dict.fromkeys(["judge", "is_lost", "look_closely"], behaviours),
+        **dict.fromkeys(["judge", "is_lost", "refresh_liveness"], behaviours),
         "peer": facts,
     },
 )
@@ -130,7 +130,7 @@ def test_any_connector_gives_leases_or_a_clear_error(backend, attributes):
                 pass
             await anyio.sleep(5)
             await pool.close(0)
-            assert pool._runtime is None
+            assert pool._open_pool is None
             assert pool.status().total == 0
 
     with bugs_logged() as bugs:

@@ -473,7 +473,7 @@ async def test_a_connection_whose_helpers_raise_serves_all_the_same(caplog):
     class Careless(FakeConnector):
         async def connect(self, timeout):
             conn = await super().connect(timeout)
-            conn.is_lost = conn.judge = conn.look_closely = broken
+            conn.is_lost = conn.judge = conn.refresh_liveness = broken
             return conn
 
     def broken(*_):
@@ -491,5 +491,5 @@ async def test_a_connection_whose_helpers_raise_serves_all_the_same(caplog):
                 await ask(conn)
         await anyio.sleep(20)
         assert connector.connections[0].closed == 1
-        assert pool._runtime.limiter.borrowed_tokens == 0
+        assert pool._open_pool.limiter.borrowed_tokens == 0
     assert not any("host task failed" in line for line in warnings(caplog))

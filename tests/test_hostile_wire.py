@@ -399,7 +399,7 @@ async def test_what_grpc_hides_is_an_error(server, script):
 @pytest.mark.parametrize("name", ["connection", "x-lines"])
 async def test_a_call_of_grpc_aio_itself_is_checked_too(server, name, monkeypatch):
     # As with a gRPC whose inside is not known.
-    monkeypatch.setattr(_call, "_kind", _call.TaskCall)
+    monkeypatch.setattr(_call, "_call_class", _call.TaskCall)
     async with opened(server) as config:
         assert await end_of(config) is True
         for place in ("header", "trailer"):

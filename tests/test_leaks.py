@@ -102,21 +102,21 @@ async def test_many_that_are_late_are_told_of_once_each_and_in_order(caplog):
         assert len(lines(caplog)) == pool._counters.leaked == 100
         for conn in leases:
             await pool.release(conn)
-        assert not pool._runtime.leaks._out
-        assert not pool._runtime.leaks._late
+        assert not pool._open_pool.leaks._out
+        assert not pool._open_pool.leaks._late
 
 
 async def test_a_tiny_threshold_does_not_keep_the_loop_busy():
     looks = 0
     async with make(leak_threshold=1e-9) as pool:
-        original = pool._runtime.leaks.look
+        original = pool._open_pool.leaks.look
 
         def look(now):
             nonlocal looks
             looks += 1
             return original(now)
 
-        pool._runtime.leaks.look = look
+        pool._open_pool.leaks.look = look
         await anyio.sleep(1)
     assert looks <= 21
 

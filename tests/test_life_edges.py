@@ -165,7 +165,7 @@ async def test_each_second_another_connection_is_looked_at_closely():
     looked = []
 
     class Watched(FakeConnection):
-        def look_closely(self):
+        def refresh_liveness(self):
             looked.append(self.number)
 
     async with make(Making(Watched)) as pool:
@@ -258,7 +258,7 @@ async def test_who_closes_a_pool_whose_host_was_cancelled_before_it_began_is_wok
     """asyncio.run cancels all tasks at its end, also those that had no turn yet."""
     pool = make()
     await pool.initialize()
-    pool._runtime.home._task.cancel()
+    pool._open_pool.owner._task.cancel()
     with anyio.fail_after(30):
         await pool.close()
     assert repr(pool).startswith("<ConnectionPool closed")

@@ -364,8 +364,8 @@ async def test_one_hanging_probe_keeps_no_other_suspect_out_of_service():
         leases = [await pool.acquire() for _ in range(5)]
         leases[0].connection.frozen = True
         for conn in leases:
-            pool._runtime.state.suspect(conn._lease.entry, anyio.current_time())
-            pool._runtime.settle()
+            pool._open_pool.state.suspect(conn._claim.slot, anyio.current_time())
+            pool._open_pool.after_change()
             await anyio.sleep(0.1)
             await pool.release(conn)
         assert pool.status().healthy_connections == 4

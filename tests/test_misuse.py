@@ -381,7 +381,7 @@ def test_an_acquire_looks_like_nothing_that_it_is_not():
     acquire = make().acquire()
     assert inspect.isawaitable(acquire)
     assert not inspect.iscoroutine(acquire)
-    for name in ("connection", "decisions", "close", "_lease"):
+    for name in ("connection", "decisions", "close", "_claim"):
         assert not hasattr(acquire, name)
 
 
@@ -509,7 +509,7 @@ async def test_the_search_for_nested_leases_is_bounded(monkeypatch):
         assert len(searches) == 1
         # Another pool's leases, and those that were released, are none of this pool's.
         async with make() as other, other.acquire() as conn:
-            assert held_by([conn], pool._runtime) == 0
+            assert held_by([conn], pool._open_pool) == 0
 
 
 # -- arguments that cannot be sent ----------------------------------------------------

@@ -24,8 +24,8 @@ from invariants import EVERYWHERE, OF_THE_STATE, check, usable
 from stepwise import chosen_settings
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz._pool.state.entry import Lease
 from fastapi_topaz._pool.state.pool_state import PoolState
+from fastapi_topaz._pool.state.slot import Claim
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -63,7 +63,7 @@ class StateMachine(RuleBasedStateMachine):
         self.came, self.unfit = {}, set()
         self.served_now, self.begun_now = [], []
         # In the order they were begun, unlike the set of the state.
-        self.entries, self.being_closed, self.gone, self.probing = [], [], [], []
+        self.slots, self.being_closed, self.gone, self.probing = [], [], [], []
         self.number_before = self.tokens_before = 0
         self.declared_before, self.refused_now = False, []
         self.answered_before, self.unanswered_now = set(), []
@@ -92,7 +92,7 @@ class StateMachine(RuleBasedStateMachine):
         self.state.unanswered_ends.clear()
         check(self, EVERYWHERE, OF_THE_STATE)
         state = self.state
-        self.number_before = len(self.entries)
+        self.number_before = len(self.slots)
         self.tokens_before = self.tokens
         self.unfit = {
             x for x in state.open if x.connection.lost or x.retired is not None
@@ -117,22 +117,22 @@ class StateMachine(RuleBasedStateMachine):
 
     @property
     def under_way(self):
-        return [entry for entry in self.entries if entry in self.state.connecting]
+        return [slot for slot in self.slots if slot in self.state.connecting]
 
     # -- what a runtime does of itself ---------------------------------------------
 
-    def settle(self):
+    def after_change(self):
         # As the limiter does: in the order of those who wait.
-        for lease in self.queue:
+        for claim in self.queue:
             if len(self.holders) < self.state.options.capacity:
-                self.holders.add(lease)
-        self.state.rotate()
+                self.holders.add(claim)
+        self.state.retire_expired()
         self.served(self.state.serve(self.tokens, self.now))
         if self.at_rest:
             self.host()
 
     def served(self, leases):
-        self.queue = [lease for lease in self.queue if lease not in leases]
+        self.queue = [claim for claim in self.queue if claim not in leases]
         self.held += leases
         self.served_now += leases
 
@@ -140,12 +140,12 @@ class StateMachine(RuleBasedStateMachine):
         state = self.state
         self.being_closed += state.to_close
         state.to_close.clear()
-        for entry in state.to_probe:
-            self.probe(entry)
+        for slot in state.to_probe:
+            self.probe(slot)
         state.to_probe.clear()
-        while (entry := state.outage.due(self.now)) is not None:
-            assert entry.retired is None
-            self.probing.append(entry)
+        while (slot := state.outage.due(self.now)) is not None:
+            assert slot.retired is None
+            self.probing.append(slot)
         assert state.outage.next_at(self.now) > self.now, "none is due any more"
         if state.attempts.overdue(self.now) or state.room() <= 0:
             self.dismiss_hopeless()
@@ -157,32 +157,32 @@ class StateMachine(RuleBasedStateMachine):
             coming = state.attempts.coming(waiting=bool(state.waiting))
             cautious = state.attempts.is_cautious(self.now) or state.outage.is_silent
             self.begun_now.append((coming, cautious, len(usable(state))))
-            self.entries.append(state.begin(self.now))
+            self.slots.append(state.begin(self.now))
         assert not state.shortfall(self.tokens, self.now), "none is left over"
 
-    def probe(self, entry):
-        if entry.retired is None and not entry.probing:
-            entry.probing = True
-            self.probing.append(entry)
+    def probe(self, slot):
+        if slot.retired is None and not slot.probing:
+            slot.probing = True
+            self.probing.append(slot)
 
     def connections_changed(self):
         self.dismiss_hopeless()
-        self.settle()
+        self.after_change()
 
     def dismiss_hopeless(self):
         if self.state.hopeless(self.now):
             assert self.state.attempts.failures
             assert not usable(self.state)
-            assert all(entry.overdue for entry in self.state.connecting)
+            assert all(slot.overdue for slot in self.state.connecting)
             self.dismiss(self.state.fail_waiting(ConnectFailed("no")))
 
     def dismiss(self, dismissed):
         self.holders.difference_update(dismissed)
-        self.queue = [lease for lease in self.queue if lease not in dismissed]
+        self.queue = [claim for claim in self.queue if claim not in dismissed]
 
-    def ended(self, entry):
-        self.entries.remove(entry)
-        self.gone.append(entry)
+    def ended(self, slot):
+        self.slots.remove(slot)
+        self.gone.append(slot)
 
     # -- callers ---------------------------------------------------------------------
 
@@ -190,17 +190,17 @@ class StateMachine(RuleBasedStateMachine):
     @rule(number=NUMBERS)
     def acquire(self, number):
         self.step(number)
-        lease = Lease()
-        lease.deadline = self.now + self.one_of([1000, 1000, 3])
-        self.came[lease] = next(self.numbers)
+        claim = Claim()
+        claim.deadline = self.now + self.one_of([1000, 1000, 3])
+        self.came[claim] = next(self.numbers)
         free = len(self.holders) < self.state.options.capacity
-        if free and self.state.take(lease, self.now):
-            self.holders.add(lease)
-            self.served([lease])
+        if free and self.state.take(claim, self.now):
+            self.holders.add(claim)
+            self.served([claim])
         else:
-            self.state.enqueue(lease)
-            self.queue.append(lease)
-            self.settle()
+            self.state.enqueue(claim)
+            self.queue.append(claim)
+            self.after_change()
 
     acquire_often = acquire_more_often = acquire
 
@@ -209,19 +209,19 @@ class StateMachine(RuleBasedStateMachine):
     def acquire_without_waiting(self):
         self.step()
         self.state.want_one()
-        self.settle()
+        self.after_change()
 
     @precondition(lambda self: self.held)
     @rule(number=NUMBERS)
     def give_back(self, number):
         self.step(number)
-        lease = self.one_of(self.held)
-        self.held.remove(lease)
+        claim = self.one_of(self.held)
+        self.held.remove(claim)
         if self.one_of([True, False]):
-            lease.entry.proven_at, lease.entry.answered = self.now, True
-        self.state.give_back(lease, self.now)
-        self.holders.remove(lease)
-        self.settle()
+            claim.slot.proven_at, claim.slot.answered = self.now, True
+        self.state.give_back(claim, self.now)
+        self.holders.remove(claim)
+        self.after_change()
 
     give_back_often = give_back
 
@@ -230,11 +230,11 @@ class StateMachine(RuleBasedStateMachine):
     def withdraw(self, number):
         """Be cancelled, also in the moment of being served."""
         self.step(number)
-        lease = self.one_of(self.queue + self.held)
-        self.state.withdraw(lease, self.now)
-        (self.queue if lease in self.queue else self.held).remove(lease)
-        self.holders.discard(lease)
-        self.settle()
+        claim = self.one_of(self.queue + self.held)
+        self.state.withdraw(claim, self.now)
+        (self.queue if claim in self.queue else self.held).remove(claim)
+        self.holders.discard(claim)
+        self.after_change()
 
     @precondition(lambda self: self.queue)
     @rule()
@@ -242,28 +242,28 @@ class StateMachine(RuleBasedStateMachine):
         """Of those in front: the pool looks after the others in another way."""
         self.step()
         self.dismiss(self.state.dismiss(self.now))
-        self.settle()
+        self.after_change()
 
     @precondition(lambda self: self.state.open)
     @rule(number=NUMBERS)
     def call_ends(self, number):
         """Its connection may not have outlived it."""
         self.step(number)
-        state, entry = self.state, self.one_of([*self.state.open, *self.gone[-1:]])
+        state, slot = self.state, self.one_of([*self.state.open, *self.gone[-1:]])
         if self.one_of([True, False]):
-            entry.proven_at, entry.answered = self.now, True
-        self.one_of([state.suspect, state.broke, state.timed_out])(entry, self.now)
-        self.settle()
+            slot.proven_at, slot.answered = self.now, True
+        self.one_of([state.suspect, state.broke, state.timed_out])(slot, self.now)
+        self.after_change()
 
     @precondition(lambda self: self.state.open)
     @rule(number=NUMBERS)
     def call_is_refused(self, number):
         self.step(number)
-        entry = self.one_of([*self.state.open, *self.gone[-1:]])
-        if entry.retired is None:
-            self.refused_now.append(entry)
-        self.state.refused(entry, self.now)
-        self.settle()
+        slot = self.one_of([*self.state.open, *self.gone[-1:]])
+        if slot.retired is None:
+            self.refused_now.append(slot)
+        self.state.refused(slot, self.now)
+        self.after_change()
 
     # -- connections -----------------------------------------------------------------
 
@@ -271,8 +271,8 @@ class StateMachine(RuleBasedStateMachine):
     @rule(number=NUMBERS)
     def attempt_succeeds(self, number):
         self.step(number)
-        entry = self.one_of(self.under_way)
-        self.state.connected(entry, Link(), self.now)
+        slot = self.one_of(self.under_way)
+        self.state.connected(slot, Link(), self.now)
         self.connections_changed()
 
     attempt_succeeds_often = attempt_succeeds_mostly = attempt_succeeds
@@ -281,35 +281,35 @@ class StateMachine(RuleBasedStateMachine):
     @rule(number=NUMBERS)
     def attempt_fails(self, number):
         self.step(number)
-        entry = self.one_of(self.under_way)
-        self.ended(entry)
+        slot = self.one_of(self.under_way)
+        self.ended(slot)
         how = self.one_of(["error", "error", "permanent error", "cancelled"])
         if how == "cancelled":
-            self.state.attempts.cancelled(entry)
+            self.state.attempts.cancelled(slot)
         else:
             error = ConnectFailed("no", permanent=how == "permanent error")
-            self.state.connect_failed(entry, error, self.now)
+            self.state.connect_failed(slot, error, self.now)
         self.connections_changed()
 
     @precondition(lambda self: self.probing)
     @rule(number=NUMBERS)
     def probe_ends(self, number):
         self.step(number)
-        entry = self.one_of(self.probing)
-        self.probing.remove(entry)
+        slot = self.one_of(self.probing)
+        self.probing.remove(slot)
         how = self.one_of(["answered", "unanswered", "refused", "answered"])
         if how == "answered":
-            self.state.answered(entry, self.now)
-        elif entry.retired is None and how == "refused":
-            self.refused_now.append(entry)
-            began = max(entry.opened_at, self.now - self.one_of([0.0, 0.01, 3.0]))
+            self.state.answered(slot, self.now)
+        elif slot.retired is None and how == "refused":
+            self.refused_now.append(slot)
+            began = max(slot.opened_at, self.now - self.one_of([0.0, 0.01, 3.0]))
             error = ConnectFailed("refused", reason="unavailable")
-            self.state.probe_refused(entry, error, began, self.now)
+            self.state.probe_refused(slot, error, began, self.now)
             if self.state.is_refused:
                 self.dismiss(self.state.fail_waiting(error))
-        elif entry.retired is None:
-            self.state.unanswered(entry, self.now)
-        entry.probing = False
+        elif slot.retired is None:
+            self.state.unanswered(slot, self.now)
+        slot.probing = False
         self.connections_changed()
 
     probe_ends_often = probe_ends
@@ -323,8 +323,8 @@ class StateMachine(RuleBasedStateMachine):
             return
         error = ConnectFailed("refused", reason="unavailable")
         for _ in range(6):
-            for entry in usable(self.state):
-                self.state.probe_refused(entry, error, self.now, self.now)
+            for slot in usable(self.state):
+                self.state.probe_refused(slot, error, self.now, self.now)
             self.now += 0.2
         if self.state.is_refused:
             self.dismiss(self.state.fail_waiting(error))
@@ -336,20 +336,20 @@ class StateMachine(RuleBasedStateMachine):
         self.step(number)
         self.one_of([*self.state.open]).connection.lost = True
         if self.one_of([True, False]):
-            for entry in [*self.state.open]:
-                news = entry.connection.lost and entry.retired is None
-                assert self.state.look_at(entry, self.now) == news
+            for slot in [*self.state.open]:
+                unhandled_loss = slot.connection.lost and slot.retired is None
+                assert self.state.retire_if_lost(slot, self.now) == unhandled_loss
             self.connections_changed()
 
     @precondition(lambda self: self.being_closed)
     @rule(number=NUMBERS)
     def closing_ends(self, number):
         self.step(number)
-        entry = self.one_of(self.being_closed)
-        self.being_closed.remove(entry)
-        self.state.closed(entry)
-        self.ended(entry)
-        self.settle()
+        slot = self.one_of(self.being_closed)
+        self.being_closed.remove(slot)
+        self.state.closed(slot)
+        self.ended(slot)
+        self.after_change()
 
     closing_ends_often = closing_ends
 
@@ -366,9 +366,9 @@ class StateMachine(RuleBasedStateMachine):
     @rule()
     def check_health(self):
         self.step()
-        for entry in self.state.open:
-            if not entry.suspect:
-                self.probe(entry)
+        for slot in self.state.open:
+            if not slot.suspect:
+                self.probe(slot)
 
     @precondition(lambda self: self.state.open)
     @rule()
@@ -377,20 +377,20 @@ class StateMachine(RuleBasedStateMachine):
         before = len(usable(self.state))
         self.state.reap(self.now)
         left = len(usable(self.state))
-        self.settle()
+        self.after_change()
         self.all_invariants_hold()
         assert left >= min(before, self.state.options.min_connections)
 
     @precondition(lambda self: self.state.open)
     @rule(number=NUMBERS)
-    def rotate(self, number):
+    def retire_expired(self, number):
         self.step(number)
         rotation = self.state.rotation
         if self.one_of([True, False]):
             rotation.drain(self.state.open)
         rotation.expire(self.state.open, self.now)
         assert rotation.next_at(self.state.open) > self.now
-        self.settle()
+        self.after_change()
 
     @rule(number=NUMBERS)
     def resize(self, number):
@@ -407,7 +407,7 @@ class StateMachine(RuleBasedStateMachine):
         self.step()
         self.state.shut_down()
         self.dismiss(self.state.fail_waiting(ConnectFailed("no")))
-        self.settle()
+        self.after_change()
 
     # -- the end ---------------------------------------------------------------------
 
@@ -420,27 +420,27 @@ class StateMachine(RuleBasedStateMachine):
         state = self.state
         self.shut_down()
         self.all_invariants_hold()
-        for entry in self.under_way[::2]:
-            state.connected(entry, Link(), self.now)
-        for entry in self.under_way:
-            state.attempts.cancelled(entry)
-            self.ended(entry)
-        for lease in self.held[::2]:
-            self.held.remove(lease)
-            self.holders.remove(lease)
-            state.give_back(lease, self.now)
+        for slot in self.under_way[::2]:
+            state.connected(slot, Link(), self.now)
+        for slot in self.under_way:
+            state.attempts.cancelled(slot)
+            self.ended(slot)
+        for claim in self.held[::2]:
+            self.held.remove(claim)
+            self.holders.remove(claim)
+            state.give_back(claim, self.now)
         self.all_invariants_hold()
         state.abandon()
         self.grace_is_over = True
         self.all_invariants_hold()
         assert not state.open
-        for lease in self.held:
-            state.give_back(lease, self.now)
+        for claim in self.held:
+            state.give_back(claim, self.now)
         self.host()
-        for entry in self.being_closed:
-            state.closed(entry)
-            self.ended(entry)
-        assert not self.entries, "each one was closed"
+        for slot in self.being_closed:
+            state.closed(slot)
+            self.ended(slot)
+        assert not self.slots, "each one was closed"
         assert state.rotation.is_idle()
         assert not any((state.open, state.connecting, state.closing, state.waiting))
         assert state.in_use == 0

@@ -12,7 +12,7 @@ from test_model_pool import OnTrioMachine, PoolMachine
 from test_model_state import StateMachine
 
 from fastapi_topaz._pool import pool as _pool
-from fastapi_topaz._pool.open_pool import Runtime
+from fastapi_topaz._pool.open_pool import OpenPool
 from fastapi_topaz._pool.state.pool_state import PoolState
 
 
@@ -37,36 +37,36 @@ def _no_log(caplog):
 class CountsTwice(PoolState):
     """Double count on release."""
 
-    def give_back(self, lease, now):
-        super().give_back(lease, now)
+    def give_back(self, claim, now):
+        super().give_back(claim, now)
         self.in_use -= 1
 
 
 class TakesTwice(PoolState):
     """A stream is counted back twice."""
 
-    def give_back(self, lease, now):
-        entry = lease.entry
-        super().give_back(lease, now)
-        entry.leases -= 1
+    def give_back(self, claim, now):
+        slot = claim.slot
+        super().give_back(claim, now)
+        slot.leases -= 1
 
 
 class ForgetsToOffer(PoolState):
     """Lost wake-up: a stream that came back is offered to nobody."""
 
-    def give_back(self, lease, now):
-        entry = lease.entry
-        super().give_back(lease, now)
+    def give_back(self, claim, now):
+        slot = claim.slot
+        super().give_back(claim, now)
         if self.waiting:
-            self.ready.pop(entry, None)
+            self.ready.pop(slot, None)
 
 
 class ServesTheLastFirst(PoolState):
     """Newcomer overtaking: the queue is a stack."""
 
-    def enqueue(self, lease):
-        super().enqueue(lease)
-        self.waiting.move_to_end(lease, last=False)
+    def enqueue(self, claim):
+        super().enqueue(claim)
+        self.waiting.move_to_end(claim, last=False)
 
 
 class ServesTheNewcomer(PoolState):
@@ -74,10 +74,10 @@ class ServesTheNewcomer(PoolState):
 
     def serve(self, tokens, now):
         served = []
-        while self.waiting and self.in_use < tokens and (entry := self._pick(now)):
-            lease, _ = self.waiting.popitem()
-            self._assign(lease, entry)
-            served.append(lease)
+        while self.waiting and self.in_use < tokens and (slot := self._pick(now)):
+            claim, _ = self.waiting.popitem()
+            self._assign(claim, slot)
+            served.append(claim)
         return served
 
 
@@ -85,52 +85,52 @@ class ReapsWhatIsLeased(PoolState):
     """Reaper closing a leased one: it looks at the time and not at the leases."""
 
     def reap(self, now):
-        for entry in list(self.open):
-            if entry.leases and now - entry.last_used_at >= self.options.max_idle_time:
-                entry.retired = "idle"
-                self.ready.pop(entry, None)
-                self._close(entry)
+        for slot in list(self.open):
+            if slot.leases and now - slot.last_used_at >= self.options.max_idle_time:
+                slot.retired = "idle"
+                self.ready.pop(slot, None)
+                self._close(slot)
 
 
 class OpensWhileClosing(PoolState):
     """Close that forgets a connecting one: it opens after the end."""
 
-    def connected(self, entry, connection, now):
+    def connected(self, slot, connection, now):
         shut, self.shut = self.shut, False
-        super().connected(entry, connection, now)
+        super().connected(slot, connection, now)
         self.shut = shut
 
 
 class LeasesTheRefused(PoolState):
     """What was refused is leased again before a probe was answered."""
 
-    def refused(self, entry, now):
-        super().refused(entry, now)
-        if entry in self.outage.refused and entry.leases < self.streams:
-            self.ready.setdefault(entry)
+    def refused(self, slot, now):
+        super().refused(slot, now)
+        if slot in self.outage.refused and slot.leases < self.streams:
+            self.ready.setdefault(slot)
 
 
 class ForgetsTheRefused(PoolState):
     """What was refused is probed by nobody."""
 
-    def _doubt(self, entry, refusals, now):
-        super()._doubt(entry, refusals, now)
-        self.outage.forget(entry)
+    def _doubt(self, slot, refusals, now):
+        super()._doubt(slot, refusals, now)
+        self.outage.forget(slot)
 
 
 class ClosesTheRefused(PoolState):
     """A refused probe is taken for none: the connection is closed."""
 
-    def probe_refused(self, entry, error, began, now):
-        self.unanswered(entry, now)
+    def probe_refused(self, slot, error, began, now):
+        self.unanswered(slot, now)
         return False
 
 
 class HasAnOutageOfOne(PoolState):
     """One refused connection makes an outage."""
 
-    def probe_refused(self, entry, error, began, now):
-        super().probe_refused(entry, error, began, now)
+    def probe_refused(self, slot, error, began, now):
+        super().probe_refused(slot, error, began, now)
         self.outage.declared = True
         return True
 
@@ -138,33 +138,33 @@ class HasAnOutageOfOne(PoolState):
 class BlamesOrderlyEnds(PoolState):
     """A connection that answered and ended counts as a failed attempt."""
 
-    def _failure(self, entry, reason, now):
-        before = entry.answered, entry.broken
-        entry.answered, entry.broken = False, True
-        failure = super()._failure(entry, reason, now)
-        entry.answered, entry.broken = before
+    def _failure(self, slot, reason, now):
+        before = slot.answered, slot.broken
+        slot.answered, slot.broken = False, True
+        failure = super()._failure(slot, reason, now)
+        slot.answered, slot.broken = before
         return failure
 
 
 class ProbesWithoutPause(PoolState):
     """An outage is probed as fast as answers come."""
 
-    def probe_refused(self, entry, error, began, now):
-        begins = super().probe_refused(entry, error, began, now)
-        self.outage._pause_until = entry.probe_at = now + 0.05
+    def probe_refused(self, slot, error, began, now):
+        begins = super().probe_refused(slot, error, began, now)
+        self.outage._pause_until = slot.probe_at = now + 0.05
         return begins
 
 
-class KeepsTheToken(Runtime):
+class KeepsTheToken(OpenPool):
     """Lost token on cancel."""
 
-    def _withdraw(self, lease):
-        if not lease.dismissed and lease.failure is None:
-            lease.has_token = False
-        super()._withdraw(lease)
+    def _withdraw(self, claim):
+        if not claim.dismissed and claim.failure is None:
+            claim.has_token = False
+        super()._withdraw(claim)
 
 
-class WakesNobody(Runtime):
+class WakesNobody(OpenPool):
     """Lost wake-up: who is served sleeps on."""
 
     def _serve(self, now):
@@ -172,16 +172,16 @@ class WakesNobody(Runtime):
         return self.state.in_use < self.tokens()
 
 
-class ServesNobodyOnRelease(Runtime):
+class ServesNobodyOnRelease(OpenPool):
     """Lost wake-up: the stream is there, and nobody looks."""
 
-    def release(self, lease):
+    def release(self, claim):
         waiting, self.state.waiting = self.state.waiting, type(self.state.waiting)()
-        super().release(lease)
+        super().release(claim)
         self.state.waiting = waiting
 
 
-class ForgetsTheConnecting(Runtime):
+class ForgetsTheConnecting(OpenPool):
     """Close that forgets a connecting one: the attempt goes on."""
 
     def begin_close(self, grace):
@@ -259,8 +259,8 @@ BACKENDS = [PoolMachine, pytest.param(OnTrioMachine, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("machine", BACKENDS)
 @pytest.mark.parametrize("bug, invariant", planted(OF_THE_POOL, LATE_IN_THE_POOL))
 def test_the_model_of_the_pool_finds(bug, invariant, machine, monkeypatch):
-    if issubclass(bug, Runtime):
-        monkeypatch.setattr(_pool, "Runtime", bug)
+    if issubclass(bug, OpenPool):
+        monkeypatch.setattr(_pool, "OpenPool", bug)
     else:
         monkeypatch.setattr("fastapi_topaz._pool.open_pool.PoolState", bug)
     assert broken(machine).intersection(invariant.split())

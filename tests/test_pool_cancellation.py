@@ -30,7 +30,7 @@ async def assert_whole(pool):
     status = pool.status()
     assert status.waiting == 0
     assert status.streams_in_use == 0
-    assert pool._runtime.limiter.borrowed_tokens == 0
+    assert pool._open_pool.limiter.borrowed_tokens == 0
     leases = [await pool.acquire(timeout=10) for _ in range(status.streams_max)]
     with pytest.raises(PoolTimeout):
         await pool.acquire(timeout=0)

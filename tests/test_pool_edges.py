@@ -20,7 +20,7 @@ from fastapi_topaz import (
 from fastapi_topaz._pool import leaks as _leaks
 from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz._pool.leaks import STACK_DEPTH, Leaks, _Holder
-from fastapi_topaz._pool.state.entry import Lease
+from fastapi_topaz._pool.state.slot import Claim
 from fastapi_topaz._pool.state.status import PoolCounters
 from fastapi_topaz.testing import FakeConnector, fail, hang, slow
 
@@ -190,7 +190,7 @@ async def test_what_is_told_ends_with_the_counts():
 
 async def test_a_failure_that_tells_nothing_of_itself_is_not_permanent():
     async with make() as pool:
-        error = pool._runtime._refusals.failed(OSError("no"))
+        error = pool._open_pool._refusals.failed(OSError("no"))
         assert (error.reason, error.permanent) == ("other", False)
 
 
@@ -314,7 +314,7 @@ async def test_a_lease_is_observed_for_as_long_as_it_was_out_and_waited_for():
         async with pool.acquire():
             pass
         await anyio.sleep(50)
-        pool._runtime.observer = Observer()
+        pool._open_pool.observer = Observer()
         async with pool.acquire():
             await anyio.sleep(3)
         assert observed == [("waited", 0.0), ("held", pytest.approx(3))]
@@ -366,7 +366,7 @@ async def test_sending_away_who_holds_a_token_lends_none_to_those_behind():
             await queued(pool, count)
         await anyio.sleep(1.5)
         assert pool.status().waiting == 3
-        assert pool._runtime.limiter.borrowed_tokens == 1
+        assert pool._open_pool.limiter.borrowed_tokens == 1
 
 
 async def test_those_with_one_deadline_are_all_watched_by_the_timekeeper():
@@ -380,11 +380,11 @@ async def test_those_with_one_deadline_are_all_watched_by_the_timekeeper():
 
             tasks.start_soon(caller)
             await queued(pool, 1)
-            runtime = pool._runtime
-            (lease,) = runtime.state.waiting
-            assert runtime.alarm == lease.deadline
-            assert runtime._watch(lease.deadline)
-            assert not runtime._watch(lease.deadline - 1)
+            open_pool = pool._open_pool
+            (claim,) = open_pool.state.waiting
+            assert open_pool.alarm == claim.deadline
+            assert open_pool._watch(claim.deadline)
+            assert not open_pool._watch(claim.deadline - 1)
         await pool.release(held)
 
 
@@ -454,11 +454,11 @@ async def test_an_unavailable_connection_is_probed_at_once_and_no_other_one():
         await anyio.sleep(5)
         with pytest.raises(ZeroDivisionError):
             await first.call("/a.B/C", b"")
-        entry = first._lease.entry
-        assert entry.suspect
-        assert entry.suspected_at == anyio.current_time()
+        slot = first._claim.slot
+        assert slot.suspect
+        assert slot.suspected_at == anyio.current_time()
         await anyio.sleep(0.1)
-        assert not entry.suspect
+        assert not slot.suspect
         assert (first.connection.probes, second.connection.probes) == (1, 0)
         for conn in (first, second):
             await pool.release(conn)
@@ -556,16 +556,16 @@ async def test_who_drops_a_lease_is_warned_in_that_line():
 @pytest.mark.parametrize("threshold", [0, math.inf])
 async def test_no_threshold_and_one_that_nothing_reaches_watch_no_lease(threshold):
     async with make(leak_threshold=threshold) as pool, pool.acquire():
-        assert pool._runtime.leaks is None
+        assert pool._open_pool.leaks is None
 
 
 async def test_a_lease_is_late_exactly_at_the_threshold():
     async with make(leak_threshold=8) as pool:
         conn = await pool.acquire()
-        lease, leaks = conn._lease, pool._runtime.leaks
-        assert leaks.look(lease.acquired_at + 7) == lease.acquired_at + 8
+        claim, leaks = conn._claim, pool._open_pool.leaks
+        assert leaks.look(claim.acquired_at + 7) == claim.acquired_at + 8
         assert pool._counters.leaked == 0
-        leaks.look(lease.acquired_at + 8)
+        leaks.look(claim.acquired_at + 8)
         assert pool._counters.leaked == 1
         await pool.release(conn)
 
@@ -624,17 +624,17 @@ async def test_dismissed_callers_let_no_more_wait_than_max_waiting():
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(dismissed)
             await queued(pool, 1)
-            runtime = pool._runtime
-            (lease,) = runtime.state.waiting
-            lease.deadline = runtime.now()
+            open_pool = pool._open_pool
+            (claim,) = open_pool.state.waiting
+            claim.deadline = open_pool.now()
             # It holds the only token until it has had its turn.
-            runtime.expire()
-            others = [Lease(), Lease()]
+            open_pool.expire()
+            others = [Claim(), Claim()]
             for other in others:
-                runtime._refusals.check_saturation()
-                runtime.state.enqueue(other)
+                open_pool._refusals.check_saturation()
+                open_pool.state.enqueue(other)
             # One waits for a connection and one for capacity, as many as may.
             with pytest.raises(PoolSaturated):
-                runtime._refusals.check_saturation()
+                open_pool._refusals.check_saturation()
             for other in others:
-                runtime.state.withdraw(other, runtime.now())
+                open_pool.state.withdraw(other, open_pool.now())

@@ -424,7 +424,7 @@ async def test_thousands_of_calls_cancelled_at_random_points_leave_nothing(
                 tasks.start_soon(caller)
         assert cancelled > 50 * each / 10
         assert pool.status().streams_in_use == 0
-        assert pool._runtime.limiter.borrowed_tokens == 0
+        assert pool._open_pool.limiter.borrowed_tokens == 0
         leases = [await pool.acquire(timeout=10) for _ in range(50)]
         for conn in leases:
             assert await conn.decisions(**ASK) == {"allowed": True}

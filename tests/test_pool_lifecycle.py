@@ -362,7 +362,7 @@ async def test_a_connector_whose_target_cannot_be_read_works_all_the_same():
         def target(self, _target): ...
 
     async with make(Odd()) as pool, pool.acquire():
-        assert pool._runtime.target == "Odd"
+        assert pool._open_pool.target == "Odd"
 
 
 async def test_an_error_while_closing_is_logged_and_loses_nothing(caplog):
@@ -486,7 +486,7 @@ def test_a_pool_on_a_loop_that_was_closed_under_it_opens_again():
 
     loop = asyncio.new_event_loop()
     loop.run_until_complete(use())
-    task = pool._runtime.home._task
+    task = pool._open_pool.owner._task
     task._log_destroy_pending = False  # this is what a test of rudeness costs
     loop.close()
     anyio.run(use, backend="trio")
@@ -605,7 +605,7 @@ async def test_a_host_that_was_cancelled_before_it_began_does_not_hang_close():
     pool = make(min_connections=1, eager_init=True)
     opening = asyncio.create_task(pool.initialize())
     await asyncio.sleep(0)
-    pool._runtime.home._task.cancel()
+    pool._open_pool.owner._task.cancel()
     await asyncio.wait([opening])
     with anyio.fail_after(30):
         await pool.close()

@@ -22,8 +22,8 @@ from fastapi_topaz import (
     Verdict,
 )
 from fastapi_topaz._pool.readiness import _is_answered
-from fastapi_topaz._pool.state.entry import Lease
 from fastapi_topaz._pool.state.pool_state import PoolState
+from fastapi_topaz._pool.state.slot import Claim
 from fastapi_topaz.testing import FakeConnector, fail, hang, ok
 
 
@@ -43,11 +43,11 @@ def make_state():
 
 
 def open_one(state, *, answered=True):
-    entry = state.begin(0.0)
-    state.connected(entry, Link(), 0.0)
+    slot = state.begin(0.0)
+    state.connected(slot, Link(), 0.0)
     if answered:
-        state.answered(entry, 0.0)
-    return entry
+        state.answered(slot, 0.0)
+    return slot
 
 
 def make(connector, **options):
@@ -92,14 +92,14 @@ FAILURES = {
 @pytest.mark.parametrize("name", FAILURES)
 def test_after_a_failure_a_pool_is_not_ready_until_the_next_answer(name):
     state = make_state()
-    entry, other = open_one(state), open_one(state)
+    slot, other = open_one(state), open_one(state)
     assert state.status().ready
-    FAILURES[name](state, entry)
+    FAILURES[name](state, slot)
     assert not state.status().ready
-    assert entry.answered, "it is known that it answered at some time"
+    assert slot.answered, "it is known that it answered at some time"
     state.answered(other, 0.0)
     assert state.status().ready
-    FAILURES[name](state, entry)
+    FAILURES[name](state, slot)
     other.answered = True  # as each answered call stores it
     assert state.status().ready
     assert state.failures == 2
@@ -107,23 +107,23 @@ def test_after_a_failure_a_pool_is_not_ready_until_the_next_answer(name):
 
 def test_a_connection_that_answered_nothing_is_not_ready_and_its_end_is_a_failure():
     state = make_state()
-    entry = open_one(state, answered=False)
+    slot = open_one(state, answered=False)
     assert not state.status().ready
     state.answered(open_one(state), 0.0)
     assert state.status().ready
-    state.lost(entry, "lost", 1.0)
+    state.lost(slot, "lost", 1.0)
     assert not state.status().ready
 
 
 @pytest.mark.parametrize("under_call", [False, True])
 def test_an_orderly_end_of_a_connection_that_answered_is_no_failure(under_call):
     state = make_state()
-    entry = open_one(state)
-    entry.connection.lost = True
+    slot = open_one(state)
+    slot.connection.lost = True
     if under_call:
-        state.unavailable(entry, 1.0)  # as a call that GOAWAY excluded
+        state.unavailable(slot, 1.0)  # as a call that GOAWAY excluded
     else:
-        assert state.look_at(entry, 1.0)
+        assert state.retire_if_lost(slot, 1.0)
     assert state.status().total == 0
     assert state.status().ready
     state.connect_failed(state.begin(1.0), ERROR, 1.0)
@@ -139,12 +139,12 @@ def test_a_connection_that_the_pool_closes_leaves_it_ready(reason):
 
 def test_a_connection_that_answered_before_a_failure_leaves_nothing_when_it_closes():
     state = make_state()
-    entry = open_one(state)
-    lease = Lease()
-    assert state.take(lease, 0.0)
-    state.timed_out(entry, 0.0)
-    state.retire(entry, "drain")
-    state.give_back(lease, 0.0)
+    slot = open_one(state)
+    claim = Claim()
+    assert state.take(claim, 0.0)
+    state.timed_out(slot, 0.0)
+    state.retire(slot, "drain")
+    state.give_back(claim, 0.0)
     assert (state.status().total, state.status().ready) == (0, False)
 
 
@@ -170,12 +170,12 @@ def test_no_connection_is_asked_that_is_suspect_leaves_or_is_lost():
     state = make_state()
     leaving, suspect, lost, well = (open_one(state, answered=False) for _ in range(4))
     while not leaving.leases:
-        assert state.take(Lease(), 0.0)
+        assert state.take(Claim(), 0.0)
     state.retire(leaving, "drain")
     state.suspect(suspect, 0.0)
     lost.connection.lost = True
-    for entry in (leaving, suspect, lost):
-        entry.proven_at = 1.0
+    for slot in (leaving, suspect, lost):
+        slot.proven_at = 1.0
     assert state.newest_proof(set(), 1.0) is well
     assert lost.retired == "lost"
     assert state.newest_proof({well}, 1.0) is None
@@ -437,11 +437,11 @@ def test_an_answered_probe_counts_though_another_connection_fails_at_once():
     state = make_state()
     open_one(state)
     state.failed()
-    runtime = SimpleNamespace(state=state, answered_probes=1, now=lambda: 0.0)
-    assert not _is_answered(runtime, 1)
-    assert _is_answered(runtime, 0)
+    open_pool = SimpleNamespace(state=state, answered_probes=1, now=lambda: 0.0)
+    assert not _is_answered(open_pool, 1)
+    assert _is_answered(open_pool, 0)
     state.shut_down()
-    assert not _is_answered(runtime, 0)
+    assert not _is_answered(open_pool, 0)
 
 
 async def test_it_counts_on_the_pool_as_a_check_does():

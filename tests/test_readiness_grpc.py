@@ -52,8 +52,8 @@ def server():
 
 def age(config):
     """Make each answer so old that it is asked for again, without waiting so long."""
-    for entry in config.connection_pool._runtime.state.open:
-        entry.proven_at -= 1.0
+    for slot in config.connection_pool._open_pool.state.open:
+        slot.proven_at -= 1.0
 
 
 async def recovers(config):
@@ -114,7 +114,9 @@ async def test_a_server_that_is_down_is_not_ready_until_it_is_back(authorizer, w
         await run_sync(authorizer.stop)
         if warm:
             # Until the sockets are seen to be closed, the last answer is recent.
-            await eventually(lambda: all(e.is_gone() for e in pool._runtime.state.open))
+            await eventually(
+                lambda: all(e.is_gone() for e in pool._open_pool.state.open)
+            )
         for _ in range(3):
             with anyio.fail_after(PATIENCE):
                 assert await config.is_ready() is False

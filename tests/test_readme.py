@@ -142,7 +142,7 @@ def test_the_probes_of_the_page_on_readiness_run(backend, embedded_authorizer):
 
         assert probe("/readyz") == (200, {"ready": True})
         embedded_authorizer.freeze()
-        for entry in config.connection_pool._runtime.state.open:
+        for entry in config.connection_pool._open_pool.state.open:
             entry.proven_at -= 1  # as if it had answered so long ago
         assert probe("/readyz") == (503, {"ready": False})
         assert probe("/livez") == (200, {"status": "ok"})

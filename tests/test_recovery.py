@@ -483,7 +483,7 @@ async def test_a_replica_that_stays_sick_does_not_keep_the_others_rotating(goes_
     options = {"connection_timeout": 1, "max_lifetime": 0}
     async with make(connector, min_connections=10, eager_init=True, **options) as pool:
         await anyio.sleep(10)
-        pool._runtime.state.rotation._respread.clear()
+        pool._open_pool.state.rotation._respread.clear()
         attempts = connector.attempts
         connector.connections[0].hung_up = True
         await anyio.sleep(900)

@@ -181,7 +181,7 @@ async def crowd(rng):
         leases = [await pool.acquire(timeout=10) for _ in range(3)]
         for conn in leases:
             await pool.release(conn)
-        assert pool._runtime.limiter.borrowed_tokens == 0
+        assert pool._open_pool.limiter.borrowed_tokens == 0
     counts = pool._counters
     ended = counts.acquisitions + counts.timeouts + counts.failed + counts.cancelled
     assert ended == 60 + 3

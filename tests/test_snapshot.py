@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz._pool.state.entry import Lease
 from fastapi_topaz._pool.state.pool_state import PoolState
+from fastapi_topaz._pool.state.slot import Claim
 from fastapi_topaz._pool.state.snapshot import connection_statuses
 from fastapi_topaz.exceptions import ConnectFailed
 
@@ -17,15 +17,15 @@ def make(**options):
 
 
 def open_one(state, now=0.0, **connection):
-    entry = state.attempts.begin(now)
-    state.connected(entry, SimpleNamespace(**connection), now)
-    return entry
+    slot = state.attempts.begin(now)
+    state.connected(slot, SimpleNamespace(**connection), now)
+    return slot
 
 
 def taken(state, now=0.0):
-    lease = Lease()
-    assert state.take(lease, now)
-    return lease
+    claim = Claim()
+    assert state.take(claim, now)
+    return claim
 
 
 def test_the_status_adds_up():
@@ -36,7 +36,7 @@ def test_the_status_adds_up():
         taken(state)
     state.attempts.begin(0.0)
     for _ in range(4):
-        state.enqueue(Lease())
+        state.enqueue(Claim())
     status = state.status()
     assert (status.total, status.idle, status.busy) == (3, 1, 2)
     assert (status.connecting, status.waiting) == (1, 4)
@@ -49,7 +49,7 @@ def test_the_status_tells_the_suspect_from_the_leaving():
     state = make(streams_per_connection=1)
     for _ in range(4):
         open_one(state)
-    leaving, suspected = taken(state).entry, taken(state).entry
+    leaving, suspected = taken(state).slot, taken(state).slot
     state.suspect(suspected, 1.0)
     state.suspect(leaving, 1.0)
     state.retire(leaving, "unhealthy")
@@ -72,50 +72,50 @@ def test_a_pool_without_connections_is_healthy_until_an_attempt_fails():
 
 def test_a_pool_stays_healthy_while_its_suspects_wait_for_their_probes():
     state = make()
-    entries = [open_one(state), open_one(state)]
-    for entry in entries:
-        state.answered(entry, 0.5)
-    state.broke(entries[0], 1.0)
+    slots = [open_one(state), open_one(state)]
+    for slot in slots:
+        state.answered(slot, 0.5)
+    state.broke(slots[0], 1.0)
     assert state.status().healthy_connections == 0
     assert state.status().healthy
-    state.unanswered(entries[0], 2.0)
+    state.unanswered(slots[0], 2.0)
     assert state.status().healthy
-    state.answered(entries[1], 2.0)
+    state.answered(slots[1], 2.0)
     assert state.status().healthy
 
 
 def test_a_pool_stays_healthy_while_all_its_connections_are_replaced():
     state = make()
-    entry = open_one(state)
+    slot = open_one(state)
     taken(state)
-    state.retire(entry, "drain")
+    state.retire(slot, "drain")
     assert state.status().leaving == 1
     assert state.status().healthy
 
 
 def test_a_pool_of_suspects_is_unhealthy_once_an_attempt_to_connect_fails():
     state = make()
-    entry = open_one(state)
-    state.suspect(entry, 1.0)
+    slot = open_one(state)
+    state.suspect(slot, 1.0)
     state.connect_failed(state.attempts.begin(1.0), ConnectFailed("no"), 1.0)
     assert not state.status().healthy
-    state.answered(entry, 2.0)
+    state.answered(slot, 2.0)
     assert state.status().healthy
 
 
 def test_each_connection_tells_where_it_leads_and_how_it_is():
     state = make()
-    entry = open_one(state, 10.0, peer="ipv4:10.0.0.7:8282")
+    slot = open_one(state, 10.0, peer="ipv4:10.0.0.7:8282")
     (status,) = connection_statuses(state.open, 15.0)
     assert (status.peer, status.condition) == ("ipv4:10.0.0.7:8282", "idle")
     assert (status.streams, status.age, status.idle_for) == (0, 5.0, 5.0)
     assert status.last_error is None
-    entry.last_error = "UNAVAILABLE"
-    lease = taken(state, 15.0)
+    slot.last_error = "UNAVAILABLE"
+    claim = taken(state, 15.0)
     (status,) = connection_statuses(state.open, 16.0)
     assert (status.streams, status.age, status.idle_for) == (1, 6.0, 0.0)
     assert (status.condition, status.last_error) == ("busy", "UNAVAILABLE")
-    state.give_back(lease, 17.0)
+    state.give_back(claim, 17.0)
     (status,) = connection_statuses(state.open, 20.0)
     assert (status.age, status.idle_for) == (10.0, 3.0)
 

@@ -7,8 +7,8 @@ import pytest
 
 from fastapi_topaz import ConnectionPool
 from fastapi_topaz._pool.state.attempts import BRIEF, PATIENCE
-from fastapi_topaz._pool.state.entry import Lease
 from fastapi_topaz._pool.state.pool_state import RAMP, PoolState
+from fastapi_topaz._pool.state.slot import Claim
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -19,26 +19,26 @@ def make(*, random=lambda: 0.0, **options):
 
 
 def open_one(state, now=0.0):
-    entry = state.attempts.begin(now)
-    state.connected(entry, object(), now)
-    return entry
+    slot = state.attempts.begin(now)
+    state.connected(slot, object(), now)
+    return slot
 
 
 def fail_one(state, now=0.0, **options):
-    entry = state.attempts.begin(now)
-    state.connect_failed(entry, ConnectFailed("no", **options), now)
+    slot = state.attempts.begin(now)
+    state.connect_failed(slot, ConnectFailed("no", **options), now)
 
 
 def taken(state, now=0.0):
-    lease = Lease()
-    assert state.take(lease, now)
-    return lease
+    claim = Claim()
+    assert state.take(claim, now)
+    return claim
 
 
 def waiting(state, count=1):
-    leases = [Lease() for _ in range(count)]
-    for lease in leases:
-        state.enqueue(lease)
+    leases = [Claim() for _ in range(count)]
+    for claim in leases:
+        state.enqueue(claim)
     return leases
 
 
@@ -47,7 +47,7 @@ def waiting(state, count=1):
 
 def test_nothing_is_taken_from_an_empty_pool():
     state = make()
-    assert not state.take(Lease(), 0.0)
+    assert not state.take(Claim(), 0.0)
     assert state.in_use == 0
 
 
@@ -55,29 +55,29 @@ def test_the_most_recently_used_connection_is_taken_first():
     state = make(max_connections=3)
     first, second, _third = (open_one(state) for _ in range(3))
     leases = [taken(state) for _ in range(3)]
-    by_entry = {lease.entry: lease for lease in leases}
+    by_entry = {claim.slot: claim for claim in leases}
     state.give_back(by_entry[second], 1.0)
     state.give_back(by_entry[first], 2.0)
-    assert taken(state).entry is first
-    assert taken(state).entry is second
+    assert taken(state).slot is first
+    assert taken(state).slot is second
 
 
 def test_a_connection_takes_leases_up_to_its_streams_before_the_next_one_is_used():
     state = make(max_connections=2, streams_per_connection=3)
     open_one(state)
     open_one(state)
-    entries = [taken(state).entry for _ in range(6)]
-    assert entries[:3] == [entries[0]] * 3
-    assert entries[3:] == [entries[3]] * 3
-    assert entries[0] is not entries[3]
-    assert not state.take(Lease(), 0.0)
+    slots = [taken(state).slot for _ in range(6)]
+    assert slots[:3] == [slots[0]] * 3
+    assert slots[3:] == [slots[3]] * 3
+    assert slots[0] is not slots[3]
+    assert not state.take(Claim(), 0.0)
 
 
 def test_a_newcomer_does_not_pass_those_who_wait():
     state = make()
     open_one(state)
     (waiter,) = waiting(state)
-    assert not state.take(Lease(), 0.0)
+    assert not state.take(Claim(), 0.0)
     assert state.serve(tokens=1, now=0.0) == [waiter]
 
 
@@ -95,9 +95,9 @@ def test_waiters_are_served_in_order_and_only_if_they_hold_a_token():
 def test_a_returned_stream_can_be_taken_again():
     state = make()
     open_one(state)
-    lease = taken(state)
-    assert not state.take(Lease(), 0.0)
-    state.give_back(lease, 1.0)
+    claim = taken(state)
+    assert not state.take(Claim(), 0.0)
+    state.give_back(claim, 1.0)
     assert state.in_use == 0
     assert taken(state)
 
@@ -123,7 +123,7 @@ def test_no_connection_is_wanted_while_nobody_asks():
 
 def test_a_pool_in_use_is_filled_to_its_minimum():
     state = make(min_connections=2)
-    state.warm = True
+    state.keeps_minimum = True
     assert state.shortfall(tokens=0, now=0.0) == 2
     state.attempts.begin(0.0)
     assert state.shortfall(tokens=0, now=0.0) == 1
@@ -143,7 +143,7 @@ def test_whoever_does_not_wait_has_one_connection_made_if_there_is_none():
     attempt = state.attempts.begin(0.0)
     assert state.shortfall(tokens=0, now=0.0) == 0
     state.connect_failed(attempt, ConnectFailed("no"), 0.0)
-    assert state.wish == 0
+    assert state.unawaited_demand == 0
     open_one(state)
     state.want_one()
     assert state.shortfall(tokens=0, now=9.0) == 0
@@ -265,13 +265,13 @@ def test_attempts_that_hang_are_doubled_for_those_who_wait_and_for_nobody_else()
 
 def test_waiting_is_not_hopeless_while_a_connection_is_open_or_under_way():
     state = make(max_retries=0)
-    entry = open_one(state)
+    slot = open_one(state)
     taken(state)
     fail_one(state)
     assert not state.hopeless(0.0)
-    state.suspect(entry, 0.0)
+    state.suspect(slot, 0.0)
     assert not state.hopeless(0.0), "a probe decides"
-    state.retire(entry, "unhealthy")
+    state.retire(slot, "unhealthy")
     assert state.hopeless(0.0), "it takes no more leases"
     state.attempts.begin(0.0)
     assert not state.hopeless(0.0)
@@ -295,24 +295,24 @@ def test_those_who_waited_for_what_is_hopeless_are_told_why():
 
 def test_a_retired_connection_closes_when_its_last_lease_is_back():
     state = make(streams_per_connection=2)
-    entry = open_one(state)
+    slot = open_one(state)
     leases = [taken(state), taken(state)]
-    state.retire(entry, "drain")
+    state.retire(slot, "drain")
     assert state.to_close == []
     state.give_back(leases[0], 1.0)
     assert state.to_close == []
-    assert not state.take(Lease(), 0.0), "no new lease on a retired connection"
+    assert not state.take(Claim(), 0.0), "no new lease on a retired connection"
     state.give_back(leases[1], 2.0)
-    assert state.to_close == [entry]
+    assert state.to_close == [slot]
 
 
 def test_the_first_reason_to_go_is_the_one_that_counts():
     state = make()
-    entry = open_one(state)
+    slot = open_one(state)
     taken(state)
-    state.retire(entry, "unhealthy")
-    state.retire(entry, "close")
-    assert entry.retired == "unhealthy"
+    state.retire(slot, "unhealthy")
+    state.retire(slot, "close")
+    assert slot.retired == "unhealthy"
 
 
 def test_the_reaper_closes_what_was_idle_too_long_down_to_the_minimum():
@@ -329,10 +329,10 @@ def test_the_reaper_closes_what_was_idle_too_long_down_to_the_minimum():
 def test_the_reaper_leaves_leased_connections_alone():
     state = make(max_idle_time=1.0)
     open_one(state)
-    lease = taken(state)
+    claim = taken(state)
     state.reap(100.0)
     assert state.to_close == []
-    state.give_back(lease, 100.0)
+    state.give_back(claim, 100.0)
     state.reap(100.5)
     assert state.to_close == [], "it was just used"
 
@@ -346,10 +346,10 @@ def test_max_idle_time_0_reaps_nothing():
 
 def test_lowering_the_maximum_retires_idle_connections_first():
     state = make(max_connections=3)
-    entries = [open_one(state, float(n)) for n in range(3)]
-    busy = taken(state).entry
+    slots = [open_one(state, float(n)) for n in range(3)]
+    busy = taken(state).slot
     state.resize(attrs.evolve(state.options, max_connections=1))
-    idle = [entry for entry in entries if entry is not busy]
+    idle = [slot for slot in slots if slot is not busy]
     assert state.to_close == idle
     assert busy.retired is None
 
@@ -361,7 +361,7 @@ def test_lowering_the_maximum_below_the_leases_closes_on_release_only():
     leases = [taken(state), taken(state)]
     state.resize(attrs.evolve(state.options, max_connections=1))
     assert state.to_close == []
-    retired = [lease for lease in leases if lease.entry.retired == "resize"]
+    retired = [claim for claim in leases if claim.slot.retired == "resize"]
     assert len(retired) == 1
     state.give_back(retired[0], 1.0)
     assert len(state.to_close) == 1
@@ -371,25 +371,25 @@ def test_shutting_down_closes_idle_connections_and_waits_for_leases():
     state = make(max_connections=2)
     open_one(state)
     open_one(state)
-    lease = taken(state)
-    busy = lease.entry
+    claim = taken(state)
+    busy = claim.slot
     state.shut_down()
     assert len(state.to_close) == 1
     assert state.shortfall(tokens=9, now=0.0) == 0
     state.abandon()
     assert busy in state.to_close
-    state.give_back(lease, 1.0)
+    state.give_back(claim, 1.0)
     assert state.in_use == 0
     assert len(state.to_close) == 2, "closed once"
 
 
 def test_a_connection_that_comes_after_the_shutdown_is_closed():
     state = make()
-    entry = state.attempts.begin(0.0)
+    slot = state.attempts.begin(0.0)
     state.shut_down()
-    state.connected(entry, object(), 1.0)
-    assert state.to_close == [entry]
-    assert not state.take(Lease(), 0.0)
+    state.connected(slot, object(), 1.0)
+    assert state.to_close == [slot]
+    assert not state.take(Claim(), 0.0)
 
 
 # -- what is left behind ------------------------------------------------------------
@@ -398,9 +398,9 @@ def test_a_connection_that_comes_after_the_shutdown_is_closed():
 def test_what_is_given_back_is_held_no_more():
     state = make()
     open_one(state)
-    lease = taken(state)
-    state.give_back(lease, 1.0)
-    assert lease.entry is None
+    claim = taken(state)
+    state.give_back(claim, 1.0)
+    assert claim.slot is None
 
 
 def test_those_who_are_sent_away_know_it_and_why():
@@ -424,14 +424,14 @@ def test_the_last_failure_is_kept():
 
 def test_a_connection_that_is_on_its_way_out_is_not_lost():
     state = make()
-    entry = open_one(state)
-    lease = taken(state)
-    state.retire(entry, "drain")
-    state.lost(entry, "lost", 0.1)
-    assert entry.retired == "drain"
+    slot = open_one(state)
+    claim = taken(state)
+    state.retire(slot, "drain")
+    state.lost(slot, "lost", 0.1)
+    assert slot.retired == "drain"
     assert state.next_attempt() == float("-inf"), "it was not brief"
-    state.give_back(lease, 0.2)
-    state.lost(entry, "lost", 0.3)
+    state.give_back(claim, 0.2)
+    state.lost(slot, "lost", 0.3)
     assert state.next_attempt() == float("-inf")
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from fastapi_topaz import ConnectionPool
 from fastapi_topaz._pool.state.attempts import BRIEF, FORGIVEN, Attempts
-from fastapi_topaz._pool.state.entry import Lease, PoolEntry
 from fastapi_topaz._pool.state.pool_state import PoolState
+from fastapi_topaz._pool.state.slot import Claim, Slot
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -18,20 +18,20 @@ def make(*, random=lambda: 1.0, **options):
 
 
 def open_one(state, now=0.0, connection=None):
-    entry = state.attempts.begin(now)
-    state.connected(entry, connection or object(), now)
-    return entry
+    slot = state.attempts.begin(now)
+    state.connected(slot, connection or object(), now)
+    return slot
 
 
 def fail_one(state, now=0.0, error=None):
-    entry = state.attempts.begin(now)
-    state.connect_failed(entry, error or ConnectFailed("no"), now)
+    slot = state.attempts.begin(now)
+    state.connect_failed(slot, error or ConnectFailed("no"), now)
 
 
 def taken(state, now=0.0):
-    lease = Lease()
-    assert state.take(lease, now)
-    return lease
+    claim = Claim()
+    assert state.take(claim, now)
+    return claim
 
 
 def pause(attempts, now):
@@ -41,7 +41,7 @@ def pause(attempts, now):
 
 def end(attempts, now):
     """End a connection that never answered."""
-    attempts.ended(PoolEntry(started_at=now), ConnectFailed("ended"), now)
+    attempts.ended(Slot(started_at=now), ConnectFailed("ended"), now)
 
 
 # -- connections that cannot tell whether they are lost -----------------------------
@@ -61,25 +61,25 @@ class Confused:
 
 
 def test_a_connection_whose_is_lost_cannot_be_had_is_never_asked():
-    entry = PoolEntry()
-    entry.watch(Silent())
-    assert entry.is_lost is None
-    assert not entry.is_gone()
-    assert entry.last_error is None
+    slot = Slot()
+    slot.watch(Silent())
+    assert slot.is_lost is None
+    assert not slot.is_gone()
+    assert slot.last_error is None
 
 
 def test_a_connection_that_fails_to_tell_is_not_gone_and_not_asked_again():
-    entry = PoolEntry()
-    entry.watch(Confused())
-    assert not entry.is_gone()
-    assert entry.is_lost is None
-    assert entry.last_error == "is_lost() raised ZeroDivisionError"
+    slot = Slot()
+    slot.watch(Confused())
+    assert not slot.is_gone()
+    assert slot.is_lost is None
+    assert slot.last_error == "is_lost() raised ZeroDivisionError"
 
 
 def test_a_connection_that_fails_to_tell_is_leased_all_the_same():
     state = make()
-    entry = open_one(state, connection=Confused())
-    assert taken(state).entry is entry
+    slot = open_one(state, connection=Confused())
+    assert taken(state).slot is slot
     assert not state.to_probe
 
 
@@ -98,11 +98,11 @@ def test_a_state_spreads_nothing_unless_its_connector_does():
 
 def test_a_leased_one_that_is_lost_is_news_though_nothing_is_to_be_done_for_it():
     state = make(max_connections=1)
-    entry = open_one(state)
+    slot = open_one(state)
     taken(state)
-    assert not state.news
-    state.lost(entry, "lost", 1.0)
-    assert state.news
+    assert not state.unhandled_loss
+    state.lost(slot, "lost", 1.0)
+    assert state.unhandled_loss
     assert not state.to_close + state.to_probe
 
 
@@ -110,7 +110,7 @@ def test_those_who_hold_a_stream_want_no_second_connection_for_their_token():
     state = make(max_connections=3)
     open_one(state)
     taken(state)
-    state.enqueue(Lease())
+    state.enqueue(Claim())
     assert state.shortfall(tokens=1, now=0.0) == 0
     assert state.shortfall(tokens=2, now=0.0) == 1
 
@@ -126,10 +126,10 @@ def test_an_outage_is_not_probed_by_attempts_while_a_connection_is_left():
 
 def test_a_connection_that_comes_after_the_shutdown_goes_because_of_it():
     state = make()
-    entry = state.attempts.begin(0.0)
+    slot = state.attempts.begin(0.0)
     state.shut_down()
-    state.connected(entry, object(), 1.0)
-    assert entry.retired == "close"
+    state.connected(slot, object(), 1.0)
+    assert slot.retired == "close"
 
 
 def test_no_more_connections_are_wanted_than_there_is_room_for():
@@ -137,30 +137,30 @@ def test_no_more_connections_are_wanted_than_there_is_room_for():
     state.retire(open_one(state), "drain")
     assert (len(state.closing), state.room()) == (1, 1)
     for _ in range(2):
-        state.enqueue(Lease())
+        state.enqueue(Claim())
     assert state.shortfall(tokens=2, now=0.0) == 1
 
 
 def test_a_pool_that_was_shut_down_wants_no_connection_though_there_is_room():
     state = make(min_connections=2)
-    state.enqueue(Lease())
+    state.enqueue(Claim())
     state.shut_down()
     assert state.shortfall(tokens=1, now=0.0) == 0
 
 
 def test_a_stream_that_is_taken_back_from_who_gave_up_was_used_until_then():
     state = make()
-    entry = open_one(state)
+    slot = open_one(state)
     state.withdraw(taken(state), 7.0)
-    assert entry.last_used_at == 7.0
+    assert slot.last_used_at == 7.0
 
 
 def test_an_expired_connection_that_closed_keeps_no_other_from_being_replaced():
     state = make()
-    entry = open_one(state)
+    slot = open_one(state)
     taken(state)
-    state.rotation.drain([entry])
-    state.retire(entry, "drain")
+    state.rotation.drain([slot])
+    state.retire(slot, "drain")
     assert not state.rotation.is_idle()
     state.abandon()
     assert state.rotation.is_idle()
@@ -171,30 +171,30 @@ def test_an_expired_connection_that_closed_keeps_no_other_from_being_replaced():
 
 def test_the_second_timeout_is_when_the_suspicion_begins():
     state = make()
-    entry = open_one(state)
-    state.timed_out(entry, 1.0)
-    state.timed_out(entry, 2.0)
-    assert entry.suspected_at == 2.0
+    slot = open_one(state)
+    state.timed_out(slot, 1.0)
+    state.timed_out(slot, 2.0)
+    assert slot.suspected_at == 2.0
 
 
 def test_a_suspect_that_answered_a_call_meanwhile_is_suspected_anew():
     state = make()
-    entry = open_one(state)
-    state.suspect(entry, 1.0)
+    slot = open_one(state)
+    state.suspect(slot, 1.0)
     state.to_probe.clear()
-    entry.proven_at = 2.0
-    state.unanswered(entry, 5.0)
-    assert entry.retired is None
-    assert state.to_probe == [entry]
-    state.unanswered(entry, 9.0)
-    assert entry.retired == "unhealthy"
+    slot.proven_at = 2.0
+    state.unanswered(slot, 5.0)
+    assert slot.retired is None
+    assert state.to_probe == [slot]
+    state.unanswered(slot, 9.0)
+    assert slot.retired == "unhealthy"
 
 
 def test_those_that_are_suspected_with_an_unhealthy_one_are_so_from_then_on():
     state = make(max_connections=2)
-    entry, other = open_one(state), open_one(state)
-    state.suspect(entry, 1.0)
-    state.unanswered(entry, 6.0)
+    slot, other = open_one(state), open_one(state)
+    state.suspect(slot, 1.0)
+    state.unanswered(slot, 6.0)
     assert (other.suspect, other.suspected_at) == (True, 6.0)
 
 
@@ -203,20 +203,20 @@ def test_those_that_are_suspected_with_an_unhealthy_one_are_so_from_then_on():
 
 def test_an_answer_in_the_moment_of_a_timeout_is_none_since_it():
     state = make()
-    entry = open_one(state)
-    entry.proven_at = 1.0
-    state.timed_out(entry, 1.0)
-    assert not entry.suspect
-    state.timed_out(entry, 2.0)
-    assert entry.suspect
+    slot = open_one(state)
+    slot.proven_at = 1.0
+    state.timed_out(slot, 1.0)
+    assert not slot.suspect
+    state.timed_out(slot, 2.0)
+    assert slot.suspect
 
 
 def test_who_is_suspected_in_the_moment_of_its_last_answer_has_not_answered_since():
     state = make()
-    entry = open_one(state)
-    state.suspect(entry, 0.0)
-    state.unanswered(entry, 5.0)
-    assert entry.retired == "unhealthy"
+    slot = open_one(state)
+    state.suspect(slot, 0.0)
+    state.unanswered(slot, 5.0)
+    assert slot.retired == "unhealthy"
 
 
 def test_pauses_between_attempts_end_exactly_when_the_caution_does():

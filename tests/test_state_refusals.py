@@ -8,7 +8,6 @@ import pytest
 
 from fastapi_topaz import ConnectionPool
 from fastapi_topaz._pool.state.attempts import BRIEF
-from fastapi_topaz._pool.state.entry import Lease
 from fastapi_topaz._pool.state.outage import (
     AT_ONCE,
     ATTEMPT,
@@ -19,6 +18,7 @@ from fastapi_topaz._pool.state.outage import (
     Outage,
 )
 from fastapi_topaz._pool.state.pool_state import PoolState
+from fastapi_topaz._pool.state.slot import Claim
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -39,41 +39,41 @@ def make(**options):
 
 def open_some(state, count, now=0.0):
     """Open connections that have answered since they were made."""
-    entries = []
+    slots = []
     for _ in range(count):
-        entry = state.begin(now)
-        state.connected(entry, Link(), now)
-        entry.answered = True
-        entries.append(entry)
-    return entries
+        slot = state.begin(now)
+        state.connected(slot, Link(), now)
+        slot.answered = True
+        slots.append(slot)
+    return slots
 
 
 def due(state, now):
     """Return all connections that are to be probed now."""
-    entries = []
-    while (entry := state.outage.due(now)) is not None:
-        entries.append(entry)
-    return entries
+    slots = []
+    while (slot := state.outage.due(now)) is not None:
+        slots.append(slot)
+    return slots
 
 
-def refuse(state, entry, now, began=None):
-    """End the probe of *entry* with a refusal."""
-    entry.probing = False
-    return state.probe_refused(entry, ERROR, now if began is None else began, now)
+def refuse(state, slot, now, began=None):
+    """End the probe of *slot* with a refusal."""
+    slot.probing = False
+    return state.probe_refused(slot, ERROR, now if began is None else began, now)
 
 
-def answer(state, entry, now):
-    entry.probing = False
-    state.answered(entry, now)
+def answer(state, slot, now):
+    slot.probing = False
+    state.answered(slot, now)
 
 
 def run(state, until, now, *, refused=lambda _entry: True):
     """Let probes be answered at once until then, and return when each was made."""
     made = []
     while (now := max(now, state.outage.next_at(now))) < until:
-        for entry in due(state, now):
+        for slot in due(state, now):
             made.append(now)
-            (refuse if refused(entry) else answer)(state, entry, now)
+            (refuse if refused(slot) else answer)(state, slot, now)
         now += 1e-6
     return made
 
@@ -83,15 +83,15 @@ def run(state, until, now, *, refused=lambda _entry: True):
 
 def test_a_refused_connection_gets_no_lease_until_its_probe_is_answered():
     state = make()
-    (entry,) = open_some(state, 1)
-    state.refused(entry, 1.0)
-    assert not state.take(Lease(), 1.0)
+    (slot,) = open_some(state, 1)
+    state.refused(slot, 1.0)
+    assert not state.take(Claim(), 1.0)
     assert (state.status().suspect, state.status().healthy) == (1, True)
     assert state.outage.next_at(1.0) == 1.0
-    assert due(state, 1.0) == [entry]
+    assert due(state, 1.0) == [slot]
     assert due(state, 1.0) == [], "it is being probed"
-    answer(state, entry, 1.1)
-    assert state.take(Lease(), 1.1)
+    answer(state, slot, 1.1)
+    assert state.take(Claim(), 1.1)
     assert not state.outage.refused
     assert state.outage.next_at(1.1) == float("inf")
 
@@ -99,16 +99,16 @@ def test_a_refused_connection_gets_no_lease_until_its_probe_is_answered():
 def test_a_refusal_says_nothing_of_what_goes_is_gone_or_is_accused_already():
     state = make()
     leaving, lost, suspect = open_some(state, 3)
-    lease = Lease()
-    assert state.take(lease, 0.0)
-    leaving = lease.entry
+    claim = Claim()
+    assert state.take(claim, 0.0)
+    leaving = claim.slot
     state.retire(leaving, "drain")
     others = [x for x in state.open if x is not leaving]
     lost, suspect = others
     lost.connection.lost = True
     state.suspect(suspect, 0.5)
-    for entry in (leaving, lost, suspect):
-        state.refused(entry, 1.0)
+    for slot in (leaving, lost, suspect):
+        state.refused(slot, 1.0)
     assert not state.outage.refused
     assert lost.retired == "lost"
     assert not refuse(state, leaving, 1.0)
@@ -119,82 +119,82 @@ def test_a_refusal_says_nothing_of_what_goes_is_gone_or_is_accused_already():
 @pytest.mark.parametrize(
     "accuse",
     [
-        lambda state, entry: state.unavailable(entry, 1.0),
-        lambda state, entry: state.refused(entry, 1.0),
-        lambda state, entry: refuse(state, entry, 1.0),
+        lambda state, slot: state.unavailable(slot, 1.0),
+        lambda state, slot: state.refused(slot, 1.0),
+        lambda state, slot: refuse(state, slot, 1.0),
     ],
 )
 def test_a_connection_that_ends_with_a_refusal_before_any_answer_is_a_failure(accuse):
     state = make()
-    (entry,) = open_some(state, 1)
-    entry.answered, entry.connection.lost = False, True
-    accuse(state, entry)
-    assert entry.retired == "lost"
+    (slot,) = open_some(state, 1)
+    slot.answered, slot.connection.lost = False, True
+    accuse(state, slot)
+    assert slot.retired == "lost"
     assert state.attempts.failures == 1
 
 
 def test_a_server_that_cannot_be_had_is_asked_on_that_connection_at_once():
     state = make()
-    (entry,) = open_some(state, 1)
-    state.unavailable(entry, 1.0)
-    assert state.to_probe == [entry]
-    assert entry.suspected_at == 1.0
+    (slot,) = open_some(state, 1)
+    state.unavailable(slot, 1.0)
+    assert state.to_probe == [slot]
+    assert slot.suspected_at == 1.0
 
 
 def test_a_suspect_whose_probe_is_refused_is_refused():
     state = make()
-    (entry,) = open_some(state, 1)
-    state.suspect(entry, 1.0)
-    refuse(state, entry, 1.1)
-    assert list(state.outage.refused) == [entry]
-    assert entry.retired is None
+    (slot,) = open_some(state, 1)
+    state.suspect(slot, 1.0)
+    refuse(state, slot, 1.1)
+    assert list(state.outage.refused) == [slot]
+    assert slot.retired is None
 
 
 def test_a_connection_whose_health_check_is_refused_gets_no_lease():
     state = make()
-    (entry,) = open_some(state, 1)
-    refuse(state, entry, 1.1, began=1.0)
-    assert not state.take(Lease(), 1.1)
+    (slot,) = open_some(state, 1)
+    refuse(state, slot, 1.1, began=1.0)
+    assert not state.take(Claim(), 1.1)
     assert state.status().suspect == 1
-    assert (entry.suspected_at, entry.refusals) == (1.0, 1)
+    assert (slot.suspected_at, slot.refusals) == (1.0, 1)
 
 
 def test_a_refused_connection_that_leaves_is_not_probed_again():
     state = make()
-    (entry,) = open_some(state, 1)
-    assert state.take(Lease(), 0.0)
-    state.refused(entry, 1.0)
-    state.retire(entry, "drain")
+    (slot,) = open_some(state, 1)
+    assert state.take(Claim(), 0.0)
+    state.refused(slot, 1.0)
+    state.retire(slot, "drain")
     assert due(state, 1.0) == []
     assert state.outage.next_at(1.0) == float("inf")
 
 
 def test_a_refused_connection_that_answers_a_call_but_no_probe_gets_another_probe():
     state = make()
-    (entry,) = open_some(state, 1)
-    state.refused(entry, 1.0)
-    entry.proven_at = 1.5
-    state.unanswered(entry, 6.0)
-    assert state.to_probe == [entry]
+    (slot,) = open_some(state, 1)
+    state.refused(slot, 1.0)
+    slot.proven_at = 1.5
+    state.unanswered(slot, 6.0)
+    assert state.to_probe == [slot]
     assert not state.outage.refused, "it would be probed twice"
-    assert entry.retired is None
+    assert slot.retired is None
 
 
 def test_a_refused_connection_that_answers_nothing_is_closed():
     state = make()
-    (entry,) = open_some(state, 1)
-    state.refused(entry, 1.0)
-    state.unanswered(entry, 6.0)
-    assert entry.retired == "unhealthy"
+    (slot,) = open_some(state, 1)
+    state.refused(slot, 1.0)
+    state.unanswered(slot, 6.0)
+    assert slot.retired == "unhealthy"
     assert not state.outage.refused
 
 
 def test_a_refused_connection_that_is_lost_is_forgotten():
     state = make()
-    entry, other = open_some(state, 2)
-    state.refused(entry, 1.0)
+    slot, other = open_some(state, 2)
+    state.refused(slot, 1.0)
     state.refused(other, 1.0)
-    state.lost(entry, "lost", 2.0)
+    state.lost(slot, "lost", 2.0)
     assert list(state.outage.refused) == [other]
     assert state.status().total == 1
 
@@ -204,8 +204,8 @@ def test_a_refused_connection_that_is_lost_is_forgotten():
 
 def test_pauses_between_refused_probes_grow_up_to_a_limit():
     state = make()
-    (entry,) = open_some(state, 1)
-    state.refused(entry, 1.0)
+    (slot,) = open_some(state, 1)
+    state.refused(slot, 1.0)
     made = run(state, 3.0, 1.0)
     pauses = [b - a for a, b in itertools.pairwise(made)]
     assert pauses == pytest.approx([0.05, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3], abs=1e-4)
@@ -215,59 +215,59 @@ def test_pauses_between_refused_probes_grow_up_to_a_limit():
 @pytest.mark.parametrize("count", [1, 3, 10])
 def test_in_an_outage_at_most_four_probes_a_second_are_made_of_all_in_turn(count):
     state = make()
-    entries = open_some(state, count)
-    for entry in entries:
-        state.refused(entry, 1.0)
+    slots = open_some(state, count)
+    for slot in slots:
+        state.refused(slot, 1.0)
     made = run(state, 3.0, 1.0)
     assert len(made) <= 3 + 2 * 4
     later = run(state, 33.0, 3.0)
     assert 30 * 3 <= len(later) <= 30 * 4
-    assert max(e.refusals for e in entries) - min(e.refusals for e in entries) <= 3
+    assert max(e.refusals for e in slots) - min(e.refusals for e in slots) <= 3
 
 
 def test_those_that_were_refused_by_no_call_are_probed_at_once_a_few_at_a_time():
     state = make()
-    entries = open_some(state, 6)
-    state.refused(entries[0], 1.0)
+    slots = open_some(state, 6)
+    state.refused(slots[0], 1.0)
     refuse(state, *due(state, 1.0), 1.1, began=1.0)
-    assert set(state.outage.refused) == set(entries)
+    assert set(state.outage.refused) == set(slots)
     assert not state.ready
     first = due(state, 1.1)
     assert len(first) == AT_ONCE == 2
-    assert entries[0] not in first
+    assert slots[0] not in first
     answer(state, first[0], 1.2)
     assert due(state, 1.2) != []
 
 
 def test_what_was_proven_after_the_refusal_is_not_doubted():
     state = make()
-    entry, answering, silent = open_some(state, 3)
-    state.refused(entry, 1.0)
+    slot, answering, silent = open_some(state, 3)
+    state.refused(slot, 1.0)
     answering.proven_at = 1.05
     refuse(state, *due(state, 1.0), 1.1, began=1.0)
     assert not state.outage.is_silent
-    assert list(state.outage.refused) == [entry]
+    assert list(state.outage.refused) == [slot]
     assert {*state.ready} == {answering, silent}
 
 
 def test_a_connection_proven_in_the_moment_of_a_refusal_is_doubted():
     state = make()
-    entry, other = open_some(state, 2, now=1.0)
-    state.refused(entry, 1.0)
-    refuse(state, entry, 1.1)
+    slot, other = open_some(state, 2, now=1.0)
+    state.refused(slot, 1.0)
+    refuse(state, slot, 1.1)
     assert state.outage.is_silent
     assert other.suspect
 
 
 def test_a_refused_connection_is_well_only_if_its_answer_is_newer_than_the_refusal():
     state = make()
-    entry, refused, answering = open_some(state, 3)
-    state.refused(entry, 1.0)
+    slot, refused, answering = open_some(state, 3)
+    state.refused(slot, 1.0)
     state.refused(refused, 1.0)
     refused.proven_at, answering.proven_at = 1.0, 1.2
-    refuse(state, entry, 1.3)
+    refuse(state, slot, 1.3)
     assert not state.outage.is_silent
-    assert set(state.outage.refused) == {entry, refused}
+    assert set(state.outage.refused) == {slot, refused}
 
 
 @pytest.mark.parametrize("at", [1.0, 1.05, 1.1])
@@ -312,19 +312,19 @@ def test_a_connection_that_is_refused_for_long_beside_others_ends_no_silence():
 
 def test_a_few_refused_beside_others_share_four_probes_a_second():
     state = make()
-    entries = open_some(state, 10)
-    for entry in entries[:5]:
-        state.refused(entry, 1.0)
-    well, now, made = entries[9], 1.0, []
+    slots = open_some(state, 10)
+    for slot in slots[:5]:
+        state.refused(slot, 1.0)
+    well, now, made = slots[9], 1.0, []
     while now < 31.0:
         well.proven_at = now
-        for entry in due(state, now):
+        for slot in due(state, now):
             made.append(now)
-            (refuse if entry in entries[:5] else answer)(state, entry, now)
+            (refuse if slot in slots[:5] else answer)(state, slot, now)
         now += 0.01
     later = [at for at in made if at > 11.0]
     assert 20 * 2 <= len(later) <= 20 * 4
-    assert set(state.outage.refused) == set(entries[:5])
+    assert set(state.outage.refused) == set(slots[:5])
 
 
 def test_pauses_of_a_connection_that_is_refused_beside_others_grow_up_to_a_limit():
@@ -345,15 +345,15 @@ def test_pauses_of_a_connection_that_is_refused_beside_others_grow_up_to_a_limit
 def test_the_last_of_several_that_are_refused_does_not_wait_for_the_turns_of_others():
     state = make()
     *refused, well = open_some(state, 6)
-    for entry in refused:
-        state.refused(entry, 1.0)
+    for slot in refused:
+        state.refused(slot, 1.0)
     well.proven_at = 1.05
     for _ in range(4):
-        for entry in refused:
-            refuse(state, entry, 1.05)
+        for slot in refused:
+            refuse(state, slot, 1.05)
     last, *others = refused
-    for entry in others:
-        answer(state, entry, 1.1)
+    for slot in others:
+        answer(state, slot, 1.1)
     refuse(state, last, 1.1)
     assert due(state, 1.1 + PAUSE - 0.01) == []
     assert due(state, 1.1 + PAUSE) == [last]
@@ -362,8 +362,8 @@ def test_the_last_of_several_that_are_refused_does_not_wait_for_the_turns_of_oth
 def test_there_is_nothing_to_do_before_a_probe_ends_while_the_most_are_under_way():
     state = make()
     *refused, well = open_some(state, AT_ONCE + 2)
-    for entry in refused:
-        state.refused(entry, 1.0)
+    for slot in refused:
+        state.refused(slot, 1.0)
     first, *_ = due(state, 1.0)
     assert state.outage.next_at(1.0) == 1.0 + OVERDUE
     well.proven_at = 1.1
@@ -373,11 +373,11 @@ def test_there_is_nothing_to_do_before_a_probe_ends_while_the_most_are_under_way
 
 def test_there_is_nothing_to_do_while_the_one_that_is_refused_is_being_probed():
     state = make()
-    (entry,) = open_some(state, 1)
-    state.refused(entry, 1.0)
-    refuse(state, entry, 1.0)
+    (slot,) = open_some(state, 1)
+    state.refused(slot, 1.0)
+    refuse(state, slot, 1.0)
     assert state.outage.is_silent
-    assert due(state, 1.1) == [entry]
+    assert due(state, 1.1) == [slot]
     assert state.outage.next_at(1.1) == 1.1 + OVERDUE
 
 
@@ -406,20 +406,20 @@ def test_probes_that_were_under_way_together_make_one_pause():
 
 def test_a_probe_that_hangs_keeps_no_other_from_being_made():
     state = make()
-    entries = open_some(state, 4)
-    for entry in entries:
-        state.refused(entry, 1.0)
-    for entry in due(state, 1.0):
-        refuse(state, entry, 1.0)
+    slots = open_some(state, 4)
+    for slot in slots:
+        state.refused(slot, 1.0)
+    for slot in due(state, 1.0):
+        refuse(state, slot, 1.0)
     found = [len(due(state, 1.1 + n * PAUSE)) for n in range(5)]
     assert found == [1, 1, 1, 1, 0]
 
 
 def test_with_the_first_answer_all_others_are_probed_again():
     state = make()
-    entries = open_some(state, 5)
-    for entry in entries:
-        state.refused(entry, 1.0)
+    slots = open_some(state, 5)
+    for slot in slots:
+        state.refused(slot, 1.0)
     run(state, 20.0, 1.0)
     (one,) = due(state, 21.0)
     assert due(state, 21.0) == []
@@ -430,13 +430,13 @@ def test_with_the_first_answer_all_others_are_probed_again():
 
 def test_with_the_first_answer_in_a_short_silence_the_others_are_probed_at_once():
     state = make()
-    entries = open_some(state, 3)
-    for entry in entries:
-        state.refused(entry, 1.0)
-        refuse(state, entry, 1.0)
+    slots = open_some(state, 3)
+    for slot in slots:
+        state.refused(slot, 1.0)
+        refuse(state, slot, 1.0)
     assert not state.outage.declared
-    answer(state, entries[0], 1.01)
-    assert set(due(state, 1.01)) == set(entries[1:])
+    answer(state, slots[0], 1.01)
+    assert set(due(state, 1.01)) == set(slots[1:])
 
 
 # -- an outage ----------------------------------------------------------------------
@@ -450,17 +450,17 @@ def test_a_pool_that_was_never_refused_has_no_error_and_fails_at_nothing():
 
 def test_it_is_an_outage_once_nothing_was_answered_for_a_while():
     state = make()
-    entries = open_some(state, 2)
-    for entry in entries:
-        state.refused(entry, 1.0)
-    assert not refuse(state, entries[0], 1.0 + GRACE - 0.01)
+    slots = open_some(state, 2)
+    for slot in slots:
+        state.refused(slot, 1.0)
+    assert not refuse(state, slots[0], 1.0 + GRACE - 0.01)
     assert not state.is_refused
     assert state.status().healthy
-    assert refuse(state, entries[1], 1.0 + GRACE)
+    assert refuse(state, slots[1], 1.0 + GRACE)
     assert state.is_refused
     assert state.error is ERROR
     assert not state.status().healthy
-    assert not refuse(state, entries[0], 5.0), "it is the same outage"
+    assert not refuse(state, slots[0], 5.0), "it is the same outage"
 
 
 def test_one_connection_that_was_not_refused_makes_it_no_outage():
@@ -476,73 +476,73 @@ def test_one_connection_that_was_not_refused_makes_it_no_outage():
 
 def outage(count=2, **options):
     state = make(**options)
-    entries = open_some(state, count)
-    for entry in entries:
-        state.refused(entry, 1.0)
-        refuse(state, entry, 2.0)
+    slots = open_some(state, count)
+    for slot in slots:
+        state.refused(slot, 1.0)
+        refuse(state, slot, 2.0)
     assert state.is_refused
-    return state, entries
+    return state, slots
 
 
 def test_the_first_answer_ends_an_outage():
-    state, entries = outage()
-    answer(state, entries[0], 3.0)
+    state, slots = outage()
+    answer(state, slots[0], 3.0)
     assert not state.outage.declared
     assert state.status().healthy
     assert state.status().failing is False
     assert state.error is ERROR, "the other one is refused still"
-    answer(state, entries[1], 3.1)
+    answer(state, slots[1], 3.1)
     assert state.error is None
 
 
 def test_a_call_that_is_answered_ends_an_outage():
-    state, entries = outage()
-    entries[0].proven_at = 2.0
-    state.refused(entries[1], 3.1)
+    state, slots = outage()
+    slots[0].proven_at = 2.0
+    state.refused(slots[1], 3.1)
     assert state.outage.declared, "it was answered before"
-    entries[0].proven_at = 3.0
-    state.refused(entries[1], 3.1)
+    slots[0].proven_at = 3.0
+    state.refused(slots[1], 3.1)
     assert state.status().failing is False
 
 
 def test_an_outage_lasts_while_its_connections_are_lost_and_made_again():
-    state, entries = outage()
-    for entry in entries:
-        state.lost(entry, "lost", 3.0)
+    state, slots = outage()
+    for slot in slots:
+        state.lost(slot, "lost", 3.0)
     assert not state.is_refused, "an attempt may help"
     assert not state.status().healthy
-    for entry in entries:
-        state.closed(entry)
+    for slot in slots:
+        state.closed(slot)
     assert state.shortfall(tokens=0, now=3.0) == 1, "one, to find the end of it"
-    entry = state.begin(3.0)
-    state.connected(entry, Link(), 3.1)
-    refuse(state, entry, 3.1, began=3.05)
+    slot = state.begin(3.0)
+    state.connected(slot, Link(), 3.1)
+    refuse(state, slot, 3.1, began=3.05)
     assert state.is_refused
     assert due(state, 3.1 + PAUSE - 0.01) == [], "as long as that of the others"
-    assert due(state, 3.1 + PAUSE) == [entry]
+    assert due(state, 3.1 + PAUSE) == [slot]
 
 
 def test_in_an_outage_no_connection_is_reaped_or_replaced():
-    state, entries = outage(max_idle_time=10, max_lifetime=0)
+    state, slots = outage(max_idle_time=10, max_lifetime=0)
     state.reap(100.0)
-    state.rotation.drain(entries)
-    state.rotate()
+    state.rotation.drain(slots)
+    state.retire_expired()
     assert state.shortfall(tokens=0, now=100.0) == 0
     assert not state.to_close
-    for entry in entries:
-        answer(state, entry, 100.0)
+    for slot in slots:
+        answer(state, slot, 100.0)
     state.reap(200.0)
     assert len(state.to_close) == 2
 
 
 def test_while_nothing_is_answered_attempts_are_rare_and_single():
     state = make(max_connections=5)
-    (entry,) = open_some(state, 1)
+    (slot,) = open_some(state, 1)
     for _ in range(3):
-        state.enqueue(Lease())
-    state.refused(entry, 1.0)
+        state.enqueue(Claim())
+    state.refused(slot, 1.0)
     assert state.shortfall(tokens=3, now=1.0) == 2
-    refuse(state, entry, 1.0)
+    refuse(state, slot, 1.0)
     assert state.shortfall(tokens=3, now=1.0) == 1
     attempt = state.begin(1.0)
     assert state.next_attempt() == 1.0 + ATTEMPT
@@ -550,7 +550,7 @@ def test_while_nothing_is_answered_attempts_are_rare_and_single():
     state.attempts.cancelled(attempt)
     assert state.shortfall(tokens=3, now=1.5) == 0
     assert state.shortfall(tokens=3, now=1.0 + ATTEMPT) == 1
-    answer(state, entry, 1.6)
+    answer(state, slot, 1.6)
     assert state.shortfall(tokens=3, now=1.6) == 2
 
 
@@ -562,7 +562,7 @@ def test_callers_are_overdue_if_no_probe_ends_for_a_while():
 
 
 def test_a_clock_that_is_set_back_delays_nothing_for_long():
-    state, entries = outage()
+    state, slots = outage()
     state.begin(2.0)
     now = -1000.0
     assert state.outage.next_at(now) <= now + OVERDUE
@@ -570,19 +570,19 @@ def test_a_clock_that_is_set_back_delays_nothing_for_long():
     state.shortfall(tokens=0, now=now)
     assert state.next_attempt() <= now + ATTEMPT
     assert state.outage.is_overdue(now)
-    answer(state, entries[0], now)
-    state.refused(entries[0], now)
+    answer(state, slots[0], now)
+    state.refused(slots[0], now)
     for step in range(10):
-        refuse(state, entries[0], now + step)
-        refuse(state, entries[1], now + step)
+        refuse(state, slots[0], now + step)
+        refuse(state, slots[1], now + step)
     assert state.is_refused
 
 
 def test_a_pause_that_is_longer_than_twice_the_longest_is_of_a_clock_set_back():
-    state, (entry,) = outage(1)
-    refuse(state, entry, 3.0)
+    state, (slot,) = outage(1)
+    refuse(state, slot, 3.0)
     assert due(state, 3.0 - 0.9 * PAUSE) == []
-    assert due(state, 3.0 - 1.5 * PAUSE) == [entry]
+    assert due(state, 3.0 - 1.5 * PAUSE) == [slot]
 
 
 # -- connections that end -----------------------------------------------------------
@@ -591,16 +591,16 @@ def test_a_pause_that_is_longer_than_twice_the_longest_is_of_a_clock_set_back():
 def lost(*, answered=False, lived=100.0, reason="lost", **history):
     """Return a state one of whose connections ended after that."""
     state = make()
-    (entry,) = open_some(state, 1)
-    entry.answered = answered
+    (slot,) = open_some(state, 1)
+    slot.answered = answered
     if history.get("leased"):
-        assert state.take(Lease(), 0.0)
+        assert state.take(Claim(), 0.0)
     if history.get("refused"):
-        state.refused(entry, 1.0)
+        state.refused(slot, 1.0)
     if history.get("broken"):
-        state.broke(entry, lived)
-    state.lost(entry, reason, lived)
-    return state, entry
+        state.broke(slot, lived)
+    state.lost(slot, reason, lived)
+    return state, slot
 
 
 @pytest.mark.parametrize(
@@ -620,8 +620,8 @@ def lost(*, answered=False, lived=100.0, reason="lost", **history):
 def test_a_connection_that_never_answered_fails_unless_it_ends_idle_and_late(
     history, failed
 ):
-    state, entry = lost(**history)
-    assert state.unanswered_ends == [entry] * failed
+    state, slot = lost(**history)
+    assert state.unanswered_ends == [slot] * failed
     assert state.attempts.failures == failed
     assert state.first_unanswered is failed
     if failed:
@@ -631,17 +631,17 @@ def test_a_connection_that_never_answered_fails_unless_it_ends_idle_and_late(
 
 def test_the_error_of_a_connection_that_never_answered_says_what_it_said_last():
     state = make()
-    (entry,) = open_some(state, 1)
-    entry.answered, entry.last_error = False, "Socket closed"
-    state.lost(entry, "lost", 0.0)
+    (slot,) = open_some(state, 1)
+    slot.answered, slot.last_error = False, "Socket closed"
+    state.lost(slot, "lost", 0.0)
     assert str(state.attempts.error).endswith(": Socket closed")
 
 
 def test_the_error_names_no_more_than_is_known():
     state = PoolState(make().options, lambda: 1.0)
-    (entry,) = open_some(state, 1)
-    entry.answered = False
-    state.lost(entry, "lost", 0.0)
+    (slot,) = open_some(state, 1)
+    slot.answered = False
+    state.lost(slot, "lost", 0.0)
     assert str(state.attempts.error) == (
         "cannot connect to the server: a connection was made, and ended before "
         "anything was answered on it, or with the first answer"
@@ -651,17 +651,17 @@ def test_the_error_names_no_more_than_is_known():
 def test_the_first_end_without_an_answer_stays_news_until_it_is_told():
     state = make()
     for _ in range(2):
-        entry = state.begin(0.0)
-        state.connected(entry, Link(), 0.0)
-        state.lost(entry, "lost", 0.1)
+        slot = state.begin(0.0)
+        state.connected(slot, Link(), 0.0)
+        state.lost(slot, "lost", 0.1)
         assert state.first_unanswered
 
 
 def test_only_the_first_of_those_that_end_unanswered_is_news():
     state = make()
-    for entry in open_some(state, 3):
-        entry.answered = False
-        state.lost(entry, "lost", 0.1)
+    for slot in open_some(state, 3):
+        slot.answered = False
+        state.lost(slot, "lost", 0.1)
         assert state.first_unanswered is (len(state.unanswered_ends) == 1)
         state.first_unanswered = False
 
@@ -669,12 +669,12 @@ def test_only_the_first_of_those_that_end_unanswered_is_news():
 def test_a_newer_connection_that_answered_ends_the_row_of_unanswered_ones():
     state = make()
     for now in (0.0, 1.0):
-        (entry,) = open_some(state, 1, now)
-        entry.answered = False
-        state.lost(entry, "lost", now)
+        (slot,) = open_some(state, 1, now)
+        slot.answered = False
+        state.lost(slot, "lost", now)
     assert state.attempts.unanswered == 2
     open_some(state, 1, 2.0)
-    (entry,) = open_some(state, 1, 3.0)
-    entry.answered = False
-    state.lost(entry, "lost", 3.0)
+    (slot,) = open_some(state, 1, 3.0)
+    slot.answered = False
+    state.lost(slot, "lost", 3.0)
     assert state.attempts.unanswered == 1

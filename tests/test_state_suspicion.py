@@ -6,8 +6,8 @@ import pytest
 
 from fastapi_topaz import ConnectionPool
 from fastapi_topaz._pool.state.attempts import BRIEF
-from fastapi_topaz._pool.state.entry import Lease
 from fastapi_topaz._pool.state.pool_state import PoolState
+from fastapi_topaz._pool.state.slot import Claim
 
 
 class Link:
@@ -23,9 +23,9 @@ def make(**options):
 
 
 def open_one(state, now=0.0):
-    entry = state.attempts.begin(now)
-    state.connected(entry, Link(), now)
-    return entry
+    slot = state.attempts.begin(now)
+    state.connected(slot, Link(), now)
+    return slot
 
 
 def open_some(state, count):
@@ -33,20 +33,20 @@ def open_some(state, count):
 
 
 def taken(state, now=0.0):
-    lease = Lease()
-    assert state.take(lease, now)
-    return lease
+    claim = Claim()
+    assert state.take(claim, now)
+    return claim
 
 
 def probes(state):
     """Return the entries that are to be probed now, and forget them."""
-    entries = list(state.to_probe)
+    slots = list(state.to_probe)
     state.to_probe.clear()
-    return entries
+    return slots
 
 
-def suspects(*entries):
-    return [entry.suspect for entry in entries]
+def suspects(*slots):
+    return [slot.suspect for slot in slots]
 
 
 # -- suspects -----------------------------------------------------------------------
@@ -54,31 +54,31 @@ def suspects(*entries):
 
 def test_a_suspect_is_not_leased_until_a_probe_is_answered():
     state = make()
-    entry = open_one(state)
-    state.suspect(entry, 1.0)
-    assert not state.take(Lease(), 1.0)
+    slot = open_one(state)
+    state.suspect(slot, 1.0)
+    assert not state.take(Claim(), 1.0)
     assert state.status().healthy_connections == 0
-    state.answered(entry, 2.0)
-    assert taken(state, 2.0).entry is entry
+    state.answered(slot, 2.0)
+    assert taken(state, 2.0).slot is slot
 
 
 def test_a_suspect_is_probed_at_once_and_once():
     state = make()
-    entry = open_one(state)
-    state.suspect(entry, 1.0)
-    state.suspect(entry, 2.0)
-    assert probes(state) == [entry]
-    assert entry.suspected_at == 1.0
+    slot = open_one(state)
+    state.suspect(slot, 1.0)
+    state.suspect(slot, 2.0)
+    assert probes(state) == [slot]
+    assert slot.suspected_at == 1.0
 
 
 def test_a_suspect_whose_lease_comes_back_still_waits_for_its_probe():
     state = make()
-    entry = open_one(state)
-    lease = taken(state)
-    state.suspect(entry, 1.0)
-    state.give_back(lease, 1.0)
-    assert not state.take(Lease(), 1.0)
-    state.answered(entry, 1.0)
+    slot = open_one(state)
+    claim = taken(state)
+    state.suspect(slot, 1.0)
+    state.give_back(claim, 1.0)
+    assert not state.take(Claim(), 1.0)
+    state.answered(slot, 1.0)
     assert taken(state, 1.0)
 
 
@@ -89,35 +89,35 @@ def test_an_answer_makes_nothing_ready_that_is_full_or_about_to_go():
     state.retire(leaving, "drain")
     state.answered(full, 1.0)
     state.answered(leaving, 1.0)
-    assert not state.take(Lease(), 1.0)
-    for lease in leases:
-        state.give_back(lease, 1.0)
+    assert not state.take(Claim(), 1.0)
+    for claim in leases:
+        state.give_back(claim, 1.0)
     assert state.to_close == [leaving]
-    assert taken(state, 1.0).entry is full
+    assert taken(state, 1.0).slot is full
 
 
 def test_what_is_about_to_go_is_not_suspected_any_more():
     state = make()
-    entry = open_one(state)
+    slot = open_one(state)
     taken(state)
-    state.retire(entry, "drain")
+    state.retire(slot, "drain")
     for accuse in (state.suspect, state.broke, state.timed_out, state.unanswered):
-        accuse(entry, 1.0)
+        accuse(slot, 1.0)
     assert probes(state) == []
-    assert entry.retired == "drain"
+    assert slot.retired == "drain"
 
 
 def test_a_call_that_ends_after_its_connection_was_closed_accuses_nothing():
     state = make()
-    entry = open_one(state)
-    state.retire(entry, "idle")
-    state.closed(entry)
+    slot = open_one(state)
+    state.retire(slot, "idle")
+    state.closed(slot)
     for accuse in (state.suspect, state.broke, state.timed_out, state.unanswered):
-        accuse(entry, 1.0)
-    state.answered(entry, 2.0)
-    assert not entry.suspect
-    assert state.to_close == [entry]
-    assert not state.take(Lease(), 2.0)
+        accuse(slot, 1.0)
+    state.answered(slot, 2.0)
+    assert not slot.suspect
+    assert state.to_close == [slot]
+    assert not state.take(Claim(), 2.0)
 
 
 # -- probes -------------------------------------------------------------------------
@@ -125,58 +125,58 @@ def test_a_call_that_ends_after_its_connection_was_closed_accuses_nothing():
 
 def test_a_first_failed_probe_makes_suspect_and_asks_for_a_second_one_at_once():
     state = make()
-    entry, other = open_some(state, 2)
-    state.unanswered(entry, 1.0)
-    assert suspects(entry, other) == [True, False]
-    assert entry.retired is None
-    assert probes(state) == [entry]
+    slot, other = open_some(state, 2)
+    state.unanswered(slot, 1.0)
+    assert suspects(slot, other) == [True, False]
+    assert slot.retired is None
+    assert probes(state) == [slot]
 
 
 def test_the_second_failed_probe_retires():
     state = make()
-    entry = open_one(state)
-    state.unanswered(entry, 1.0)
-    state.unanswered(entry, 2.0)
-    assert entry.retired == "unhealthy"
-    assert state.to_close == [entry]
+    slot = open_one(state)
+    state.unanswered(slot, 1.0)
+    state.unanswered(slot, 2.0)
+    assert slot.retired == "unhealthy"
+    assert state.to_close == [slot]
 
 
 def test_an_answer_between_two_failed_probes_makes_up_for_the_first():
     state = make()
-    entry = open_one(state)
-    state.unanswered(entry, 1.0)
-    state.answered(entry, 2.0)
-    state.unanswered(entry, 30.0)
-    assert entry.retired is None
+    slot = open_one(state)
+    state.unanswered(slot, 1.0)
+    state.answered(slot, 2.0)
+    state.unanswered(slot, 30.0)
+    assert slot.retired is None
 
 
 def test_one_failed_probe_is_the_end_of_what_a_call_had_made_suspect():
     state = make()
-    entry = open_one(state)
-    state.suspect(entry, 1.0)
-    state.unanswered(entry, 2.0)
-    assert entry.retired == "unhealthy"
+    slot = open_one(state)
+    state.suspect(slot, 1.0)
+    state.unanswered(slot, 2.0)
+    assert slot.retired == "unhealthy"
 
 
 def test_an_unhealthy_connection_closes_when_its_last_lease_is_back():
     state = make()
-    entry = open_one(state)
-    lease = taken(state)
-    state.unanswered(entry, 1.0)
-    state.unanswered(entry, 2.0)
+    slot = open_one(state)
+    claim = taken(state)
+    state.unanswered(slot, 1.0)
+    state.unanswered(slot, 2.0)
     assert state.to_close == []
     assert state.status().leaving == 1
-    state.give_back(lease, 3.0)
-    assert state.to_close == [entry]
+    state.give_back(claim, 3.0)
+    assert state.to_close == [slot]
 
 
 def test_an_unhealthy_connection_makes_those_suspect_that_have_not_answered_since():
     state = make()
-    entry, silent, answering = open_some(state, 3)
-    state.unanswered(entry, 1.0)
+    slot, silent, answering = open_some(state, 3)
+    state.unanswered(slot, 1.0)
     answering.proven_at = 1.5
     probes(state)
-    state.unanswered(entry, 2.0)
+    state.unanswered(slot, 2.0)
     assert suspects(silent, answering) == [True, False]
     assert probes(state) == [silent]
 
@@ -186,17 +186,17 @@ def test_an_unhealthy_connection_makes_those_suspect_that_have_not_answered_sinc
 
 def test_a_server_that_cannot_be_had_makes_its_own_connection_suspect_only():
     state = make()
-    entry, other = open_some(state, 2)
-    state.suspect(entry, 1.0)
-    assert suspects(entry, other) == [True, False]
+    slot, other = open_some(state, 2)
+    state.suspect(slot, 1.0)
+    assert suspects(slot, other) == [True, False]
 
 
 def test_a_broken_call_makes_all_siblings_suspect():
     state = make()
-    entries = open_some(state, 3)
-    state.broke(entries[0], 1.0)
-    assert suspects(*entries) == [True] * 3
-    assert set(probes(state)) == set(entries)
+    slots = open_some(state, 3)
+    state.broke(slots[0], 1.0)
+    assert suspects(*slots) == [True] * 3
+    assert set(probes(state)) == set(slots)
 
 
 def test_a_broken_connection_makes_its_siblings_suspect_once_and_not_once_per_call():
@@ -232,33 +232,33 @@ def test_what_answered_in_the_moment_of_the_break_is_not_suspected():
 
 def test_one_call_without_an_answer_is_no_reason_for_suspicion_but_two_are():
     state = make()
-    entry, other = open_some(state, 2)
-    state.timed_out(entry, 1.0)
-    assert suspects(entry, other) == [False, False]
-    state.timed_out(entry, 2.0)
-    assert suspects(entry, other) == [True, False]
-    assert probes(state) == [entry]
+    slot, other = open_some(state, 2)
+    state.timed_out(slot, 1.0)
+    assert suspects(slot, other) == [False, False]
+    state.timed_out(slot, 2.0)
+    assert suspects(slot, other) == [True, False]
+    assert probes(state) == [slot]
 
 
 def test_an_answer_between_two_calls_without_one_starts_the_count_anew():
     state = make()
-    entry = open_one(state)
-    state.timed_out(entry, 1.0)
-    entry.proven_at = 1.5
-    state.timed_out(entry, 2.0)
-    assert not entry.suspect
-    state.timed_out(entry, 3.0)
-    assert entry.suspect
+    slot = open_one(state)
+    state.timed_out(slot, 1.0)
+    slot.proven_at = 1.5
+    state.timed_out(slot, 2.0)
+    assert not slot.suspect
+    state.timed_out(slot, 3.0)
+    assert slot.suspect
 
 
 def test_a_slow_server_is_cleared_by_its_probe():
     state = make()
-    entry = open_one(state)
-    state.timed_out(entry, 1.0)
-    state.timed_out(entry, 2.0)
-    state.answered(entry, 2.5)
-    state.timed_out(entry, 3.0)
-    assert not entry.suspect
+    slot = open_one(state)
+    state.timed_out(slot, 1.0)
+    state.timed_out(slot, 2.0)
+    state.answered(slot, 2.5)
+    state.timed_out(slot, 3.0)
+    assert not slot.suspect
 
 
 # -- proven too long ago ------------------------------------------------------------
@@ -266,13 +266,13 @@ def test_a_slow_server_is_cleared_by_its_probe():
 
 def test_after_a_jump_of_the_clock_connections_are_suspected_instead_of_leased():
     state = make(health_check_interval=30, health_check_timeout=5)
-    entries = open_some(state, 2)
-    assert not state.take(Lease(), 70.1)
-    waiter = Lease()
+    slots = open_some(state, 2)
+    assert not state.take(Claim(), 70.1)
+    waiter = Claim()
     state.enqueue(waiter)
     assert state.serve(tokens=1, now=70.1) == []
-    assert set(probes(state)) == set(entries)
-    state.answered(entries[0], 70.2)
+    assert set(probes(state)) == set(slots)
+    state.answered(slots[0], 70.2)
     assert state.serve(tokens=1, now=70.2) == [waiter]
 
 
@@ -286,9 +286,9 @@ def test_those_who_wait_get_what_was_proven_since():
     state = make(health_check_interval=30, health_check_timeout=5)
     proven, stale = open_some(state, 2)
     proven.proven_at = 60.0
-    state.enqueue(Lease())
+    state.enqueue(Claim())
     (served,) = state.serve(tokens=1, now=80.0)
-    assert served.entry is proven
+    assert served.slot is proven
     assert probes(state) == [stale]
 
 
@@ -305,9 +305,9 @@ def test_a_lost_connection_is_not_leased_but_closed():
     state = make()
     well, lost = open_some(state, 2)
     lost.connection.lost = True
-    lease = Lease()
-    assert state.take(lease, 1.0)
-    assert lease.entry is well
+    claim = Claim()
+    assert state.take(claim, 1.0)
+    assert claim.slot is well
     assert lost.retired == "lost"
     assert state.to_close == [lost]
     assert probes(state) == []
@@ -317,45 +317,45 @@ def test_a_lost_connection_is_noticed_when_it_is_looked_at():
     state = make()
     well, lost = open_some(state, 2)
     lost.connection.lost = True
-    assert [state.look_at(entry, 1.0) for entry in (well, lost)] == [False, True]
+    assert [state.retire_if_lost(slot, 1.0) for slot in (well, lost)] == [False, True]
     assert state.to_close == [lost]
 
 
 def test_a_connection_that_cannot_tell_is_not_lost():
     state = make()
-    entry = state.attempts.begin(0.0)
-    state.connected(entry, object(), 0.0)
-    assert not state.look_at(entry, 1.0)
+    slot = state.attempts.begin(0.0)
+    state.connected(slot, object(), 0.0)
+    assert not state.retire_if_lost(slot, 1.0)
     assert taken(state, 1.0)
 
 
 def test_a_suspect_that_is_lost_needs_no_probe():
     state = make()
-    entry, sibling = open_some(state, 2)
-    entry.connection.lost = sibling.connection.lost = True
-    state.broke(entry, 1.0)
+    slot, sibling = open_some(state, 2)
+    slot.connection.lost = sibling.connection.lost = True
+    state.broke(slot, 1.0)
     assert probes(state) == []
-    assert set(state.to_close) == {entry, sibling}
+    assert set(state.to_close) == {slot, sibling}
 
 
 def test_a_lost_connection_closes_when_its_last_lease_is_back():
     state = make()
-    entry = open_one(state)
-    lease = taken(state)
-    state.lost(entry, "lost", 1.0)
-    state.lost(entry, "unhealthy", 1.0)
+    slot = open_one(state)
+    claim = taken(state)
+    state.lost(slot, "lost", 1.0)
+    state.lost(slot, "unhealthy", 1.0)
     assert state.to_close == []
-    state.give_back(lease, 2.0)
-    assert state.to_close == [entry]
-    assert entry.retired == "lost"
+    state.give_back(claim, 2.0)
+    assert state.to_close == [slot]
+    assert slot.retired == "lost"
 
 
 @pytest.mark.parametrize("lived, wanted", [(BRIEF - 0.1, 0), (BRIEF, 1)])
 def test_only_a_connection_that_lived_long_is_replaced_at_once(lived, wanted):
     state = make()
-    entry = open_one(state, 10.0)
-    state.enqueue(Lease())
-    state.lost(entry, "lost", 10.0 + lived)
+    slot = open_one(state, 10.0)
+    state.enqueue(Claim())
+    state.lost(slot, "lost", 10.0 + lived)
     assert state.shortfall(tokens=1, now=10.0 + lived) == wanted
 
 
@@ -371,28 +371,28 @@ def test_a_connection_that_cannot_tell_whether_it_is_lost_is_asked_once():
             raise OSError("no idea")
 
     state = make()
-    entry = state.attempts.begin(0.0)
-    state.connected(entry, Odd(), 0.0)
+    slot = state.attempts.begin(0.0)
+    state.connected(slot, Odd(), 0.0)
     for _ in range(3):
-        assert entry.is_gone() is False
+        assert slot.is_gone() is False
     assert len(asked) == 1
-    assert entry.is_lost is None
-    assert entry.last_error == "is_lost() raised OSError"
+    assert slot.is_lost is None
+    assert slot.last_error == "is_lost() raised OSError"
 
 
 def test_a_call_that_timed_out_as_another_was_answered_counts():
     state = make()
-    entry = open_one(state)
-    entry.proven_at = 5.0
-    state.timed_out(entry, 5.0)
-    assert suspects(entry) == [False]
-    state.timed_out(entry, 6.0)
-    assert suspects(entry) == [True]
+    slot = open_one(state)
+    slot.proven_at = 5.0
+    state.timed_out(slot, 5.0)
+    assert suspects(slot) == [False]
+    state.timed_out(slot, 6.0)
+    assert suspects(slot) == [True]
 
 
 def test_an_answer_of_the_moment_of_the_suspicion_does_not_excuse():
     state = make()
-    entry = open_one(state)
-    state.suspect(entry, 0.0)
-    state.unanswered(entry, 1.0)
-    assert entry.retired == "unhealthy"
+    slot = open_one(state)
+    state.suspect(slot, 0.0)
+    state.unanswered(slot, 1.0)
+    assert slot.retired == "unhealthy"

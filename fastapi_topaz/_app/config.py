@@ -23,8 +23,8 @@ from fastapi_topaz._authorizer.options import (
 from fastapi_topaz._authorizer.pool import ConnectionPool
 from fastapi_topaz._authorizer.rego import check_name, check_reference
 from fastapi_topaz._authorizer.resource import EXACT
-from fastapi_topaz._checks import seconds, shown, text
-from fastapi_topaz._errors import kind_of, logged
+from fastapi_topaz._checks import check_seconds, check_text, safe_repr
+from fastapi_topaz._error_text import error_kind, log_text
 from fastapi_topaz._grpcio.endings import is_unprocessed
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._pool.readiness import is_ready
@@ -122,28 +122,28 @@ class TopazConfig(NotCopied):
         tracer_provider: TracerProvider | None = None,
     ) -> None:
         check_reference("policy_path_root", policy_path_root)
-        text("policy_instance_name", policy_instance_name)
-        text("policy_instance_label", policy_instance_label)
+        check_text("policy_instance_name", policy_instance_name)
+        check_text("policy_instance_label", policy_instance_label)
         _callable("identity_provider", identity_provider)
         if resource_context_provider is not None:
             _callable("resource_context_provider", resource_context_provider)
         if path_parameters not in ("typed", "text"):
             raise ValueError(
                 "path_parameters must be 'typed' or 'text', got "
-                f"{shown(path_parameters)}"
+                f"{safe_repr(path_parameters)}"
             )
         if connection_pool is None:
             connection_pool = ConnectionPool()
         elif not isinstance(connection_pool, ConnectionPool):
             raise TypeError(
                 "connection_pool must be a ConnectionPool, got "
-                f"{shown(connection_pool)}"
+                f"{safe_repr(connection_pool)}"
             )
         get_tracer = getattr(tracer_provider, "get_tracer", None)
         if tracer_provider is not None and not callable(get_tracer):
             raise TypeError(
                 "tracer_provider must be a TracerProvider, got "
-                f"{shown(tracer_provider)}"
+                f"{safe_repr(tracer_provider)}"
             )
         self.authorizer_options: AuthorizerOptions = AuthorizerOptions.coerce(
             authorizer_options
@@ -154,7 +154,7 @@ class TopazConfig(NotCopied):
         self.policy_instance_label = policy_instance_label
         self.resource_context_provider = resource_context_provider
         self.connection_pool = connection_pool
-        self.check_timeout: float = seconds(
+        self.check_timeout: float = check_seconds(
             "check_timeout", check_timeout, zero=False, infinite=False
         )
         self.path_parameters = path_parameters
@@ -208,7 +208,7 @@ class TopazConfig(NotCopied):
         Raises:
             TypeError, ValueError: *timeout* is not a number of seconds above 0.
         """
-        timeout = seconds("timeout", timeout, zero=False, infinite=False)
+        timeout = check_seconds("timeout", timeout, zero=False, infinite=False)
         try:
             return await is_ready(self.connection_pool, timeout)
         except Exception as error:  # noqa: BLE001  (a connector may raise anything)
@@ -216,9 +216,9 @@ class TopazConfig(NotCopied):
             outage = isinstance(error, TopazError) and not isinstance(error, PoolMisuse)
             self._log_limit.report(
                 logging.DEBUG if outage else logging.ERROR,
-                f"not ready: {kind_of(error)}",
+                f"not ready: {error_kind(error)}",
                 "not ready: %s",
-                logged(error),
+                log_text(error),
             )
             return False
 
@@ -417,7 +417,7 @@ def _pause_before(resent: int) -> float:
 
 def _callable(name: str, value: object) -> None:
     if not callable(value):
-        raise TypeError(f"{name} must be callable, got {shown(value)}")
+        raise TypeError(f"{name} must be callable, got {safe_repr(value)}")
 
 
 async def _result(value: Any) -> Any:

@@ -13,8 +13,8 @@ from starlette.requests import HTTPConnection  # noqa: TC002  (FastAPI reads it)
 from fastapi_topaz._app.config import TopazConfig
 from fastapi_topaz._app.routes import route_policy_path
 from fastapi_topaz._authorizer.rego import check_reference
-from fastapi_topaz._checks import shown
-from fastapi_topaz._errors import kind_of, logged
+from fastapi_topaz._checks import safe_repr
+from fastapi_topaz._error_text import error_kind, log_text
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz.exceptions import PoolMisuse, TopazError
 
@@ -167,7 +167,7 @@ async def _check(
         misuse = isinstance(error, PoolMisuse)
         limit.report(
             logging.ERROR if misuse else logging.WARNING,
-            f"no decision: {kind_of(error)}",
+            f"no decision: {error_kind(error)}",
             "no decision on %s: %s",
             *(policy_path, _reason(error, config.check_timeout)),
         )
@@ -199,7 +199,7 @@ def _code(error: Exception) -> Any:
 
 def _reason(error: Exception, timeout: float) -> str:
     if (code := _code(error)) is None:
-        return logged(error)
+        return log_text(error)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer within {timeout:g} s (check_timeout)"
     # Not the details: an authorizer may name the identity there.
@@ -209,4 +209,4 @@ def _reason(error: Exception, timeout: float) -> str:
 
 def _check_config(config: object) -> None:
     if not isinstance(config, TopazConfig):
-        raise TypeError(f"config must be a TopazConfig, got {shown(config)}")
+        raise TypeError(f"config must be a TopazConfig, got {safe_repr(config)}")

@@ -39,7 +39,7 @@ from fastapi_topaz._authorizer.answers import decided, decided_by_path
 from fastapi_topaz._authorizer.options import Identity, IdentityLike
 from fastapi_topaz._authorizer.rego import check_name, check_reference
 from fastapi_topaz._authorizer.resource import ResourceContext, fill, text_of
-from fastapi_topaz._checks import shown
+from fastapi_topaz._checks import safe_repr
 
 
 __all__ = [
@@ -119,7 +119,7 @@ def _non_empty(name: str, value: object) -> str:
 def _names(values: object, name: str = "decisions") -> list[str]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         # By its type: the arguments may be swapped, and hold a resource context.
-        given = shown(values) if isinstance(values, str) else type(values).__name__
+        given = safe_repr(values) if isinstance(values, str) else type(values).__name__
         raise TypeError(f"{name} must be a sequence of str, got {given}")
     for value in values:
         if not isinstance(value, str):
@@ -171,7 +171,7 @@ def policy_instance(name: str | None, label: str | None) -> PolicyInstance | Non
 def _identity_context(identity: Identity) -> IdentityContext:
     return IdentityContext(
         type=identity.type,  # type: ignore[arg-type]
-        identity=text_of("identity", identity.value or "", shown=False),
+        identity=text_of("identity", identity.value or "", safe_repr=False),
     )
 
 
@@ -301,7 +301,7 @@ class Subject:
         return QueryRequest(
             **self.fields(optional_path=True),
             query=_non_empty("query", query),
-            input=text_of("input", input_, shown=False),
+            input=text_of("input", input_, safe_repr=False),
             options=_options(options),
         )
 
@@ -317,7 +317,7 @@ class Subject:
         return CompileRequest(
             **self.fields(optional_path=True),
             query=_non_empty("query", query),
-            input=text_of("input", input_, shown=False),
+            input=text_of("input", input_, safe_repr=False),
             unknowns=_names(unknowns, "unknowns"),
             disable_inlining=_names(disable_inlining, "disable_inlining"),
             options=_options(options),

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import attrs
 
 from fastapi_topaz._authorizer.address import complete
-from fastapi_topaz._checks import flag, text
+from fastapi_topaz._checks import check_flag, check_text
 from fastapi_topaz._redaction import boundary, guarded
 from fastapi_topaz._rpc.target import Target
 
@@ -203,7 +203,7 @@ class AuthorizerOptions:
     insecure: bool = False
 
     def __attrs_post_init__(self) -> None:
-        text("url", self.url, optional=False)
+        check_text("url", self.url, optional=False)
         object.__setattr__(self, "url", complete(self.url))
         if isinstance(self.cert_file_path, os.PathLike):
             object.__setattr__(self, "cert_file_path", os.fspath(self.cert_file_path))
@@ -211,10 +211,10 @@ class AuthorizerOptions:
             if getattr(self, name) == "":
                 object.__setattr__(self, name, None)
         for name in ("tenant_id", "cert_file_path"):
-            text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         if self.api_key is not None and not isinstance(self.api_key, str):
             raise TypeError(f"api_key must be a str, got {type(self.api_key).__name__}")
-        text("api_key", self.api_key)
+        check_text("api_key", self.api_key)
         for name in ("tenant_id", "api_key"):
             value = getattr(self, name)
             if value is not None and not (value.isascii() and value.isprintable()):
@@ -222,7 +222,7 @@ class AuthorizerOptions:
                 raise ValueError(
                     f"{name} must be printable ASCII to be sent as a header"
                 )
-        flag("insecure", self.insecure)
+        check_flag("insecure", self.insecure)
         if self.insecure and self.cert_file_path is not None:
             raise ValueError(
                 "cert_file_path and insecure=True exclude each other, got "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi_topaz._authorizer.calls import AuthorizerCalls
 from fastapi_topaz._authorizer.options import AuthorizerOptions, AuthorizerOptionsLike
-from fastapi_topaz._checks import seconds, shown
+from fastapi_topaz._checks import check_seconds, safe_repr
 from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz._grpcio.endings import is_reset
 from fastapi_topaz._pool.acquire import Acquire, explain_missing_await
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
 
     from fastapi_topaz._pool.connector import Connector
-    from fastapi_topaz._pool.open_pool import Runtime
-    from fastapi_topaz._pool.owner_loop import Home
+    from fastapi_topaz._pool.open_pool import OpenPool
+    from fastapi_topaz._pool.owner_loop import OwnerLoop
     from fastapi_topaz._pool.state.status import PoolCounters, PoolStatus
     from fastapi_topaz._rpc.metadata import Metadata
 
@@ -111,25 +111,25 @@ class PooledConnection(AuthorizerCalls, Handle):
                 f"{connection!r} carries no gRPC calls: use the object itself, which "
                 "is the attribute `connection`"
             )
-        assert self._lease is not None  # noqa: S101  (connection would have raised)
-        entry = self._lease.entry
-        assert entry is not None  # noqa: S101
+        assert self._claim is not None  # noqa: S101  (connection would have raised)
+        slot = self._claim.slot
+        assert slot is not None  # noqa: S101
         try:
             response: bytes = await rpc(
                 method, request, timeout=timeout, metadata=propagated(metadata)
             )
         except Exception as error:
-            self._runtime.judge(entry, error)
+            self._open_pool.judge(slot, error)
             if is_reset(error):
-                self._runtime.state.failed()  # the connection is well, not the server
+                self._open_pool.state.failed()  # the connection is well, not the server
             raise
-        entry.proven_at = self._runtime.now()
-        entry.answered = True
+        slot.proven_at = self._open_pool.now()
+        slot.answered = True
         return response
 
 
 def _limit(timeout: float | None) -> float | None:
-    if timeout is None or seconds("timeout", timeout, infinite=False) > EVER:
+    if timeout is None or check_seconds("timeout", timeout, infinite=False) > EVER:
         return None
     return timeout
 
@@ -269,17 +269,19 @@ class ConnectionPool(Pool[PooledConnection]):
         )
         if connector is not None and not callable(getattr(connector, "connect", None)):
             raise TypeError(
-                f"connector must have a method connect(timeout), got {shown(connector)}"
+                "connector must have a method connect(timeout), got "
+                f"{safe_repr(connector)}"
             )
         get_meter = getattr(meter_provider, "get_meter", None)
         if meter_provider is not None and not callable(get_meter):
             raise TypeError(
-                f"meter_provider must be a MeterProvider, got {shown(meter_provider)}"
+                "meter_provider must be a MeterProvider, got "
+                f"{safe_repr(meter_provider)}"
             )
         if not isinstance(semantic_conventions, bool):
             raise TypeError(
                 "semantic_conventions must be True or False, got "
-                f"{shown(semantic_conventions)}"
+                f"{safe_repr(semantic_conventions)}"
             )
 
         report = partial(_report, meter_provider, name, semantic_conventions)
@@ -317,11 +319,11 @@ class ConnectionPool(Pool[PooledConnection]):
         self._authorizer_options = options
         self._connector = GrpcConnector(options.target)
 
-    def _start(self, home: Home, connector: Connector) -> Runtime:
-        runtime = super()._start(home, connector)
+    def _start(self, owner: OwnerLoop, connector: Connector) -> OpenPool:
+        open_pool = super()._start(owner, connector)
         if isinstance(connector, GrpcConnector):
-            connector.opened(runtime.label)
-        return runtime
+            connector.opened(open_pool.label)
+        return open_pool
 
 
 # As in `async with pool as conn:`.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 
-from fastapi_topaz._checks import shown
+from fastapi_topaz._checks import safe_repr
 
 
 __all__ = ["check_name", "check_reference", "join"]
@@ -94,7 +94,7 @@ def _part(segment: str) -> str:
 
 
 def _clipped(value: object) -> str:
-    text = shown(value)
+    text = safe_repr(value)
     if len(text) <= _SHOWN:
         return text
     return f"{text[:_SHOWN]}... ({len(text)} characters)"

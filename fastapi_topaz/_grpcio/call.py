@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-__all__ = ["Call", "is_direct", "kind", "learn"]
+__all__ = ["Call", "call_class", "detect_call_class", "is_direct"]
 
 
 logger = logging.getLogger("fastapi_topaz.transport")
@@ -203,39 +203,39 @@ class TaskCall:
 
 Call: TypeAlias = DirectCall | TaskCall
 
-_kind: type[DirectCall | TaskCall] | None = None
+_call_class: type[DirectCall | TaskCall] | None = None
 
 
-def learn(channel: Any) -> None:
+def detect_call_class(channel: Any) -> None:
     """Find out, once, how calls are made; in the event loop of *channel*."""
-    global _kind  # noqa: PLW0603  (what gRPC is like is a fact of the process)
-    if _kind is not None:
+    global _call_class  # noqa: PLW0603  (what gRPC is like is a fact of the process)
+    if _call_class is not None:
         return
     try:
         core = channel._channel.call(b"/", None, None, None)  # noqa: SLF001
         # Never begun: nothing is sent.
         core.unary_unary(b"", (), None).close()
         _ = core._initial_metadata, core._status  # noqa: SLF001
-        _kind = DirectCall
+        _call_class = DirectCall
     except (AttributeError, TypeError):
         # gRPC's inside is another one than that of 1.80 to 1.85.
-        _kind = TaskCall
+        _call_class = TaskCall
         logger.info(
             "gRPC %s has another inside than known: its own calls are used",
             grpc.__version__,
         )
 
 
-def kind() -> type[Call]:
+def call_class() -> type[Call]:
     """
     Return how calls are made: a class to be called with what the call is.
 
     The last argument is called with the call when it has ended, and not before the
     class has returned it.
     """
-    return _kind or TaskCall
+    return _call_class or TaskCall
 
 
 def is_direct() -> bool:
     """Say whether calls may be begun in another thread than that of their loop."""
-    return _kind is DirectCall
+    return _call_class is DirectCall

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi_topaz._grpcio.call import kind
+from fastapi_topaz._grpcio.call import call_class
 from fastapi_topaz._grpcio.endings import NotSent
 from fastapi_topaz._grpcio.failures import in_time
 from fastapi_topaz.exceptions import ConnectionLost
@@ -32,7 +32,7 @@ class Calls:
     """
 
     def __init__(self, channel: Any, target: str, metadata: Metadata) -> None:
-        self._kind = kind()
+        self._call_class = call_class()
         self._channel = channel
         self._target = target
         self._metadata = tuple(metadata)
@@ -61,7 +61,9 @@ class Calls:
         if self.closed:
             raise self.lost(method)
         pairs = (*self._metadata, *metadata) if metadata else self._metadata
-        call = self._kind(self._channel, method, request, timeout, pairs, self._ended)
+        call = self._call_class(
+            self._channel, method, request, timeout, pairs, self._ended
+        )
         self._waiting[call] = on_end
         return call
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from fastapi_topaz._grpcio.call import kind, learn
+from fastapi_topaz._grpcio.call import call_class, detect_call_class
 from fastapi_topaz._grpcio.calls import LAST_CALLS
 from fastapi_topaz._grpcio.certificates import root_certificates
 from fastapi_topaz._grpcio.failures import connect_failed, hung_up
@@ -91,7 +91,7 @@ def open_channel(target: Target, timeout: float) -> grpc.aio.Channel:
     else:
         credentials = grpc.ssl_channel_credentials(root_certificates(target))
         channel = grpc.aio.secure_channel(target.url, credentials, options=arguments)
-    learn(channel)
+    detect_call_class(channel)
     return channel
 
 
@@ -176,7 +176,9 @@ async def _raise_reason(channel: grpc.aio.Channel, target: Target) -> None:
     # call when this raises: with it an error would keep the closed channel, which then
     # goes on connecting for as long as somebody keeps the error.
     ended = asyncio.get_running_loop().create_future()
-    call = kind()(channel, target.probe, b"", 1, (), lambda _: ended.set_result(None))
+    call = call_class()(
+        channel, target.probe, b"", 1, (), lambda _: ended.set_result(None)
+    )
     try:
         await asyncio.wait([ended])
         outcome = call.outcome()

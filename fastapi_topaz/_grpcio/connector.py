@@ -10,7 +10,7 @@ from anyio.lowlevel import current_token
 
 from fastapi_topaz import _fork
 from fastapi_topaz._grpcio.certificates import root_certificates
-from fastapi_topaz._grpcio.link import Link
+from fastapi_topaz._grpcio.connection import GrpcConnection
 from fastapi_topaz._grpcio.loopback import is_loopback
 from fastapi_topaz._rpc.target import Target
 from fastapi_topaz.exceptions import ConnectFailed, PoolMisuse
@@ -84,7 +84,7 @@ class GrpcConnector:
 
     async def connect(self, timeout: float, /) -> RpcConnection:
         """
-        Open one connection; see `Link.open`.
+        Open one connection; see `GrpcConnection.open`.
 
         Raises:
             ConnectFailed: It could not be established, and why.
@@ -103,8 +103,8 @@ class GrpcConnector:
         except ValueError as error:
             raise ConnectFailed(str(error), reason="tls", permanent=True) from error
         if isinstance(current_token().native_token, asyncio.AbstractEventLoop):
-            return await Link.open(self._target, timeout)
+            return await GrpcConnection.open(self._target, timeout)
         # Here and not above: asyncio applications need no trio installed.
-        from fastapi_topaz._grpcio.on_trio import BridgedLink  # noqa: PLC0415
+        from fastapi_topaz._grpcio.trio_connection import TrioGrpcConnection  # noqa: PLC0415
 
-        return await BridgedLink.open(self._target, timeout)
+        return await TrioGrpcConnection.open(self._target, timeout)

@@ -93,17 +93,17 @@ class Acquire(NotAsync, Generic[H]):
         conn, self._conn = self._conn, None
         self._entered = False
         # Released inside the block already.
-        if conn is None or conn._lease is None:  # noqa: SLF001
+        if conn is None or conn._claim is None:  # noqa: SLF001
             return
         if exc_type is GeneratorExit and not _is_orderly_end(conn):
             # The task may be garbage. Its collection may interrupt the pool in the
             # midst of a change, so the loop gives the lease back in its own turn.
-            conn._runtime.home.call_soon(partial(self._give_back, conn))  # noqa: SLF001
+            conn._open_pool.owner.call_soon(partial(self._give_back, conn))  # noqa: SLF001
         else:
             self._pool._release(conn)  # noqa: SLF001
 
     def _give_back(self, conn: H) -> None:
-        if conn._lease is not None:  # noqa: SLF001
+        if conn._claim is not None:  # noqa: SLF001
             self._pool._release(conn)  # noqa: SLF001
 
     if not TYPE_CHECKING:  # see `_slips`
@@ -141,7 +141,7 @@ def _is_orderly_end(conn: Handle) -> bool:
     Garbage collection ends coroutines in the same way, at any moment: also while a
     function of the pool runs, which is then on the stack below.
     """
-    if not conn._runtime.home.is_here():  # noqa: SLF001
+    if not conn._open_pool.owner.is_current_loop():  # noqa: SLF001
         return False
     frame: FrameType | None = sys._getframe()  # noqa: SLF001
     generator = False

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from fastapi_topaz._pool.leaks import Leaks
-    from fastapi_topaz._pool.open_pool import Runtime
-    from fastapi_topaz._pool.state.entry import PoolEntry
+    from fastapi_topaz._pool.open_pool import OpenPool
     from fastapi_topaz._pool.state.pool_state import PoolState
+    from fastapi_topaz._pool.state.slot import Slot
 
 
-__all__ = ["close_now", "host"]
+__all__ = ["close_now", "run_pool"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
@@ -46,23 +46,23 @@ PROBES_AT_ONCE = 4
 """A round of health checks must not be a burst."""
 
 
-async def host(runtime: Runtime) -> None:
+async def run_pool(open_pool: OpenPool) -> None:
     """Do the work of a pool until it is closed, and leave nothing behind."""
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_opener, runtime, tasks)
-            tasks.start_soon(_timekeeper, runtime)
-            tasks.start_soon(_reaper, runtime)
-            tasks.start_soon(_rotator, runtime)
-            tasks.start_soon(_lookout, runtime)
-            tasks.start_soon(_health_checker, runtime, tasks)
-            tasks.start_soon(_prober, runtime, tasks)
-            if runtime.leaks is not None:
-                tasks.start_soon(_leak_watcher, runtime, runtime.leaks)
-            await runtime.until_closed()
-            runtime.state.abandon()
-            for entry in _outbox(runtime.state.to_close):
-                tasks.start_soon(connections.close, runtime, entry)
+            tasks.start_soon(_opener, open_pool, tasks)
+            tasks.start_soon(_timekeeper, open_pool)
+            tasks.start_soon(_reaper, open_pool)
+            tasks.start_soon(_rotator, open_pool)
+            tasks.start_soon(_loss_watcher, open_pool)
+            tasks.start_soon(_health_checker, open_pool, tasks)
+            tasks.start_soon(_prober, open_pool, tasks)
+            if open_pool.leaks is not None:
+                tasks.start_soon(_leak_watcher, open_pool, open_pool.leaks)
+            await open_pool.until_closed()
+            open_pool.state.abandon()
+            for slot in _outbox(open_pool.state.to_close):
+                tasks.start_soon(connections.close, open_pool, slot)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         _, failures = group.split(anyio.get_cancelled_exc_class())
@@ -70,70 +70,70 @@ async def host(runtime: Runtime) -> None:
         # not leave this task: on trio that would end the whole run.
         if failures is not None:
             clear_frames(failures)
-        runtime.log_limit.report(
+        open_pool.log_limit.report(
             logging.CRITICAL,
             "its host task failed",
             "%s: its host task failed",
-            runtime.label,
+            open_pool.label,
             exc_info=failures,
         )
-        runtime.begin_close(0)
+        open_pool.begin_close(0)
     finally:
-        await _leave_nothing(runtime)
+        await _leave_nothing(open_pool)
 
 
-async def _leave_nothing(runtime: Runtime) -> None:
-    state = runtime.state
+async def _leave_nothing(open_pool: OpenPool) -> None:
+    state = open_pool.state
     if not state.shut:
         # The loop ends under an open pool: the tasks that would have closed these
         # connections were cancelled with it.
-        _warn_unclosed(runtime)
-    runtime.begin_close(0)
+        _warn_unclosed(open_pool)
+    open_pool.begin_close(0)
     state.abandon()
     with anyio.CancelScope(shield=True):
         async with anyio.create_task_group() as closings:
-            for entry in state.closing:
-                closings.start_soon(connections.close, runtime, entry)
+            for slot in state.closing:
+                closings.start_soon(connections.close, open_pool, slot)
     if state.in_use:
         logger.warning(
-            "%s: closed with %s still out", runtime.label, _leases_out(runtime)
+            "%s: closed with %s still out", open_pool.label, _leases_out(open_pool)
         )
-    runtime.home.stop_watching()
-    runtime.done.set()
+    open_pool.owner.stop_watching()
+    open_pool.done.set()
 
 
-def close_now(runtime: Runtime) -> None:
+def close_now(open_pool: OpenPool) -> None:
     """
     Close the connections without waiting, because the event loop was closed.
 
     The tasks of the pool are left as they were, and never go on. What they hold would
     stay open for the rest of the process.
     """
-    state = runtime.state
-    if runtime.done.is_set():
+    state = open_pool.state
+    if open_pool.done.is_set():
         return
-    _warn_unclosed(runtime)
+    _warn_unclosed(open_pool)
     state.shut_down()
     state.abandon()
-    for coroutine in list(runtime.coroutines):
+    for coroutine in list(open_pool.coroutines):
         try:
             coroutine.close()
         except BaseException as error:  # noqa: BLE001
             # Cancel scopes refuse to end outside of their task, and so does an `await`.
-            logger.debug("%s: a task ended with %r", runtime.label, error)
-    for entry in list(state.closing):
-        connections.drop(runtime, entry)
+            logger.debug("%s: a task ended with %r", open_pool.label, error)
+    for slot in list(state.closing):
+        connections.drop(open_pool, slot)
 
 
-def _leases_out(runtime: Runtime) -> str:
-    count = runtime.state.in_use
+def _leases_out(open_pool: OpenPool) -> str:
+    count = open_pool.state.in_use
     return "a lease" if count == 1 else f"{count} leases"
 
 
-def _warn_unclosed(runtime: Runtime) -> None:
+def _warn_unclosed(open_pool: OpenPool) -> None:
     message = (
-        f"{runtime.label} was not closed before its event loop ended, with "
-        f"{_leases_out(runtime)} out ({runtime.state.status()}): "
+        f"{open_pool.label} was not closed before its event loop ended, with "
+        f"{_leases_out(open_pool)} out ({open_pool.state.status()}): "
         "use `async with pool`, the lifespan of the application, or close()"
     )
     try:
@@ -143,38 +143,38 @@ def _warn_unclosed(runtime: Runtime) -> None:
         logger.error(message)  # noqa: TRY400  (the traceback would be of this)
 
 
-def _outbox(entries: list[PoolEntry]) -> Iterator[PoolEntry]:
-    """Yield the *entries* to act on, and forget them."""
-    while entries:
-        yield entries.pop()
+def _outbox(slots: list[Slot]) -> Iterator[Slot]:
+    """Yield the *slots* to act on, and forget them."""
+    while slots:
+        yield slots.pop()
 
 
-async def _pause(runtime: Runtime, interval: float) -> None:
+async def _pause(open_pool: OpenPool, interval: float) -> None:
     """Sleep for *interval* seconds; 0 and infinity mean never to wake."""
-    await runtime.clock.sleep(interval or math.inf)
+    await open_pool.clock.sleep(interval or math.inf)
 
 
 @protected
-async def _opener(runtime: Runtime, tasks: TaskGroup) -> None:
+async def _opener(open_pool: OpenPool, tasks: TaskGroup) -> None:
     """Start what the state asks for: attempts to connect, and closings."""
-    state = runtime.state
+    state = open_pool.state
     while True:
-        runtime.work = anyio.Event()
-        for entry in _outbox(state.to_close):
-            tasks.start_soon(connections.close, runtime, entry)
-        now = runtime.now()
+        open_pool.work = anyio.Event()
+        for slot in _outbox(state.to_close):
+            tasks.start_soon(connections.close, open_pool, slot)
+        now = open_pool.now()
         if state.attempts.overdue(now) or state.room() <= 0:
-            runtime.dismiss_hopeless()
-        wanted = state.shortfall(runtime.tokens(), now)
+            open_pool.dismiss_hopeless()
+        wanted = state.shortfall(open_pool.tokens(), now)
         if wanted and state.attempts.forget(now):
-            wanted = state.shortfall(runtime.tokens(), now)
+            wanted = state.shortfall(open_pool.tokens(), now)
         for _ in range(wanted):
             if state.attempts.failures:
-                runtime.counters.connect_retries += 1
-            entry = state.begin(now)
-            tasks.start_soon(connections.connect, runtime, entry)
-        with runtime.clock.deadline(_next_look(state, now)):
-            await runtime.work.wait()
+                open_pool.counters.connect_retries += 1
+            slot = state.begin(now)
+            tasks.start_soon(connections.connect, open_pool, slot)
+        with open_pool.clock.deadline(_next_look(state, now)):
+            await open_pool.work.wait()
 
 
 def _next_look(state: PoolState, now: float) -> float:
@@ -184,86 +184,86 @@ def _next_look(state: PoolState, now: float) -> float:
 
 
 @protected
-async def _timekeeper(runtime: Runtime) -> None:
+async def _timekeeper(open_pool: OpenPool) -> None:
     """Send those away who have waited for too long."""
     while True:
-        runtime.earlier = anyio.Event()
-        with runtime.clock.deadline(runtime.alarm):
-            await runtime.earlier.wait()
-        runtime.expire()
+        open_pool.earlier = anyio.Event()
+        with open_pool.clock.deadline(open_pool.alarm):
+            await open_pool.earlier.wait()
+        open_pool.expire()
 
 
 @protected
-async def _reaper(runtime: Runtime) -> None:
+async def _reaper(open_pool: OpenPool) -> None:
     """Every `idle_check_interval` close what was idle for `max_idle_time`."""
     while True:
-        await _pause(runtime, runtime.options.idle_check_interval)
-        before = runtime.state.status()
-        runtime.state.reap(runtime.now())
-        after = runtime.state.status()
+        await _pause(open_pool, open_pool.options.idle_check_interval)
+        before = open_pool.state.status()
+        open_pool.state.reap(open_pool.now())
+        after = open_pool.state.status()
         if after.total < before.total:
             logger.debug(
                 "%s: reaping what was idle for max_idle_time=%g s (%s -> %s)",
-                *(runtime.label, runtime.options.max_idle_time, before, after),
+                *(open_pool.label, open_pool.options.max_idle_time, before, after),
             )
-        runtime.settle()
+        open_pool.after_change()
 
 
 @protected
-async def _rotator(runtime: Runtime) -> None:
+async def _rotator(open_pool: OpenPool) -> None:
     """Have connections replaced whose time is over."""
     while True:
-        state = runtime.state
-        with runtime.clock.deadline(state.rotation.next_at(state.open)):
-            await runtime.progress.wait()
-        state.rotation.expire(state.open, runtime.now())
-        runtime.settle()
+        state = open_pool.state
+        with open_pool.clock.deadline(state.rotation.next_at(state.open)):
+            await open_pool.progress.wait()
+        state.rotation.expire(state.open, open_pool.now())
+        open_pool.after_change()
 
 
 @protected
-async def _lookout(runtime: Runtime) -> None:
+async def _loss_watcher(open_pool: OpenPool) -> None:
     """Every second retire what was lost, and look closely at one of the others."""
-    state = runtime.state
+    state = open_pool.state
     turn = itertools.count()
     while True:
-        if any(entry.is_lost is not None for entry in state.open):
-            await runtime.clock.sleep(LOOKOUT)
-            now = runtime.now()
-            entries = list(state.open)
-            if entries:
+        if any(slot.is_lost is not None for slot in state.open):
+            await open_pool.clock.sleep(LOOKOUT)
+            now = open_pool.now()
+            slots = list(state.open)
+            if slots:
                 # In turn, because it takes long enough to be noticed if many are.
-                entry = entries[next(turn) % len(entries)]
-                _look_closely(runtime, entry)
-            if [entry for entry in entries if state.look_at(entry, now)]:
-                runtime.connections_changed()
+                slot = slots[next(turn) % len(slots)]
+                _refresh_liveness(open_pool, slot)
+            if [slot for slot in slots if state.retire_if_lost(slot, now)]:
+                open_pool.connections_changed()
         else:
-            await runtime.progress.wait()
+            await open_pool.progress.wait()
 
 
-def _look_closely(runtime: Runtime, entry: PoolEntry) -> None:
+def _refresh_liveness(open_pool: OpenPool, slot: Slot) -> None:
     try:
-        look = getattr(entry.connection, "look_closely", None)
+        look = getattr(slot.connection, "refresh_liveness", None)
         if look is not None:
             look()
     except Exception:
-        logger.debug("%s: look_closely() failed", runtime.label, exc_info=True)
+        logger.debug("%s: refresh_liveness() failed", open_pool.label, exc_info=True)
 
 
 @protected
-async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:
+async def _health_checker(open_pool: OpenPool, tasks: TaskGroup) -> None:
     """Every `health_check_interval` probe what has proved nothing since."""
     places = anyio.Semaphore(PROBES_AT_ONCE)
-    state = runtime.state
-    last_round = runtime.now()
+    state = open_pool.state
+    last_round = open_pool.now()
     while True:
-        await _pause(runtime, runtime.options.health_check_interval)
-        runtime.log_limit.flush()
-        this_round = runtime.now()
-        for entry in list(state.open):
+        await _pause(open_pool, open_pool.options.health_check_interval)
+        open_pool.log_limit.flush()
+        this_round = open_pool.now()
+        for slot in list(state.open):
             # The next round waits for this one, or slow probes would pile up.
             await places.acquire()
-            if entry.proven_at <= last_round and not entry.suspect:
-                tasks.start_soon(_probe_in_round, runtime, entry, places)
+            if slot.proven_at <= last_round and not slot.suspect:
+                tasks.start_soon(_probe_in_round, open_pool, slot, places)
             else:
                 places.release()
         last_round = this_round
@@ -271,35 +271,35 @@ async def _health_checker(runtime: Runtime, tasks: TaskGroup) -> None:
 
 @protected
 async def _probe_in_round(
-    runtime: Runtime, entry: PoolEntry, places: anyio.Semaphore
+    open_pool: OpenPool, slot: Slot, places: anyio.Semaphore
 ) -> None:
     try:
-        await connections.probe(runtime, entry)
+        await connections.probe(open_pool, slot)
     finally:
         places.release()
 
 
 @protected
-async def _prober(runtime: Runtime, tasks: TaskGroup) -> None:
+async def _prober(open_pool: OpenPool, tasks: TaskGroup) -> None:
     """Probe suspects at once, each for itself: one may hang, another one be needed."""
-    outage = runtime.state.outage
+    outage = open_pool.state.outage
     while True:
-        with runtime.clock.deadline(outage.next_at(runtime.now())):
-            await runtime.suspicion.wait()
-        runtime.suspicion = anyio.Event()
-        for entry in _outbox(runtime.state.to_probe):
-            if not entry.probing:
-                entry.probing = True
-                tasks.start_soon(connections.probe_claimed, runtime, entry)
-        if outage.is_overdue(runtime.now()):
-            runtime.dismiss_refused()
-        while (due := outage.due(runtime.now())) is not None:
-            tasks.start_soon(connections.probe_claimed, runtime, due)
+        with open_pool.clock.deadline(outage.next_at(open_pool.now())):
+            await open_pool.suspicion.wait()
+        open_pool.suspicion = anyio.Event()
+        for slot in _outbox(open_pool.state.to_probe):
+            if not slot.probing:
+                slot.probing = True
+                tasks.start_soon(connections.probe_claimed, open_pool, slot)
+        if outage.is_overdue(open_pool.now()):
+            open_pool.dismiss_refused()
+        while (due := outage.due(open_pool.now())) is not None:
+            tasks.start_soon(connections.probe_claimed, open_pool, due)
 
 
 @protected
-async def _leak_watcher(runtime: Runtime, leaks: Leaks) -> None:
+async def _leak_watcher(open_pool: OpenPool, leaks: Leaks) -> None:
     """Warn of each lease that is held for longer than `leak_threshold`."""
     while True:
-        now = runtime.now()
-        await runtime.clock.sleep(leaks.look(now) - now)
+        now = open_pool.now()
+        await open_pool.clock.sleep(leaks.look(now) - now)

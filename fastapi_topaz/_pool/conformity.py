@@ -35,7 +35,7 @@ _METHODS: tuple[tuple[str, bool, bool, str, tuple[Any, ...], dict[str, Any]], ..
     ),
     ("judge", False, False, "def judge(self, error)", (OSError(),), {}),
     ("is_lost", False, False, "def is_lost(self)", (), {}),
-    ("look_closely", False, False, "def look_closely(self)", (), {}),
+    ("refresh_liveness", False, False, "def refresh_liveness(self)", (), {}),
     ("abandon", False, False, "def abandon(self)", (), {}),
 )
 
@@ -89,7 +89,7 @@ def _wrong_answer(connection: Any) -> str | None:
         # An object may also be of a kind that refuses to be true or false.
         if isinstance(lost, bool) or not lost:
             return None
-    except Exception:  # noqa: BLE001  (not there, or it cannot tell: see PoolEntry)
+    except Exception:  # noqa: BLE001  (not there, or it cannot tell: see Slot)
         return None
     if inspect.isawaitable(lost):
         if inspect.iscoroutine(lost):

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from fastapi_topaz._errors import kind_of, logged, told, words
+from fastapi_topaz._error_text import (
+    error_kind,
+    full_text,
+    log_text,
+    safe_text,
+)
 from fastapi_topaz._pool.conformity import defect_of
 from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz._pool.interrupts import protected
@@ -28,8 +33,8 @@ if TYPE_CHECKING:
 
     from fastapi_topaz._pool.clock import Clock
     from fastapi_topaz._pool.connector import Connection
-    from fastapi_topaz._pool.open_pool import Runtime
-    from fastapi_topaz._pool.state.entry import PoolEntry
+    from fastapi_topaz._pool.open_pool import OpenPool
+    from fastapi_topaz._pool.state.slot import Slot
 
 
 __all__ = ["CLOSE_LIMIT", "close", "connect", "probe", "probe_claimed"]
@@ -83,85 +88,85 @@ async def _within(
 
 
 @protected
-async def connect(runtime: Runtime, entry: PoolEntry) -> None:
-    """Make one attempt to establish the connection of *entry*."""
+async def connect(open_pool: OpenPool, slot: Slot) -> None:
+    """Make one attempt to establish the connection of *slot*."""
     scope = anyio.CancelScope()
-    runtime.attempts.add(scope)
+    open_pool.attempts.add(scope)
     try:
-        with scope, runtime.busy_task():
-            await _attempt(runtime, entry)
+        with scope, open_pool.busy_task():
+            await _attempt(open_pool, slot)
     finally:
-        runtime.attempts.discard(scope)
+        open_pool.attempts.discard(scope)
         # By close(), or with the loop.
-        runtime.state.attempts.cancelled(entry)
-        runtime.connections_changed()
+        open_pool.state.attempts.cancelled(slot)
+        open_pool.connections_changed()
 
 
-def place(runtime: Runtime, entry: PoolEntry) -> str:
-    """Return where *entry* leads, as exactly as that is known."""
-    peer = peer_of(entry)
-    return f"{runtime.target} ({peer})" if peer else runtime.target
+def place(open_pool: OpenPool, slot: Slot) -> str:
+    """Return where *slot* leads, as exactly as that is known."""
+    peer = peer_of(slot)
+    return f"{open_pool.target} ({peer})" if peer else open_pool.target
 
 
-async def _attempt(runtime: Runtime, entry: PoolEntry) -> None:
-    timeout = runtime.options.connection_timeout
-    began = runtime.perf_counter()
-    deadline = runtime.now() + timeout
+async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
+    timeout = open_pool.options.connection_timeout
+    began = open_pool.perf_counter()
+    deadline = open_pool.now() + timeout
     try:
         connection = await _within(
-            runtime.clock, timeout, runtime.connector.connect, timeout
+            open_pool.clock, timeout, open_pool.connector.connect, timeout
         )
     except Exception as error:  # noqa: BLE001  (a connector may raise anything)
-        _failed(runtime, entry, _as_connect_failed(runtime, error))
+        _failed(open_pool, slot, _as_connect_failed(open_pool, error))
         return
     defect = defect_of(connection)
     if defect is not None:
-        await _refuse(runtime, entry, connection, defect)
+        await _refuse(open_pool, slot, connection, defect)
         return
-    probed = bool(getattr(runtime.connector, "probes", False))
-    probed_at = runtime.now()
+    probed = bool(getattr(open_pool.connector, "probes", False))
+    probed_at = open_pool.now()
     refusal = None
     if probed:
         try:
-            refusal = await _first_answer(runtime, connection, deadline)
+            refusal = await _first_answer(open_pool, connection, deadline)
         except ConnectFailed as error:
-            _failed(runtime, entry, error)
+            _failed(open_pool, slot, error)
             return
-    attempts = runtime.state.attempts
+    attempts = open_pool.state.attempts
     rounds = attempts.failures
-    entry.alive_since = runtime.perf_counter()
-    took = entry.alive_since - began
-    runtime.state.connected(entry, connection, runtime.now())
-    runtime.counters.connects += 1
-    runtime.observer.connected(took)
+    slot.alive_since = open_pool.perf_counter()
+    took = slot.alive_since - began
+    open_pool.state.connected(slot, connection, open_pool.now())
+    open_pool.counters.connects += 1
+    open_pool.observer.connected(took)
     if refusal is not None:
-        _refused(runtime, entry, refusal, probed_at)
+        _refused(open_pool, slot, refusal, probed_at)
         return
     # Not if the server has ended it together with that answer (GOAWAY). No call can use
     # such a connection, and as an orderly end it would be replaced without a pause.
-    if probed and not entry.is_gone():
-        _answered(runtime, entry)
-    runtime.log_limit.report(
+    if probed and not slot.is_gone():
+        _answered(open_pool, slot)
+    open_pool.log_limit.report(
         # While none of them answers, that one was made is not the end of an outage.
         logging.INFO if rounds and not attempts.unanswered else logging.DEBUG,
         "connected",
         "%s: connected to %s in %.3f s%s (%s)",
-        runtime.label,
-        place(runtime, entry),
+        open_pool.label,
+        place(open_pool, slot),
         took,
         f", the outage is over (failed rounds: {rounds})" if rounds else "",
-        runtime.state.status(),
+        open_pool.state.status(),
         all_counts=True,
     )
 
 
 async def _refuse(
-    runtime: Runtime, entry: PoolEntry, connection: Any, defect: str
+    open_pool: OpenPool, slot: Slot, connection: Any, defect: str
 ) -> None:
-    """Fail the attempt of *entry*, because its *connection* cannot be used."""
-    connector, made = type(runtime.connector).__name__, type(connection).__name__
+    """Fail the attempt of *slot*, because its *connection* cannot be used."""
+    connector, made = type(open_pool.connector).__name__, type(connection).__name__
     error = ConnectFailed(
-        f"cannot connect to {runtime.target}: its connector returned "
+        f"cannot connect to {open_pool.target}: its connector returned "
         + (
             f"None; {connector}.connect() has to return a connection"
             if made == "NoneType"
@@ -177,19 +182,19 @@ async def _refuse(
             await closed
 
     try:
-        await _within(runtime.clock, CLOSE_LIMIT, close, 0.0)
+        await _within(open_pool.clock, CLOSE_LIMIT, close, 0.0)
     except Exception as failure:  # noqa: BLE001  (a connection may raise anything)
-        runtime.log_limit.report(
+        open_pool.log_limit.report(
             logging.DEBUG,
             "closing failed",
             "%s: it cannot be closed: %s",
-            *(runtime.label, told(failure)),
+            *(open_pool.label, safe_text(failure)),
         )
-    _failed(runtime, entry, error)
+    _failed(open_pool, slot, error)
 
 
 async def _first_answer(
-    runtime: Runtime, connection: Connection, deadline: float
+    open_pool: OpenPool, connection: Connection, deadline: float
 ) -> Exception | None:
     """
     Probe a new *connection*, and close it if nothing is answered until *deadline*.
@@ -200,66 +205,66 @@ async def _first_answer(
     Raises:
         ConnectFailed: Nothing was answered, or the other side is no authorizer.
     """
-    left = max(0.0, deadline - runtime.now())
+    left = max(0.0, deadline - open_pool.now())
     greet = getattr(connection, "greet", connection.probe)
     try:
-        await _within(runtime.clock, left, greet, left)
+        await _within(open_pool.clock, left, greet, left)
     except Exception as error:
-        verdict = runtime.verdict(connection, error)
+        verdict = open_pool.verdict(connection, error)
         if verdict is Verdict.REFUSED:
             return error
-        await _discard(runtime, connection)
+        await _discard(open_pool, connection)
         if isinstance(error, ConnectFailed):
             raise
         silent = verdict is Verdict.SILENT or isinstance(error, TimeoutError)
         raise ConnectFailed(
-            f"cannot connect to {runtime.target}: a connection was made, but "
+            f"cannot connect to {open_pool.target}: a connection was made, but "
             + (
                 "nothing was answered on it within connection_timeout="
-                f"{runtime.options.connection_timeout:g} s"
+                f"{open_pool.options.connection_timeout:g} s"
                 if silent
-                else f"it ended before anything was answered on it: {words(error)}"
+                else f"it ended before anything was answered on it: {full_text(error)}"
             ),
             reason="timeout" if silent else "unanswered",
         ) from error.with_traceback(None)
     except BaseException:
-        await _discard(runtime, connection)
+        await _discard(open_pool, connection)
         raise
     return None
 
 
-async def _discard(runtime: Runtime, connection: Connection) -> None:
+async def _discard(open_pool: OpenPool, connection: Connection) -> None:
     """Close a new *connection* that never became one of the pool."""
-    if runtime.home.is_gone():  # then nothing can be awaited
-        _abandon(runtime, connection)
+    if open_pool.owner.is_closed():  # then nothing can be awaited
+        _abandon(open_pool, connection)
         return
     try:
         with anyio.CancelScope(shield=True):
-            await _within(runtime.clock, CLOSE_LIMIT, connection.close, 0.0)
+            await _within(open_pool.clock, CLOSE_LIMIT, connection.close, 0.0)
     except Exception as error:  # noqa: BLE001  (a connection may raise anything)
-        runtime.log_limit.report(
+        open_pool.log_limit.report(
             logging.WARNING,
             f"closing failed: {type(error).__name__}",
             "%s: closing a new connection to %s failed: %s",
-            *(runtime.label, runtime.target, told(error)),
+            *(open_pool.label, open_pool.target, safe_text(error)),
         )
 
 
-def _as_connect_failed(runtime: Runtime, error: Exception) -> ConnectFailed:
+def _as_connect_failed(open_pool: OpenPool, error: Exception) -> ConnectFailed:
     if isinstance(error, ConnectFailed) and _is_complete(error):
         return error
     if isinstance(error, TimeoutError):
         # Not one that the connector or the system raised, such as ETIMEDOUT, whose time
         # was another one.
-        limit = f"connection_timeout={runtime.options.connection_timeout:g} s"
+        limit = f"connection_timeout={open_pool.options.connection_timeout:g} s"
         failed = ConnectFailed(
-            f"cannot connect to {runtime.target}: "
+            f"cannot connect to {open_pool.target}: "
             f"{str(error) or f'not established within {limit}'}",
             reason="timeout",
         )
     else:
         failed = ConnectFailed(
-            f"cannot connect to {runtime.target}: {told(error)}",
+            f"cannot connect to {open_pool.target}: {safe_text(error)}",
             # Such as a fork, which cannot be undone.
             permanent=type(error) in {PoolError, PoolMisuse, NotAwaitable},
         )
@@ -275,227 +280,229 @@ def _is_complete(error: ConnectFailed) -> bool:
         return False
 
 
-def _failed(runtime: Runtime, entry: PoolEntry, error: ConnectFailed) -> None:
-    if runtime.home.is_gone():
+def _failed(open_pool: OpenPool, slot: Slot, error: ConnectFailed) -> None:
+    if open_pool.owner.is_closed():
         return  # the attempt ended with its event loop
-    first = not runtime.state.attempts.failures
-    runtime.state.connect_failed(entry, error, runtime.now())
-    runtime.counters.count(runtime.counters.connect_failures, error.reason)
+    first = not open_pool.state.attempts.failures
+    open_pool.state.connect_failed(slot, error, open_pool.now())
+    open_pool.counters.count(open_pool.counters.connect_failures, error.reason)
     # An outage is one event to whoever reads the log, not one a second.
     level = logging.WARNING if first else logging.DEBUG
-    runtime.log_limit.report(
+    open_pool.log_limit.report(
         level,
         f"cannot connect: {error.reason}",
         "%s: %s (%s)",
-        *(runtime.label, error, runtime.state.status()),
+        *(open_pool.label, error, open_pool.state.status()),
     )
 
 
 @protected
-async def probe(runtime: Runtime, entry: PoolEntry) -> None:
-    """Ask *entry* for an answer, unless that is being done."""
-    if not entry.probing:
-        entry.probing = True
-        await probe_claimed(runtime, entry)
+async def probe(open_pool: OpenPool, slot: Slot) -> None:
+    """Ask *slot* for an answer, unless that is being done."""
+    if not slot.probing:
+        slot.probing = True
+        await probe_claimed(open_pool, slot)
 
 
 @protected
-async def probe_claimed(runtime: Runtime, entry: PoolEntry) -> None:
-    """Ask *entry* for an answer within `health_check_timeout`; ends its `probing`."""
+async def probe_claimed(open_pool: OpenPool, slot: Slot) -> None:
+    """Ask *slot* for an answer within `health_check_timeout`; ends its `probing`."""
     try:
-        if entry.connection is None or entry.retired is not None:
+        if slot.connection is None or slot.retired is not None:
             return
-        if not runtime.state.look_at(entry, runtime.now()):
-            await _ask(runtime, entry)
+        if not open_pool.state.retire_if_lost(slot, open_pool.now()):
+            await _ask(open_pool, slot)
     finally:
-        entry.probing = False
-    runtime.connections_changed()
+        slot.probing = False
+    open_pool.connections_changed()
 
 
-async def _ask(runtime: Runtime, entry: PoolEntry) -> None:
-    timeout = runtime.options.health_check_timeout
-    began = runtime.now()
-    if entry.suspect:
-        _tell_suspicion(runtime, entry)
+async def _ask(open_pool: OpenPool, slot: Slot) -> None:
+    timeout = open_pool.options.health_check_timeout
+    began = open_pool.now()
+    if slot.suspect:
+        _tell_suspicion(open_pool, slot)
     try:
-        with runtime.busy_task():
-            await _within(runtime.clock, timeout, entry.connection.probe, timeout)
+        with open_pool.busy_task():
+            await _within(open_pool.clock, timeout, slot.connection.probe, timeout)
     except Exception as error:  # noqa: BLE001  (a connection may raise anything)
-        if entry.retired is not None:
+        if slot.retired is not None:
             return  # closed meanwhile, and no answer is no news
-        verdict = runtime.verdict(entry.connection, error)
+        verdict = open_pool.verdict(slot.connection, error)
         if verdict is Verdict.REFUSED:
-            _refused(runtime, entry, error, began)
+            _refused(open_pool, slot, error, began)
         elif verdict is Verdict.ANSWERED:
             # Only the stream was reset, as by a server that has too many.
-            _answered(runtime, entry, reset=True)
+            _answered(open_pool, slot, reset=True)
         else:
-            late = runtime.now() - began - timeout
-            _unanswered(runtime, entry, error, late=late)
+            late = open_pool.now() - began - timeout
+            _unanswered(open_pool, slot, error, late=late)
     else:
-        _answered(runtime, entry)
+        _answered(open_pool, slot)
 
 
-def _tell_suspicion(runtime: Runtime, entry: PoolEntry) -> None:
-    silent = entry.suspected_at == entry.timed_out_at
-    reason = entry.last_error or "it proved nothing for too long"
-    runtime.log_limit.report(
+def _tell_suspicion(open_pool: OpenPool, slot: Slot) -> None:
+    silent = slot.suspected_at == slot.timed_out_at
+    reason = slot.last_error or "it proved nothing for too long"
+    open_pool.log_limit.report(
         # Callers got no answer: that is worth a line at the default level.
         logging.WARNING if silent else logging.INFO,
         "suspect: silent" if silent else "suspect",
         "%s: a connection to %s is suspect and gets no calls until it answers a "
         "probe: %s (%s)",
-        *(runtime.label, place(runtime, entry)),
+        *(open_pool.label, place(open_pool, slot)),
         "two calls in a row got no answer in time" if silent else reason,
-        runtime.state.status(),
+        open_pool.state.status(),
     )
 
 
-def _answered(runtime: Runtime, entry: PoolEntry, *, reset: bool = False) -> None:
-    was_out, was_suspect = runtime.state.outage.declared, entry.suspect
-    runtime.state.answered(entry, runtime.now())
+def _answered(open_pool: OpenPool, slot: Slot, *, reset: bool = False) -> None:
+    was_out, was_suspect = open_pool.state.outage.declared, slot.suspect
+    open_pool.state.answered(slot, open_pool.now())
     if reset:
-        runtime.state.failed()  # the connection is well, but there was no status
+        open_pool.state.failed()  # the connection is well, but there was no status
     else:
-        runtime.answered_probes += 1
+        open_pool.answered_probes += 1
     if was_out:
-        runtime.log_limit.report(
+        open_pool.log_limit.report(
             logging.INFO,
             "outage over",
             "%s: %s answers again, the outage is over (%s)",
-            *(runtime.label, place(runtime, entry), runtime.state.status()),
+            *(open_pool.label, place(open_pool, slot), open_pool.state.status()),
             all_counts=True,
         )
     elif was_suspect:
-        runtime.log_limit.report(
+        open_pool.log_limit.report(
             logging.INFO,
             "recovered",
             "%s: a connection to %s answered its probe and is used again (%s)",
-            *(runtime.label, place(runtime, entry), runtime.state.status()),
+            *(open_pool.label, place(open_pool, slot), open_pool.state.status()),
         )
 
 
-def _refused(
-    runtime: Runtime, entry: PoolEntry, error: Exception, began: float
-) -> None:
+def _refused(open_pool: OpenPool, slot: Slot, error: Exception, began: float) -> None:
     """Draw the consequences of a probe that was refused with *error*."""
-    entry.last_error = told(error)
-    runtime.counters.probe_failures += 1
+    slot.last_error = safe_text(error)
+    open_pool.counters.probe_failures += 1
     failure = ConnectFailed(
-        f"{runtime.target} answers that its server is not available: {words(error)}",
+        f"{open_pool.target} answers that its server is not available: "
+        f"{full_text(error)}",
         reason="unavailable",
     )
     failure.__cause__ = error.with_traceback(None)
-    begins = runtime.state.probe_refused(entry, failure, began, runtime.now())
-    runtime.dismiss_refused()
+    begins = open_pool.state.probe_refused(slot, failure, began, open_pool.now())
+    open_pool.dismiss_refused()
     if begins:
-        runtime.log_limit.report(
+        open_pool.log_limit.report(
             logging.WARNING,
             "refused",
             "%s: %s; callers fail until a probe is answered (%s)",
-            *(runtime.label, logged(failure), runtime.state.status()),
+            *(open_pool.label, log_text(failure), open_pool.state.status()),
         )
     else:
-        runtime.log_limit.report(
+        open_pool.log_limit.report(
             logging.DEBUG,
             "probe refused",
             "%s: a probe was refused by %s: %s (%s)",
-            *(runtime.label, place(runtime, entry), told(error)),
-            runtime.state.status(),
+            *(open_pool.label, place(open_pool, slot), safe_text(error)),
+            open_pool.state.status(),
         )
 
 
-def _unanswered(
-    runtime: Runtime, entry: PoolEntry, error: Exception, late: float
-) -> None:
-    if isinstance(error, TimeoutError) or kind_of(error) == "DEADLINE_EXCEEDED":
-        limit = runtime.options.health_check_timeout
-        entry.last_error = f"no answer within health_check_timeout={limit:g} s"
+def _unanswered(open_pool: OpenPool, slot: Slot, error: Exception, late: float) -> None:
+    if isinstance(error, TimeoutError) or error_kind(error) == "DEADLINE_EXCEEDED":
+        limit = open_pool.options.health_check_timeout
+        slot.last_error = f"no answer within health_check_timeout={limit:g} s"
     else:
-        entry.last_error = told(error)
-    if late > LATE and not entry.excused:
+        slot.last_error = safe_text(error)
+    if late > LATE and not slot.excused:
         # This loop was blocked, or the machine asleep: the answer may be there.
-        entry.excused = True
-        entry.suspect = False
-        runtime.state.suspect(entry, runtime.now())
+        slot.excused = True
+        slot.suspect = False
+        open_pool.state.suspect(slot, open_pool.now())
         return
-    runtime.counters.probe_failures += 1
-    second = entry.suspect
-    runtime.state.unanswered(entry, runtime.now())
-    runtime.log_limit.report(
+    open_pool.counters.probe_failures += 1
+    second = slot.suspect
+    open_pool.state.unanswered(slot, open_pool.now())
+    open_pool.log_limit.report(
         logging.WARNING if second else logging.DEBUG,
-        f"health check failed: {kind_of(error)}",
+        f"health check failed: {error_kind(error)}",
         "%s: a connection to %s failed its health check%s: %s (%s)",
-        runtime.label,
-        place(runtime, entry),
+        open_pool.label,
+        place(open_pool, slot),
         " and is closed" if second else ", and gets a second one",
-        entry.last_error,
-        runtime.state.status(),
+        slot.last_error,
+        open_pool.state.status(),
     )
 
 
 @protected
-async def close(runtime: Runtime, entry: PoolEntry) -> None:
-    """Close the connection of *entry*, whose leases are back or out of time."""
-    where, reason = place(runtime, entry), entry.retired or "close"
-    connection, entry.connection = entry.connection, None
+async def close(open_pool: OpenPool, slot: Slot) -> None:
+    """Close the connection of *slot*, whose leases are back or out of time."""
+    where, reason = place(open_pool, slot), slot.retired or "close"
+    connection, slot.connection = slot.connection, None
     try:
-        runtime.counters.count(runtime.counters.closes, reason)
+        open_pool.counters.count(open_pool.counters.closes, reason)
         lost = reason in _LOSSES
-        error = f", its last error: {entry.last_error}" if entry.last_error else ""
-        runtime.log_limit.report(
+        error = f", its last error: {slot.last_error}" if slot.last_error else ""
+        open_pool.log_limit.report(
             # What nobody here has decided is news.
             logging.INFO if lost else logging.DEBUG,
             f"closing: {reason}",
             "%s: closing a connection to %s after %.1f s: %s%s (left: %s)",
-            *(runtime.label, where, runtime.perf_counter() - entry.alive_since, reason),
-            *(error if lost else "", runtime.state.status()),
+            *(
+                open_pool.label,
+                where,
+                open_pool.perf_counter() - slot.alive_since,
+                reason,
+            ),
+            *(error if lost else "", open_pool.state.status()),
         )
-        with anyio.CancelScope(shield=True), runtime.busy_task():
-            await _within(runtime.clock, CLOSE_LIMIT, connection.close, 0.0)
+        with anyio.CancelScope(shield=True), open_pool.busy_task():
+            await _within(open_pool.clock, CLOSE_LIMIT, connection.close, 0.0)
     except TimeoutError:
-        runtime.log_limit.report(
+        open_pool.log_limit.report(
             logging.WARNING,
             "closing took too long",
             "%s: closing %r took more than %g s and was given up",
-            runtime.label,
+            open_pool.label,
             connection,
             CLOSE_LIMIT,
         )
     except Exception as failure:  # noqa: BLE001  (a connection may raise anything)
-        runtime.log_limit.report(
+        open_pool.log_limit.report(
             logging.WARNING,
             f"closing failed: {type(failure).__name__}",
             "%s: closing a connection to %s failed",
-            *(runtime.label, where),
+            *(open_pool.label, where),
             exc_info=True,
         )
     finally:
-        runtime.state.closed(entry)
-        runtime.connections_changed()
+        open_pool.state.closed(slot)
+        open_pool.connections_changed()
 
 
-def drop(runtime: Runtime, entry: PoolEntry) -> None:
-    """Close the connection of *entry* at once, or at least keep it no longer."""
-    connection, entry.connection = entry.connection, None
-    entry.is_lost = None
+def drop(open_pool: OpenPool, slot: Slot) -> None:
+    """Close the connection of *slot* at once, or at least keep it no longer."""
+    connection, slot.connection = slot.connection, None
+    slot.is_lost = None
     if connection is None:
         return
-    runtime.counters.count(runtime.counters.closes, entry.retired or "close")
-    _abandon(runtime, connection)
+    open_pool.counters.count(open_pool.counters.closes, slot.retired or "close")
+    _abandon(open_pool, connection)
 
 
-def _abandon(runtime: Runtime, connection: Connection) -> None:
+def _abandon(open_pool: OpenPool, connection: Connection) -> None:
     """Have *connection* free what it holds, because its event loop was closed."""
     try:
         abandon = getattr(connection, "abandon", None)
         if abandon is not None:
             abandon()
     except Exception as failure:  # noqa: BLE001  (a connection may raise anything)
-        runtime.log_limit.report(
+        open_pool.log_limit.report(
             logging.WARNING,
             f"abandon() failed: {type(failure).__name__}",
             "%s: abandon() of a connection failed",
-            runtime.label,
+            open_pool.label,
             exc_info=True,
         )

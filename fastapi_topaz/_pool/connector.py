@@ -71,7 +71,7 @@ class Connector(Protocol):
     The rest is used where it is there, and none of it is a coroutine. `judge(error)`
     returns the `Verdict` that the error of a call is on the connection, or None if it
     says nothing. `is_lost()`, asked before each lease and every second, tells that the
-    other side has gone away, so that no call has to find out; `look_closely()` is
+    other side has gone away, so that no call has to find out; `refresh_liveness()` is
     called now and then so that it may. `peer` is the address of the other side, and is
     read from any thread. `abandon()` closes the connection without waiting: it is
     called if the event loop was closed under an open pool, in the thread that closed

@@ -12,8 +12,8 @@ from fastapi_topaz.exceptions import ConnectionLost, PoolMisuse
 
 
 if TYPE_CHECKING:
-    from fastapi_topaz._pool.open_pool import Runtime
-    from fastapi_topaz._pool.state.entry import Lease
+    from fastapi_topaz._pool.open_pool import OpenPool
+    from fastapi_topaz._pool.state.slot import Claim
 
 
 __all__ = ["Handle"]
@@ -26,37 +26,37 @@ class Handle(NotCopied):
     Each `acquire()` gives a new one, also where it lends the same connection again.
     """
 
-    __slots__ = ("__weakref__", "_lease", "_pool", "_runtime")
+    __slots__ = ("__weakref__", "_claim", "_open_pool", "_pool")
 
     _copy_form = "acquire() another one"
 
     # What a pool is made of is no part of the public types.
-    def __init__(self, pool: object, runtime: Any, lease: Any) -> None:
+    def __init__(self, pool: object, open_pool: Any, claim: Any) -> None:
         self._pool = pool
-        self._runtime: Runtime = runtime
-        self._lease: Lease | None = lease
+        self._open_pool: OpenPool = open_pool
+        self._claim: Claim | None = claim
 
     def __repr__(self) -> str:
-        state = "released" if self._lease is None else "leased"
-        return f"<{type(self).__name__} to {self._runtime.target} {state}>"
+        state = "released" if self._claim is None else "leased"
+        return f"<{type(self).__name__} to {self._open_pool.target} {state}>"
 
     def __del__(self) -> None:
         # No caller can release it now. Not here: garbage is collected at any
         # moment, in the midst of whatever the pool does, and in any thread.
         try:
-            lease = self._lease
+            claim = self._claim
         except AttributeError:  # __init__ was not run
             return
-        if lease is not None:
-            self._lease = None
-            _abandon(self._runtime, lease, self)
+        if claim is not None:
+            self._claim = None
+            _abandon(self._open_pool, claim, self)
 
     if not TYPE_CHECKING:  # see `_slips`
 
         def __aenter__(self):  # noqa: ANN204
-            if self._lease is not None:
+            if self._claim is not None:
                 # The only reference may be the one that this statement dropped.
-                self._lease.refused = True
+                self._claim.refused = True
             del self
             raise TypeError(
                 "`await pool.acquire()` returned a lease, which is no context manager: "
@@ -87,40 +87,40 @@ class Handle(NotCopied):
             PoolMisuse: The lease was released.
             ConnectionLost: The pool was closed, and its grace is over.
         """
-        lease = self._held()
+        claim = self._held()
         # A leased connection is closed only by close(), when its grace is over.
-        if lease.entry is None or lease.entry.connection is None:
+        if claim.slot is None or claim.slot.connection is None:
             raise ConnectionLost(
-                f"{self._runtime.label} was closed, and this connection to "
-                f"{self._runtime.target} with it"
+                f"{self._open_pool.label} was closed, and this connection to "
+                f"{self._open_pool.target} with it"
             )
-        return lease.entry.connection
+        return claim.slot.connection
 
-    def _held(self) -> Lease:
-        if self._lease is None:
+    def _held(self) -> Claim:
+        if self._claim is None:
             raise PoolMisuse(
                 "this connection was released to its pool; acquire() another one"
             )
-        return self._lease
+        return self._claim
 
 
 # Leases of other pools have these.
 explain_absence(Handle, "a lease goes back by its pool", ("release", "close", "aclose"))
 
 
-def _abandon(runtime: Runtime, lease: Lease, conn: object) -> None:
+def _abandon(open_pool: OpenPool, claim: Claim, conn: object) -> None:
     """
-    Have *lease* taken back soon, whose *conn* is being destroyed; from any thread.
+    Have *claim* taken back soon, whose *conn* is being destroyed; from any thread.
 
     Garbage is collected at any moment: here, nothing of the pool may be changed.
     """
-    if runtime.done.is_set() or runtime.home.is_forked():
+    if open_pool.done.is_set() or open_pool.owner.is_forked():
         return  # nothing is left that could be given back
-    runtime.home.call_soon(partial(_reclaim, runtime, lease))
-    if lease.refused:
+    open_pool.owner.call_soon(partial(_reclaim, open_pool, claim))
+    if claim.refused:
         return  # the caller got an error already
     warnings.warn(
-        f"{runtime.label}: a lease of a connection to {runtime.target} was "
+        f"{open_pool.label}: a lease of a connection to {open_pool.target} was "
         "garbage-collected and not released; use `async with pool.acquire()`, or "
         "release() it",
         ResourceWarning,
@@ -129,22 +129,22 @@ def _abandon(runtime: Runtime, lease: Lease, conn: object) -> None:
     )
 
 
-def _reclaim(runtime: Runtime, lease: Lease) -> None:
-    if runtime.done.is_set():
+def _reclaim(open_pool: OpenPool, claim: Claim) -> None:
+    if open_pool.done.is_set():
         return
-    if lease.refused:
-        runtime.release(lease)
+    if claim.refused:
+        open_pool.release(claim)
         return
-    before = runtime.state.in_use
-    holder = None if runtime.leaks is None else runtime.leaks.holder(lease)
-    runtime.counters.reclaimed += 1
-    runtime.release(lease)
-    runtime.log_limit.report(
+    before = open_pool.state.in_use
+    holder = None if open_pool.leaks is None else open_pool.leaks.holder(claim)
+    open_pool.counters.reclaimed += 1
+    open_pool.release(claim)
+    open_pool.log_limit.report(
         logging.WARNING,
         "lease garbage-collected",
         "%s: took back a lease that was garbage-collected after %.1f s and not "
         "released (streams in use: %d -> %d), held by %s",
-        *(runtime.label, runtime.perf_counter() - lease.held_since),
-        *(before, runtime.state.in_use),
+        *(open_pool.label, open_pool.perf_counter() - claim.held_since),
+        *(before, open_pool.state.in_use),
         holder or "whom leak_threshold would tell",
     )

@@ -18,7 +18,7 @@ from fastapi_topaz._pool.clock import Clock
 if TYPE_CHECKING:
     from types import CodeType
 
-    from fastapi_topaz._pool.state.entry import Lease
+    from fastapi_topaz._pool.state.slot import Claim
     from fastapi_topaz._pool.state.status import PoolCounters
 
 
@@ -80,18 +80,18 @@ class Leaks:
         self._counters = counters
         # With who took them and where; those that are out in the order they were taken,
         # until they are late.
-        self._out: dict[Lease, _Holder] = {}
-        self._late: dict[Lease, _Holder] = {}
+        self._out: dict[Claim, _Holder] = {}
+        self._late: dict[Claim, _Holder] = {}
 
-    def taken(self, lease: Lease, now: float) -> None:
-        """Note who took *lease*."""
-        lease.acquired_at = now
-        self._out[lease] = _Holder.here()
+    def taken(self, claim: Claim, now: float) -> None:
+        """Note who took *claim*."""
+        claim.acquired_at = now
+        self._out[claim] = _Holder.here()
 
-    def returned(self, lease: Lease, held: float) -> None:
-        """Forget *lease*, which was *held* for so long, and log it if it was late."""
-        self._out.pop(lease, None)
-        if self._late.pop(lease, None) is not None:
+    def returned(self, claim: Claim, held: float) -> None:
+        """Forget *claim*, which was *held* for so long, and log it if it was late."""
+        self._out.pop(claim, None)
+        if self._late.pop(claim, None) is not None:
             logger.info(
                 "%s: a lease that was late came back after %.1f s (still late: %d)",
                 self._label,
@@ -99,20 +99,20 @@ class Leaks:
                 len(self._late),
             )
 
-    def holder(self, lease: Lease) -> object:
-        """Return who has taken *lease*, and where, for a message."""
-        return self._out.get(lease) or self._late.get(lease)
+    def holder(self, claim: Claim) -> object:
+        """Return who has taken *claim*, and where, for a message."""
+        return self._out.get(claim) or self._late.get(claim)
 
     def look(self, now: float) -> float:
         """Tell of each lease that is late by now, and return when to look again."""
         due = now
         while self._out and due <= now:
-            lease = next(iter(self._out))
-            due = lease.acquired_at + self._threshold
+            claim = next(iter(self._out))
+            due = claim.acquired_at + self._threshold
             if due <= now:
-                self._late[lease] = holder = self._out.pop(lease)
+                self._late[claim] = holder = self._out.pop(claim)
                 self._counters.leaked += 1
-                held = Clock.perf_counter() - lease.held_since
+                held = Clock.perf_counter() - claim.held_since
                 logger.warning(
                     "%s: a lease is out for %.1f s (leak_threshold=%g s), held by %s",
                     *(self._label, held, self._threshold, holder),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import FrameType
 
-    from fastapi_topaz._pool.open_pool import Runtime
+    from fastapi_topaz._pool.open_pool import OpenPool
 
 
 __all__ = ["count_nested"]
@@ -41,13 +41,13 @@ _CONTEXT_MANAGERS = (
 )
 
 
-def count_nested(coroutines: Iterable[object], runtime: Runtime) -> int:
-    """Return how many leases of *runtime* the *coroutines* and all callers hold."""
-    return held_by(chain(coroutines, _locals_of_callers()), runtime)
+def count_nested(coroutines: Iterable[object], open_pool: OpenPool) -> int:
+    """Return how many leases of *open_pool* the *coroutines* and all callers hold."""
+    return held_by(chain(coroutines, _locals_of_callers()), open_pool)
 
 
-def held_by(roots: Iterable[object], runtime: Runtime) -> int:
-    """Return how many leases of *runtime* the *roots*, such as coroutines, hold."""
+def held_by(roots: Iterable[object], open_pool: OpenPool) -> int:
+    """Return how many leases of *open_pool* the *roots*, such as coroutines, hold."""
     left = list(roots)
     seen: set[int] = set()
     leases = set()
@@ -58,8 +58,8 @@ def held_by(roots: Iterable[object], runtime: Runtime) -> int:
         seen.add(id(each))
         if isinstance(each, Handle):
             # Not one that waits, whose handle is not made yet.
-            if each._runtime is runtime and each._lease is not None:  # noqa: SLF001
-                leases.add(each._lease)  # noqa: SLF001
+            if each._open_pool is open_pool and each._claim is not None:  # noqa: SLF001
+                leases.add(each._claim)  # noqa: SLF001
         else:
             left.extend(_next(each))
     return len(leases)

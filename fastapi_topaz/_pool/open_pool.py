@@ -1,7 +1,7 @@
 """
 One open period of a pool: everything that is bound to its event loop.
 
-Requests change the state here, and `settle` passes on what follows from a change.
+Requests change the state here, and `after_change` passes on what follows from a change.
 Work that takes time is done for them by the host task of `background`: requests
 never connect, probe or close anything.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from fastapi_topaz._errors import alone, told
+from fastapi_topaz._error_text import safe_text, without_context
 from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz._pool.leaks import Leaks
 from fastapi_topaz._pool.refusals import Refusals
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
     from fastapi_topaz._log_limit import LogLimit
     from fastapi_topaz._pool.connector import Connector
-    from fastapi_topaz._pool.owner_loop import Home
-    from fastapi_topaz._pool.state.entry import Lease, PoolEntry
+    from fastapi_topaz._pool.owner_loop import OwnerLoop
     from fastapi_topaz._pool.state.options import PoolOptions
+    from fastapi_topaz._pool.state.slot import Claim, Slot
     from fastapi_topaz._pool.state.status import PoolCounters, PoolObserver
 
 
-__all__ = ["Runtime"]
+__all__ = ["OpenPool"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
@@ -48,7 +48,7 @@ NESTED_MOST = 100
 """Waiting tasks that are searched."""
 
 
-class Runtime:
+class OpenPool:
     """
     The pool between one opening and the closing that belongs to it.
 
@@ -71,8 +71,8 @@ class Runtime:
         counters: PoolCounters,
         observer: PoolObserver,
         log_limit: LogLimit,
-        home: Home,
-        count_nested: Callable[[Iterator[object], Runtime], int],
+        owner: OwnerLoop,
+        count_nested: Callable[[Iterator[object], OpenPool], int],
     ) -> None:
         self.label = label
         # Where it leads, for people and for metrics, but for these not as repr(), which
@@ -87,8 +87,8 @@ class Runtime:
         self.connector = connector
         self.counters = counters
         self.observer = observer
-        self.home = home
-        self.clock = self.home.clock
+        self.owner = owner
+        self.clock = self.owner.clock
         self.now = self.clock.now
         self.perf_counter = self.clock.perf_counter
         self.log_limit = log_limit
@@ -139,12 +139,12 @@ class Runtime:
         return self.state.options
 
     def __repr__(self) -> str:
-        return f"<Runtime of {self.label} {self.state.status()}>"
+        return f"<OpenPool of {self.label} {self.state.status()}>"
 
     # -- acquire and release ----------------------------------------------------
 
-    def take(self, lease: Lease) -> bool:
-        """Serve *lease* without waiting, if that passes nobody who waits."""
+    def take(self, claim: Claim) -> bool:
+        """Serve *claim* without waiting, if that passes nobody who waits."""
         self.adopted = True
         state = self.state
         # Asked first, because what the limiter raises costs more than all the rest.
@@ -153,26 +153,26 @@ class Runtime:
         # As now(), but a backward jump is left to the release: a call costs too much.
         clock = self.clock
         now = clock.source.time() + clock.skew
-        lease.held_since = self.perf_counter()
+        claim.held_since = self.perf_counter()
         try:
-            self.limiter.acquire_on_behalf_of_nowait(lease)
+            self.limiter.acquire_on_behalf_of_nowait(claim)
         except anyio.WouldBlock:
             return False
-        taken = state.take(lease, now)
+        taken = state.take(claim, now)
         if not taken:
-            self.limiter.release_on_behalf_of(lease)
-        if state.news or state.to_probe:
-            self.settle()  # some were unfit
+            self.limiter.release_on_behalf_of(claim)
+        if state.unhandled_loss or state.to_probe:
+            self.after_change()  # some were unfit
         if taken:
             self.counters.acquisitions += 1
             self.observer.acquired(0.0)
             if self.leaks is not None:
-                self.leaks.taken(lease, now)
+                self.leaks.taken(claim, now)
         return taken
 
-    async def wait(self, lease: Lease, timeout: float) -> None:
+    async def wait(self, claim: Claim, timeout: float) -> None:
         """
-        Serve *lease* within *timeout* seconds.
+        Serve *claim* within *timeout* seconds.
 
         Raises:
             PoolTimeout, PoolSaturated, PoolClosed, ConnectFailed: It was not, and
@@ -180,61 +180,61 @@ class Runtime:
         """
         if timeout <= 0:
             self.state.want_one()
-            self.settle()
+            self.after_change()
             raise self._refusals.timed_out(timeout)
         self._refusals.check_saturation()
         began = self.perf_counter()
-        lease.deadline = self.now() + timeout
+        claim.deadline = self.now() + timeout
         served = False
-        watched = self._watch(lease.deadline)
-        lease.waiter = self.home.coroutine()
-        self.state.enqueue(lease)
+        watched = self._watch(claim.deadline)
+        claim.waiter = self.owner.coroutine()
+        self.state.enqueue(claim)
         try:
             if watched:
-                await self._queue(lease)
+                await self._queue(claim)
             else:
-                with self.clock.deadline(lease.deadline):
-                    await self._queue(lease)
+                with self.clock.deadline(claim.deadline):
+                    await self._queue(claim)
             # A stream that was handed over beats the deadline, unless the limiter
             # took the token back: it does when both come in one tick of asyncio.
-            served = lease.has_token and lease.entry is not None
+            served = claim.has_token and claim.slot is not None
         except BaseException:
             self.counters.cancelled += 1
             raise
         finally:
-            lease.waiter = None
+            claim.waiter = None
             if not served:
-                self._withdraw(lease)
+                self._withdraw(claim)
         if served:
-            lease.held_since = self.perf_counter()
-            lease.waited = lease.held_since - began
+            claim.held_since = self.perf_counter()
+            claim.waited = claim.held_since - began
             self.counters.acquisitions += 1
-            self.observer.acquired(lease.waited)
+            self.observer.acquired(claim.waited)
             if self.leaks is not None:
-                self.leaks.taken(lease, self.now())
-        elif lease.failure is not None:
-            raise self._refusals.failed(lease.failure)
+                self.leaks.taken(claim, self.now())
+        elif claim.failure is not None:
+            raise self._refusals.failed(claim.failure)
         else:
             raise self._refusals.timed_out(timeout)
 
-    async def _queue(self, lease: Lease) -> None:
-        """Return when *lease* has a stream, or will not get one."""
-        await self.limiter.acquire_on_behalf_of(lease)
-        lease.has_token = True
-        if lease.entry is None and not lease.dismissed:
-            self.settle()
-        if lease.entry is None and not lease.dismissed:
+    async def _queue(self, claim: Claim) -> None:
+        """Return when *claim* has a stream, or will not get one."""
+        await self.limiter.acquire_on_behalf_of(claim)
+        claim.has_token = True
+        if claim.slot is None and not claim.dismissed:
+            self.after_change()
+        if claim.slot is None and not claim.dismissed:
             event = anyio.Event()
-            lease.wake = event.set
+            claim.wake = event.set
             await event.wait()
 
-    def discard(self, lease: Lease) -> None:
-        """Have the connection of *lease* closed once all its leases are back."""
-        if lease.entry is not None:  # pragma: no branch
-            self.state.retire(lease.entry, "discarded")
+    def discard(self, claim: Claim) -> None:
+        """Have the connection of *claim* closed once all its leases are back."""
+        if claim.slot is not None:  # pragma: no branch
+            self.state.retire(claim.slot, "discarded")
 
-    def release(self, lease: Lease) -> None:
-        """Take back what *lease* holds, and serve the next one with it."""
+    def release(self, claim: Claim) -> None:
+        """Take back what *claim* holds, and serve the next one with it."""
         state = self.state
         # As now(), without a call in the usual case.
         clock = self.clock
@@ -242,35 +242,35 @@ class Runtime:
         if now < clock.last:
             now = clock.now()
         clock.last = now
-        state.give_back(lease, now)
-        self.limiter.release_on_behalf_of(lease)
+        state.give_back(claim, now)
+        self.limiter.release_on_behalf_of(claim)
         unserved = state.waiting and self._serve(now)
         if unserved or state.to_close or state.to_probe or state.shut:
-            self.settle()
-        held = self.perf_counter() - lease.held_since
+            self.after_change()
+        held = self.perf_counter() - claim.held_since
         self.observer.released(held)
         if self.leaks is not None:
-            self.leaks.returned(lease, held)
+            self.leaks.returned(claim, held)
 
     def _serve(self, now: float) -> bool:
         """Serve those who may be, and say whether a connection is missing to others."""
         tokens = self.tokens()
-        for lease in self.state.serve(tokens, now):
-            if lease.wake is not None:
-                lease.wake()
+        for claim in self.state.serve(tokens, now):
+            if claim.wake is not None:
+                claim.wake()
         return self.state.in_use < tokens
 
     def tokens(self) -> int:
         """Return how many are lent to those who have a stream, or may get one."""
         return self.limiter.borrowed_tokens - self._dismissed
 
-    def _withdraw(self, lease: Lease) -> None:
-        self.state.withdraw(lease, self.now())
-        if lease.dismissed:
+    def _withdraw(self, claim: Claim) -> None:
+        self.state.withdraw(claim, self.now())
+        if claim.dismissed:
             self._dismissed -= 1
-        if lease.has_token:
-            self.limiter.release_on_behalf_of(lease)
-        self.settle()
+        if claim.has_token:
+            self.limiter.release_on_behalf_of(claim)
+        self.after_change()
 
     # -- deadlines --------------------------------------------------------------
 
@@ -307,7 +307,7 @@ class Runtime:
         if self.state.in_use >= self.options.capacity:
             if now - self._nested_at >= NESTED_FOR:
                 waiting = islice(self.state.waiting, NESTED_MOST)
-                coroutines = (lease.waiter for lease in waiting)
+                coroutines = (claim.waiter for claim in waiting)
                 held = self._count_nested(coroutines, self)
                 # A few are no cause: a pool that is too small has some of them, too.
                 self._nested = (
@@ -323,16 +323,16 @@ class Runtime:
         """Send everybody who waits away with *failure*, at once."""
         self._send_away(self.state.fail_waiting(failure))
 
-    def _send_away(self, dismissed: list[Lease]) -> None:
+    def _send_away(self, dismissed: list[Claim]) -> None:
         """Wake those of *dismissed* who sleep, each for itself or in the limiter."""
         # The first of all who wait hold a token; they are awake, or woken here. If one
         # is just about to leave by itself, somebody else gets a token too early, and
         # keeps it: a stream it gets in its turn all the same.
         asleep = len(dismissed) - (self.tokens() - self.state.in_use)
         self._dismissed += len(dismissed)
-        for lease in dismissed:
-            if lease.wake is not None:
-                lease.wake()
+        for claim in dismissed:
+            if claim.wake is not None:
+                claim.wake()
         if asleep > 0:
             # They are lent a token for a moment, and nobody else is: they give it back
             # at once. This is how the limiter's public interface lets them go.
@@ -351,40 +351,40 @@ class Runtime:
                 f"judge() failed: {type(failure).__name__}",
                 "%s: judge() of a connection failed",
                 self.label,
-                exc_info=alone(failure),
+                exc_info=without_context(failure),
             )
             return None
         return verdict
 
-    def judge(self, entry: PoolEntry, error: Exception) -> None:
-        """Draw the consequences of *error*, raised by a call on *entry*."""
-        verdict = self.verdict(entry.connection, error)
+    def judge(self, slot: Slot, error: Exception) -> None:
+        """Draw the consequences of *error*, raised by a call on *slot*."""
+        verdict = self.verdict(slot.connection, error)
         if verdict is None:
             return
-        entry.last_error = told(error)
+        slot.last_error = safe_text(error)
         now = self.now()
         match verdict:
             case Verdict.ANSWERED:
-                entry.proven_at = now
-                entry.answered = True
+                slot.proven_at = now
+                slot.answered = True
                 return
             case Verdict.REFUSED:
-                self.state.refused(entry, now)
+                self.state.refused(slot, now)
             case Verdict.UNAVAILABLE:
-                self.state.unavailable(entry, now)
+                self.state.unavailable(slot, now)
             case Verdict.BROKEN:
-                self.state.broke(entry, now)
+                self.state.broke(slot, now)
             case Verdict.SILENT:
-                self.state.timed_out(entry, now)
-        self.settle()
+                self.state.timed_out(slot, now)
+        self.after_change()
 
-    def settle(self) -> None:
+    def after_change(self) -> None:
         """Pass on what follows from a change of the state."""
         state = self.state
         now = self.now()
-        state.rotate()
+        state.retire_expired()
         self._serve(now)
-        state.news = False
+        state.unhandled_loss = False
         if state.unanswered_ends:
             self._count_unanswered()
         if state.to_probe or state.outage.refused:
@@ -408,7 +408,7 @@ class Runtime:
         # The first in a row; what follows is the same event. A failed health check has
         # logged its own.
         is_news = self.state.first_unanswered and any(
-            entry.retired == "lost" for entry in ended
+            slot.retired == "lost" for slot in ended
         )
         self.state.first_unanswered = False
         self.log_limit.report(
@@ -423,8 +423,8 @@ class Runtime:
     async def warm_up(self) -> None:
         """Wait for `min_connections`, or until it is clear that none will come."""
         state = self.state
-        state.warm = True
-        self.settle()
+        state.keeps_minimum = True
+        self.after_change()
         with self.clock.deadline(self.now() + self.options.connection_timeout):
             while not state.shut and not state.outage.declared:
                 refused = len(state.outage.refused)
@@ -455,14 +455,14 @@ class Runtime:
         self.progress.set()
         self.progress = anyio.Event()
         self.dismiss_hopeless()
-        self.settle()
+        self.after_change()
         # Also without anything to do now: the opener has a backoff to wait out.
         self.work.set()
 
     @contextmanager
     def busy_task(self) -> Iterator[None]:
         """Remember the running task as one that uses a connection, or makes one."""
-        coroutine = self.home.coroutine()
+        coroutine = self.owner.coroutine()
         self.coroutines.add(coroutine)
         try:
             yield
@@ -495,7 +495,7 @@ class Runtime:
             self._dismiss(PoolClosed(f"{self.label} was closed while waiting"))
             for scope in self.attempts:
                 scope.cancel()
-            self.settle()
+            self.after_change()
         self._close_changed.set()
 
     async def until_closed(self) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import trio
 
 
-__all__ = ["Home"]
+__all__ = ["OwnerLoop"]
 
 
 NEVER = 10.0 * 365 * 86400
@@ -60,7 +60,7 @@ class _TrioTime:
         return self._clock.current_time()
 
 
-class Home:
+class OwnerLoop:
     """
     The process and the event loop that a pool was opened in.
 
@@ -101,21 +101,21 @@ class Home:
         Raises:
             PoolMisuse: This is another process or another event loop.
         """
-        if not self.is_here():
+        if not self.is_current_loop():
             raise self._strange(pool)
 
-    def is_here(self) -> bool:
+    def is_current_loop(self) -> bool:
         """Say whether this is the process and the event loop of the pool."""
         try:
             return self._current() is self._native and self._pid == process.pid
         except RuntimeError:  # no loop, or one of the other backend
             return False
 
-    def is_near(self) -> bool:
+    def is_current_thread(self) -> bool:
         """
         Say whether this is the process and the thread of the pool.
 
-        Enough for what waits for nothing, and half as dear as `is_here`.
+        Enough for what waits for nothing, and half as dear as `is_current_loop`.
         """
         return get_ident() == self._thread and self._pid == process.pid
 
@@ -123,7 +123,7 @@ class Home:
         """Say whether this process was forked from that of the pool."""
         return bool(self._pid != process.pid)
 
-    def is_gone(self) -> bool:
+    def is_closed(self) -> bool:
         """Say whether the loop was closed without ending its tasks."""
         return (
             not self.is_forked()

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 import anyio
 import attrs
 
-from fastapi_topaz._checks import seconds, shown
+from fastapi_topaz._checks import check_seconds, safe_repr
 from fastapi_topaz._fork import current as process
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._pool.acquire import Acquire
-from fastapi_topaz._pool.background import close_now, host
+from fastapi_topaz._pool.background import close_now, run_pool
 from fastapi_topaz._pool.connections import CLOSE_LIMIT
 from fastapi_topaz._pool.handle import Handle
 from fastapi_topaz._pool.interrupts import protected
 from fastapi_topaz._pool.nesting import count_nested
-from fastapi_topaz._pool.open_pool import Runtime
-from fastapi_topaz._pool.owner_loop import Home
-from fastapi_topaz._pool.state.entry import Lease
+from fastapi_topaz._pool.open_pool import OpenPool
+from fastapi_topaz._pool.owner_loop import OwnerLoop
+from fastapi_topaz._pool.state.slot import Claim
 from fastapi_topaz._pool.state.snapshot import connection_statuses
 from fastapi_topaz._pool.state.status import ConnectionStatus, PoolCounters, PoolStatus
 from fastapi_topaz._redaction import boundary
@@ -74,9 +74,9 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         # Outlives each opening: a pool that fails may be opened again by each request.
         self._log_limit = LogLimit(logger, self._label())
         self._metrics = report(self.status, self._counters)
-        self._runtime: Runtime | None = None
+        self._open_pool: OpenPool | None = None
         # The loop that opens the pool at this moment, by process.
-        self._claim: dict[int, Home] = {}
+        self._opening_loop: dict[int, OwnerLoop] = {}
         self._closed = False
 
     def __repr__(self) -> str:
@@ -110,7 +110,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
                 not know its authorizer.
         """
         if timeout is not None:
-            seconds("timeout", timeout)
+            check_seconds("timeout", timeout)
         return self._acquiring(self, timeout)
 
     async def release(self, conn: H, *, discard: bool = False) -> None:
@@ -128,7 +128,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             ValueError: *conn* is not of this pool, or was released before.
         """
         if not isinstance(discard, bool):
-            raise TypeError(f"discard must be True or False, got {shown(discard)}")
+            raise TypeError(f"discard must be True or False, got {safe_repr(discard)}")
         if isinstance(conn, Acquire):
             raise ValueError(  # noqa: TRY004  (as below)
                 "release() takes what `await pool.acquire()` returned, and not "
@@ -146,53 +146,57 @@ class Pool(NotAsync, NotCopied, Generic[H]):
 
     def _acquire_nowait(self) -> H | None:
         """Lease what is free, if there is anything; None leaves it to `_acquire`."""
-        runtime = self._runtime
-        if runtime is None or runtime.state.shut or not runtime.home.is_here():
+        open_pool = self._open_pool
+        if (
+            open_pool is None
+            or open_pool.state.shut
+            or not open_pool.owner.is_current_loop()
+        ):
             return None
-        lease = Lease()
-        return self._lend(runtime, lease) if runtime.take(lease) else None
+        claim = Claim()
+        return self._lend(open_pool, claim) if open_pool.take(claim) else None
 
-    def _lend(self, runtime: Any, lease: Lease) -> H:
-        return cast("H", self._handle(self, runtime, lease))
+    def _lend(self, open_pool: Any, claim: Claim) -> H:
+        return cast("H", self._handle(self, open_pool, claim))
 
     @boundary
     async def _acquire(self, timeout: float | None) -> H:
-        runtime = self._runtime
-        if runtime is None or not runtime.home.is_here():
-            runtime = self._first_use()
-        while runtime.state.shut:
+        open_pool = self._open_pool
+        if open_pool is None or not open_pool.owner.is_current_loop():
+            open_pool = self._first_use()
+        while open_pool.state.shut:
             if self._closed:
                 raise self._refused()
             # Nobody closed it: a cancelled initialize() takes back its opening.
             try:
-                await runtime.done.wait()
+                await open_pool.done.wait()
             except BaseException:
                 self._counters.cancelled += 1
                 raise
-            runtime = self._first_use()
-        lease = Lease()
-        if not runtime.take(lease):  # pragma: no branch  (nothing was free just now)
-            await runtime.wait(
-                lease, self._options.acquire_timeout if timeout is None else timeout
+            open_pool = self._first_use()
+        claim = Claim()
+        if not open_pool.take(claim):  # pragma: no branch  (nothing was free just now)
+            await open_pool.wait(
+                claim, self._options.acquire_timeout if timeout is None else timeout
             )
-        return self._lend(runtime, lease)
+        return self._lend(open_pool, claim)
 
     @protected
     def _release(self, conn: H, *, discard: bool = False) -> None:
-        lease = conn._lease  # noqa: SLF001
-        if lease is None:
+        claim = conn._claim  # noqa: SLF001
+        if claim is None:
             raise ValueError(f"{conn!r} was released to {self._label()} before")
-        runtime = conn._runtime  # noqa: SLF001
-        if runtime is not self._runtime or not runtime.home.is_near():
-            if runtime is not self._runtime or runtime.home.is_gone():
+        open_pool = conn._open_pool  # noqa: SLF001
+        if open_pool is not self._open_pool or not open_pool.owner.is_current_thread():
+            if open_pool is not self._open_pool or open_pool.owner.is_closed():
                 # The pool was closed since, and nothing is left to be given back.
-                conn._lease = None  # noqa: SLF001
+                conn._claim = None  # noqa: SLF001
                 return
-            runtime.home.check(self._label())
-        conn._lease = None  # noqa: SLF001
+            open_pool.owner.check(self._label())
+        conn._claim = None  # noqa: SLF001
         if discard:
-            runtime.discard(lease)
-        runtime.release(lease)
+            open_pool.discard(claim)
+        open_pool.release(claim)
 
     # -- opening and closing ----------------------------------------------------
 
@@ -211,23 +215,23 @@ class Pool(NotAsync, NotCopied, Generic[H]):
                 or was not configured.
             ValueError: What no retry can mend, such as a missing certificate file.
         """
-        runtime = self._alive()
-        while runtime is not None and runtime.state.shut:
-            await runtime.done.wait()
-            runtime = self._alive()
-        if runtime is None:
-            runtime = self._open(validate=True)
+        open_pool = self._alive()
+        while open_pool is not None and open_pool.state.shut:
+            await open_pool.done.wait()
+            open_pool = self._alive()
+        if open_pool is None:
+            open_pool = self._open(validate=True)
         if not self._options.eager_init:
             return
-        runtime.initializing += 1
+        open_pool.initializing += 1
         try:
-            await runtime.warm_up()
-            runtime.adopted = True
+            await open_pool.warm_up()
+            open_pool.adopted = True
         finally:
-            runtime.initializing -= 1
+            open_pool.initializing -= 1
             # Cancelled: as if it had never come, unless somebody else came, too.
-            if not runtime.adopted and not runtime.initializing:
-                runtime.begin_close(0)
+            if not open_pool.adopted and not open_pool.initializing:
+                open_pool.begin_close(0)
 
     @boundary
     async def close(self, grace: float = 5.0) -> None:
@@ -246,18 +250,18 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         Raises:
             PoolMisuse: The pool is open on another event loop or in another process.
         """
-        grace = seconds("grace", grace)
-        runtime = self._alive()
+        grace = check_seconds("grace", grace)
+        open_pool = self._alive()
         self._closed = True
-        if runtime is None:
+        if open_pool is None:
             return
-        runtime.begin_close(grace)
+        open_pool.begin_close(grace)
         try:
-            await runtime.done.wait()
+            await open_pool.done.wait()
         except BaseException:
-            runtime.begin_close(0)
+            open_pool.begin_close(0)
             with anyio.move_on_after(2 * CLOSE_LIMIT, shield=True):
-                await runtime.done.wait()
+                await open_pool.done.wait()
             raise
 
     async def __aenter__(self) -> Self:
@@ -276,10 +280,10 @@ class Pool(NotAsync, NotCopied, Generic[H]):
 
     def status(self) -> PoolStatus:
         """Return a snapshot of the pool; never raises, open or not."""
-        runtime = self._runtime
-        forked = runtime is not None and runtime.home.is_forked()
-        if runtime is not None and not forked and not runtime.home.is_gone():
-            return runtime.state.status()
+        open_pool = self._open_pool
+        forked = open_pool is not None and open_pool.owner.is_forked()
+        if open_pool is not None and not forked and not open_pool.owner.is_closed():
+            return open_pool.state.status()
         options = self._options
         return PoolStatus(
             total=0,
@@ -300,10 +304,14 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         For people and incidents: where it leads, how old it is, what it carries, and
         what went wrong on it last.
         """
-        runtime = self._runtime
-        if runtime is None or runtime.home.is_forked() or runtime.home.is_gone():
+        open_pool = self._open_pool
+        if (
+            open_pool is None
+            or open_pool.owner.is_forked()
+            or open_pool.owner.is_closed()
+        ):
             return ()
-        return connection_statuses(runtime.state.open, runtime.clock.peek())
+        return connection_statuses(open_pool.state.open, open_pool.clock.peek())
 
     def resize(self, min_connections: int, max_connections: int) -> None:
         """
@@ -320,15 +328,15 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             min_connections=min_connections,
             max_connections=max_connections,
         )
-        runtime = self._alive()
+        open_pool = self._alive()
         self._options = options
-        if runtime is not None:
-            before = runtime.state.status()
-            runtime.resize(options)
+        if open_pool is not None:
+            before = open_pool.state.status()
+            open_pool.resize(options)
             logger.info(
                 "%s: resized to min_connections=%d, max_connections=%d (%s -> %s)",
-                *(runtime.label, min_connections, max_connections),
-                *(before, runtime.state.status()),
+                *(open_pool.label, min_connections, max_connections),
+                *(before, open_pool.state.status()),
             )
 
     def drain(self) -> None:
@@ -341,100 +349,100 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         Raises:
             PoolMisuse: The pool is open on another event loop or in another process.
         """
-        runtime = self._alive()
-        if runtime is not None:
+        open_pool = self._alive()
+        if open_pool is not None:
             logger.info(
                 "%s: draining: each open connection is replaced (%s)",
-                *(runtime.label, runtime.state.status()),
+                *(open_pool.label, open_pool.state.status()),
             )
-            runtime.state.rotation.drain(runtime.state.open)
-            runtime.settle()
+            open_pool.state.rotation.drain(open_pool.state.open)
+            open_pool.after_change()
 
     # -- what an open pool needs ------------------------------------------------
 
-    def _alive(self) -> Runtime | None:
+    def _alive(self) -> OpenPool | None:
         """Return the runtime if the pool is open here, None if it is not open."""
-        runtime = self._runtime
-        if runtime is None:
+        open_pool = self._open_pool
+        if open_pool is None:
             return None
-        if runtime.done.is_set() or runtime.home.is_gone():
+        if open_pool.done.is_set() or open_pool.owner.is_closed():
             # Its loop has ended, and the host with it. Nobody is left to use it.
-            self._forget(runtime)
+            self._forget(open_pool)
             return None
-        runtime.home.check(self._label())
-        return runtime
+        open_pool.owner.check(self._label())
+        return open_pool
 
-    def _open(self, *, validate: bool = False) -> Runtime:
+    def _open(self, *, validate: bool = False) -> OpenPool:
         """
         Return a new runtime; only one thread can open the pool.
 
         Raises:
             PoolMisuse: Another thread opens it, or has just opened it.
         """
-        home = Home()
+        owner = OwnerLoop()
         # One step, so the threads need no lock, which a fork might find locked.
-        claim = self._claim.setdefault(process.pid, home)
-        if claim is not home:
-            claim.check(self._label())
+        opener = self._opening_loop.setdefault(process.pid, owner)
+        if opener is not owner:
+            opener.check(self._label())
         try:
-            runtime = self._alive()
-            if runtime is None:
+            open_pool = self._alive()
+            if open_pool is None:
                 connector = self._configured()
                 check = getattr(connector, "validate", None)
                 if validate and check is not None:
                     check()
-                runtime = self._start(home, connector)
+                open_pool = self._start(owner, connector)
         finally:
-            self._claim.clear()
-        return runtime
+            self._opening_loop.clear()
+        return open_pool
 
-    def _start(self, home: Home, connector: Connector) -> Runtime:
-        runtime = Runtime(
+    def _start(self, owner: OwnerLoop, connector: Connector) -> OpenPool:
+        open_pool = OpenPool(
             self._label(),
             self._options,
             connector,
             self._counters,
             self._metrics.observer,
             self._log_limit,
-            home,
+            owner,
             count_nested,
         )
 
         async def live() -> None:
             try:
-                await host(runtime)
+                await run_pool(open_pool)
             finally:
                 # Here, too: who waits for `done` finds the pool closed.
-                self._forget(runtime)
+                self._forget(open_pool)
 
         def loop_closed() -> None:
-            if home.is_gone():  # and not destroyed in an orderly way
-                close_now(runtime)
-                self._forget(runtime)
+            if owner.is_closed():  # and not destroyed in an orderly way
+                close_now(open_pool)
+                self._forget(open_pool)
 
-        home.spawn(live, partial(self._forget, runtime), loop_closed)
-        self._runtime = runtime
+        owner.spawn(live, partial(self._forget, open_pool), loop_closed)
+        self._open_pool = open_pool
         self._closed = False
-        self._metrics.attach(runtime.series)
+        self._metrics.attach(open_pool.series)
         logger.info(
             "%s: opened, to %s (min_connections=%d, max_connections=%d)",
-            *(runtime.label, runtime.target),
+            *(open_pool.label, open_pool.target),
             *(self._options.min_connections, self._options.max_connections),
         )
-        return runtime
+        return open_pool
 
-    def _forget(self, runtime: Runtime) -> None:
+    def _forget(self, open_pool: OpenPool) -> None:
         # If the host never began, nobody else wakes those who wait for it.
-        if not runtime.done.is_set() and not runtime.home.is_gone():
-            runtime.begin_close(0)
-            runtime.done.set()
-        if self._runtime is runtime:
-            self._runtime = None
+        if not open_pool.done.is_set() and not open_pool.owner.is_closed():
+            open_pool.begin_close(0)
+            open_pool.done.set()
+        if self._open_pool is open_pool:
+            self._open_pool = None
             self._metrics.detach()
             if self._closed:
                 self._log_limit.flush(everything=True)
             self._log_limit.clock = None  # that of the loop, which may go now
-            logger.info("%s: closed", runtime.label)
+            logger.info("%s: closed", open_pool.label)
 
     def _configured(self) -> Connector:
         if self._connector is None:
@@ -442,18 +450,18 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         return self._connector
 
     def _phase(self) -> str:
-        if self._runtime is None:
+        if self._open_pool is None:
             return "closed" if self._closed else "new"
-        return "closing" if self._runtime.state.shut else "open"
+        return "closing" if self._open_pool.state.shut else "open"
 
     def _label(self) -> str:
         return f"pool {self._options.name!r}" if self._options.name else "the pool"
 
-    def _first_use(self) -> Runtime:
+    def _first_use(self) -> OpenPool:
         if self._closed:
             raise self._refused()
-        runtime = self._alive()
-        return self._open() if runtime is None else runtime
+        open_pool = self._alive()
+        return self._open() if open_pool is None else open_pool
 
     def _refused(self) -> PoolClosed:
         self._counters.closed += 1

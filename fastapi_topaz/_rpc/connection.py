@@ -36,7 +36,7 @@ class RpcConnection(Connection, Protocol):
         """Say whether the other side has gone away; takes a microsecond at most."""
         ...
 
-    def look_closely(self) -> None:
+    def refresh_liveness(self) -> None:
         """Find out what `is_lost` cannot without taking longer."""
 
     @property

@@ -7,7 +7,7 @@ import re
 
 import attrs
 
-from fastapi_topaz._checks import flag, shown, text
+from fastapi_topaz._checks import check_flag, check_text, safe_repr
 from fastapi_topaz._redaction import guarded
 from fastapi_topaz._rpc.metadata import Metadata, check_metadata
 
@@ -54,26 +54,26 @@ class Target:
     unserved: str | None = None
 
     def __attrs_post_init__(self) -> None:
-        text("url", self.url, optional=False)
+        check_text("url", self.url, optional=False)
         check_metadata(self.metadata)
         pairs = tuple((key, value) for key, value in self.metadata or ())
         object.__setattr__(self, "metadata", pairs)
         if isinstance(self.cert_file_path, os.PathLike):
             object.__setattr__(self, "cert_file_path", os.fspath(self.cert_file_path))
-        text("cert_file_path", self.cert_file_path)
-        flag("insecure", self.insecure)
+        check_text("cert_file_path", self.cert_file_path)
+        check_flag("insecure", self.insecure)
         if self.insecure and self.cert_file_path is not None:
             raise ValueError(
                 "cert_file_path and insecure=True exclude each other, got "
                 f"cert_file_path={self.cert_file_path!r}"
             )
-        text("probe", self.probe, optional=False)
+        check_text("probe", self.probe, optional=False)
         method = _METHOD.fullmatch(self.probe)
         if method is None:
             raise ValueError(
                 "probe must be a full name such as '/package.Service/Method', got "
-                f"{shown(self.probe)}"
+                f"{safe_repr(self.probe)}"
             )
-        text("unserved", self.unserved)
+        check_text("unserved", self.unserved)
         if self.unserved is None:
             object.__setattr__(self, "unserved", f"does not serve {method[1]}")

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from fastapi_topaz._pool.state.status import PoolCounters, PoolStatus
 
 
-__all__ = ["BOUNDARIES", "TOPAZ", "Convention", "Duration", "Event", "Level", "Phase"]
+__all__ = [
+    "BOUNDARIES",
+    "TOPAZ",
+    "Convention",
+    "Counter",
+    "Gauge",
+    "Histogram",
+    "Phase",
+]
 
 
 # Seconds. The SDK's own boundaries start at 5, which is a timeout here.
@@ -35,7 +43,7 @@ Phase: TypeAlias = Literal["wait", "hold", "connect"]
 
 
 @attrs.frozen
-class Level:
+class Gauge:
     """What is so many now; of several kinds, if *label* tells them apart."""
 
     name: str
@@ -46,7 +54,7 @@ class Level:
 
 
 @attrs.frozen
-class Event:
+class Counter:
     """What happened so often; for several reasons, if *label* tells them apart."""
 
     name: str
@@ -57,7 +65,7 @@ class Event:
 
 
 @attrs.frozen
-class Duration:
+class Histogram:
     """How long something took, in seconds, as a histogram."""
 
     name: str
@@ -78,9 +86,9 @@ class Convention:
     """
 
     pool: str
-    durations: tuple[Duration, ...]
-    levels: tuple[Level, ...]
-    events: tuple[Event, ...]
+    durations: tuple[Histogram, ...]
+    levels: tuple[Gauge, ...]
+    events: tuple[Counter, ...]
     names_all: bool = False
 
 
@@ -93,67 +101,67 @@ def _all(reasons: object, counted: Mapping[str, int]) -> Mapping[str, int]:
 TOPAZ = Convention(
     pool="pool",
     durations=(
-        Duration(
+        Histogram(
             "topaz_pool_acquire_latency", "wait", "Time acquire() took to give a lease"
         ),
-        Duration("topaz_pool_hold_time", "hold", "Time a lease was held"),
-        Duration(
+        Histogram("topaz_pool_hold_time", "hold", "Time a lease was held"),
+        Histogram(
             "topaz_pool_connect_time", "connect", "Time it took to connect, if it did"
         ),
     ),
     levels=(
         # The name ends in _total, which is the exporter's suffix for counters, and
         # stays: it is what dashboards of this pool have always asked for.
-        Level(
+        Gauge(
             "topaz_pool_connections_total",
             "{connection}",
             "Open connections: with a lease, or without",
             lambda s: {"idle": s.idle, "busy": s.busy},
             "state",
         ),
-        Level(
+        Gauge(
             "topaz_pool_connections_healthy",
             "{connection}",
             "Open connections that may be leased",
             lambda s: s.healthy_connections,
         ),
-        Level(
+        Gauge(
             "topaz_pool_connections_min",
             "{connection}",
             "Connections that are kept once the pool is in use",
             lambda s: s.min_connections,
         ),
-        Level(
+        Gauge(
             "topaz_pool_connections_max",
             "{connection}",
             "Connections there may be, open and connecting",
             lambda s: s.max_connections,
         ),
-        Level(
+        Gauge(
             "topaz_pool_connecting",
             "{connection}",
             "Connections being established",
             lambda s: s.connecting,
         ),
-        Level(
+        Gauge(
             "topaz_pool_healthy",
             "{pool}",
             "Whether a check would have a connection to go to: 1 or 0",
             lambda s: int(s.healthy),
         ),
-        Level(
+        Gauge(
             "topaz_pool_streams_in_use",
             "{lease}",
             "Leases out now",
             lambda s: s.streams_in_use,
         ),
-        Level(
+        Gauge(
             "topaz_pool_streams_max",
             "{lease}",
             "Leases there may be: connections_max x streams_per_connection",
             lambda s: s.streams_max,
         ),
-        Level(
+        Gauge(
             "topaz_pool_waiting",
             "{request}",
             "Callers waiting in acquire()",
@@ -161,82 +169,82 @@ TOPAZ = Convention(
         ),
     ),
     events=(
-        Event(
+        Counter(
             "topaz_pool_acquisitions",
             "{request}",
             "Calls of acquire() that got a lease",
             lambda c: c.acquisitions,
         ),
-        Event(
+        Counter(
             "topaz_pool_timeouts",
             "{request}",
             "Calls of acquire() that got none in time",
             lambda c: c.timeouts,
         ),
-        Event(
+        Counter(
             "topaz_pool_rejected",
             "{request}",
             "Calls of acquire() refused because max_waiting callers waited",
             lambda c: c.rejected,
         ),
-        Event(
+        Counter(
             "topaz_pool_cancelled",
             "{request}",
             "Calls of acquire() whose caller was cancelled while waiting",
             lambda c: c.cancelled,
         ),
-        Event(
+        Counter(
             "topaz_pool_failed",
             "{request}",
             "Calls of acquire() that failed: no connection, or the pool closed",
             lambda c: {"connect": c.failed, "closed": c.closed},
             "reason",
         ),
-        Event(
+        Counter(
             "topaz_pool_connects",
             "{connection}",
             "Connections established",
             lambda c: c.connects,
         ),
-        Event(
+        Counter(
             "topaz_pool_connect_failures",
             "{attempt}",
             "Attempts to connect that failed",
             lambda c: _all(FailureReason, c.connect_failures),
             "reason",
         ),
-        Event(
+        Counter(
             "topaz_pool_connect_retries",
             "{attempt}",
             "Attempts to connect made after one that failed",
             lambda c: c.connect_retries,
         ),
-        Event(
+        Counter(
             "topaz_pool_closes",
             "{connection}",
             "Connections closed",
             lambda c: _all(CloseReason, c.closes),
             "reason",
         ),
-        Event(
+        Counter(
             "topaz_pool_probe_failures",
             "{probe}",
             "Health checks that failed, or were refused",
             lambda c: c.probe_failures,
         ),
-        Event(
+        Counter(
             "topaz_pool_retries",
             "{check}",
             "Checks that were lost with their connection and asked again",
             lambda c: c.retries,
         ),
-        Event(
+        Counter(
             "topaz_pool_leaked",
             "{lease}",
             "Leases held longer than leak_threshold",
             lambda c: c.leaked,
         ),
-        Event(
+        Counter(
             "topaz_pool_reclaimed",
             "{lease}",
             "Leases garbage-collected without release()",

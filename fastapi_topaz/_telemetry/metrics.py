@@ -18,7 +18,7 @@ import attrs
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 
-from fastapi_topaz._errors import alone
+from fastapi_topaz._error_text import without_context
 from fastapi_topaz._telemetry.instruments import BOUNDARIES, TOPAZ
 from fastapi_topaz._telemetry.semconv import DB_CLIENT
 from fastapi_topaz._version import VERSION
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import Histogram, Meter, MeterProvider
 
     from fastapi_topaz._pool.state.status import PoolCounters, PoolObserver, PoolStatus
-    from fastapi_topaz._telemetry.instruments import Convention, Event, Level
+    from fastapi_topaz._telemetry.instruments import Convention, Counter, Gauge
 
     Callback = Callable[[CallbackOptions], Iterable[Observation]]
 
@@ -141,7 +141,7 @@ class _Report:
         # What breaks the recording must not break the pool.
         if not self._broken:
             self._broken = True
-            logger.warning("recording a metric failed", exc_info=alone(error))
+            logger.warning("recording a metric failed", exc_info=without_context(error))
 
 
 class _Both:
@@ -247,7 +247,7 @@ class _Instruments:
         reports = [reference() for reference in list(self.reports)]
         return [report for report in reports if report is not None]
 
-    def _level(self, level: Level) -> Callback:
+    def _level(self, level: Gauge) -> Callback:
         def observe(_options: CallbackOptions) -> Iterator[Observation]:
             for report in self._attached():
                 value = level.read(report.source.status())
@@ -255,7 +255,7 @@ class _Instruments:
 
         return observe
 
-    def _event(self, event: Event) -> Callback:
+    def _event(self, event: Counter) -> Callback:
         def observe(_options: CallbackOptions) -> Iterator[Observation]:
             for report in self._attached():
                 value = event.read(report.source.counters)

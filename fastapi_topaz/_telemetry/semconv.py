@@ -7,7 +7,7 @@ but dashboards that exist already know them.
 
 from __future__ import annotations
 
-from fastapi_topaz._telemetry.instruments import Convention, Duration, Event, Level
+from fastapi_topaz._telemetry.instruments import Convention, Counter, Gauge, Histogram
 
 
 __all__ = ["DB_CLIENT"]
@@ -17,49 +17,49 @@ DB_CLIENT = Convention(
     pool="db.client.connection.pool.name",
     names_all=True,
     durations=(
-        Duration(
+        Histogram(
             "db.client.connection.wait_time",
             "wait",
             "Time acquire() took to give a lease",
         ),
-        Duration(
+        Histogram(
             "db.client.connection.use_time",
             "hold",
             "Time a lease was held",
         ),
-        Duration(
+        Histogram(
             "db.client.connection.create_time",
             "connect",
             "Time it took to connect, if it did",
         ),
     ),
     levels=(
-        Level(
+        Gauge(
             "db.client.connection.count",
             "{connection}",
             "Open connections: with a lease, or without",
             lambda s: {"idle": s.idle, "used": s.busy},
             "db.client.connection.state",
         ),
-        Level(
+        Gauge(
             "db.client.connection.idle.min",
             "{connection}",
             "Connections that are kept once the pool is in use",
             lambda s: s.min_connections,
         ),
-        Level(
+        Gauge(
             "db.client.connection.idle.max",
             "{connection}",
             "Connections that may be idle",
             lambda s: s.max_connections,
         ),
-        Level(
+        Gauge(
             "db.client.connection.max",
             "{connection}",
             "Connections there may be, open and connecting",
             lambda s: s.max_connections,
         ),
-        Level(
+        Gauge(
             "db.client.connection.pending_requests",
             "{request}",
             "Callers waiting in acquire()",
@@ -67,7 +67,7 @@ DB_CLIENT = Convention(
         ),
     ),
     events=(
-        Event(
+        Counter(
             "db.client.connection.timeouts",
             "{timeout}",
             "Calls of acquire() that got none in time",

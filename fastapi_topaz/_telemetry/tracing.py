@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from opentelemetry import context, propagate, trace
 from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_span
 
-from fastapi_topaz._errors import alone, kind_of
+from fastapi_topaz._error_text import error_kind, without_context
 from fastapi_topaz._rpc.metadata import is_metadata
 from fastapi_topaz._version import VERSION
 
@@ -41,7 +41,9 @@ def _failed(what: str, error: Exception) -> None:
     # Once, or it would be as many lines as there are checks.
     if what not in _broken:
         _broken.add(what)
-        logger.warning("%s failed; checks go on without", what, exc_info=alone(error))
+        logger.warning(
+            "%s failed; checks go on without", what, exc_info=without_context(error)
+        )
 
 
 def propagated(metadata: Metadata) -> Metadata:
@@ -124,8 +126,8 @@ class CheckSpan:
             context.detach(self._token)
         try:
             if isinstance(exc, Exception):
-                self._span.set_attribute("error.type", kind_of(exc))
-                self._span.set_status(StatusCode.ERROR, kind_of(exc))
+                self._span.set_attribute("error.type", error_kind(exc))
+                self._span.set_status(StatusCode.ERROR, error_kind(exc))
             elif exc is not None:
                 self._outcome = "cancelled"
             self._span.set_attribute("topaz.outcome", self._outcome)
@@ -143,7 +145,7 @@ class CheckSpan:
 
     def lost(self, error: Exception) -> None:
         """Note that the answer was lost with *error*, and is asked for once more."""
-        self._event("topaz.retry", {"error.type": kind_of(error)})
+        self._event("topaz.retry", {"error.type": error_kind(error)})
 
     def _event(self, name: str, attributes: Mapping[str, float | str]) -> None:
         try:

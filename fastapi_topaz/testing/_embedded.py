@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import grpc
 
 from fastapi_topaz._authorizer.options import AuthorizerOptions
-from fastapi_topaz._checks import seconds, text
+from fastapi_topaz._checks import check_seconds, check_text
 from fastapi_topaz._redaction import boundary
 
 from ._certs import Certificates
@@ -75,8 +75,8 @@ class EmbeddedAuthorizer:
         # Only for its checks: the url is known after the start.
         AuthorizerOptions(api_key=api_key, tenant_id=tenant_id)
         # Empty ones would let in every client, which is not what they look like.
-        text("api_key", api_key)
-        text("tenant_id", tenant_id)
+        check_text("api_key", api_key)
+        check_text("tenant_id", tenant_id)
         if not 0 <= port <= 65535:
             raise ValueError(f"port must be from 0 to 65535, got {port!r}")
         if max_concurrent_streams is not None and max_concurrent_streams < 1:
@@ -148,7 +148,7 @@ class EmbeddedAuthorizer:
         Raises:
             RuntimeError: Called from a policy, which runs in that very thread.
         """
-        grace = seconds("grace", grace, infinite=False)
+        grace = check_seconds("grace", grace, infinite=False)
         if self._inside:
             raise RuntimeError("a policy cannot stop the authorizer it runs in")
         with self._lock:
@@ -226,7 +226,7 @@ class EmbeddedAuthorizer:
 
     @delay.setter
     def delay(self, delay: float) -> None:
-        self._service.delay = seconds("delay", delay)
+        self._service.delay = check_seconds("delay", delay)
 
     # -- what it saw
 

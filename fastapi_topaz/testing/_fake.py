@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import attrs
 
-from fastapi_topaz._checks import seconds
+from fastapi_topaz._checks import check_seconds
 from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
 
@@ -42,7 +42,7 @@ def ok() -> Step:
 
 def slow(delay: float) -> Step:
     """Return a step that connects after *delay* seconds."""
-    return Step(delay=seconds("delay", delay))
+    return Step(delay=check_seconds("delay", delay))
 
 
 def fail(error: Exception | str = "refused by the script") -> Step:

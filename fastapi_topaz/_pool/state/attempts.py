@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastapi_topaz._pool.state.backoff import DEMAND_CAP, full_jitter
-from fastapi_topaz._pool.state.entry import PoolEntry
+from fastapi_topaz._pool.state.slot import Slot
 
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Attempts:
 
     def __init__(self, random: Callable[[], float]) -> None:
         self._random = random
-        self.under_way: set[PoolEntry] = set()
+        self.under_way: set[Slot] = set()
         self.failures = 0
         self.error: Exception | None = None
         self._round = 0
@@ -57,15 +57,15 @@ class Attempts:
         self.unanswered = 0
         self._unanswered_until = self._paced_until = float("-inf")
 
-    def begin(self, now: float) -> PoolEntry:
+    def begin(self, now: float) -> Slot:
         """Add an entry whose connection is being established."""
         if now < self._unanswered_until + BRIEF:
             # Else attempts that succeed follow each other as fast as they are lost.
             share = self._random()
             self._paced_until = now + full_jitter(self.unanswered, share, DEMAND_CAP)
-        entry = PoolEntry(started_at=now, round=self._round)
-        self.under_way.add(entry)
-        return entry
+        slot = Slot(started_at=now, round=self._round)
+        self.under_way.add(slot)
+        return slot
 
     def forget(self, now: float) -> bool:
         """
@@ -81,23 +81,23 @@ class Attempts:
         self.error = None
         return True
 
-    def succeeded(self, entry: PoolEntry) -> None:
-        """Drop *entry*, and the outage: one success makes up for all failures."""
-        self.under_way.remove(entry)
+    def succeeded(self, slot: Slot) -> None:
+        """Drop *slot*, and the outage: one success makes up for all failures."""
+        self.under_way.remove(slot)
         self.failures = 0
         self.error = None
         self._retry_at = self._demand_at = float("-inf")
 
-    def failed(self, entry: PoolEntry, error: Exception, now: float) -> None:
-        """Drop *entry*, and wait before the next round."""
-        self.under_way.remove(entry)
+    def failed(self, slot: Slot, error: Exception, now: float) -> None:
+        """Drop *slot*, and wait before the next round."""
+        self.under_way.remove(slot)
         self._failed_at = now
         # Not after each failure: an attempt begun meanwhile would always be under
         # way, and the next would follow each failure without any pause.
-        if entry.round == self._round:
+        if slot.round == self._round:
             self._round += 1
             if not self.failures:
-                self._since = entry.started_at
+                self._since = slot.started_at
             self.failures += 1
             share = self._random()
             self._retry_at = now + full_jitter(self.failures, share)
@@ -106,19 +106,19 @@ class Attempts:
         if self.failures:
             self.error = error
 
-    def cancelled(self, entry: PoolEntry) -> None:
-        """Drop *entry*, unless its attempt has ended already."""
-        self.under_way.discard(entry)
+    def cancelled(self, slot: Slot) -> None:
+        """Drop *slot*, unless its attempt has ended already."""
+        self.under_way.discard(slot)
 
-    def ended(self, entry: PoolEntry, error: Exception | None, now: float) -> None:
+    def ended(self, slot: Slot, error: Exception | None, now: float) -> None:
         """
-        Note that the connection of *entry* was lost.
+        Note that the connection of *slot* was lost.
 
         With an *error* it is a failed attempt, because it never answered. Without a
         pause, a server that accepts and hangs up would see connections made as fast as
         they can be, each of them a success.
         """
-        if entry.answered or now > self._unanswered_until + FORGIVEN:
+        if slot.answered or now > self._unanswered_until + FORGIVEN:
             self.unanswered = 0
         if error is None:
             return
@@ -129,14 +129,14 @@ class Attempts:
             self._unanswered_until = now + pause
         if not self.failures:
             self.failures = 1
-            self._since = entry.started_at
+            self._since = slot.started_at
             self._round += 1  # those that are under way are of the same round
         self._failed_at = now
         self.error = error
 
-    def is_newer(self, entry: PoolEntry) -> bool:
-        """Say whether *entry* was begun after the last failure."""
-        return entry.started_at >= self._failed_at
+    def is_newer(self, slot: Slot) -> bool:
+        """Say whether *slot* was begun after the last failure."""
+        return slot.started_at >= self._failed_at
 
     def is_cautious(self, now: float) -> bool:
         """Say whether the server's state calls for one attempt at a time."""
@@ -151,18 +151,18 @@ class Attempts:
         """Return how many connections may be expected from the attempts under way."""
         # One that hangs must not keep those who wait from another server.
         if waiting:
-            return sum(not entry.overdue for entry in self.under_way)
+            return sum(not slot.overdue for slot in self.under_way)
         return len(self.under_way)
 
     def overdue(self, now: float) -> bool:
         """Give up hope in attempts that take too long; True if that is news."""
         late = [
-            entry
-            for entry in self.under_way
-            if not entry.overdue and entry.started_at + PATIENCE <= now
+            slot
+            for slot in self.under_way
+            if not slot.overdue and slot.started_at + PATIENCE <= now
         ]
-        for entry in late:
-            entry.overdue = True
+        for slot in late:
+            slot.overdue = True
         return bool(late)
 
     def next_overdue(self) -> float:

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import attrs
 
-from fastapi_topaz._checks import count, flag, seconds, shown, text
+from fastapi_topaz._checks import (
+    check_count,
+    check_flag,
+    check_seconds,
+    check_text,
+    safe_repr,
+)
 
 
 if TYPE_CHECKING:
@@ -76,18 +82,18 @@ class PoolOptions:
     name: str | None
 
     def __attrs_post_init__(self) -> None:
-        count("min_connections", self.min_connections, 0)
-        count("max_connections", self.max_connections, 1)
+        check_count("min_connections", self.min_connections, 0)
+        check_count("max_connections", self.max_connections, 1)
         if self.min_connections > self.max_connections:
             raise ValueError(
                 f"min_connections must not exceed max_connections, got "
-                f"min_connections={shown(self.min_connections)} and "
-                f"max_connections={shown(self.max_connections)}"
+                f"min_connections={safe_repr(self.min_connections)} and "
+                f"max_connections={safe_repr(self.max_connections)}"
             )
-        count("max_retries", self.max_retries, 0)
-        count("streams_per_connection", self.streams_per_connection, 1)
+        check_count("max_retries", self.max_retries, 0)
+        check_count("streams_per_connection", self.streams_per_connection, 1)
         if self.max_waiting is not None:
-            count("max_waiting", self.max_waiting, 0)
+            check_count("max_waiting", self.max_waiting, 0)
         for name in (
             "acquire_timeout",
             "max_idle_time",
@@ -96,7 +102,7 @@ class PoolOptions:
             "max_lifetime",
             "leak_threshold",
         ):
-            seconds(name, getattr(self, name))
+            check_seconds(name, getattr(self, name))
         for name, least in _LEAST.items():
             if 0 < getattr(self, name) < least:
                 raise ValueError(
@@ -104,10 +110,10 @@ class PoolOptions:
                     f"got {getattr(self, name)!r}"
                 )
         for name in ("connection_timeout", "health_check_timeout"):
-            seconds(name, getattr(self, name), zero=False, infinite=False)
-        flag("eager_init", self.eager_init)
-        flag("retry_on_failure", self.retry_on_failure)
-        text("name", self.name)
+            check_seconds(name, getattr(self, name), zero=False, infinite=False)
+        check_flag("eager_init", self.eager_init)
+        check_flag("retry_on_failure", self.retry_on_failure)
+        check_text("name", self.name)
 
     @property
     def capacity(self) -> int:

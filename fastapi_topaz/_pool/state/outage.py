@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from fastapi_topaz._pool.state.entry import PoolEntry
+    from fastapi_topaz._pool.state.slot import Slot
 
 
 __all__ = ["Outage"]
@@ -59,7 +59,7 @@ class Outage:
     """
 
     def __init__(self) -> None:
-        self.refused: dict[PoolEntry, None] = {}
+        self.refused: dict[Slot, None] = {}
         self.error: Exception | None = None
         self.declared = False
         self._declared_at = float("-inf")
@@ -68,41 +68,41 @@ class Outage:
         self._silent = 0
         self._refused_at = self._answered_at = float("-inf")
         self._silent_since = self._counted_at = float("-inf")
-        self._pause_until = self._attempt_at = self._slot = float("-inf")
+        self._pause_until = self._attempt_at = self._next_probe_at = float("-inf")
 
     @property
     def is_silent(self) -> bool:
         """Whether a probe was refused, and nothing was answered since before it."""
         return self._silent > 0
 
-    def add(self, entry: PoolEntry, refusals: int, now: float) -> None:
-        """Probe *entry* soon: so many of its calls were *refused*, or none yet."""
-        self.refused[entry] = None
-        entry.refusals = refusals
-        entry.probe_at = now
+    def add(self, slot: Slot, refusals: int, now: float) -> None:
+        """Probe *slot* soon: so many of its calls were *refused*, or none yet."""
+        self.refused[slot] = None
+        slot.refusals = refusals
+        slot.probe_at = now
 
     def probe_refused(
         self,
-        entry: PoolEntry,
+        slot: Slot,
         error: Exception,
         began: float,
         answered_at: float,
         now: float,
     ) -> None:
         """
-        Note that a probe of *entry*, which *began* then, was refused with *error*.
+        Note that a probe of *slot*, which *began* then, was refused with *error*.
 
         The last answer on any connection came at *answered_at*.
         """
-        if entry not in self.refused:
-            self.add(entry, 0, now)
+        if slot not in self.refused:
+            self.add(slot, 0, now)
         self.error = error
         self._refused_at = now
-        entry.refusals += 1
-        entry.probe_at = self._next_probe(entry, now)
+        slot.refusals += 1
+        slot.probe_at = self._next_probe(slot, now)
         # A connection that is refused for long, while others are answered, is no
         # silence; nor does it end one that began since.
-        since = min(now, self._silent_since if self._silent else entry.suspected_at)
+        since = min(now, self._silent_since if self._silent else slot.suspected_at)
         # What is later than now is of a clock that was set back since.
         if since < answered_at <= now or since <= self._answered_at <= now:
             self._end_silence()
@@ -113,7 +113,7 @@ class Outage:
             self._counted_at = now
         self._pause_until = now + self._pause(self._silent)
 
-    def declare(self, usable: Collection[PoolEntry], now: float) -> bool:
+    def declare(self, usable: Collection[Slot], now: float) -> bool:
         """Declare an outage if all *usable* ones are refused; True if it is new."""
         if self.declared or not self.is_total(usable):
             return False
@@ -122,10 +122,10 @@ class Outage:
         self.declared, self._declared_at = True, now
         return True
 
-    def is_total(self, usable: Collection[PoolEntry]) -> bool:
+    def is_total(self, usable: Collection[Slot]) -> bool:
         """Say whether each *usable* connection was refused, and there are any."""
         return bool(usable) and all(
-            entry in self.refused and entry.refusals for entry in usable
+            slot in self.refused and slot.refusals for slot in usable
         )
 
     def is_overdue(self, now: float) -> bool:
@@ -137,37 +137,37 @@ class Outage:
         if answered_at > self._declared_at:
             self.declared = False
 
-    def answered(self, entry: PoolEntry, now: float) -> None:
-        """Note that *entry* has answered a probe: the others may do so, too."""
+    def answered(self, slot: Slot, now: float) -> None:
+        """Note that *slot* has answered a probe: the others may do so, too."""
         self._answered_at = now
-        self.forget(entry)
+        self.forget(slot)
         if self._silent or self.declared:
             for other in self.refused:
                 other.probe_at = float("-inf")
         self.declared = False
         self._end_silence()
 
-    def forget(self, entry: PoolEntry) -> None:
-        """*entry* is gone, or suspected for another reason."""
-        self.refused.pop(entry, None)
+    def forget(self, slot: Slot) -> None:
+        """*slot* is gone, or suspected for another reason."""
+        self.refused.pop(slot, None)
         if not self.refused:
             # Nothing is left to be probed, so attempts to connect need not be rare.
             self._end_silence()
             if not self.declared:
                 self.error = None
 
-    def due(self, now: float) -> PoolEntry | None:
+    def due(self, now: float) -> Slot | None:
         """Return a connection to be probed now; it counts as probed from now on."""
-        for entry in self.refused:
-            if not entry.probing and not self._must_wait(entry, now):
+        for slot in self.refused:
+            if not slot.probing and not self._must_wait(slot, now):
                 # To the end, so that each has its turn.
-                del self.refused[entry]
-                self.refused[entry] = None
-                entry.probing = True
-                if self._is_paced(entry):
+                del self.refused[slot]
+                self.refused[slot] = None
+                slot.probing = True
+                if self._is_paced(slot):
                     # Also if this one hangs, the next one is not made before.
                     self._pause_until = now + self._pause(self._silent)
-                return entry
+                return slot
         return None
 
     def next_at(self, now: float) -> float:
@@ -176,11 +176,11 @@ class Outage:
         latest = now + OVERDUE if self.refused else float("inf")
         times = [latest]
         is_full = self._under_way() >= AT_ONCE
-        for entry in self.refused:
-            if self._is_paced(entry) and not entry.probing:
-                times.append(max(entry.probe_at, self._pause_until))
-            elif not (entry.probing or is_full):
-                times.append(entry.probe_at)
+        for slot in self.refused:
+            if self._is_paced(slot) and not slot.probing:
+                times.append(max(slot.probe_at, self._pause_until))
+            elif not (slot.probing or is_full):
+                times.append(slot.probe_at)
         return min(times)
 
     def attempted(self, now: float) -> None:
@@ -198,33 +198,33 @@ class Outage:
         """When the next attempt to connect may be made."""
         return self._attempt_at if self._silent else float("-inf")
 
-    def _must_wait(self, entry: PoolEntry, now: float) -> bool:
-        if self._is_paced(entry):
+    def _must_wait(self, slot: Slot, now: float) -> bool:
+        if self._is_paced(slot):
             wait = _is_ahead(self._pause_until, now, PAUSE)
         else:
             wait = self._under_way() >= AT_ONCE
-        return wait or _is_ahead(entry.probe_at, now, self._longest())
+        return wait or _is_ahead(slot.probe_at, now, self._longest())
 
-    def _next_probe(self, entry: PoolEntry, now: float) -> float:
-        pause = self._pause(max(1, entry.refusals - 1))
+    def _next_probe(self, slot: Slot, now: float) -> float:
+        pause = self._pause(max(1, slot.refusals - 1))
         if pause < PAUSE:
             return now + pause
         # Each at a time of its own, or all that were refused would be probed together.
-        slot = max(now, min(self._slot, now + self._longest() - PAUSE)) + PAUSE
-        self._slot = slot
-        return slot
+        at = max(now, min(self._next_probe_at, now + self._longest() - PAUSE)) + PAUSE
+        self._next_probe_at = at
+        return at
 
     def _pause(self, number: int) -> float:
         # In an outage the longest, also for a connection that is new in it.
         short = FIRST_PAUSE * 2.0 ** min(number - 1, 32)
         return PAUSE if self.declared else min(PAUSE, short)
 
-    def _is_paced(self, entry: PoolEntry) -> bool:
+    def _is_paced(self, slot: Slot) -> bool:
         # What was not refused itself yet is probed at once: it may be well.
-        return self._silent > 0 and entry.refusals > 0
+        return self._silent > 0 and slot.refusals > 0
 
     def _under_way(self) -> int:
-        return sum(entry.probing for entry in self.refused)
+        return sum(slot.probing for slot in self.refused)
 
     def _longest(self) -> float:
         return PAUSE * max(1, len(self.refused))

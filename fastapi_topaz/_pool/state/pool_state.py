@@ -43,8 +43,8 @@ from fastapi_topaz.exceptions import ConnectFailed
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from fastapi_topaz._pool.state.entry import Lease, PoolEntry
     from fastapi_topaz._pool.state.options import PoolOptions
+    from fastapi_topaz._pool.state.slot import Claim, Slot
 
 
 __all__ = ["PoolState"]
@@ -77,11 +77,11 @@ class PoolState:
         self.outage = Outage()
 
         self.connecting = self.attempts.under_way
-        self.open: dict[PoolEntry, None] = {}
-        self.closing: set[PoolEntry] = set()
-        self.to_close: list[PoolEntry] = []
-        self.to_probe: list[PoolEntry] = []
-        self.unanswered_ends: list[PoolEntry] = []
+        self.open: dict[Slot, None] = {}
+        self.closing: set[Slot] = set()
+        self.to_close: list[Slot] = []
+        self.to_probe: list[Slot] = []
+        self.unanswered_ends: list[Slot] = []
         self.first_unanswered = False
         # Failures so far, and whether a connection that is closed by now has answered
         # since the last one.
@@ -90,15 +90,19 @@ class PoolState:
 
         # A stack: the last used is leased first, so that the others grow idle and
         # can be reaped. A dict, because any of them may have to leave.
-        self.ready: dict[PoolEntry, None] = {}
-        self.waiting: OrderedDict[Lease, None] = OrderedDict()
+        self.ready: dict[Slot, None] = {}
+        self.waiting: OrderedDict[Claim, None] = OrderedDict()
         self.in_use = 0
 
         # In use, and so kept at its minimum.
-        self.warm = False
-        self.wish = 0  # Connections wanted by callers who did not wait for them.
+        self.keeps_minimum = False
+        self.unawaited_demand = (
+            0  # Connections wanted by callers who did not wait for them.
+        )
         self.shut = False
-        self.news = False  # One was lost, which may be missed though it closes later.
+        self.unhandled_loss = (
+            False  # One was lost, which may be missed though it closes later.
+        )
         # Had its time come, a connection would have been probed by then: if it was
         # not, the clock has jumped, or the process was stopped.
         interval = options.health_check_interval
@@ -108,25 +112,25 @@ class PoolState:
 
     # -- leases -----------------------------------------------------------------
 
-    def take(self, lease: Lease, now: float) -> bool:
-        """Serve *lease* at once; False if nothing is ready or somebody waits."""
-        if self.waiting or (entry := self._pick(now)) is None:
+    def take(self, claim: Claim, now: float) -> bool:
+        """Serve *claim* at once; False if nothing is ready or somebody waits."""
+        if self.waiting or (slot := self._pick(now)) is None:
             return False
-        self._assign(lease, entry)
+        self._assign(claim, slot)
         return True
 
-    def enqueue(self, lease: Lease) -> None:
-        """Let *lease* wait, behind all others."""
-        self.warm = True
-        self.waiting[lease] = None
+    def enqueue(self, claim: Claim) -> None:
+        """Let *claim* wait, behind all others."""
+        self.keeps_minimum = True
+        self.waiting[claim] = None
 
-    def withdraw(self, lease: Lease, now: float) -> None:
-        """Forget *lease*, whether it still waits or was served meanwhile."""
-        self.waiting.pop(lease, None)
-        if lease.entry is not None:
-            self.give_back(lease, now)
+    def withdraw(self, claim: Claim, now: float) -> None:
+        """Forget *claim*, whether it still waits or was served meanwhile."""
+        self.waiting.pop(claim, None)
+        if claim.slot is not None:
+            self.give_back(claim, now)
 
-    def serve(self, tokens: int, now: float) -> list[Lease]:
+    def serve(self, tokens: int, now: float) -> list[Claim]:
         """
         Serve those who wait, first come first served, and return them.
 
@@ -135,56 +139,56 @@ class PoolState:
         stream is at the head of `waiting`: there are `tokens - in_use` of them.
         """
         served = []
-        while self.waiting and self.in_use < tokens and (entry := self._pick(now)):
-            lease, _ = self.waiting.popitem(last=False)
-            self._assign(lease, entry)
-            served.append(lease)
+        while self.waiting and self.in_use < tokens and (slot := self._pick(now)):
+            claim, _ = self.waiting.popitem(last=False)
+            self._assign(claim, slot)
+            served.append(claim)
         return served
 
-    def _pick(self, now: float) -> PoolEntry | None:
+    def _pick(self, now: float) -> Slot | None:
         # The channel of a dead server says so within a moment, and asking it costs a
         # fraction of a microsecond.
         while self.ready:
-            entry = next(reversed(self.ready))
-            if now - entry.proven_at <= self._stale_after and not entry.is_gone():
-                return entry
-            self.suspect(entry, now)
+            slot = next(reversed(self.ready))
+            if now - slot.proven_at <= self._stale_after and not slot.is_gone():
+                return slot
+            self.suspect(slot, now)
         return None
 
-    def _assign(self, lease: Lease, entry: PoolEntry) -> None:
-        entry.leases += 1
-        if entry.leases == self.streams:
-            del self.ready[entry]
+    def _assign(self, claim: Claim, slot: Slot) -> None:
+        slot.leases += 1
+        if slot.leases == self.streams:
+            del self.ready[slot]
         self.in_use += 1
-        lease.entry = entry
+        claim.slot = slot
 
-    def give_back(self, lease: Lease, now: float) -> None:
-        """Take the stream of *lease* back."""
-        entry = lease.entry
-        assert entry is not None  # noqa: S101
-        lease.entry = None
-        entry.leases -= 1
-        entry.last_used_at = now
+    def give_back(self, claim: Claim, now: float) -> None:
+        """Take the stream of *claim* back."""
+        slot = claim.slot
+        assert slot is not None  # noqa: S101
+        claim.slot = None
+        slot.leases -= 1
+        slot.last_used_at = now
         self.in_use -= 1
-        if entry.retired is not None:
-            self.retire(entry, entry.retired)
-        elif not entry.suspect:
-            self.ready.setdefault(entry)
+        if slot.retired is not None:
+            self.retire(slot, slot.retired)
+        elif not slot.suspect:
+            self.ready.setdefault(slot)
 
-    def fail_waiting(self, failure: Exception) -> list[Lease]:
+    def fail_waiting(self, failure: Exception) -> list[Claim]:
         """Give *failure* to everybody who waits, and return them."""
         failed = self.dismiss(float("inf"))
-        for lease in failed:
-            lease.failure = failure
+        for claim in failed:
+            claim.failure = failure
         return failed
 
-    def dismiss(self, deadline: float) -> list[Lease]:
+    def dismiss(self, deadline: float) -> list[Claim]:
         """Return those in front who wait until *deadline* at most, and forget them."""
         dismissed = []
         while self.waiting and next(iter(self.waiting)).deadline <= deadline:
-            lease, _ = self.waiting.popitem(last=False)
-            lease.dismissed = True
-            dismissed.append(lease)
+            claim, _ = self.waiting.popitem(last=False)
+            claim.dismissed = True
+            dismissed.append(claim)
         return dismissed
 
     # -- connecting -------------------------------------------------------------
@@ -206,10 +210,10 @@ class PoolState:
         ramp = 1 if cautious else max(RAMP, self._usable())
         entitled = min(len(self.waiting), tokens - self.in_use)
         needed = -(-entitled // self.streams) - coming
-        floor = self.options.min_connections if self.warm else 0
+        floor = self.options.min_connections if self.keeps_minimum else 0
         # After a failure until one succeeds, or nobody would know that it is over.
         failing = bool(self.attempts.failures or self.outage.declared)
-        floor = max(floor, self.wish, int(failing))
+        floor = max(floor, self.unawaited_demand, int(failing))
         needed = max(needed, floor - self._usable() - coming)
         if not coming and self._next_expired() is not None:
             needed = max(needed, 1)
@@ -222,42 +226,42 @@ class PoolState:
             self.outage.next_attempt,
         )
 
-    def begin(self, now: float) -> PoolEntry:
+    def begin(self, now: float) -> Slot:
         """Add an entry whose connection is being established."""
         self.outage.attempted(now)
         return self.attempts.begin(now)
 
-    def connected(self, entry: PoolEntry, connection: Any, now: float) -> None:
-        """Open *entry*; one success makes up for all failures."""
-        self.wish = 0
+    def connected(self, slot: Slot, connection: Any, now: float) -> None:
+        """Open *slot*; one success makes up for all failures."""
+        self.unawaited_demand = 0
         if self.attempts.failures and not self._usable():
             # Servers come back one by one, and this is the first.
             self.rotation.lost(now)
-        self.attempts.succeeded(entry)
-        entry.connection = connection
-        entry.watch(connection)
-        entry.opened_at = entry.last_used_at = entry.proven_at = now
-        self.rotation.begin(entry, self.options.max_lifetime, now)
-        self.open[entry] = None
+        self.attempts.succeeded(slot)
+        slot.connection = connection
+        slot.watch(connection)
+        slot.opened_at = slot.last_used_at = slot.proven_at = now
+        self.rotation.begin(slot, self.options.max_lifetime, now)
+        self.open[slot] = None
         if self.shut:
-            self.retire(entry, "close")
+            self.retire(slot, "close")
             return
-        self.ready[entry] = None
+        self.ready[slot] = None
         expired = self.rotation.next()
         if expired is not None:
             self.retire(expired, self.rotation.reason(expired))
         self._trim()
 
-    def connect_failed(self, entry: PoolEntry, error: Exception, now: float) -> None:
-        """Drop *entry*, whose connection could not be established."""
-        self.wish = 0
+    def connect_failed(self, slot: Slot, error: Exception, now: float) -> None:
+        """Drop *slot*, whose connection could not be established."""
+        self.unawaited_demand = 0
         self.failed()
-        self.attempts.failed(entry, error, now)
+        self.attempts.failed(slot, error, now)
 
     def want_one(self) -> None:
         """Have a connection made, if there is none, for whoever comes next."""
-        self.warm = True
-        self.wish = 1
+        self.keeps_minimum = True
+        self.unawaited_demand = 1
 
     def hopeless(self, now: float) -> bool:
         """Say whether nothing can serve those who wait now."""
@@ -277,157 +281,155 @@ class PoolState:
 
     # -- entries that go --------------------------------------------------------
 
-    def retire(self, entry: PoolEntry, reason: str) -> None:
-        """Lease *entry* to nobody any more; it closes when it is idle."""
-        if entry.retired is None:
-            entry.retired = reason
-        self.ready.pop(entry, None)
-        self.outage.forget(entry)
-        if not entry.leases and entry in self.open:
-            self._close(entry)
+    def retire(self, slot: Slot, reason: str) -> None:
+        """Lease *slot* to nobody any more; it closes when it is idle."""
+        if slot.retired is None:
+            slot.retired = reason
+        self.ready.pop(slot, None)
+        self.outage.forget(slot)
+        if not slot.leases and slot in self.open:
+            self._close(slot)
 
-    def lost(self, entry: PoolEntry, reason: str, now: float) -> None:
-        """Retire *entry*, whose other side is gone."""
-        if entry.retired is not None or entry not in self.open:
+    def lost(self, slot: Slot, reason: str, now: float) -> None:
+        """Retire *slot*, whose other side is gone."""
+        if slot.retired is not None or slot not in self.open:
             return
         if any(other.answered and self.attempts.is_newer(other) for other in self.open):
             self.attempts.unanswered = 0
         first = not self.attempts.unanswered
-        failure = self._failure(entry, reason, now)
+        failure = self._failure(slot, reason, now)
         if failure is not None:
             self.failed()
-        self.attempts.ended(entry, failure, now)
+        self.attempts.ended(slot, failure, now)
         self.first_unanswered |= first and self.attempts.unanswered > 0
         self.rotation.lost(now)
-        self.news = True
-        self.retire(entry, reason)
+        self.unhandled_loss = True
+        self.retire(slot, reason)
 
-    def _failure(
-        self, entry: PoolEntry, reason: str, now: float
-    ) -> ConnectFailed | None:
-        """Return the failure that the end of *entry* is, or None if it is none."""
-        if entry.answered or entry.refusals:
+    def _failure(self, slot: Slot, reason: str, now: float) -> ConnectFailed | None:
+        """Return the failure that the end of *slot* is, or None if it is none."""
+        if slot.answered or slot.refusals:
             return None
-        young = now - entry.opened_at < BRIEF
-        in_use = entry.broken or (entry.leases and reason == "lost")
+        young = now - slot.opened_at < BRIEF
+        in_use = slot.broken or (slot.leases and reason == "lost")
         if not (young or in_use):
             return None  # a proxy closes what was idle for too long
-        self.unanswered_ends.append(entry)
-        why = f": {entry.last_error}" if entry.last_error else ""
+        self.unanswered_ends.append(slot)
+        why = f": {slot.last_error}" if slot.last_error else ""
         return ConnectFailed(
             f"cannot connect to {self._target}: a connection was made, and ended "
             f"before anything was answered on it, or with the first answer{why}",
             reason="unanswered",
         )
 
-    def look_at(self, entry: PoolEntry, now: float) -> bool:
-        """Retire *entry* if its other side has gone away, and say so."""
-        if entry.retired is not None or not entry.is_gone():
+    def retire_if_lost(self, slot: Slot, now: float) -> bool:
+        """Retire *slot* if its other side has gone away, and say so."""
+        if slot.retired is not None or not slot.is_gone():
             return False
-        self.lost(entry, "lost", now)
+        self.lost(slot, "lost", now)
         return True
 
-    def suspect(self, entry: PoolEntry, now: float) -> None:
-        """Lease *entry* to nobody until a probe, to be made at once, clears it."""
-        self.ready.pop(entry, None)
-        if entry.suspect or entry.retired is not None or entry not in self.open:
+    def suspect(self, slot: Slot, now: float) -> None:
+        """Lease *slot* to nobody until a probe, to be made at once, clears it."""
+        self.ready.pop(slot, None)
+        if slot.suspect or slot.retired is not None or slot not in self.open:
             return
         # Asked to probe, a channel that is lost would connect to whatever it finds.
-        if self.look_at(entry, now):
+        if self.retire_if_lost(slot, now):
             return
-        entry.suspect = True
-        entry.suspected_at = now
-        self.to_probe.append(entry)
+        slot.suspect = True
+        slot.suspected_at = now
+        self.to_probe.append(slot)
 
-    def unavailable(self, entry: PoolEntry, now: float) -> None:
-        """Suspect *entry*, whose other side refuses calls or has ended it in order."""
-        if entry.retired is None and not self.look_at(entry, now):
+    def unavailable(self, slot: Slot, now: float) -> None:
+        """Suspect *slot*, whose other side refuses calls or has ended it in order."""
+        if slot.retired is None and not self.retire_if_lost(slot, now):
             self.failed()
-            self.suspect(entry, now)
+            self.suspect(slot, now)
 
-    def broke(self, entry: PoolEntry, now: float) -> None:
+    def broke(self, slot: Slot, now: float) -> None:
         """
-        Suspect *entry*, on which a call was cut off, and its siblings with it.
+        Suspect *slot*, on which a call was cut off, and its siblings with it.
 
         Whatever broke it may have broken all that lead to the same server.
         """
         self.failed()
-        self.suspect(entry, now)
-        if not entry.broken:
-            entry.broken = True
-            self._suspect_others(entry, now, now)
+        self.suspect(slot, now)
+        if not slot.broken:
+            slot.broken = True
+            self._suspect_others(slot, now, now)
 
-    def timed_out(self, entry: PoolEntry, now: float) -> None:
-        """Suspect *entry* if that was the second call in a row without an answer."""
+    def timed_out(self, slot: Slot, now: float) -> None:
+        """Suspect *slot* if that was the second call in a row without an answer."""
         self.failed()
-        if entry.proven_at <= entry.timed_out_at:
-            self.suspect(entry, now)
-        entry.timed_out_at = now
+        if slot.proven_at <= slot.timed_out_at:
+            self.suspect(slot, now)
+        slot.timed_out_at = now
 
-    def answered(self, entry: PoolEntry, now: float) -> None:
-        """*entry* has answered a probe, so it may serve."""
-        entry.proven_at = now
-        entry.answered = True
-        self._clear(entry)
-        self.outage.answered(entry, now)
+    def answered(self, slot: Slot, now: float) -> None:
+        """*slot* has answered a probe, so it may serve."""
+        slot.proven_at = now
+        slot.answered = True
+        self._clear(slot)
+        self.outage.answered(slot, now)
 
-    def _clear(self, entry: PoolEntry) -> None:
-        entry.suspect = entry.broken = entry.excused = False
-        if entry in self.open and entry.retired is None and entry.leases < self.streams:
-            self.ready.setdefault(entry)
+    def _clear(self, slot: Slot) -> None:
+        slot.suspect = slot.broken = slot.excused = False
+        if slot in self.open and slot.retired is None and slot.leases < self.streams:
+            self.ready.setdefault(slot)
 
-    def unanswered(self, entry: PoolEntry, now: float) -> None:
-        """Suspect *entry*, which failed a probe; the second time it has to go."""
+    def unanswered(self, slot: Slot, now: float) -> None:
+        """Suspect *slot*, which failed a probe; the second time it has to go."""
         self.failed()
-        self.outage.forget(entry)
-        if not entry.suspect:
-            self.suspect(entry, now)
-        elif entry.proven_at > entry.suspected_at:
+        self.outage.forget(slot)
+        if not slot.suspect:
+            self.suspect(slot, now)
+        elif slot.proven_at > slot.suspected_at:
             # A call was answered since, so this is the first failure.
-            entry.suspected_at = now
-            self.to_probe.append(entry)
+            slot.suspected_at = now
+            self.to_probe.append(slot)
         else:
-            self.lost(entry, "unhealthy", now)
+            self.lost(slot, "unhealthy", now)
             # Those that have answered since then are no part of it.
-            self._suspect_others(entry, entry.suspected_at, now)
+            self._suspect_others(slot, slot.suspected_at, now)
 
-    def _suspect_others(self, entry: PoolEntry, since: float, now: float) -> None:
+    def _suspect_others(self, slot: Slot, since: float, now: float) -> None:
         for other in list(self.open):
-            if other is not entry and other.proven_at < since:
+            if other is not slot and other.proven_at < since:
                 self.suspect(other, now)
 
-    def refused(self, entry: PoolEntry, now: float) -> None:
-        """Lease *entry* to nobody until a probe is answered: a call was refused."""
+    def refused(self, slot: Slot, now: float) -> None:
+        """Lease *slot* to nobody until a probe is answered: a call was refused."""
         self.failed()
-        if entry.retired is not None or entry not in self.open:
+        if slot.retired is not None or slot not in self.open:
             return
         self.outage.saw_answer(self._answered_at())
-        if not entry.suspect and not self.look_at(entry, now):
-            self._doubt(entry, 1, now)
+        if not slot.suspect and not self.retire_if_lost(slot, now):
+            self._doubt(slot, 1, now)
 
     def probe_refused(
-        self, entry: PoolEntry, error: Exception, began: float, now: float
+        self, slot: Slot, error: Exception, began: float, now: float
     ) -> bool:
         """
-        Note that a probe of *entry*, which *began* then, was refused with *error*.
+        Note that a probe of *slot*, which *began* then, was refused with *error*.
 
         Returns:
             Whether an outage begins with it.
         """
         self.failed()
-        if entry.retired is not None or self.look_at(entry, now):
+        if slot.retired is not None or self.retire_if_lost(slot, now):
             return False
-        self.ready.pop(entry, None)
-        if not entry.suspect:
-            entry.suspect = True
-            entry.suspected_at = began
+        self.ready.pop(slot, None)
+        if not slot.suspect:
+            slot.suspect = True
+            slot.suspected_at = began
         answered_at = self._answered_at()
         self.outage.saw_answer(answered_at)
-        self.outage.probe_refused(entry, error, began, answered_at, now)
+        self.outage.probe_refused(slot, error, began, answered_at, now)
         for other in self._all_usable():
             if self.outage.is_silent:
                 # It may be refused just as well, and a probe shows it before a call.
-                if not other.suspect and other.proven_at <= entry.suspected_at:
+                if not other.suspect and other.proven_at <= slot.suspected_at:
                     self._doubt(other, 0, now)
             elif (
                 other in self.outage.refused
@@ -445,35 +447,33 @@ class PoolState:
         """Note a failure: until the next answer the pool is not ready."""
         self.failures += 1
         self._closed_answered = False
-        for entry in self.open:
-            if entry.answered:
-                entry.answered = "before"
+        for slot in self.open:
+            if slot.answered:
+                slot.answered = "before"
 
     @property
     def is_ready(self) -> bool:
         """Whether the last answer is newer than the last failure; from any thread."""
         answered = self._closed_answered or any(
-            entry.answered is True for entry in tuple(self.open)
+            slot.answered is True for slot in tuple(self.open)
         )
         return answered and not self.shut
 
-    def newest_proof(
-        self, asked: Collection[PoolEntry], now: float
-    ) -> PoolEntry | None:
+    def newest_proof(self, asked: Collection[Slot], now: float) -> Slot | None:
         """Return the connection that was well last, of those not *asked* yet."""
         well = [
-            entry
-            for entry in list(self.open)
-            if not (entry.suspect or entry in asked or self.look_at(entry, now))
-            and entry.retired is None
+            slot
+            for slot in list(self.open)
+            if not (slot.suspect or slot in asked or self.retire_if_lost(slot, now))
+            and slot.retired is None
         ]
-        return max(well, key=lambda entry: entry.proven_at, default=None)
+        return max(well, key=lambda slot: slot.proven_at, default=None)
 
-    def _doubt(self, entry: PoolEntry, refusals: int, now: float) -> None:
-        self.ready.pop(entry, None)
-        entry.suspect = True
-        entry.suspected_at = now
-        self.outage.add(entry, refusals, now)
+    def _doubt(self, slot: Slot, refusals: int, now: float) -> None:
+        self.ready.pop(slot, None)
+        slot.suspect = True
+        slot.suspected_at = now
+        self.outage.add(slot, refusals, now)
 
     def _answered_at(self) -> float:
         answered = (x.proven_at for x in self._all_usable() if x.answered)
@@ -487,13 +487,13 @@ class PoolState:
         # Those that are refused show when the outage is over.
         refused = self.outage.refused
         idle = [x for x in self.open if not x.leases and x not in refused]
-        idle.sort(key=lambda entry: entry.last_used_at)
+        idle.sort(key=lambda slot: slot.last_used_at)
         spare = self._usable() - self.options.min_connections
-        for entry in idle[: max(0, spare)]:
-            if now - entry.last_used_at >= limit:
-                self.retire(entry, "idle")
+        for slot in idle[: max(0, spare)]:
+            if now - slot.last_used_at >= limit:
+                self.retire(slot, "idle")
 
-    def rotate(self) -> None:
+    def retire_expired(self) -> None:
         """
         Retire the next expired entry, unless a new one can be made before.
 
@@ -501,16 +501,16 @@ class PoolState:
         `connected` retires the old one. If not, an idle one makes room; of those that
         are leased only one at a time is kept from further leases.
         """
-        entry = self._next_expired()
-        if entry is None or self.closing:
+        slot = self._next_expired()
+        if slot is None or self.closing:
             return
-        floor = self.options.min_connections if self.warm else 0
-        surplus = not entry.leases and not self.waiting and self._usable() > floor
+        floor = self.options.min_connections if self.keeps_minimum else 0
+        surplus = not slot.leases and not self.waiting and self._usable() > floor
         full = self.room() <= 0 and not self.connecting and not self.attempts.failures
-        if surplus or (full and (self.rotation.is_idle() or not entry.leases)):
-            self.retire(entry, self.rotation.reason(entry))
+        if surplus or (full and (self.rotation.is_idle() or not slot.leases)):
+            self.retire(slot, self.rotation.reason(slot))
 
-    def _next_expired(self) -> PoolEntry | None:
+    def _next_expired(self) -> Slot | None:
         # In an outage a new connection is no better than an old one.
         return None if self.outage.declared else self.rotation.next()
 
@@ -522,40 +522,40 @@ class PoolState:
     def shut_down(self) -> None:
         """Connect no more, and retire everything."""
         self.shut = True
-        for entry in list(self.open):
-            self.retire(entry, "close")
+        for slot in list(self.open):
+            self.retire(slot, "close")
 
     def abandon(self) -> None:
         """Close what is still leased: its time is up."""
-        for entry in list(self.open):
-            self._close(entry)
+        for slot in list(self.open):
+            self._close(slot)
 
-    def closed(self, entry: PoolEntry) -> None:
-        """*entry* is gone, and its place free."""
-        self.closing.discard(entry)
+    def closed(self, slot: Slot) -> None:
+        """*slot* is gone, and its place free."""
+        self.closing.discard(slot)
 
-    def _close(self, entry: PoolEntry) -> None:
-        del self.open[entry]
-        self._closed_answered |= entry.answered is True
-        self.rotation.forget(entry)
-        self.closing.add(entry)
-        self.to_close.append(entry)
+    def _close(self, slot: Slot) -> None:
+        del self.open[slot]
+        self._closed_answered |= slot.answered is True
+        self.rotation.forget(slot)
+        self.closing.add(slot)
+        self.to_close.append(slot)
 
     def _trim(self) -> None:
         surplus = self._usable() - self.options.max_connections
         # Idle ones first, and among them the longest unused.
-        for entry in sorted(self.open, key=lambda e: (e.leases, e.last_used_at)):
+        for slot in sorted(self.open, key=lambda e: (e.leases, e.last_used_at)):
             if surplus <= 0:
                 break
-            if entry.retired is None:
-                self.retire(entry, "resize")
+            if slot.retired is None:
+                self.retire(slot, "resize")
                 surplus -= 1
 
     def _usable(self) -> int:
-        return sum(entry.retired is None for entry in self.open)
+        return sum(slot.retired is None for slot in self.open)
 
-    def _all_usable(self) -> list[PoolEntry]:
-        return [entry for entry in self.open if entry.retired is None]
+    def _all_usable(self) -> list[Slot]:
+        return [slot for slot in self.open if slot.retired is None]
 
     def room(self) -> int:
         """Return how many connections more there may be."""
@@ -565,15 +565,15 @@ class PoolState:
     def status(self) -> PoolStatus:
         """Return a snapshot; callable from any thread."""
         # A copy: metrics are collected in threads of their own.
-        entries = tuple(self.open)
-        busy = sum(entry.leases > 0 for entry in entries)
-        leaving = sum(entry.retired is not None for entry in entries)
-        suspect = sum(entry.suspect and entry.retired is None for entry in entries)
+        slots = tuple(self.open)
+        busy = sum(slot.leases > 0 for slot in slots)
+        leaving = sum(slot.retired is not None for slot in slots)
+        suspect = sum(slot.suspect and slot.retired is None for slot in slots)
         return PoolStatus(
-            total=len(entries),
-            idle=len(entries) - busy,
+            total=len(slots),
+            idle=len(slots) - busy,
             busy=busy,
-            healthy_connections=len(entries) - leaving - suspect,
+            healthy_connections=len(slots) - leaving - suspect,
             max_connections=self.options.max_connections,
             min_connections=self.options.min_connections,
             waiting=len(self.waiting),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from fastapi_topaz._pool.state.entry import PoolEntry
+    from fastapi_topaz._pool.state.slot import Slot
 
 
 __all__ = ["Rotation"]
@@ -36,14 +36,14 @@ class Rotation:
     def __init__(self, random: Callable[[], float], *, spreads: bool) -> None:
         self._random = random
         self._spreads = spreads
-        self._expired: dict[PoolEntry, str] = {}
+        self._expired: dict[Slot, str] = {}
         self._respread: deque[float] = deque()
 
-    def begin(self, entry: PoolEntry, max_lifetime: float, now: float) -> None:
-        """Say when *entry*, which opens now, is to be replaced."""
+    def begin(self, slot: Slot, max_lifetime: float, now: float) -> None:
+        """Say when *slot*, which opens now, is to be replaced."""
         if max_lifetime:
             share = 1 - LIFETIME_JITTER * self._random()
-            entry.expires_at = now + max_lifetime * share
+            slot.expires_at = now + max_lifetime * share
 
     def lost(self, now: float) -> None:
         """Have the connections spread anew, now that one of them was lost."""
@@ -52,45 +52,45 @@ class Rotation:
                 now + delay * (0.75 + 0.5 * self._random()) for delay in RESPREAD
             )
 
-    def expire(self, entries: Iterable[PoolEntry], now: float) -> None:
+    def expire(self, slots: Iterable[Slot], now: float) -> None:
         """Mark those whose time is over."""
         spread = False
         while self._respread and self._respread[0] <= now:
             self._respread.popleft()
             spread = True
-        for entry in entries:
-            if entry.expires_at <= now:
-                self._expired.setdefault(entry, "lifetime")
+        for slot in slots:
+            if slot.expires_at <= now:
+                self._expired.setdefault(slot, "lifetime")
             elif spread:
-                self._expired.setdefault(entry, "spread")
+                self._expired.setdefault(slot, "spread")
 
-    def drain(self, entries: Iterable[PoolEntry]) -> None:
-        """Mark all *entries*."""
-        for entry in entries:
-            self._expired.setdefault(entry, "drain")
+    def drain(self, slots: Iterable[Slot]) -> None:
+        """Mark all *slots*."""
+        for slot in slots:
+            self._expired.setdefault(slot, "drain")
 
-    def next(self) -> PoolEntry | None:
+    def next(self) -> Slot | None:
         """
         Return the next entry to be replaced, None if there is none.
 
         An idle one if there is any: it closes at once, and nobody waits for leases.
         """
-        left = [entry for entry in self._expired if not entry.retired]
-        return min(left, key=lambda entry: entry.leases > 0, default=None)
+        left = [slot for slot in self._expired if not slot.retired]
+        return min(left, key=lambda slot: slot.leases > 0, default=None)
 
     def is_idle(self) -> bool:
         """Say whether no expired entry waits for its last lease to come back."""
-        return all(entry.retired is None for entry in self._expired)
+        return all(slot.retired is None for slot in self._expired)
 
-    def reason(self, entry: PoolEntry) -> str:
-        """Return why *entry* has expired."""
-        return self._expired[entry]
+    def reason(self, slot: Slot) -> str:
+        """Return why *slot* has expired."""
+        return self._expired[slot]
 
-    def forget(self, entry: PoolEntry) -> None:
-        """*entry* is gone."""
-        self._expired.pop(entry, None)
+    def forget(self, slot: Slot) -> None:
+        """*slot* is gone."""
+        self._expired.pop(slot, None)
 
-    def next_at(self, entries: Iterable[PoolEntry]) -> float:
-        """Return when the next of *entries* expires."""
-        times = [e.expires_at for e in entries if e not in self._expired]
+    def next_at(self, slots: Iterable[Slot]) -> float:
+        """Return when the next of *slots* expires."""
+        times = [e.expires_at for e in slots if e not in self._expired]
         return min(times + list(self._respread), default=float("inf"))

@@ -10,7 +10,7 @@ from fastapi_topaz._pool.state.status import ConnectionStatus
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from fastapi_topaz._pool.state.entry import PoolEntry
+    from fastapi_topaz._pool.state.slot import Slot
     from fastapi_topaz._pool.state.status import ConnectionCondition
 
 
@@ -18,34 +18,34 @@ __all__ = ["connection_statuses", "peer_of"]
 
 
 def connection_statuses(
-    entries: Iterable[PoolEntry], now: float
+    slots: Iterable[Slot], now: float
 ) -> tuple[ConnectionStatus, ...]:
-    """Return a snapshot of each of *entries*, in this order."""
+    """Return a snapshot of each of *slots*, in this order."""
     return tuple(
         ConnectionStatus(
-            peer=peer_of(entry),
-            condition=_condition(entry),
-            streams=entry.leases,
-            age=now - entry.opened_at,
-            idle_for=0.0 if entry.leases else now - entry.last_used_at,
-            last_error=entry.last_error,
+            peer=peer_of(slot),
+            condition=_condition(slot),
+            streams=slot.leases,
+            age=now - slot.opened_at,
+            idle_for=0.0 if slot.leases else now - slot.last_used_at,
+            last_error=slot.last_error,
         )
-        for entry in tuple(entries)
+        for slot in tuple(slots)
     )
 
 
-def peer_of(entry: PoolEntry) -> str | None:
+def peer_of(slot: Slot) -> str | None:
     """Return the address of the other side, if the connection tells."""
     try:
-        peer = getattr(entry.connection, "peer", None)
+        peer = getattr(slot.connection, "peer", None)
         return None if peer is None else str(peer)
     except Exception:  # noqa: BLE001  (a connection may raise anything)
         return None
 
 
-def _condition(entry: PoolEntry) -> ConnectionCondition:
-    if entry.retired is not None:
+def _condition(slot: Slot) -> ConnectionCondition:
+    if slot.retired is not None:
         return "leaving"
-    if entry.suspect:
+    if slot.suspect:
         return "suspect"
-    return "busy" if entry.leases else "idle"
+    return "busy" if slot.leases else "idle"

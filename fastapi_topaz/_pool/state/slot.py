@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-__all__ = ["Lease", "PoolEntry"]
+__all__ = ["Claim", "Slot"]
 
 
 @attrs.define(eq=False)
-class PoolEntry:
+class Slot:
     """
     One slot for a connection, and what the pool knows about it.
 
@@ -81,7 +81,7 @@ class PoolEntry:
     is_lost: Callable[[], bool] | None = None
 
 
-class Lease:
+class Claim:
     """
     One caller's claim to a stream: waiting, then served, then given back.
 
@@ -91,7 +91,7 @@ class Lease:
 
     # Defaults of the class and no __init__: one is made for each acquire(), most end
     # with only the first two ever set, and setting all took longer than all else here.
-    entry: PoolEntry | None = None
+    slot: Slot | None = None
     # When it was served: by `perf_counter`, and by the clock of the pool, which only
     # the search for leaks needs.
     held_since = 0.0

@@ -22,9 +22,9 @@ import trio
 
 from fastapi_topaz._grpcio.call import is_direct
 from fastapi_topaz._grpcio.calls import LAST_CALLS
+from fastapi_topaz._grpcio.connection import GrpcConnection
 from fastapi_topaz._grpcio.deadline import left
 from fastapi_topaz._grpcio.endings import Ending, ending
-from fastapi_topaz._grpcio.link import Link
 from fastapi_topaz._grpcio.loop_thread import LoopThread
 
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._rpc.target import Target
 
 
-__all__ = ["BridgedLink"]
+__all__ = ["TrioGrpcConnection"]
 
 
 T = TypeVar("T")
@@ -140,14 +140,16 @@ async def _let_go(thread: LoopThread) -> None:
         thread.join()
 
 
-class BridgedLink:
+class TrioGrpcConnection:
     """
     A link on the loop thread; the `Connection` of a pool on trio.
 
     Strictly private.
     """
 
-    def __init__(self, link: Link, thread: LoopThread, target: Target) -> None:
+    def __init__(
+        self, link: GrpcConnection, thread: LoopThread, target: Target
+    ) -> None:
         self._link = link
         self._thread = thread
         self._target = target
@@ -155,23 +157,24 @@ class BridgedLink:
         self._calls = link.new_calls(target)
         self.judge = link.judge
         self.is_lost = link.is_lost
-        self.look_closely = link.look_closely
+        self.refresh_liveness = link.refresh_liveness
         self.peer = link.peer
 
     def __repr__(self) -> str:
         state = "closed" if self._calls.closed else "open"
-        return f"<BridgedLink to {self._target.url} {state} calls={len(self._calls)}>"
+        calls = len(self._calls)
+        return f"<TrioGrpcConnection to {self._target.url} {state} calls={calls}>"
 
     @classmethod
     async def open(
         cls,
         target: Target,
         timeout: float,
-    ) -> BridgedLink:
-        """Connect; see `Link.open`."""
+    ) -> TrioGrpcConnection:
+        """Connect; see `GrpcConnection.open`."""
         thread = LoopThread.hold()
         try:
-            link = await _Forward(thread).run(Link.open, target, timeout)
+            link = await _Forward(thread).run(GrpcConnection.open, target, timeout)
         except BaseException:
             await _let_go(thread)
             raise
@@ -187,7 +190,7 @@ class BridgedLink:
         metadata: Metadata,
         resent: bool = False,
     ) -> bytes:
-        """Make one call and return its response; see `Link.call`."""
+        """Make one call and return its response; see `GrpcConnection.call`."""
         if self._calls.closed:
             raise self._calls.lost(method)
         if not is_direct():
@@ -219,19 +222,19 @@ class BridgedLink:
         )
 
     async def probe(self, timeout: float, /) -> None:
-        """Ask the authorizer for its version; see `Link.probe`."""
+        """Ask the authorizer for its version; see `GrpcConnection.probe`."""
         if self._calls.closed:
             raise self._calls.lost(self._target.probe)
         await _Forward(self._thread).run(self._link.probe, timeout)
 
     async def greet(self, timeout: float, /) -> None:
-        """Probe the authorizer for the first time; see `Link.greet`."""
+        """Probe the authorizer for the first time; see `GrpcConnection.greet`."""
         if self._calls.closed:
             raise self._calls.lost(self._target.probe)
         await _Forward(self._thread).run(self._link.greet, timeout)
 
     async def close(self, grace: float, /) -> None:
-        """Close the channel; see `Link.close`."""
+        """Close the channel; see `GrpcConnection.close`."""
         if self._calls.closed:
             return
         self._calls.closed = True

@@ -14,7 +14,13 @@ from typing import TypeVar
 from fastapi_topaz._redaction import clear_frames
 
 
-__all__ = ["alone", "kind_of", "logged", "told", "words"]
+__all__ = [
+    "error_kind",
+    "full_text",
+    "log_text",
+    "safe_text",
+    "without_context",
+]
 
 
 E = TypeVar("E", bound=BaseException)
@@ -26,7 +32,7 @@ WORDS = 300
 """Characters of the details of an error that are told; a proxy may send a page."""
 
 
-def told(error: BaseException) -> str:
+def safe_text(error: BaseException) -> str:
     """Return what *error* says, or only its status if it has one."""
     try:
         return _status(error) or str(error) or repr(error)
@@ -34,19 +40,19 @@ def told(error: BaseException) -> str:
         return type(error).__name__
 
 
-def words(error: BaseException) -> str:
+def full_text(error: BaseException) -> str:
     """
     Return what *error* says with its details, for the caller who gets it.
 
-    Not for the log: see `logged`.
+    Not for the log: see `log_text`.
     """
     details = _details(error)
-    return f"{told(error)}: {details}" if details else told(error)
+    return f"{safe_text(error)}: {details}" if details else safe_text(error)
 
 
-def logged(error: BaseException) -> str:
+def log_text(error: BaseException) -> str:
     """Return what *error* says for the log: without the details of its causes."""
-    text = told(error)
+    text = safe_text(error)
     cause = error.__cause__
     while cause is not None:
         details = _details(cause)
@@ -62,11 +68,11 @@ def _details(error: BaseException) -> str:
         text = str((details() if callable(details) else "") or "")
     except Exception:  # noqa: BLE001  (anybody's error)
         return ""
-    shown = text[:WORDS]
-    return "".join(sign if sign.isprintable() else " " for sign in shown).strip()
+    safe_repr = text[:WORDS]
+    return "".join(sign if sign.isprintable() else " " for sign in safe_repr).strip()
 
 
-def kind_of(error: BaseException) -> str:
+def error_kind(error: BaseException) -> str:
     """Return the status of *error* or the name of its class: one of a few words."""
     try:
         return _status(error) or type(error).__name__
@@ -74,7 +80,7 @@ def kind_of(error: BaseException) -> str:
         return type(error).__name__
 
 
-def alone(error: E) -> E:
+def without_context(error: E) -> E:
     """
     Return *error*, to be logged without the error that was being handled meanwhile.
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._rpc.target import Target
 
 
-__all__ = ["Link"]
+__all__ = ["GrpcConnection"]
 
 
 _READY = grpc.ChannelConnectivity.READY.value[0]
@@ -85,7 +85,7 @@ _NO_ANSWERS = frozenset(
 )
 
 
-class Link:
+class GrpcConnection:
     """
     One gRPC channel to an authorizer; the `Connection` of a pool on asyncio.
 
@@ -112,14 +112,14 @@ class Link:
 
     def __repr__(self) -> str:
         state = "closed" if self._calls.closed else "open"
-        return f"<Link to {self._url} {state} calls={len(self._calls)}>"
+        return f"<GrpcConnection to {self._url} {state} calls={len(self._calls)}>"
 
     @classmethod
     async def open(
         cls,
         target: Target,
         timeout: float,
-    ) -> Link:
+    ) -> GrpcConnection:
         """
         Connect, and return when the connection is ready for calls.
 
@@ -130,7 +130,7 @@ class Link:
         loop = asyncio.get_running_loop()
         channel, peer = Peer.of_new(lambda: open_channel(target, timeout))
         _fork.watch(channel)
-        link: Link | None = None
+        link: GrpcConnection | None = None
         try:
             async with asyncio.timeout(timeout):
                 await until_ready(channel, target)
@@ -253,7 +253,7 @@ class Link:
         if found is Ending.GOAWAY:
             # Looked at closely, because the channel may be READY again on another
             # socket, and because a proxy may quote the words of its own connection.
-            self.look_closely()
+            self.refresh_liveness()
         quoted = found is Ending.GOAWAY and not self.is_lost()
         if found is not Ending.STATUS and not quoted:
             return _VERDICTS[found]
@@ -278,7 +278,7 @@ class Link:
             self._lost = True
         return self._lost
 
-    def look_closely(self) -> None:
+    def refresh_liveness(self) -> None:
         """
         Find out whether the channel went on to another socket unseen.
 
@@ -340,7 +340,7 @@ class Link:
             if self.is_lost():
                 return True
             await asyncio.sleep(_NOTICED / 10)
-        self.look_closely()
+        self.refresh_liveness()
         return self._lost
 
     async def close(self, grace: float, /) -> None:
