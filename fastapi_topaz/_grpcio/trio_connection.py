@@ -79,6 +79,8 @@ class _Forward:
 
     @trio.lowlevel.enable_ki_protection
     async def run(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        # Otherwise the loop thread may finish the call before it sees the cancellation.
+        await trio.lowlevel.checkpoint_if_cancelled()
         token = trio.lowlevel.current_trio_token()
         task = trio.lowlevel.current_task()
         raise_cancel: Callable[[], object] | None = None
