@@ -74,7 +74,7 @@ GROUPS = {
     "state": Group(
         modules=[
             *("_pool/state/pool_state", "_pool/state/outage", "_pool/state/attempts"),
-            *("_pool/state/rotation", "_pool/state/backoff", "_pool/state/entry"),
+            *("_pool/state/rotation", "_pool/state/backoff", "_pool/state/slot"),
             "_pool/state/snapshot",
         ],
         tests=[
