@@ -174,7 +174,7 @@ class NoDel(AuthorizerCalls):
 
 
 def observers(**parameters):
-    """Return what a runtime has that tells its metrics."""
+    """Return the observer and the counters of a pool."""
     pool = ConnectionPool(connector=FakeConnector(), **parameters)
     return types.SimpleNamespace(
         observer=pool._metrics.observer, counters=pool._counters
@@ -184,9 +184,9 @@ def observers(**parameters):
 def calls(count):
     """Return what is called for a lease or a check, by name."""
     cost = functools.partial(Cost, count)
-    acquired = "runtime.observer.acquired(0.0)"
-    both = f"{acquired}; runtime.observer.released(0.001)"
-    counter = "runtime.counters.acquisitions += 1"
+    acquired = "open_pool.observer.acquired(0.0)"
+    both = f"{acquired}; open_pool.observer.released(0.001)"
+    counter = "open_pool.counters.acquisitions += 1"
     nobody = types.SimpleNamespace(observer=Nobody())
     sdk = observers(meter_provider=provider())
     semantic = observers(meter_provider=provider(), semantic_conventions=True)

@@ -121,9 +121,7 @@ class OpenPool:
         # holds a token, but for one that is cancelled in the same moment.
         self._dismissed = 0
         self._count_nested = count_nested
-        self._refusals = Refusals(
-            label, self.target, self.state, counters, self.nested_leases
-        )
+        self._refusals = Refusals(label, self.target, self.state, self.nested_leases)
         self.leaks: Leaks | None = None
         if 0 < options.leak_threshold < math.inf:
             self.leaks = Leaks(label, options.leak_threshold, counters)
@@ -163,11 +161,6 @@ class OpenPool:
             self.limiter.release_on_behalf_of(claim)
         if state.unhandled_loss or state.to_probe:
             self.after_change()  # some were unfit
-        if taken:
-            self.counters.acquisitions += 1
-            self.observer.acquired(0.0)
-            if self.leaks is not None:
-                self.leaks.taken(claim, now)
         return taken
 
     async def wait(self, claim: Claim, timeout: float) -> None:
@@ -198,9 +191,6 @@ class OpenPool:
             # A stream that was handed over beats the deadline, unless the limiter
             # took the token back: it does when both come in one tick of asyncio.
             served = claim.has_token and claim.slot is not None
-        except BaseException:
-            self.counters.cancelled += 1
-            raise
         finally:
             claim.waiter = None
             if not served:
@@ -208,10 +198,6 @@ class OpenPool:
         if served:
             claim.held_since = self.perf_counter()
             claim.waited = claim.held_since - began
-            self.counters.acquisitions += 1
-            self.observer.acquired(claim.waited)
-            if self.leaks is not None:
-                self.leaks.taken(claim, self.now())
         elif claim.failure is not None:
             raise self._refusals.failed(claim.failure)
         else:

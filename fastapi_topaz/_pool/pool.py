@@ -157,28 +157,34 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         return self._lend(open_pool, claim) if open_pool.take(claim) else None
 
     def _lend(self, open_pool: Any, claim: Claim) -> H:
+        """Count that *claim* was served, and return its handle."""
+        self._counters.acquisitions += 1
+        open_pool.observer.acquired(claim.waited)
+        if open_pool.leaks is not None:
+            open_pool.leaks.taken(claim, open_pool.now())
         return cast("H", self._handle(self, open_pool, claim))
 
     @boundary
     async def _acquire(self, timeout: float | None) -> H:
-        open_pool = self._open_pool
-        if open_pool is None or not open_pool.owner.is_current_loop():
-            open_pool = self._first_use()
-        while open_pool.state.shut:
-            if self._closed:
-                raise self._refused()
-            # Nobody closed it: a cancelled initialize() takes back its opening.
-            try:
+        if timeout is None:
+            timeout = self._options.acquire_timeout
+        try:
+            open_pool = self._open_pool
+            if open_pool is None or not open_pool.owner.is_current_loop():
+                open_pool = self._first_use()
+            while open_pool.state.shut:
+                if self._closed:
+                    raise self._refused()
+                # A cancelled initialize() closes the pool that it has just opened.
                 await open_pool.done.wait()
-            except BaseException:
-                self._counters.cancelled += 1
-                raise
-            open_pool = self._first_use()
-        claim = Claim()
-        if not open_pool.take(claim):  # pragma: no branch  (nothing was free just now)
-            await open_pool.wait(
-                claim, self._options.acquire_timeout if timeout is None else timeout
-            )
+                open_pool = self._first_use()
+            claim = Claim()
+            # Nothing was free a moment ago, but opening the pool may change that.
+            if not open_pool.take(claim):  # pragma: no branch
+                await open_pool.wait(claim, timeout)
+        except BaseException as error:
+            self._counters.count_refused(error)
+            raise
         return self._lend(open_pool, claim)
 
     @protected
@@ -464,7 +470,6 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         return self._open() if open_pool is None else open_pool
 
     def _refused(self) -> PoolClosed:
-        self._counters.closed += 1
         return PoolClosed(
             f"{self._label()} is closed ({self.status()}); initialize() opens it again"
         )

@@ -1,4 +1,4 @@
-"""What those are told who get no lease: what happened, where, with which counts."""
+"""The errors of callers who get no lease: what happened, where, with which counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastapi_topaz._pool.state.pool_state import PoolState
-    from fastapi_topaz._pool.state.status import PoolCounters
 
 
 __all__ = ["Refusals"]
@@ -29,13 +28,12 @@ __all__ = ["Refusals"]
 @attrs.frozen
 class Refusals:
     """
-    Counts and words the errors of the callers of one open pool.
+    Makes the errors of callers who get no lease from one open pool.
 
     Args:
         label: What the pool is called in messages.
         target: Where it leads.
         state: Its state.
-        counters: Where each error is counted.
         nested_leases: Returns how many leases are held by callers who wait for
             another one, and how many are out.
     """
@@ -43,7 +41,6 @@ class Refusals:
     label: str
     target: str
     state: PoolState
-    counters: PoolCounters
     nested_leases: Callable[[], tuple[int, int]]
 
     def check_saturation(self) -> None:
@@ -61,7 +58,6 @@ class Refusals:
         # do not show how many: a dismissed caller holds one until its task has run.
         entitled = max(0, self.state.options.capacity - state.in_use)
         if len(state.waiting) - entitled >= allowed:
-            self.counters.rejected += 1
             raise PoolSaturated(
                 f"{self.label} is saturated: max_waiting={allowed} callers wait for "
                 f"{self.target} already ({state.status()})"
@@ -69,7 +65,6 @@ class Refusals:
 
     def timed_out(self, timeout: float) -> PoolTimeout:
         """Return the error of a caller who has waited for *timeout* seconds."""
-        self.counters.timeouts += 1
         state = self.state
         cause = state.error
         nested, leases = self.nested_leases()
@@ -103,14 +98,11 @@ class Refusals:
         """Return the error of a caller who waited until *failure*, which hit many."""
         counts = f"({self.state.status()})"
         if isinstance(failure.__cause__, PoolMisuse):
-            self.counters.failed += 1
             misuse = PoolMisuse(f"{self.label}: {failure.__cause__}")
             misuse.__cause__ = failure
             return misuse
         if isinstance(failure, PoolClosed):
-            self.counters.closed += 1
             return PoolClosed(f"{failure} {counts}")
-        self.counters.failed += 1
         # A new exception for each caller: they would share one traceback.
         error = ConnectFailed(
             f"{self.label}: {failure} {counts}",

@@ -7,6 +7,14 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import attrs
 
+from fastapi_topaz.exceptions import (
+    PoolClosed,
+    PoolError,
+    PoolMisuse,
+    PoolSaturated,
+    PoolTimeout,
+)
+
 
 __all__ = [
     "CloseReason",
@@ -167,6 +175,22 @@ class PoolCounters:
     # Leases held for longer than `leak_threshold`, and those nobody gave back.
     leaked: int = 0
     reclaimed: int = 0
+
+    def count_refused(self, error: BaseException) -> None:
+        """Count an `acquire()` that ended with *error*, by the class of the error."""
+        match error:
+            case PoolTimeout():
+                self.timeouts += 1
+            case PoolSaturated():
+                self.rejected += 1
+            case PoolClosed():
+                self.closed += 1
+            case PoolMisuse() if error.__cause__ is None:
+                pass  # The caller used the pool where it is not open.
+            case PoolError():
+                self.failed += 1
+            case _:
+                self.cancelled += 1
 
     def count(self, which: dict[str, int], reason: str) -> None:
         """Add one to *reason* in one of the counters that are kept by reason."""
