@@ -14,6 +14,7 @@ from fastapi_topaz._distribution import refuse_mixture
 refuse_mixture()
 
 from fastapi_topaz._app.config import TopazConfig
+from fastapi_topaz._app.question import Decision
 from fastapi_topaz._authorizer.options import AuthorizerOptions, Identity, IdentityType
 from fastapi_topaz._authorizer.pool import ConnectionPool, PooledConnection
 from fastapi_topaz._grpcio.connector import GrpcConnector
@@ -43,6 +44,7 @@ __all__ = [
     "ConnectionPool",
     "ConnectionStatus",
     "Connector",
+    "Decision",
     "GrpcConnector",
     "Identity",
     "IdentityType",

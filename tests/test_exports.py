@@ -23,6 +23,7 @@ PUBLIC = [
     "ConnectionPool",
     "ConnectionStatus",
     "Connector",
+    "Decision",
     "GrpcConnector",
     "Identity",
     "IdentityType",

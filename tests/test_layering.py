@@ -18,7 +18,7 @@ FOLDERS = {
     ".": set(),
     "_pool/state": set(),
     "_pool": {"anyio", "trio"},
-    "_rpc": set(),
+    "_rpc": {"grpc"},
     "_telemetry": {"opentelemetry"},
     "_grpcio": {"anyio", "grpc", "trio"},
     "_authorizer": {"anyio", "aserto", "google", "grpc", "opentelemetry"},

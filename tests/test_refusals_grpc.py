@@ -20,7 +20,7 @@ from fastapi_topaz import (
     IdentityType,
     TopazConfig,
 )
-from fastapi_topaz._grpcio.endings import Ending, ending, is_unprocessed
+from fastapi_topaz._rpc.statuses import Ending, ending, is_unprocessed
 
 
 pytestmark = pytest.mark.real_clock

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-import anyio
-import attrs
-import grpc
-
+from fastapi_topaz._app.asking import chain
+from fastapi_topaz._app.question import Ask, Budget, Decision, Question
 from fastapi_topaz._authorizer.messages import is_request
 from fastapi_topaz._authorizer.options import (
     AuthorizerOptions,
@@ -25,13 +23,12 @@ from fastapi_topaz._authorizer.rego import check_name, check_reference
 from fastapi_topaz._authorizer.resource import EXACT
 from fastapi_topaz._checks import check_seconds, check_text, safe_repr
 from fastapi_topaz._error_text import error_kind, log_text
-from fastapi_topaz._grpcio.endings import is_unprocessed
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._pool.readiness import is_ready
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._slips import NotCopied
 from fastapi_topaz._telemetry.tracing import Tracing
-from fastapi_topaz.exceptions import ConnectionLost, PoolMisuse, TopazError
+from fastapi_topaz.exceptions import PoolMisuse, TopazError
 
 
 if TYPE_CHECKING:
@@ -39,8 +36,6 @@ if TYPE_CHECKING:
 
     from opentelemetry.trace import TracerProvider
     from starlette.requests import HTTPConnection
-
-    from fastapi_topaz._telemetry.tracing import CheckSpan
 
     # Called with a Request, or with a WebSocket where a WebSocket route is guarded.
     IdentityProvider = Callable[[Any], IdentityLike | Awaitable[IdentityLike]]
@@ -53,20 +48,6 @@ __all__ = ["TopazConfig"]
 
 
 logger = logging.getLogger("fastapi_topaz.fastapi")
-
-
-@attrs.frozen
-class Question:
-    """
-    One check, encoded before it waits for a connection.
-
-    So an argument that cannot be sent raises its own error, also if the pool is full.
-    """
-
-    policy_path: str
-    decision: str
-    # It holds the identity: see `Identity`.
-    request: bytes = attrs.field(repr=False)
 
 
 class TopazConfig(NotCopied):
@@ -158,7 +139,7 @@ class TopazConfig(NotCopied):
             "check_timeout", check_timeout, zero=False, infinite=False
         )
         self.path_parameters = path_parameters
-        self._tracing = Tracing(tracer_provider)
+        self._ask: Ask = chain(connection_pool, Tracing(tracer_provider))
         # By policy path, and None for that of the route: see `require_policy_allowed`.
         self._dependencies: dict[str | None, Any] = {}
         self._log_limit = LogLimit(logger, "checks")
@@ -262,6 +243,32 @@ class TopazConfig(NotCopied):
             ValueError: *policy_path* is not a Rego reference, *decision* is not a Rego
                 name, or an argument cannot be sent.
         """
+        decided = await self._ask(
+            await self._question(request, policy_path, decision, resource_context)
+        )
+        return decided.allowed
+
+    @boundary
+    async def decide(
+        self,
+        request: HTTPConnection,
+        policy_path: str,
+        *,
+        decision: str = "allowed",
+        resource_context: Mapping[str, Any] | None = None,
+    ) -> Decision:
+        """
+        Ask as `is_allowed` does, and return the whole decision.
+
+        Args:
+            request: See `is_allowed`, also for the other arguments and the errors.
+            policy_path: The whole path, such as `myapp.GET.documents`.
+            decision: The decision that must be true, default `allowed`.
+            resource_context: What the application adds to the resource context.
+
+        Returns:
+            The decision. It has no truth value: write `if decision.allowed`.
+        """
         return await self._ask(
             await self._question(request, policy_path, decision, resource_context)
         )
@@ -298,67 +305,8 @@ class TopazConfig(NotCopied):
                 self.policy_instance_name,
                 self.policy_instance_label,
             ),
+            Budget(self.check_timeout),
         )
-
-    async def _ask(self, question: Question) -> bool:
-        """
-        Return the answer of the authorizer, in a span of its own.
-
-        A decision is a read, so it is asked for once more if it was lost. By then the
-        pool leases no connection that it has reason to suspect before it has answered
-        a probe.
-        """
-        pool = self.connection_pool.options.name
-        path, decision = question.policy_path, question.decision
-        with self._tracing.check(path, decision, pool) as span:
-            allowed = await self._answer(question, span)
-            span.decided(allowed)
-            return allowed
-
-    async def _answer(self, question: Question, span: CheckSpan) -> bool:
-        # One budget: what waiting or a first attempt takes, the rest has less.
-        deadline = anyio.current_time() + self.check_timeout
-        lost: Exception | None = None
-        retried, resent = False, 0
-        while True:
-            try:
-                return await self._ask_once(question, deadline, span)
-            except (TopazError, grpc.aio.AioRpcError) as error:
-                pause = 0.0
-                if is_unprocessed(error):
-                    # Free, because the server has done nothing for it yet.
-                    pause = _pause_before(resent)
-                    resent += 1
-                elif retried or not _is_worth_a_retry(error):
-                    if isinstance(error, TopazError) and lost is not None:
-                        raise error from lost
-                    raise
-                else:
-                    retried = True
-                if anyio.current_time() + pause >= deadline:
-                    raise
-                lost = error
-            self.connection_pool._counters.retries += 1  # noqa: SLF001
-            span.lost(lost)
-            if pause:
-                await anyio.sleep(pause)
-
-    async def _ask_once(
-        self, question: Question, deadline: float, span: CheckSpan
-    ) -> bool:
-        pool = self.connection_pool
-        wait = min(self._left(deadline), pool.options.acquire_timeout)
-        async with pool.acquire(timeout=wait) as conn:
-            if conn.waited:
-                span.waited(conn.waited)
-            decisions = await conn._decide(  # noqa: SLF001
-                question.request, (question.decision,), self._left(deadline)
-            )
-        return decisions[question.decision] is True
-
-    def _left(self, deadline: float) -> float:
-        """Return the seconds until *deadline*, also if the clock has jumped back."""
-        return min(self.check_timeout, max(0.0, deadline - anyio.current_time()))
 
     async def _identity(self, request: HTTPConnection) -> Identity:
         identity = await _result(self.identity_provider(request))
@@ -400,19 +348,6 @@ def _is_exact_number(value: object) -> bool:
     if type(value) is int:
         return abs(value) <= EXACT
     return type(value) is float and math.isfinite(value)
-
-
-def _is_worth_a_retry(error: Exception) -> bool:
-    if isinstance(error, grpc.aio.AioRpcError):
-        # Who cancels a check gets no error but the cancellation: it was the server,
-        # which does that to what it has received and not begun when it stops.
-        return error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
-    return isinstance(error, ConnectionLost)
-
-
-def _pause_before(resent: int) -> float:
-    """Return how many seconds to wait before a call is sent once more."""
-    return 0.0 if resent < 2 else min(0.5, 0.01 * 2.0 ** (resent - 2))
 
 
 def _callable(name: str, value: object) -> None:

@@ -162,7 +162,7 @@ async def _check(
     question = await config._question(request, policy_path)  # noqa: SLF001
     limit = config._log_limit  # noqa: SLF001
     try:
-        allowed = await config._ask(question)  # noqa: SLF001
+        decision = await config._ask(question)  # noqa: SLF001
     except (TopazError, grpc.RpcError) as error:
         misuse = isinstance(error, PoolMisuse)
         limit.report(
@@ -175,7 +175,7 @@ async def _check(
     else:
         if limit.held:
             limit.flush()
-        if allowed:
+        if decision.allowed:
             return
         end = DENIED
     # Raised here and not above, where the error of the authorizer would be its context:

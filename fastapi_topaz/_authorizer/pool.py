@@ -9,13 +9,13 @@ from fastapi_topaz._authorizer.calls import AuthorizerCalls
 from fastapi_topaz._authorizer.options import AuthorizerOptions, AuthorizerOptionsLike
 from fastapi_topaz._checks import check_seconds, safe_repr
 from fastapi_topaz._grpcio.connector import GrpcConnector
-from fastapi_topaz._grpcio.endings import is_reset
 from fastapi_topaz._pool.acquire import Acquire, explain_missing_await
 from fastapi_topaz._pool.handle import Handle
 from fastapi_topaz._pool.pool import Pool
 from fastapi_topaz._pool.state.options import PoolOptions, fit_minimum
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rpc.metadata import check_metadata
+from fastapi_topaz._rpc.statuses import is_reset
 from fastapi_topaz._slips import explain_absence
 from fastapi_topaz._telemetry.metrics import PoolMetrics, Source
 from fastapi_topaz._telemetry.tracing import propagated

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastapi_topaz._grpcio.call import call_class
-from fastapi_topaz._grpcio.endings import NotSent
 from fastapi_topaz._grpcio.failures import in_time
+from fastapi_topaz._rpc.statuses import NotSent
 from fastapi_topaz.exceptions import ConnectionLost
 
 

@@ -28,7 +28,6 @@ from fastapi_topaz._grpcio.channel import (
 )
 from fastapi_topaz._grpcio.closed_loop import take_last_events
 from fastapi_topaz._grpcio.deadline import left, monotonic
-from fastapi_topaz._grpcio.endings import Ending, ending
 from fastapi_topaz._grpcio.failures import (
     connect_timed_out,
     each_failed,
@@ -37,13 +36,20 @@ from fastapi_topaz._grpcio.failures import (
     unserved,
 )
 from fastapi_topaz._grpcio.peer import Peer
-from fastapi_topaz._pool.connector import Verdict
-from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
+from fastapi_topaz._rpc.statuses import (
+    Ending,
+    ending,
+    is_from_service,
+    lacks_status,
+    verdict,
+)
+from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fastapi_topaz._pool.connector import Verdict
     from fastapi_topaz._rpc.metadata import Metadata
     from fastapi_topaz._rpc.target import Target
 
@@ -55,34 +61,6 @@ _READY = grpc.ChannelConnectivity.READY.value[0]
 
 _NOTICED = 0.05
 """Seconds within which a channel notices that its socket was closed."""
-
-_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-_UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
-
-# Nobody here has cancelled a call that ends CANCELLED: a server does that as it stops.
-_GOING = frozenset({_UNAVAILABLE, grpc.StatusCode.CANCELLED})
-
-_VERDICTS = {
-    Ending.TIMED_OUT: Verdict.SILENT,
-    # RFC 9113, section 5.4.2: an error of the stream, and the connection is well. A
-    # server does this when it has too many streams.
-    Ending.REFUSED_STREAM: Verdict.ANSWERED,
-    Ending.RESET: Verdict.ANSWERED,
-    # An orderly end, which says nothing of other connections.
-    Ending.GOAWAY: Verdict.UNAVAILABLE,
-    Ending.NOT_SENT: Verdict.UNAVAILABLE,
-    Ending.CUT_OFF: Verdict.BROKEN,
-    Ending.NO_STATUS: Verdict.REFUSED,
-}
-
-
-# A probe that ends in one of these ways got no answer without a `grpc-status`.
-_NO_ANSWERS = frozenset(
-    {
-        *(Ending.STATUS, Ending.TIMED_OUT, Ending.GOAWAY, Ending.NOT_SENT),
-        Ending.REFUSED_STREAM,  # it has too many
-    }
-)
 
 
 class GrpcConnection:
@@ -245,25 +223,10 @@ class GrpcConnection:
 
     def judge(self, error: BaseException, /) -> Verdict | None:
         """Return what *error*, raised by a call, says of the connection itself."""
-        if isinstance(error, ConnectionLost):
-            return Verdict.BROKEN
-        if not isinstance(error, grpc.aio.AioRpcError):
-            return None
-        found = ending(error)
-        if found is Ending.GOAWAY:
-            # Looked at closely, because the channel may be READY again on another
-            # socket, and because a proxy may quote the words of its own connection.
+        if isinstance(error, grpc.aio.AioRpcError) and ending(error) is Ending.GOAWAY:
+            # The channel may be READY again on another socket.
             self.refresh_liveness()
-        quoted = found is Ending.GOAWAY and not self.is_lost()
-        if found is not Ending.STATUS and not quoted:
-            return _VERDICTS[found]
-        if error.code() not in _GOING:
-            return Verdict.ANSWERED
-        if self.is_lost():
-            return Verdict.BROKEN
-        # On a connection that is up, the other side has said so itself.
-        refused = error.code() is _UNAVAILABLE
-        return Verdict.REFUSED if refused else Verdict.UNAVAILABLE
+        return verdict(error, self.is_lost)
 
     def is_lost(self) -> bool:
         """
@@ -309,7 +272,7 @@ class GrpcConnection:
             grpc.aio.AioRpcError, ConnectionLost: See `probe`.
             ConnectFailed: The server answers that it is no authorizer.
         """
-        if await self._ask(timeout) is _UNIMPLEMENTED:
+        if await self._ask(timeout) is grpc.StatusCode.UNIMPLEMENTED:
             raise unserved(self._target)
 
     async def _ask(self, timeout: float) -> grpc.StatusCode:
@@ -317,18 +280,18 @@ class GrpcConnection:
         try:
             await self.call(self._target.probe, b"", timeout=timeout, metadata=())
         except grpc.aio.AioRpcError as error:
-            found, details = ending(error), error.details()
-            if found is Ending.STATUS and error.code() is not _UNAVAILABLE:
+            if is_from_service(error):
                 return error.code()
-            if found in _NO_ANSWERS:
+            if not lacks_status(error):
                 raise
-            if found is Ending.CUT_OFF and await self.is_lost_soon():
+            if ending(error) is Ending.CUT_OFF and await self.is_lost_soon():
                 raise
+            details = error.details()
         else:
             return grpc.StatusCode.OK
         # Not in the handler: the error of gRPC adds nothing to this one.
         raise grpc.aio.AioRpcError(
-            _UNAVAILABLE,
+            grpc.StatusCode.UNAVAILABLE,
             grpc.aio.Metadata(),
             grpc.aio.Metadata(),
             details=f"an answer without a gRPC status: {details}",

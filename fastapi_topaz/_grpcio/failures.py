@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from fastapi_topaz._grpcio.deadline import monotonic
-from fastapi_topaz._grpcio.endings import Ending, ending
+from fastapi_topaz._rpc.statuses import Ending, ending
 from fastapi_topaz.exceptions import ConnectFailed
 
 

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from fastapi_topaz._rpc.metadata import Metadata
 
 
-__all__ = ["CheckSpan", "Tracing", "propagated"]
+__all__ = ["CheckSpan", "Tracing", "current_check", "propagated"]
 
 
 logger = logging.getLogger("fastapi_topaz.tracing")
 
 SCOPE = "fastapi_topaz"
+
+_CHECK = context.create_key("fastapi_topaz check")
 
 _broken: set[str] = set()
 
@@ -111,7 +113,8 @@ class CheckSpan:
         self._outcome = "error"
 
     def __enter__(self) -> Self:
-        self._token = context.attach(trace.set_span_in_context(self._span))
+        within = trace.set_span_in_context(self._span)
+        self._token = context.attach(context.set_value(_CHECK, self, within))
         return self
 
     def __exit__(
@@ -174,3 +177,9 @@ class _NoSpan(CheckSpan):
 
 
 _NOTHING = _NoSpan()
+
+
+def current_check() -> CheckSpan:
+    """Return the span of the check that this code is part of."""
+    check = context.get_value(_CHECK)
+    return check if isinstance(check, CheckSpan) else _NOTHING

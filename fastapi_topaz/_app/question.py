@@ -1,0 +1,98 @@
+"""What a check asks and gets: `Question`, `Decision`, and the protocol `Ask`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Literal, NoReturn, Protocol
+
+import anyio
+import attrs
+
+
+__all__ = ["Ask", "Budget", "Decision", "Origin", "Question"]
+
+
+Origin = Literal["authorizer"]
+"""Who gave a decision."""
+
+
+class Budget:
+    """
+    The time in which a check has to end; all its attempts share it.
+
+    Args:
+        seconds: How long, from now on.
+    """
+
+    __slots__ = ("_deadline", "_seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline = anyio.current_time() + seconds
+
+    def left(self) -> float:
+        """Return the seconds left, at least 0."""
+        # At most what there was at first: the loop's clock may jump back.
+        return min(self._seconds, max(0.0, self._deadline - anyio.current_time()))
+
+
+@attrs.frozen
+class Question:
+    """
+    One check, encoded once, before it waits for a connection.
+
+    So an argument that cannot be sent raises its own error, even if the pool is full.
+    Questions are equal if the authorizer is asked the same: the budget does not count.
+    """
+
+    policy_path: str
+    decision: str
+    # Holds the identity and the resource context: see `Identity`.
+    request: bytes = attrs.field(repr=False)
+    budget: Budget = attrs.field(eq=False, repr=False)
+
+
+# A dataclass of the standard library, as the status objects: a route may return it.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decision:
+    """
+    The answer to one check, as `TopazConfig.decide()` returns it.
+
+    It has no truth value: `if decision` would be true for a denial, so it raises
+    TypeError. Write `if decision.allowed`.
+
+    Attributes:
+        allowed: True only if the authorizer decided so.
+        origin: Who decided: `authorizer`.
+        age: Seconds since the authorizer was asked; 0 if it was asked for this check.
+        id: Identifies this decision in logs: 32 hexadecimal digits, chosen here.
+    """
+
+    allowed: bool
+    origin: Origin = "authorizer"
+    age: float = 0.0
+    id: str = dataclasses.field(default_factory=lambda: os.urandom(16).hex())
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            "a Decision has no truth value, because a denial would count as true; "
+            "write `if decision.allowed`"
+        )
+
+
+class Ask(Protocol):
+    """
+    Gets the decision on a question: from the authorizer, or by another `Ask`.
+
+    Each layer of a check is one: it wraps the next, and may answer in its place.
+    """
+
+    async def __call__(self, question: Question, /) -> Decision:
+        """
+        Return the decision. An error is never a decision.
+
+        Raises:
+            TopazError, grpc.aio.AioRpcError: There is no decision.
+        """
+        ...

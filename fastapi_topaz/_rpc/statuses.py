@@ -1,0 +1,207 @@
+"""
+What the end of a gRPC call means: for the call, for its connection, and for a retry.
+
+gRPC reports a status that it made itself in the same way as one that the server sent:
+one code and one text. So the text decides. It is matched from its beginning, because
+a proxy may quote the same words: "upstream reset: Connection reset by peer" is an
+answer. gRPC 1.81 and newer put their own words into "Stream removed (...)".
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+from fastapi_topaz._pool.connector import Verdict
+from fastapi_topaz.exceptions import ConnectionLost
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+__all__ = [
+    "Ending",
+    "NotSent",
+    "ending",
+    "is_from_service",
+    "is_reset",
+    "is_unprocessed",
+    "is_worth_a_retry",
+    "lacks_status",
+    "verdict",
+]
+
+
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+
+STOPPING = frozenset({UNAVAILABLE, grpc.StatusCode.CANCELLED})
+"""
+A server that stops ends calls with these, which it has received and not begun.
+
+A caller who cancels a check gets the cancellation and not this error. So an error with
+CANCELLED comes from the server.
+"""
+
+
+class Ending(enum.Enum):
+    """How a call ended, if not with OK."""
+
+    STATUS = enum.auto()
+    """With a status of the other side, or one of gRPC with a text unknown here."""
+    NO_STATUS = enum.auto()
+    """With an HTTP answer without a `grpc-status`, as the error page of a proxy."""
+    REFUSED_STREAM = enum.auto()
+    """The other side reset the stream and did not process the call."""
+    RESET = enum.auto()
+    """The other side reset the stream for another reason."""
+    GOAWAY = enum.auto()
+    """The other side ended the connection and did not process the call."""
+    CUT_OFF = enum.auto()
+    """The connection ended under the call."""
+    TIMED_OUT = enum.auto()
+    """By its deadline."""
+    NOT_SENT = enum.auto()
+    """Here, because its connection had ended before."""
+
+
+class NotSent(grpc.aio.AioRpcError):  # type: ignore[misc]
+    """
+    The call was not sent: its connection had ended, and it could not connect again.
+
+    *why* is the reason. For callers it is an UNAVAILABLE like any other. Only this
+    package looks at the class.
+    """
+
+    def __init__(self, method: str, target: str, why: str) -> None:
+        super().__init__(
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.aio.Metadata(),
+            grpc.aio.Metadata(),
+            f"the call {method} was not sent: the connection to {target} has ended "
+            f"(GOAWAY, or the socket was closed), and then: {why}",
+        )
+
+
+# The first match wins. The text of an RST_STREAM or GOAWAY may be followed by more.
+_TEXTS = (
+    (r"(RST_STREAM \()?Received RST_STREAM with error code 7\b", Ending.REFUSED_STREAM),
+    (r"(RST_STREAM \()?Received RST_STREAM", Ending.RESET),
+    (r"GOAWAY received", Ending.GOAWAY),
+    (r"Received http2 header with status: |No status received", Ending.NO_STATUS),
+    (r"Data frame with END_STREAM", Ending.NO_STATUS),
+    (
+        r"Socket closed|(recvmsg|sendmsg|writev?):|Connection reset|Broken pipe",
+        Ending.CUT_OFF,
+    ),
+)
+_KNOWN = tuple((re.compile(text), ending) for text, ending in _TEXTS)
+_WRAPPED = re.compile(r"Stream removed( \(|$)")
+
+
+def ending(error: grpc.aio.AioRpcError) -> Ending:
+    """Return how the call ended that raised *error*."""
+    if isinstance(error, NotSent):
+        return Ending.NOT_SENT
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Ending.TIMED_OUT
+    details = error.details() or ""
+    wrapped = _WRAPPED.match(details)
+    start = wrapped.end() if wrapped else 0
+    for text, found in _KNOWN:
+        if text.match(details, start):
+            return found
+    # With other codes gRPC refuses the answer itself, as one that is too large.
+    unknown = error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN}
+    return Ending.CUT_OFF if wrapped and unknown else Ending.STATUS
+
+
+def is_unprocessed(error: BaseException) -> bool:
+    """
+    Return whether the server certainly did not process the call.
+
+    RFC 9113, sections 6.8 and 8.7: the server did not process a stream above the last
+    one of a GOAWAY, or one that it reset with REFUSED_STREAM. Such a call may be sent
+    again, and so may a call that was never sent.
+    """
+    return isinstance(error, grpc.aio.AioRpcError) and ending(error) in {
+        Ending.REFUSED_STREAM,
+        Ending.GOAWAY,
+        Ending.NOT_SENT,
+    }
+
+
+def is_reset(error: BaseException) -> bool:
+    """Return whether *error* is a reset stream: an answer without a `grpc-status`."""
+    return isinstance(error, grpc.aio.AioRpcError) and ending(error) in {
+        Ending.REFUSED_STREAM,
+        Ending.RESET,
+    }
+
+
+def is_worth_a_retry(error: BaseException) -> bool:
+    """Return whether a check that ended with *error* may succeed elsewhere."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code() in STOPPING
+    return isinstance(error, ConnectionLost)
+
+
+def is_from_service(error: grpc.aio.AioRpcError) -> bool:
+    """
+    Return whether a `grpc-status` of the service itself ended the call.
+
+    UNAVAILABLE does not count: a proxy says that for a service which is down.
+    """
+    return ending(error) is Ending.STATUS and error.code() is not UNAVAILABLE
+
+
+def lacks_status(error: grpc.aio.AioRpcError) -> bool:
+    """Return whether the answer has no `grpc-status`, such as a page of a proxy."""
+    return ending(error) in {Ending.NO_STATUS, Ending.RESET, Ending.CUT_OFF}
+
+
+_VERDICTS = {
+    Ending.TIMED_OUT: Verdict.SILENT,
+    # RFC 9113, section 5.4.2: a stream error. The connection is well. A server does
+    # this if it has too many streams.
+    Ending.REFUSED_STREAM: Verdict.ANSWERED,
+    Ending.RESET: Verdict.ANSWERED,
+    # An orderly end, which says nothing about other connections.
+    Ending.GOAWAY: Verdict.UNAVAILABLE,
+    Ending.NOT_SENT: Verdict.UNAVAILABLE,
+    Ending.CUT_OFF: Verdict.BROKEN,
+    Ending.NO_STATUS: Verdict.REFUSED,
+}
+
+
+def verdict(error: BaseException, is_lost: Callable[[], bool]) -> Verdict | None:
+    """
+    Return what *error* says about the connection that the call used.
+
+    Args:
+        error: What the call raised.
+        is_lost: Returns whether the connection has ended by now.
+
+    Returns:
+        None if *error* says nothing about the connection.
+    """
+    if isinstance(error, ConnectionLost):
+        return Verdict.BROKEN
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return None
+    found = ending(error)
+    # A proxy may quote the GOAWAY of its own connection. Then this one is not lost.
+    quoted = found is Ending.GOAWAY and not is_lost()
+    if found is not Ending.STATUS and not quoted:
+        return _VERDICTS[found]
+    if error.code() not in STOPPING:
+        return Verdict.ANSWERED
+    if is_lost():
+        return Verdict.BROKEN
+    # The connection is up, so the other side itself sent this status.
+    refused = error.code() is UNAVAILABLE
+    return Verdict.REFUSED if refused else Verdict.UNAVAILABLE

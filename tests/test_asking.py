@@ -1,0 +1,245 @@
+"""Questions, decisions, and the layers between them."""
+
+from __future__ import annotations
+
+import anyio
+import attrs
+import grpc
+import grpc.aio
+import pytest
+from starlette.requests import Request
+
+from fastapi_topaz import (
+    ConnectFailed,
+    ConnectionLost,
+    ConnectionPool,
+    Decision,
+    Identity,
+    IdentityType,
+    PoolTimeout,
+    TopazConfig,
+)
+from fastapi_topaz._app import config as _config
+from fastapi_topaz._app.asking import Retry
+from fastapi_topaz._app.question import Budget, Question
+from fastapi_topaz._pool.state.status import PoolCounters
+
+
+PATH = "myapp.GET.documents"
+
+
+def request():
+    return Request({"type": "http", "path_params": {}, "headers": []})
+
+
+def configured(authorizer, **options):
+    return TopazConfig(
+        authorizer_options=authorizer.options,
+        policy_path_root="myapp",
+        identity_provider=lambda _: Identity(IdentityType.SUB, "alice"),
+        connection_pool=ConnectionPool(),
+        **options,
+    )
+
+
+def question(path=PATH, decision="allowed", data=b"request", seconds=5.0):
+    return Question(path, decision, data, Budget(seconds))
+
+
+def ended(code, details=""):
+    metadata = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(code, metadata, metadata, details)
+
+
+def unavailable():
+    return ended(grpc.StatusCode.UNAVAILABLE)
+
+
+def unprocessed():
+    return ended(grpc.StatusCode.UNAVAILABLE, "GOAWAY received")
+
+
+@attrs.define
+class Script:
+    """An `Ask` that raises its errors, one for each question, and then allows."""
+
+    errors: list[Exception]
+    asked: list[Question] = attrs.Factory(list)
+
+    async def __call__(self, question, /):
+        self.asked.append(question)
+        if self.errors:
+            raise self.errors.pop(0)
+        return Decision(allowed=True)
+
+
+# -- decisions and questions ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_decision_has_no_truth_value(allowed):
+    with pytest.raises(TypeError, match=r"write `if decision\.allowed`"):
+        bool(Decision(allowed=allowed))
+
+
+def test_a_decision_is_frozen_and_each_has_an_id_of_its_own():
+    decisions = [Decision(allowed=True) for _ in range(1000)]
+    assert len({decision.id for decision in decisions}) == 1000
+    with pytest.raises(AttributeError):
+        decisions[0].allowed = False
+
+
+async def test_questions_are_equal_if_the_authorizer_is_asked_the_same():
+    one = question(seconds=5)
+    await anyio.sleep(1)
+    assert one == question(seconds=7)
+    assert hash(one) == hash(question(seconds=7))
+    for other in (question(path="x"), question(decision="x"), question(data=b"x")):
+        assert one != other
+    with pytest.raises(AttributeError):
+        one.request = b""
+
+
+async def test_a_question_shows_neither_identity_nor_context():
+    assert "request" not in repr(question())
+
+
+async def test_a_budget_falls_with_time_and_never_below_zero():
+    budget = Budget(5)
+    assert budget.left() == 5
+    await anyio.sleep(2)
+    assert budget.left() == pytest.approx(3)
+    await anyio.sleep(9)
+    assert budget.left() == 0
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_decide_returns_what_the_authorizer_decided(embedded_authorizer, allowed):
+    embedded_authorizer.policies = {PATH: allowed}
+    config = configured(embedded_authorizer)
+    async with config.connection_pool:
+        decision = await config.decide(request(), PATH)
+        other = await config.decide(request(), PATH)
+        assert await config.is_allowed(request(), PATH) is allowed
+    assert (decision.allowed, decision.origin, decision.age) == (
+        allowed,
+        "authorizer",
+        0.0,
+    )
+    assert decision.id != other.id
+
+
+@pytest.mark.real_clock
+async def test_decide_takes_the_arguments_of_is_allowed(embedded_authorizer):
+    embedded_authorizer.policies = {
+        PATH: lambda check: {"visible": check.resource == {"owner": "alice"}}
+    }
+    config = configured(embedded_authorizer)
+    async with config.connection_pool:
+        for owner in ("alice", "bob"):
+            decision = await config.decide(
+                request(),
+                PATH,
+                decision="visible",
+                resource_context={"owner": owner},
+            )
+            assert decision.allowed is (owner == "alice")
+        with pytest.raises(ValueError, match="policy_path"):
+            await config.decide(request(), "not a path")
+
+
+@pytest.mark.real_clock
+async def test_an_error_of_the_authorizer_is_no_decision(embedded_authorizer):
+    embedded_authorizer.fail("INTERNAL")
+    config = configured(embedded_authorizer)
+    async with config.connection_pool:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await config.decide(request(), PATH)
+
+
+@pytest.mark.real_clock
+async def test_a_question_is_encoded_once_however_often_it_is_asked(
+    embedded_authorizer, monkeypatch
+):
+    embedded_authorizer.policies = {PATH: True}
+    encoded = []
+    original = _config.is_request
+
+    def is_request(*args):
+        encoded.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(_config, "is_request", is_request)
+    config = configured(embedded_authorizer)
+    async with config.connection_pool:
+        embedded_authorizer.fail("UNAVAILABLE", times=1)
+        assert (await config.decide(request(), PATH)).allowed
+    assert len(encoded) == 1
+
+
+# -- the retry ------------------------------------------------------------------------
+
+
+async def test_a_lost_answer_is_asked_for_once_more():
+    for lost in (unavailable(), ended(grpc.StatusCode.CANCELLED), ConnectionLost("x")):
+        script, counters = Script([lost]), PoolCounters()
+        asked = question()
+        assert (await Retry(script, counters)(asked)).allowed
+        assert script.asked == [asked, asked]
+        assert counters.retries == 1
+
+
+async def test_a_second_loss_is_the_end():
+    script, counters = Script([unavailable(), unavailable()]), PoolCounters()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await Retry(script, counters)(question())
+    assert (len(script.asked), counters.retries) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ended(grpc.StatusCode.INTERNAL),
+        ended(grpc.StatusCode.DEADLINE_EXCEEDED),
+        PoolTimeout("x"),
+        ConnectFailed("x"),
+        ValueError("x"),
+    ],
+    ids=repr,
+)
+async def test_other_errors_are_not_retried(error):
+    script = Script([error])
+    with pytest.raises(type(error)):
+        await Retry(script, PoolCounters())(question())
+    assert len(script.asked) == 1
+
+
+async def test_the_first_loss_is_the_cause_of_the_error_that_follows():
+    lost, then = unavailable(), PoolTimeout("no connection")
+    with pytest.raises(PoolTimeout) as caught:
+        await Retry(Script([lost, then]), PoolCounters())(question())
+    assert caught.value.__cause__ is lost
+
+
+async def test_what_was_not_processed_is_sent_again_with_pauses_within_the_budget():
+    script, counters = Script([unprocessed() for _ in range(1000)]), PoolCounters()
+    began = anyio.current_time()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await Retry(script, counters)(question(seconds=5.0))
+    # 0, 0, 0.01, 0.02, ... 0.32, then 0.5 each: the next one would not end in time.
+    took = anyio.current_time() - began
+    assert took == pytest.approx(0.63 + 8 * 0.5)
+    assert len(script.asked) == counters.retries + 1 == 17
+
+
+async def test_no_retry_begins_without_time_for_it():
+    script = Script([unavailable()])
+
+    async def slow(asked, /):
+        await anyio.sleep(5)
+        return await script(asked)
+
+    with pytest.raises(grpc.aio.AioRpcError):
+        await Retry(slow, PoolCounters())(question(seconds=5))
+    assert len(script.asked) == 1
