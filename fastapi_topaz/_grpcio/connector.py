@@ -67,8 +67,9 @@ class GrpcConnector:
         if self._exposes_key:
             self._exposes_key = False
             logger.warning(
-                "%s: the api_key is sent to %s without TLS because of insecure=True; "
-                "anyone on the network path can read it. Use TLS or a loopback address",
+                "%s: a key (api_key, or authorization metadata) is sent to %s "
+                "without TLS because of insecure=True; anyone on the network path can "
+                "read it. Use TLS or a loopback address",
                 *(pool, self.target),
             )
 
