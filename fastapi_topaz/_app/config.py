@@ -1,4 +1,4 @@
-"""What an application says once: which authorizer, which policies, whose requests."""
+"""`TopazConfig`: how an application asks its authorizer, and about which policies."""
 
 from __future__ import annotations
 
@@ -62,27 +62,27 @@ class TopazConfig(NotCopied):
             `aserto.client.AuthorizerOptions` work, too.
         policy_path_root: The package that all policies are below, such as `myapp`.
         identity_provider: Called with the Request, or with the WebSocket of a guarded
-            WebSocket route. Returns its `Identity`; sync or async. What it raises is
-            the application's own error and reaches the client as such.
-        policy_instance_name: Which policy instance to ask; None leaves it to the
-            server.
-        policy_instance_label: Its label; the name if None.
-        resource_context_provider: Called with the request, returns what the policy
-            sees as `input.resource` besides the path parameters, which it cannot
-            replace; sync or async.
-        connection_pool: The pool; None makes one with the defaults.
-        check_timeout: Seconds for one check, waiting for a connection and asking
-            together. Default 5.
+            WebSocket route. Returns the `Identity` of the caller; sync or async. An
+            error that it raises is the application's own and is not changed.
+        policy_instance_name: The policy instance to ask. None, the default: the server
+            chooses.
+        policy_instance_label: The label of that instance. Default: its name.
+        resource_context_provider: Called with the request; sync or async. Returns a
+            mapping that the policy sees as `input.resource`, together with the path
+            parameters. It cannot replace a path parameter.
+        connection_pool: The pool. None, the default: one with the default parameters.
+        check_timeout: Seconds for one check: the wait for a connection and all
+            attempts share them. Default 5.
         path_parameters: How the policy sees path parameters in `input.resource`.
             "typed", the default: as a number if the route converts it to one, as
             `{id:int}` and `{x:float}` do, and as text otherwise. "text": always as
-            text. A whole number beyond 2**53 is text, since it would be rounded.
-        tracer_provider: Where the spans of checks go; None is OpenTelemetry's global
-            one.
+            text. A whole number beyond 2**53 is text, because JSON would round it.
+        tracer_provider: Records the spans of checks. None, the default: the global
+            provider of OpenTelemetry.
 
     Raises:
-        TypeError, ValueError: An argument is wrong; names it.
-        PoolMisuse: *connection_pool* is open, to another authorizer.
+        TypeError, ValueError: An argument is wrong. The message names it.
+        PoolMisuse: *connection_pool* is open and connected to another authorizer.
     """
 
     _copy_form = "its pool belongs to one process; share it, or build another one"
@@ -140,7 +140,7 @@ class TopazConfig(NotCopied):
         )
         self.path_parameters = path_parameters
         self._ask: Ask = chain(connection_pool, Tracing(tracer_provider))
-        # By policy path, and None for that of the route: see `require_policy_allowed`.
+        # The dependency for each policy path; None is the key of require_policy_auto.
         self._dependencies: dict[str | None, Any] = {}
         self._log_limit = LogLimit(logger, "checks")
         already = connection_pool.authorizer_options
@@ -176,8 +176,8 @@ class TopazConfig(NotCopied):
         connection asks for its version (the RPC `Info`), and is made before if none is
         open. Many callers at the same time share that call. It needs no free lease.
 
-        An error is logged and is not ready. So is a pool that the application closed:
-        this does not open it again.
+        If that ends with an error, the error is logged, and the result is False. It is
+        also False if the application closed the pool: this does not open it again.
 
         Args:
             timeout: Seconds it may take, more than 0. Default 1.
@@ -193,7 +193,7 @@ class TopazConfig(NotCopied):
         try:
             return await is_ready(self.connection_pool, timeout)
         except Exception as error:  # noqa: BLE001  (a connector may raise anything)
-            # The pool logs an outage by itself. The rest is a mistake to be mended.
+            # The pool itself logs an outage. Any other error is a mistake in the code.
             outage = isinstance(error, TopazError) and not isinstance(error, PoolMisuse)
             self._log_limit.report(
                 logging.DEBUG if outage else logging.ERROR,
@@ -213,32 +213,32 @@ class TopazConfig(NotCopied):
         resource_context: Mapping[str, Any] | None = None,
     ) -> bool:
         """
-        Ask whether the caller of *request* may do what *policy_path* is about.
+        Return whether the policy *policy_path* allows the caller of *request*.
 
-        A decision that is lost with its connection, or ends UNAVAILABLE or CANCELLED,
-        is asked for once more within `check_timeout`. One that the server certainly
-        did not process is sent again as often as that time allows, from the third
-        time on after pauses of 0.01 s that double up to 0.5 s.
+        If the answer is lost with its connection, or the call ends with UNAVAILABLE or
+        CANCELLED, this asks once more within `check_timeout`. If the server certainly
+        did not process the call, this sends it again as often as that time allows. The
+        third attempt follows after 0.01 s; later pauses double up to 0.5 s.
 
         Args:
-            request: The Request or WebSocket whose identity and path parameters are
-                sent.
+            request: The Request or WebSocket that has the identity and the path
+                parameters.
             policy_path: The whole path, such as `myapp.GET.documents`.
-            decision: The decision that must be true, default `allowed`.
-            resource_context: Sent besides the path parameters and what
-                `resource_context_provider` says, and wins over both: only the
+            decision: The name of the decision that must be true. Default `allowed`.
+            resource_context: Added to the path parameters and to the mapping of
+                `resource_context_provider`. It wins over both, because only the
                 application can pass it.
 
         Returns:
-            True only if the authorizer decided so. There is no answer in doubt: an
-            authorizer that cannot be asked is an exception.
+            True only if the authorizer decided so. If there is no decision, this
+            raises an error.
 
         Raises:
-            PoolError: No connection could be had within `check_timeout`, or two were
-                lost; see `ConnectionPool.acquire`.
-            grpc.aio.AioRpcError: The authorizer answered with an error status, not
-                in time, or without a clear decision.
-            TypeError: A provider returned something else than it should, or an argument
+            PoolError: No connection was available within `check_timeout`, or two
+                connections were lost. See `ConnectionPool.acquire`.
+            grpc.aio.AioRpcError: The authorizer answered with an error status, too
+                late, or without a clear decision.
+            TypeError: A provider returned a value of a wrong type, or an argument
                 cannot be sent.
             ValueError: *policy_path* is not a Rego reference, *decision* is not a Rego
                 name, or an argument cannot be sent.
@@ -281,11 +281,11 @@ class TopazConfig(NotCopied):
         resource_context: Mapping[str, Any] | None = None,
     ) -> Question:
         """
-        Return what to ask.
+        Return the question about *request*, encoded.
 
         Raises:
-            TypeError, ValueError: An argument cannot be sent; names it.
-            Exception: What the application's providers raise.
+            TypeError, ValueError: An argument cannot be sent. The message names it.
+            Exception: An error of the application's providers, unchanged.
         """
         check_reference("policy_path", policy_path)
         check_name("decision", decision)
@@ -318,7 +318,7 @@ class TopazConfig(NotCopied):
         try:
             return Identity.coerce(identity)
         except TypeError:
-            # By its type: the value may be somebody's token.
+            # Names the type and not the value, which may be a token.
             raise TypeError(
                 "identity_provider must return an Identity, got "
                 f"{type(identity).__name__}"
@@ -334,8 +334,8 @@ class TopazConfig(NotCopied):
                     f"{type(extra).__name__}"
                 )
             resource.update(extra)
-        # Last: a provider that passes on what the client sends, such as the query,
-        # must not change which document the question is about.
+        # Path parameters come last and win. A provider may copy input of the client,
+        # such as the query. That must not change which document the check is about.
         typed = self.path_parameters == "typed"
         for name, value in request.path_params.items():
             resource[name] = value if typed and _is_exact_number(value) else str(value)
@@ -343,8 +343,8 @@ class TopazConfig(NotCopied):
 
 
 def _is_exact_number(value: object) -> bool:
-    """Return whether JSON has *value* as a number, and protobuf does not round it."""
-    # Not isinstance(): a converter may return a bool, or an enumeration.
+    """Return whether *value* is a number that JSON and protobuf keep exactly."""
+    # Not isinstance(): a converter may return a bool or an enum member.
     if type(value) is int:
         return abs(value) <= EXACT
     return type(value) is float and math.isfinite(value)

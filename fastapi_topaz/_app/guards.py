@@ -1,4 +1,4 @@
-"""FastAPI dependencies: a request goes on if its policy allows it."""
+"""FastAPI dependencies that let a request pass only if its policy allows it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["require_policy_allowed", "require_policy_auto"]
 
 
 RETRY_AFTER = "1"
-"""Seconds. A pool recovers within a moment of its authorizer."""
+"""Seconds. The pool recovers within a second after its authorizer."""
 
 POLICY_VIOLATION = 1008
 """The close code of a WebSocket that is refused: RFC 6455, section 7.4.1."""
@@ -49,10 +49,10 @@ HINTS = {
     grpc.StatusCode.UNAUTHENTICATED: "the api_key is missing or wrong",
     grpc.StatusCode.UNIMPLEMENTED: "it serves no Authorizer: is url the right port?",
 }
-"""What these statuses of Topaz mean for a check."""
+"""What these statuses of Topaz mean for a check, for the log."""
 
-# How a request ends without an allow: a status, and a detail for the client. None of it
-# is text of the authorizer.
+# The HTTP status and the detail for a request that does not pass. No text of the
+# authorizer is in them.
 DENIED: tuple[int, str] = (403, "Not allowed.")
 UNAVAILABLE: tuple[int, str] = (503, "The authorizer is not available.")
 MISUSE: tuple[int, str] = (500, "Internal Server Error")
@@ -65,12 +65,12 @@ WRONG_POLICY: tuple[int, str] = (
 )
 
 ENDS: dict[Any, tuple[int, str]] = {
-    # Topaz says that of an identity only.
+    # Topaz sends it only if it does not know the identity.
     grpc.StatusCode.NOT_FOUND: DENIED,
-    # A mistake in the policy or in its path, which no retry mends.
+    # A mistake in the policy or in its path. A retry does not help.
     grpc.StatusCode.INVALID_ARGUMENT: WRONG_POLICY,
 }
-"""How a check ends that the authorizer answers with these. Others are UNAVAILABLE."""
+"""The end of a request by the status of its check. Other statuses: UNAVAILABLE."""
 
 
 def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
@@ -78,23 +78,28 @@ def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
     Return a dependency that lets a request pass if *policy_path* allows it.
 
     Use it as `Depends(require_policy_allowed(config, "myapp.GET.documents"))`.
-    A denied request ends with 403, and so does one of an identity that the authorizer
-    does not know, or could not look up. If the authorizer cannot be asked, it ends
-    with 503 and `Retry-After`. If the authorizer cannot evaluate the policy, because
-    policy or rule do not exist, or the rule has no value or fails, it ends with 500:
-    trying again does not help. So it does if the application misuses the pool: see
-    `PoolMisuse`. The exception has no cause, because the text of the authorizer may
-    name the identity; the log has the reason.
+    A request ends with
 
-    It also guards WebSocket routes, and then asks before the WebSocket is accepted. A
-    server with the ASGI extension `websocket.http.response` sends the same answers.
-    Other servers, and Starlette before 0.41, get the close code 1008 and answer 403.
+    - 403 if the policy denies it, or if the authorizer does not know the identity or
+      could not look it up;
+    - 503 and `Retry-After` if the authorizer cannot be asked;
+    - 500 if the authorizer cannot evaluate the policy: the policy or the rule does not
+      exist, or the rule has no value or fails. Trying again does not help;
+    - 500 if the application misuses the pool: see `PoolMisuse`.
+
+    The exception has no cause, because the text of the authorizer may name the
+    identity. The log has the reason.
+
+    The dependency also guards WebSocket routes. It asks before the WebSocket is
+    accepted. A server with the ASGI extension `websocket.http.response` sends the same
+    answers. With other servers, and with Starlette before 0.41, the WebSocket is closed
+    with code 1008, and the client gets 403.
 
     Equal arguments give the same object. So FastAPI runs it once for a request, and
     finds it in `dependency_overrides`.
 
     Args:
-        config: How to ask.
+        config: The configuration whose authorizer is asked.
         policy_path: The whole path of the policy.
 
     Raises:
@@ -116,7 +121,7 @@ def require_policy_auto(config: TopazConfig) -> Dependency:
     Return a dependency that takes the policy path from the route.
 
     `GET /documents/{id}` of the root `myapp` asks `myapp.GET.documents.__id`.
-    Otherwise as `require_policy_allowed`.
+    For the answers to the client see `require_policy_allowed`.
 
     The path is built from the templates of the route and of everything above it:
     prefixes of `APIRouter` and `include_router`, and mounts. A mount with a parameter,
@@ -126,13 +131,14 @@ def require_policy_auto(config: TopazConfig) -> Dependency:
     `/user-profiles` asks `myapp.GET["user-profiles"]`. Declare the package under
     exactly that name.
 
-    HEAD asks the policy of GET if the route answers both, and so does a WebSocket
-    route, because a WebSocket begins as a GET request. The dependency raises
-    RuntimeError, and asks nothing, for a route below a `Host` route, for the files of
-    `app.frontend`, and if no template of the route matches the path of the request.
+    HEAD asks the policy of GET if the route answers both. A WebSocket route also asks
+    the policy of GET, because a WebSocket begins as a GET request. The dependency
+    raises RuntimeError and asks nothing in three cases: the route is below a `Host`
+    route, it serves the files of `app.frontend`, or no template of the route matches
+    the path of the request.
 
     Args:
-        config: How to ask.
+        config: The configuration whose authorizer is asked.
 
     Raises:
         TypeError: *config* is not a TopazConfig.
@@ -158,7 +164,7 @@ def _once(
 async def _check(
     config: TopazConfig, request: HTTPConnection, policy_path: str
 ) -> None:
-    # Outside the try: what a provider raises is the application's own.
+    # Outside the try: an error of a provider is the application's own.
     question = await config._question(request, policy_path)  # noqa: SLF001
     limit = config._log_limit  # noqa: SLF001
     try:
@@ -178,8 +184,8 @@ async def _check(
         if decision.allowed:
             return
         end = DENIED
-    # Raised here and not above, where the error of the authorizer would be its context:
-    # error trackers and logs show that one, and its details may name the identity.
+    # Raised outside the except block. Inside it, the error of the authorizer would be
+    # the context. Error trackers and logs show that, and it may name the identity.
     raise _refusal(request, *end)
 
 
@@ -202,7 +208,7 @@ def _reason(error: Exception, timeout: float) -> str:
         return log_text(error)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer within {timeout:g} s (check_timeout)"
-    # Not the details: an authorizer may name the identity there.
+    # Without the details: an authorizer may name the identity there.
     hint = HINTS.get(code)
     return f"the authorizer answered {code.name}" + (f" ({hint})" if hint else "")
 

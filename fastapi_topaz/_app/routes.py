@@ -1,15 +1,16 @@
 """
 The policy path of the route that runs.
 
-FastAPI does not tell a dependency the complete template of its route. Since FastAPI
-0.137 a route that was included has lost the prefixes of `include_router`; a mounted
-application knows the text of its prefix, which the client chooses where the prefix has
-a parameter. So the templates are found by walking the routers, from that of the
-application down to the route. Text of a request never becomes part of a policy path.
+FastAPI does not give a dependency the complete template of its route. Since FastAPI
+0.137 an included route does not have the prefixes of `include_router`. A mounted
+application has its prefix only as text, and the client chooses that text if the prefix
+has a parameter. So this module walks the routers, from the application's router down
+to the route, and joins their templates. Text of a request never becomes part of a
+policy path.
 
-The path of the request only selects among the templates of one route, if a router is
-included or mounted twice. If no template of the route matches that path, there is no
-policy path: a framework that changes once more must not change which policy is asked.
+If a router is included or mounted twice, one route has several templates. Then the path
+of the request selects one of them. If none matches, there is no policy path: a later
+change in FastAPI must not change which policy is asked.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ if TYPE_CHECKING:
 __all__ = ["policy_path_of", "route_policy_path"]
 
 
-# A parameter in a template, as starlette.routing has it.
+# A parameter in a template, as starlette.routing writes it.
 _PARAMETER = re.compile(r"\{([a-zA-Z_][a-zA-Z0-9_]*)\}")
 _WRAPPERS = 50
-"""Middlewares around a mounted application that are looked through at most."""
+"""How many middlewares around a mounted application are unwrapped at most."""
 _REMEDY = "name its policy with require_policy_allowed"
 
 
 @attrs.frozen(eq=False)
 class _Chain:
     """
-    One way from the router of the application to a route.
+    One path through the routers, from the application to a route.
 
     Attributes:
-        mounts: The mounts on the way, the outermost first.
-        route: What has the template, the methods and the pattern of the route.
-        host: Whether a `Host` route is on the way.
+        mounts: The mounts on the path, the outermost first.
+        route: The object with the template, the methods and the pattern of the route.
+        host: Whether a `Host` route is on the path.
         template: The complete template, such as `/{tenant}/documents/{id}`.
     """
 
@@ -58,7 +59,7 @@ class _Chain:
     template: str
 
     def matches(self, path: str) -> bool:
-        """Return whether the router would lead *path* along this chain."""
+        """Return whether the router sends a request for *path* along this chain."""
         for mount in self.mounts:
             found = mount.path_regex.match(path)
             if found is None:
@@ -74,10 +75,10 @@ def _template(mounts: Sequence[Mount], route: Any) -> str:
 
 class _Map:
     """
-    Every chain below one router, by the identity of the route at its end.
+    Every chain below one router, by the `id()` of its route.
 
-    Strictly private. Routes may be added while the application runs, so the map
-    remembers which routes each router had.
+    Strictly private. An application may add routes while it runs. So the map remembers
+    the routes of each router, and is rebuilt if they change.
     """
 
     def __init__(self, router: Any) -> None:
@@ -86,7 +87,7 @@ class _Map:
         self._walk(router, (), (), host=False)
 
     def is_current(self) -> bool:
-        """Return whether no router has got or lost a route since."""
+        """Return whether all routers still have the same routes."""
         return all(router.routes == routes for router, routes in self._seen)
 
     def chains(self, route: object) -> Sequence[_Chain]:
@@ -102,7 +103,7 @@ class _Map:
         host: bool,
     ) -> None:
         if any(router is each for each in above):
-            return  # an application that is mounted in itself
+            return  # The application is mounted in itself.
         above = (*above, router)
         self._watch(router)
         for own, route in _routes_of(router):
@@ -126,11 +127,12 @@ class _Map:
 
 def _routes_of(router: Any) -> Iterator[tuple[Any, Any]]:
     """
-    Yield the routes of *router*: what a request has of each, and its template.
+    Yield two objects for each route of *router*.
 
-    Since 0.137 FastAPI keeps a router that was included, and tells in a context of
-    each of its routes what the inclusion makes of it. Of a mount and of a WebSocket
-    route it makes another route.
+    The first one is in the scope of a request for the route; the second one has the
+    template. Since 0.137 FastAPI keeps an included router, with a context for each of
+    its routes that has the complete template. For a mount or a WebSocket route it makes
+    a new route instead.
     """
     for route in router.routes:
         contexts = getattr(route, "effective_route_contexts", None)
@@ -145,7 +147,7 @@ def _routes_of(router: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _router_of(app: Any) -> Any:
-    """Return what has the routes of *app*, also through middlewares around it."""
+    """Return the object with the routes of *app*, without middlewares around it."""
     for _ in range(_WRAPPERS):
         if isinstance(getattr(app, "routes", None), list):
             return app
@@ -154,7 +156,7 @@ def _router_of(app: Any) -> Any:
 
 
 _ATTRIBUTE = "_fastapi_topaz_map"
-"""Where a router keeps its map. Routers have no hash, and the map holds the router."""
+"""The attribute for the map of a router. A router cannot be a key: it has no hash."""
 
 
 def _chains(router: Any, route: object) -> Sequence[_Chain]:
@@ -170,12 +172,12 @@ def route_policy_path(root: str, scope: Scope) -> str:
     Return the policy path of the route that runs for the request of *scope*.
 
     Args:
-        root: The package that all policies are below.
-        scope: The ASGI scope of the request, as routers have left it.
+        root: The package of all policies.
+        scope: The ASGI scope of the request, after routing.
 
     Raises:
         RuntimeError: The route has no template, or its template does not match the
-            path of the request. Names the route.
+            path of the request. The message names the route.
     """
     route, router = scope.get("route"), scope.get("router")
     fastapi = scope.get("fastapi") or {}
@@ -202,23 +204,23 @@ def route_policy_path(root: str, scope: Scope) -> str:
             "its templates, found from the router of the application, matches the "
             f"path of this request (templates: {templates}); {_REMEDY}"
         )
-    # Routers take the first route that matches, and so does this.
+    # As routers do, take the first one that matches.
     chain = matching[0]
     return policy_path_of(root, _method_of(chain.route, scope), chain.template)
 
 
-# As many as there are routes: templates never hold text of a request.
+# One entry for each route: templates never contain text of a request.
 @functools.lru_cache(maxsize=4096)
 def policy_path_of(root: str, method: str, template: str) -> str:
     """Return the policy path of a route: dots for slashes, `__id` for `{id}`."""
-    # A parameter may be a part of a segment only, as in /files/{name}.json.
+    # A parameter may be only a part of a segment, as in /files/{name}.json.
     named = _PARAMETER.sub(r"__\1", template)
     return join(root, method, *filter(None, re.split(r"[/.]", named)))
 
 
 def _path_of(scope: Scope) -> str:
     """Return the path of the request below the application, without its prefix."""
-    # A mount appends what it matched to root_path, and keeps the value from before.
+    # A mount appends its prefix to root_path, and keeps the former value beside it.
     root = scope.get("app_root_path", scope.get("root_path", ""))
     path: str = scope["path"]
     rest = path.removeprefix(root)
@@ -229,10 +231,10 @@ def _method_of(route: Any, scope: Scope) -> str:
     """Return the method of *route* that answers the request of *scope*."""
     methods = getattr(route, "methods", None)
     if methods is None:
-        return "GET"  # a WebSocket begins as a GET request: RFC 6455, section 4.1
+        return "GET"  # A WebSocket begins as a GET request: RFC 6455, section 4.1.
     asked = scope.get("method")
     if asked == "HEAD" and "GET" in methods:
-        return "GET"  # the answer to GET without its body: RFC 9110, section 9.3.2
+        return "GET"  # HEAD is GET without the body: RFC 9110, section 9.3.2.
     for method in methods:
         if method == asked:
             return str(method)
