@@ -186,12 +186,18 @@ CLEAR = (TypeError, ValueError)
 
 
 def is_told(error, given):
-    """The message names an argument of those that were *given*, and what it was."""
+    """The message names an argument of those that were *given*, and value or type."""
     message = str(error)
     return any(
         re.search(rf"\b{name}\b", message)
         # What has no end has no place in a message.
-        and (repr(value) in message or f"{name} is too large" in message)
+        and (
+            repr(value) in message
+            or f"{name} is too large" in message
+            # A long text is cut, and of a container only the type is shown.
+            or (isinstance(value, str) and repr(value)[:100] in message)
+            or f"got a {type(value).__name__}" in message
+        )
         for name, value in given.items()
     )
 

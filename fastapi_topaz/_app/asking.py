@@ -19,9 +19,10 @@ from fastapi_topaz.exceptions import TopazError
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastapi_topaz._app.question import Ask, Question
     from fastapi_topaz._authorizer.pool import ConnectionPool
-    from fastapi_topaz._pool.state.status import PoolCounters
     from fastapi_topaz._telemetry.tracing import Tracing
 
 
@@ -33,11 +34,21 @@ LONGEST_PAUSE = 0.5
 """Seconds between attempts at a call that the server did not process."""
 
 
-def chain(pool: ConnectionPool, tracing: Tracing) -> Ask:
-    """Return what asks the authorizer of *pool*, from the outermost layer inwards."""
+def chain(pool: Callable[[], ConnectionPool], tracing: Tracing) -> Ask:
+    """
+    Return the layers that ask the authorizer, the outermost one first.
+
+    Args:
+        pool: Returns the pool. An application may replace that of its configuration.
+        tracing: Begins the spans.
+    """
+
+    def count_retry() -> None:
+        pool()._counters.retries += 1  # noqa: SLF001
+
     asking: Ask = AskPool(pool)
-    asking = Retry(asking, pool._counters)  # noqa: SLF001
-    return Trace(asking, tracing, pool.options.name)
+    asking = Retry(asking, count_retry)
+    return Trace(asking, tracing, pool)
 
 
 @attrs.frozen
@@ -46,14 +57,14 @@ class Trace:
 
     ask: Ask
     tracing: Tracing
-    pool: str | None
+    pool: Callable[[], ConnectionPool]
 
     async def __call__(self, question: Question, /) -> Decision:
-        path, name = question.policy_path, question.decision
-        with self.tracing.check(path, name, self.pool) as span:
-            decision = await self.ask(question)
-            span.decided(decision.allowed)
-            return decision
+        path, decision = question.policy_path, question.decision
+        with self.tracing.check(path, decision, self.pool().options.name) as span:
+            answer = await self.ask(question)
+            span.decided(answer.allowed)
+            return answer
 
 
 @attrs.frozen
@@ -68,7 +79,7 @@ class Retry:
     """
 
     ask: Ask
-    counters: PoolCounters
+    count_retry: Callable[[], None]
 
     async def __call__(self, question: Question, /) -> Decision:
         lost: Exception | None = None
@@ -90,7 +101,7 @@ class Retry:
                 if pause >= question.budget.left():
                     raise
                 lost = error
-            self.counters.retries += 1
+            self.count_retry()
             current_check().lost(lost)
             if pause:
                 await anyio.sleep(pause)
@@ -108,10 +119,10 @@ def _pause_after(attempts: int) -> float:
 class AskPool:
     """Asks the authorizer once, on a connection of the pool."""
 
-    pool: ConnectionPool
+    pool: Callable[[], ConnectionPool]
 
     async def __call__(self, question: Question, /) -> Decision:
-        budget, pool = question.budget, self.pool
+        budget, pool = question.budget, self.pool()
         wait = min(budget.left(), pool.options.acquire_timeout)
         async with pool.acquire(timeout=wait) as conn:
             if conn.waited:

@@ -139,7 +139,7 @@ class TopazConfig(NotCopied):
             "check_timeout", check_timeout, zero=False, infinite=False
         )
         self.path_parameters = path_parameters
-        self._ask: Ask = chain(connection_pool, Tracing(tracer_provider))
+        self._ask: Ask = chain(lambda: self.connection_pool, Tracing(tracer_provider))
         # The dependency for each policy path; None is the key of require_policy_auto.
         self._dependencies: dict[str | None, Any] = {}
         self._log_limit = LogLimit(logger, "checks")

@@ -171,7 +171,7 @@ def policy_instance(name: str | None, label: str | None) -> PolicyInstance | Non
 def _identity_context(identity: Identity) -> IdentityContext:
     return IdentityContext(
         type=identity.type,  # type: ignore[arg-type]
-        identity=text_of("identity", identity.value or "", safe_repr=False),
+        identity=text_of("identity", identity.value or "", show=False),
     )
 
 
@@ -301,7 +301,7 @@ class Subject:
         return QueryRequest(
             **self.fields(optional_path=True),
             query=_non_empty("query", query),
-            input=text_of("input", input_, safe_repr=False),
+            input=text_of("input", input_, show=False),
             options=_options(options),
         )
 
@@ -317,7 +317,7 @@ class Subject:
         return CompileRequest(
             **self.fields(optional_path=True),
             query=_non_empty("query", query),
-            input=text_of("input", input_, safe_repr=False),
+            input=text_of("input", input_, show=False),
             unknowns=_names(unknowns, "unknowns"),
             disable_inlining=_names(disable_inlining, "disable_inlining"),
             options=_options(options),

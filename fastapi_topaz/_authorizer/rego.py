@@ -54,7 +54,7 @@ def check_name(name: str, value: object) -> str:
         ValueError: *value* is not a Rego name.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {_clipped(value)}")
+        raise TypeError(f"{name} must be a str, got {_shown(value)}")
     if not is_name(value):
         raise ValueError(
             f"{name} must be a Rego name such as 'allowed': letters, digits and "
@@ -72,7 +72,7 @@ def check_reference(name: str, value: object) -> str:
         ValueError: *value* is not a Rego reference.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {_clipped(value)}")
+        raise TypeError(f"{name} must be a str, got {_shown(value)}")
     if not _REFERENCE.fullmatch(value) or not KEYWORDS.isdisjoint(_BARE.findall(value)):
         raise ValueError(
             f"{name} must be a Rego reference such as 'myapp.GET.documents'; a part "
@@ -91,6 +91,13 @@ def _part(segment: str) -> str:
     if is_name(segment):
         return f".{segment}"
     return f"[{json.dumps(segment, ensure_ascii=False)}]"
+
+
+def _shown(value: object) -> str:
+    # A mapping or an object may be a resource context or an identity, if a caller has
+    # confused the arguments. Then only its type is shown.
+    harmless = value is None or isinstance(value, int | float)
+    return safe_repr(value) if harmless else f"a {type(value).__name__}"
 
 
 def _clipped(value: object) -> str:

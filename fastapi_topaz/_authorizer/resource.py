@@ -22,15 +22,15 @@ EXACT = 2**53
 """Numbers of a Struct are floats: a larger whole number would become another one."""
 
 
-def text_of(name: str, value: object, *, safe_repr: bool = True) -> str:
+def text_of(name: str, value: object, *, show: bool = True) -> str:
     """
     Return *value* if protobuf can carry it as text.
 
     Raises:
-        TypeError, ValueError: It cannot; shows the value only if it may be *safe_repr*.
+        TypeError, ValueError: It cannot; shows the value only if *show* is True.
     """
     if not isinstance(value, str):
-        given = repr(value) if safe_repr else type(value).__name__
+        given = repr(value) if show else type(value).__name__
         raise TypeError(f"{name} must be a str, got {given}")
     try:
         value.encode()
@@ -74,7 +74,7 @@ def _fill(struct: Struct, mapping: Mapping[str, Any], place: str, depth: int) ->
                 field.string_value = value
                 continue
         except ValueError:  # UnicodeEncodeError, if protobuf is not pure Python
-            text_of(f"{place}[{text_of(place, key)!r}]", value, safe_repr=False)
+            text_of(f"{place}[{text_of(place, key)!r}]", value, show=False)
             raise ValueError(f"{place}[{key!r}] cannot be sent") from None
         _put(field, value, f"{place}[{key!r}]", depth)
 
@@ -87,7 +87,7 @@ def _put(field: Value, value: Any, place: str, depth: int) -> None:
     elif isinstance(value, bool):
         field.bool_value = value
     elif isinstance(value, str):
-        field.string_value = text_of(place, value, safe_repr=False)
+        field.string_value = text_of(place, value, show=False)
     elif isinstance(value, int | float):
         field.number_value = _number(place, value)
     elif isinstance(value, Mapping):
