@@ -1,4 +1,4 @@
-"""What `pool.acquire()` returns: not a lease yet, but the way to one."""
+"""The result of `pool.acquire()`: an awaitable and asynchronous context manager."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ H = TypeVar("H", bound=Handle)
 
 
 class Lender(Protocol[H]):
-    """The pool, as far as it is needed here."""
+    """The methods of the pool that `Acquire` needs."""
 
     def _acquire_nowait(self) -> H | None: ...
 
@@ -36,7 +36,7 @@ class Lender(Protocol[H]):
 
 class Acquire(NotAsync, Generic[H]):
     """
-    The result of `pool.acquire()`: to be awaited, or entered with `async with`.
+    The result of `pool.acquire()`: await it, or enter it with `async with`.
 
     Strictly private.
     """
@@ -50,7 +50,8 @@ class Acquire(NotAsync, Generic[H]):
         self._timeout = timeout
 
     def __repr__(self) -> str:
-        # Part of the error of create_task() and others, which want a coroutine.
+        # create_task() and similar functions need a coroutine and show this repr() in
+        # their error.
         return (
             f"<pool.acquire(), which is no coroutine and no connection: {LEASE_FORM}; "
             "a task needs a coroutine function that does so>"
@@ -61,7 +62,7 @@ class Acquire(NotAsync, Generic[H]):
         conn = self._pool._acquire_nowait()  # noqa: SLF001
         if conn is None:
             waiting = self._pool._acquire(self._timeout)  # noqa: SLF001
-            del self  # this frame is in the traceback of an error
+            del self  # a traceback keeps this frame, and so its locals, alive
             conn = yield from waiting.__await__()
         return conn
 
@@ -69,7 +70,8 @@ class Acquire(NotAsync, Generic[H]):
     async def __aenter__(self) -> H:
         if self._entered:
             raise PoolMisuse("this acquire() is entered already; call acquire() again")
-        # Before the wait, or two tasks could share it, and one lease be lost.
+        # Set before the wait. Otherwise a second task could enter this object during
+        # the wait, and the lease of the first one would be lost.
         self._entered = True
         try:
             conn = self._pool._acquire_nowait()  # noqa: SLF001
@@ -77,7 +79,7 @@ class Acquire(NotAsync, Generic[H]):
                 conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
         except BaseException:
             self._entered = False
-            del self  # this frame is in the traceback
+            del self  # a traceback keeps this frame, and so its locals, alive
             raise
         self._conn = conn
         return conn
@@ -89,15 +91,15 @@ class Acquire(NotAsync, Generic[H]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        del exc, traceback  # this frame would keep them
+        del exc, traceback  # otherwise this frame keeps both alive
         conn, self._conn = self._conn, None
         self._entered = False
-        # Released inside the block already.
+        # The caller released it inside the block already.
         if conn is None or conn._claim is None:  # noqa: SLF001
             return
         if exc_type is GeneratorExit and not _is_orderly_end(conn):
-            # The task may be garbage. Its collection may interrupt the pool in the
-            # midst of a change, so the loop gives the lease back in its own turn.
+            # The task may be garbage. Its collection may interrupt the pool during a
+            # change of its state. So the event loop releases the lease later.
             conn._open_pool.owner.call_soon(partial(self._give_back, conn))  # noqa: SLF001
         else:
             self._pool._release(conn)  # noqa: SLF001
@@ -115,9 +117,13 @@ class Acquire(NotAsync, Generic[H]):
 
 
 def explain_missing_await(acquire: type[Acquire[Any]], handle: type[Handle]) -> None:
-    """Give *acquire* each public attribute of *handle*, as an error with the remedy."""
-    # No __getattr__, which would make each access to an attribute slower. The last two
-    # are what asyncio.wait() and contextlib.aclosing() look for.
+    """
+    Make each public attribute of *handle* an error on *acquire* that shows the remedy.
+
+    The mistake is `conn = pool.acquire()` without `await`.
+    """
+    # Not by __getattr__, which would slow down each access to an attribute.
+    # asyncio.wait() and contextlib.aclosing() look for the last two names.
     names = (*dir(handle), "add_done_callback", "aclose")
     explain_absence(acquire, "pool.acquire() is no connection", names)
 
@@ -136,10 +142,11 @@ _CHANGES_STATE = {
 
 def _is_orderly_end(conn: Handle) -> bool:
     """
-    Say whether an asynchronous generator ends that may give *conn* back at once.
+    Return whether a GeneratorExit comes from an orderly end of an async generator.
 
-    Garbage collection ends coroutines in the same way, at any moment: also while a
-    function of the pool runs, which is then on the stack below.
+    Then the lease *conn* can be released at once. Garbage collection also ends
+    coroutines with GeneratorExit, at any moment. If it interrupts a function of the
+    pool, that function is on the stack, and a release would change the state under it.
     """
     if not conn._open_pool.owner.is_current_loop():  # noqa: SLF001
         return False

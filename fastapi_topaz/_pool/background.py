@@ -1,11 +1,10 @@
 """
-The host task of a pool, and the loops in it that keep the pool in shape.
+The host task of a pool, and the loops that maintain the pool in it.
 
-The host runs from the first use of the pool to the end of `close()`, and opens and
-closes the only task group there is. In it live the loops, every attempt to connect
-and every closing of a connection. The loops are plain functions over a runtime: each
-waits for its time or its event, makes one change of the state, and settles what
-follows.
+The host task runs from the opening of the pool to the end of `close()`. It owns the
+task group in which all loops, attempts to connect and closings run. Each loop is a
+plain function over an open pool. It waits for a time or an event, changes the state,
+and calls `after_change` or a similar method to act on the change.
 """
 
 from __future__ import annotations
@@ -40,14 +39,17 @@ __all__ = ["close_now", "run_pool"]
 logger = logging.getLogger("fastapi_topaz.pool")
 
 LOOKOUT = 1.0
-"""Seconds. A pool that nobody uses shows within this time that its server is gone."""
+"""
+Seconds between two searches for lost connections. So even an idle pool notices within
+this time that its server is gone.
+"""
 
 PROBES_AT_ONCE = 4
-"""A round of health checks must not be a burst."""
+"""The most probes of one health check at a time, so a round makes no burst of them."""
 
 
 async def run_pool(open_pool: OpenPool) -> None:
-    """Do the work of a pool until it is closed, and leave nothing behind."""
+    """Run the host task of *open_pool* until it is closed, and close everything."""
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_opener, open_pool, tasks)
@@ -63,11 +65,12 @@ async def run_pool(open_pool: OpenPool) -> None:
             open_pool.state.abandon()
             for slot in _outbox(open_pool.state.to_close):
                 tasks.start_soon(connections.close, open_pool, slot)
+            # The closings shield themselves, so this ends only the other tasks.
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         _, failures = group.split(anyio.get_cancelled_exc_class())
-        # A bug, and the pool is as good as closed; the next use opens it anew. It may
-        # not leave this task: on trio that would end the whole run.
+        # This is a bug in the pool. The pool closes, and the next use opens it again.
+        # The error must not leave this task: on trio it would end the whole run.
         if failures is not None:
             clear_frames(failures)
         open_pool.log_limit.report(
@@ -85,8 +88,8 @@ async def run_pool(open_pool: OpenPool) -> None:
 async def _leave_nothing(open_pool: OpenPool) -> None:
     state = open_pool.state
     if not state.shut:
-        # The loop ends under an open pool: the tasks that would have closed these
-        # connections were cancelled with it.
+        # The event loop ends while the pool is open. It has cancelled the tasks that
+        # would have closed these connections.
         _warn_unclosed(open_pool)
     open_pool.begin_close(0)
     state.abandon()
@@ -106,8 +109,8 @@ def close_now(open_pool: OpenPool) -> None:
     """
     Close the connections without waiting, because the event loop was closed.
 
-    The tasks of the pool are left as they were, and never go on. What they hold would
-    stay open for the rest of the process.
+    The tasks of the pool never run again. The sockets that they hold would stay open
+    until the process ends.
     """
     state = open_pool.state
     if open_pool.done.is_set():
@@ -119,7 +122,8 @@ def close_now(open_pool: OpenPool) -> None:
         try:
             coroutine.close()
         except BaseException as error:  # noqa: BLE001
-            # Cancel scopes refuse to end outside of their task, and so does an `await`.
+            # Cancel scopes raise if they end outside of their task, and so does a
+            # coroutine that awaits while it is closed.
             logger.debug("%s: a task ended with %r", open_pool.label, error)
     for slot in list(state.closing):
         connections.drop(open_pool, slot)
@@ -139,26 +143,28 @@ def _warn_unclosed(open_pool: OpenPool) -> None:
     try:
         warnings.warn(message, ResourceWarning, stacklevel=2)
     except ResourceWarning:
-        # Made an error by a filter. It may not leave the host: see there.
-        logger.error(message)  # noqa: TRY400  (the traceback would be of this)
+        # A filter has made the warning an error. It must not leave the host task; see
+        # `run_pool`.
+        logger.error(message)  # noqa: TRY400  (its traceback shows only this module)
 
 
 def _outbox(slots: list[Slot]) -> Iterator[Slot]:
-    """Yield the *slots* to act on, and forget them."""
+    """Yield the *slots*, and remove each from the list."""
     while slots:
         yield slots.pop()
 
 
 async def _pause(open_pool: OpenPool, interval: float) -> None:
-    """Sleep for *interval* seconds; 0 and infinity mean never to wake."""
+    """Sleep for *interval* seconds. If it is 0 or infinite, sleep until cancelled."""
     await open_pool.clock.sleep(interval or math.inf)
 
 
 @protected
 async def _opener(open_pool: OpenPool, tasks: TaskGroup) -> None:
-    """Start what the state asks for: attempts to connect, and closings."""
+    """Start the attempts to connect and the closings that the state asks for."""
     state = open_pool.state
     while True:
+        # Replaced before the state is read: a later change sets the new event.
         open_pool.work = anyio.Event()
         for slot in _outbox(state.to_close):
             tasks.start_soon(connections.close, open_pool, slot)
@@ -166,6 +172,8 @@ async def _opener(open_pool: OpenPool, tasks: TaskGroup) -> None:
         if state.attempts.overdue(now) or state.room() <= 0:
             open_pool.dismiss_hopeless()
         wanted = state.shortfall(open_pool.tokens(), now)
+        # If no attempt was needed for a while, an old outage says nothing about the
+        # server now. Once it is forgotten, more attempts may begin at once.
         if wanted and state.attempts.forget(now):
             wanted = state.shortfall(open_pool.tokens(), now)
         for _ in range(wanted):
@@ -178,14 +186,14 @@ async def _opener(open_pool: OpenPool, tasks: TaskGroup) -> None:
 
 
 def _next_look(state: PoolState, now: float) -> float:
-    """Return when the opener may have something to do that nobody tells it."""
+    """Return the time at which the opener wakes even if `work` is not set."""
     attempt = state.next_attempt()
     return min(state.attempts.next_overdue(), attempt if attempt > now else math.inf)
 
 
 @protected
 async def _timekeeper(open_pool: OpenPool) -> None:
-    """Send those away who have waited for too long."""
+    """Dismiss the waiting callers whose deadline has passed."""
     while True:
         open_pool.earlier = anyio.Event()
         with open_pool.clock.deadline(open_pool.alarm):
@@ -195,7 +203,7 @@ async def _timekeeper(open_pool: OpenPool) -> None:
 
 @protected
 async def _reaper(open_pool: OpenPool) -> None:
-    """Every `idle_check_interval` close what was idle for `max_idle_time`."""
+    """Retire connections idle for `max_idle_time`, every `idle_check_interval`."""
     while True:
         await _pause(open_pool, open_pool.options.idle_check_interval)
         before = open_pool.state.status()
@@ -211,7 +219,7 @@ async def _reaper(open_pool: OpenPool) -> None:
 
 @protected
 async def _rotator(open_pool: OpenPool) -> None:
-    """Have connections replaced whose time is over."""
+    """Mark connections for replacement: at their `max_lifetime`, and after a loss."""
     while True:
         state = open_pool.state
         with open_pool.clock.deadline(state.rotation.next_at(state.open)):
@@ -222,7 +230,7 @@ async def _rotator(open_pool: OpenPool) -> None:
 
 @protected
 async def _loss_watcher(open_pool: OpenPool) -> None:
-    """Every second retire what was lost, and look closely at one of the others."""
+    """Retire lost connections every second, and refresh the liveness of one other."""
     state = open_pool.state
     turn = itertools.count()
     while True:
@@ -231,7 +239,8 @@ async def _loss_watcher(open_pool: OpenPool) -> None:
             now = open_pool.now()
             slots = list(state.open)
             if slots:
-                # In turn, because it takes long enough to be noticed if many are.
+                # One connection a second, because with many connections the event loop
+                # would be blocked for a noticeable time.
                 slot = slots[next(turn) % len(slots)]
                 _refresh_liveness(open_pool, slot)
             if [slot for slot in slots if state.retire_if_lost(slot, now)]:
@@ -251,7 +260,7 @@ def _refresh_liveness(open_pool: OpenPool, slot: Slot) -> None:
 
 @protected
 async def _health_checker(open_pool: OpenPool, tasks: TaskGroup) -> None:
-    """Every `health_check_interval` probe what has proved nothing since."""
+    """Probe connections without a recent answer, every `health_check_interval`."""
     places = anyio.Semaphore(PROBES_AT_ONCE)
     state = open_pool.state
     last_round = open_pool.now()
@@ -260,7 +269,8 @@ async def _health_checker(open_pool: OpenPool, tasks: TaskGroup) -> None:
         open_pool.log_limit.flush()
         this_round = open_pool.now()
         for slot in list(state.open):
-            # The next round waits for this one, or slow probes would pile up.
+            # This also delays the next round until probes of this one have ended.
+            # Otherwise slow probes would accumulate.
             await places.acquire()
             if slot.proven_at <= last_round and not slot.suspect:
                 tasks.start_soon(_probe_in_round, open_pool, slot, places)
@@ -281,7 +291,12 @@ async def _probe_in_round(
 
 @protected
 async def _prober(open_pool: OpenPool, tasks: TaskGroup) -> None:
-    """Probe suspects at once, each for itself: one may hang, another one be needed."""
+    """
+    Probe suspect connections at once, and refused ones when they are due.
+
+    Each probe has its own task, because one may hang while another connection is
+    needed.
+    """
     outage = open_pool.state.outage
     while True:
         with open_pool.clock.deadline(outage.next_at(open_pool.now())):

@@ -3,9 +3,9 @@ The clocks of a pool: one for deadlines, one for durations.
 
 Deadlines use the clock of the event loop. That clock may jump, as under freezegun.
 `Clock` absorbs each backward jump, so a stored "not before" time never moves further
-away. No other module needs to care.
+away. No other module has to handle jumps.
 
-Durations use `time.perf_counter`. The clock of uvloop moves in steps of 1 ms.
+Durations use `time.perf_counter`, because the clock of uvloop moves in steps of 1 ms.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["Clock", "TimeSource"]
 
 
 ROUNDING = 1e-6
-"""Seconds. The sum of two large times may be wrong by less than this."""
+"""Seconds. The rounding error of the sum of two large times is less than this."""
 
 
 class TimeSource(Protocol):
-    """An object that has the current time, as each event loop of asyncio does."""
+    """An object that returns the current time. Each event loop of asyncio is one."""
 
     def time(self) -> float:
         """Return the time in seconds."""
@@ -40,20 +40,20 @@ class Clock:
     """
     The clock of one event loop, without its backward jumps.
 
-    Strictly private. If the loop's clock goes back, this clock stands still for that
-    moment and goes on from there. Scopes from `deadline` keep their remaining time.
-    For use in the thread of the loop, except `peek`.
+    Strictly private. If the loop's clock goes back, this clock returns its last time
+    once more and continues from there. Scopes from `deadline` keep their remaining
+    time. Only `peek` may be called outside the thread of the loop.
 
     Attributes:
-        source: The clock of the loop. The object and not its bound method, because
-            freezegun replaces the method.
+        source: The clock of the loop. It is the object and not its bound method,
+            because freezegun replaces the method.
         skew: The sum of all backward jumps so far, in seconds.
-        last: What `now` returned last.
+        last: The last result of `now`, in seconds.
     """
 
     __slots__ = ("_deadlines", "last", "skew", "source")
 
-    # An attribute of a class, because freezegun replaces those of modules.
+    # An attribute of the class, because freezegun replaces attributes of modules.
     perf_counter = staticmethod(time.perf_counter)
 
     def __init__(self, source: TimeSource) -> None:
@@ -63,7 +63,7 @@ class Clock:
         self._deadlines: dict[anyio.CancelScope, float] = {}
 
     def now(self) -> float:
-        """Return the time in seconds; never less than before."""
+        """Return the time in seconds. It never decreases."""
         now = self.source.time() + self.skew
         if now < self.last:
             return self._went_back(now)
@@ -71,12 +71,12 @@ class Clock:
         return now
 
     def peek(self) -> float:
-        """Return the time in seconds; from any thread."""
+        """Return the time in seconds, without a change of the clock. Thread-safe."""
         return max(self.last, self.source.time() + self.skew)
 
     @contextmanager
     def deadline(self, at: float) -> Iterator[anyio.CancelScope]:
-        """Enter a cancel scope that ends at the time *at* of this clock."""
+        """Enter a cancel scope that is cancelled at the time *at* of this clock."""
         with anyio.CancelScope(deadline=self._loop_time(at)) as scope:
             self._deadlines[scope] = at
             try:
@@ -91,11 +91,12 @@ class Clock:
 
     def _went_back(self, now: float) -> float:
         self.skew += self.last - now
-        # Otherwise the event loop waits until its clock reaches the old time again.
+        # The event loop stores deadlines in its own time. Unless they move too, each
+        # scope waits until the loop's clock reaches its old time again.
         for scope, at in list(self._deadlines.items()):
             scope.deadline = self._loop_time(at)
         return self.last
 
     def _loop_time(self, at: float) -> float:
-        # Rounded up: a task that wakes before *at* would go to sleep at once again.
+        # Rounded up: a task that wakes just before *at* would sleep again at once.
         return at - self.skew + ROUNDING if self.skew else at

@@ -1,8 +1,9 @@
 """
 Checks that a connection from a connector has the methods the pool will call.
 
-Without this check, a wrong method looks like a server that does not answer. Only what
-is certainly wrong is refused: a wrapper of any kind may still return an awaitable.
+Without this check, a wrong method looks like a server that does not answer. The check
+refuses only methods that are certainly wrong. A plain function, for example, may be a
+wrapper that returns an awaitable.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["defect_of"]
 
 
-# The name, whether it is needed, whether it is asynchronous, its form, and arguments
-# that it has to take.
+# For each method: its name, whether it is required, whether it is asynchronous, its
+# form for messages, and arguments that it must accept.
 _METHODS: tuple[tuple[str, bool, bool, str, tuple[Any, ...], dict[str, Any]], ...] = (
     ("probe", True, True, "async def probe(self, timeout)", (1.0,), {}),
     ("close", True, True, "async def close(self, grace)", (0.0,), {}),
@@ -41,7 +42,7 @@ _METHODS: tuple[tuple[str, bool, bool, str, tuple[Any, ...], dict[str, Any]], ..
 
 
 def defect_of(connection: object) -> str | None:
-    """Return what is wrong with the methods of *connection*, or None."""
+    """Return a description of the first wrong method of *connection*, or None."""
     for name, needed, asynchronous, form, args, kwargs in _METHODS:
         try:
             method = getattr(connection, name, None)
@@ -59,7 +60,7 @@ def defect_of(connection: object) -> str | None:
     return _wrong_answer(connection)
 
 
-def _wrong(  # noqa: PLR0911  (each kind of fault has its words)
+def _wrong(  # noqa: PLR0911  (each kind of fault has its own message)
     method: object, asynchronous: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     if not callable(method):
@@ -73,7 +74,7 @@ def _wrong(  # noqa: PLR0911  (each kind of fault has its words)
         return "is a coroutine function and must not be one"
     try:
         signature = inspect.signature(method)
-    except (TypeError, ValueError):  # as of some functions in C
+    except (TypeError, ValueError):  # some functions in C have no signature
         return None
     try:
         signature.bind(*args, **kwargs)
@@ -83,13 +84,14 @@ def _wrong(  # noqa: PLR0911  (each kind of fault has its words)
 
 
 def _wrong_answer(connection: Any) -> str | None:
-    # It is asked before each lease, and whatever is no bool would mostly be true.
+    # The pool calls is_lost() before each lease. A result that is not a bool, such as a
+    # coroutine, is mostly true: then every connection would look lost.
     try:
         lost = connection.is_lost()
-        # An object may also be of a kind that refuses to be true or false.
+        # `not lost` may raise, too: an object may define __bool__ so.
         if isinstance(lost, bool) or not lost:
             return None
-    except Exception:  # noqa: BLE001  (not there, or it cannot tell: see Slot)
+    except Exception:  # noqa: BLE001  (there is no is_lost, or it raises: see Slot)
         return None
     if inspect.isawaitable(lost):
         if inspect.iscoroutine(lost):
@@ -101,7 +103,7 @@ def _wrong_answer(connection: Any) -> str | None:
 
 
 def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function that a call of *method* runs, as far as that can be told."""
+    """Return the function that a call of *method* runs, without partial() and self."""
     while True:
         if isinstance(method, functools.partial):
             method = method.func
@@ -114,7 +116,11 @@ def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _returns_constant(function: Callable[..., Any]) -> bool:
-    """Say whether *function* is plain and can return nothing but constants."""
+    """
+    Return whether *function* can only return constants, which are not awaitable.
+
+    A plain generator function also counts: a generator is not awaitable either.
+    """
     if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
         return False
     if function.__code__.co_flags & inspect.CO_ITERABLE_COROUTINE:

@@ -1,8 +1,8 @@
 """
-The life of one connection: the attempt to make it, its probes, its closing.
+The work on one connection: the attempt to connect, the probes, the closing.
 
-Each runs in a task of the host's group, never in a request's: a connection that
-outlives the request which wanted it serves the next one.
+Each runs in a task of the host's task group, never in a request. So if a request ends
+before its connection is ready, the connection serves the next request.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ __all__ = ["CLOSE_LIMIT", "close", "connect", "probe", "probe_claimed"]
 T = TypeVar("T")
 
 LATE = 1.0
-"""Seconds. A probe that ends this long after its time is up proves nothing."""
+"""Seconds. If a probe ends so long after its timeout, its failure proves nothing."""
 
 _LOSSES = frozenset({"lost", "unhealthy"})
 
 CLOSE_LIMIT = 5.0
-"""Seconds that closing one connection may take."""
+"""Seconds. The longest time that closing one connection may take."""
 
 
 class NotAwaitable(TypeError):  # noqa: N818  (as the public errors)
-    """A method that has to be a coroutine function returned no awaitable."""
+    """A method that must be a coroutine function did not return an awaitable."""
 
 
 async def _within(
@@ -62,11 +62,16 @@ async def _within(
     argument: float,
 ) -> T:
     """
-    Return what *function* returns within *timeout* seconds.
+    Call *function* with *argument*, and return its result within *timeout* seconds.
 
-    A connection may be of anybody's making, and some libraries answer a deadline with
-    a cancellation of their own, which no scope knows (grpc.aio does). Let through, it
-    would end the tasks of the pool as if the pool was closed.
+    Some libraries react to a deadline with a cancellation of their own, as grpc.aio
+    does. It belongs to no cancel scope. If it passed, it would end the tasks of the
+    pool as if the pool were closed. So it becomes a ConnectionAbortedError here.
+
+    Raises:
+        TimeoutError: The time is up.
+        ConnectionAbortedError: *function* cancelled itself.
+        NotAwaitable: *function* returned no awaitable.
     """
     scope = anyio.CancelScope()
     try:
@@ -79,7 +84,7 @@ async def _within(
         raise TimeoutError
     except anyio.get_cancelled_exc_class() as error:
         if anyio.current_effective_deadline() == -math.inf:
-            raise  # it is ours: close() has begun, or the loop ends
+            raise  # the pool was cancelled: close() has begun, or the loop ends
         if scope.cancel_called:
             raise TimeoutError from error
         raise ConnectionAbortedError("it cancelled itself") from error
@@ -89,7 +94,7 @@ async def _within(
 
 @protected
 async def connect(open_pool: OpenPool, slot: Slot) -> None:
-    """Make one attempt to establish the connection of *slot*."""
+    """Make one attempt to connect, for *slot*."""
     scope = anyio.CancelScope()
     open_pool.attempts.add(scope)
     try:
@@ -97,13 +102,14 @@ async def connect(open_pool: OpenPool, slot: Slot) -> None:
             await _attempt(open_pool, slot)
     finally:
         open_pool.attempts.discard(scope)
-        # By close(), or with the loop.
+        # This changes something only if close() or the end of the loop cancelled the
+        # attempt. Otherwise the slot has left the attempts already.
         open_pool.state.attempts.cancelled(slot)
         open_pool.connections_changed()
 
 
 def place(open_pool: OpenPool, slot: Slot) -> str:
-    """Return where *slot* leads, as exactly as that is known."""
+    """Return the target of *slot* for a message, with its peer's address if known."""
     peer = peer_of(slot)
     return f"{open_pool.target} ({peer})" if peer else open_pool.target
 
@@ -142,12 +148,13 @@ async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
     if refusal is not None:
         _refused(open_pool, slot, refusal, probed_at)
         return
-    # Not if the server has ended it together with that answer (GOAWAY). No call can use
-    # such a connection, and as an orderly end it would be replaced without a pause.
+    # The server may end the connection (GOAWAY) together with its answer. No call can
+    # use such a connection. If it counted as answered, its end would look orderly, and
+    # the pool would replace it without a pause.
     if probed and not slot.is_gone():
         _answered(open_pool, slot)
     open_pool.log_limit.report(
-        # While none of them answers, that one was made is not the end of an outage.
+        # While no new connection answers, an established one does not end an outage.
         logging.INFO if rounds and not attempts.unanswered else logging.DEBUG,
         "connected",
         "%s: connected to %s in %.3f s%s (%s)",
@@ -163,7 +170,7 @@ async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
 async def _refuse(
     open_pool: OpenPool, slot: Slot, connection: Any, defect: str
 ) -> None:
-    """Fail the attempt of *slot*, because its *connection* cannot be used."""
+    """Fail the attempt of *slot*: its *connection* has a *defect*, so close it."""
     connector, made = type(open_pool.connector).__name__, type(connection).__name__
     error = ConnectFailed(
         f"cannot connect to {open_pool.target}: its connector returned "
@@ -197,13 +204,13 @@ async def _first_answer(
     open_pool: OpenPool, connection: Connection, deadline: float
 ) -> Exception | None:
     """
-    Probe a new *connection*, and close it if nothing is answered until *deadline*.
+    Probe a new *connection*, and close it if no answer comes before *deadline*.
 
     Returns:
-        The error if it was refused, None if it was answered.
+        None after an answer. If the probe was refused, its error.
 
     Raises:
-        ConnectFailed: Nothing was answered, or the other side is no authorizer.
+        ConnectFailed: No answer came, or `greet` found that the server is a wrong one.
     """
     left = max(0.0, deadline - open_pool.now())
     greet = getattr(connection, "greet", connection.probe)
@@ -234,8 +241,8 @@ async def _first_answer(
 
 
 async def _discard(open_pool: OpenPool, connection: Connection) -> None:
-    """Close a new *connection* that never became one of the pool."""
-    if open_pool.owner.is_closed():  # then nothing can be awaited
+    """Close a new *connection* that the pool never used."""
+    if open_pool.owner.is_closed():  # a closed event loop cannot run close()
         _abandon(open_pool, connection)
         return
     try:
@@ -254,8 +261,9 @@ def _as_connect_failed(open_pool: OpenPool, error: Exception) -> ConnectFailed:
     if isinstance(error, ConnectFailed) and _is_complete(error):
         return error
     if isinstance(error, TimeoutError):
-        # Not one that the connector or the system raised, such as ETIMEDOUT, whose time
-        # was another one.
+        # The limit is named only if the error has no text: then `_within` raised it. A
+        # connector, or the system (ETIMEDOUT), raises one with a text of its own, and
+        # its time limit was another one.
         limit = f"connection_timeout={open_pool.options.connection_timeout:g} s"
         failed = ConnectFailed(
             f"cannot connect to {open_pool.target}: "
@@ -265,7 +273,7 @@ def _as_connect_failed(open_pool: OpenPool, error: Exception) -> ConnectFailed:
     else:
         failed = ConnectFailed(
             f"cannot connect to {open_pool.target}: {safe_text(error)}",
-            # Such as a fork, which cannot be undone.
+            # No retry can repair these. One example is the use after a fork.
             permanent=type(error) in {PoolError, PoolMisuse, NotAwaitable},
         )
     failed.__cause__ = error
@@ -273,7 +281,7 @@ def _as_connect_failed(open_pool: OpenPool, error: Exception) -> ConnectFailed:
 
 
 def _is_complete(error: ConnectFailed) -> bool:
-    # A class derived from it may not have called its constructor.
+    # A subclass may not have called the constructor of ConnectFailed.
     try:
         return isinstance(error.reason, str) and isinstance(error.permanent, bool)
     except Exception:  # noqa: BLE001  (a connector may raise anything)
@@ -282,11 +290,12 @@ def _is_complete(error: ConnectFailed) -> bool:
 
 def _failed(open_pool: OpenPool, slot: Slot, error: ConnectFailed) -> None:
     if open_pool.owner.is_closed():
-        return  # the attempt ended with its event loop
+        return  # the event loop was closed, and the attempt ended with it
     first = not open_pool.state.attempts.failures
     open_pool.state.connect_failed(slot, error, open_pool.now())
     open_pool.counters.count(open_pool.counters.connect_failures, error.reason)
-    # An outage is one event to whoever reads the log, not one a second.
+    # An outage is one event: only its first failure is a WARNING. Otherwise the log
+    # would get a line for each attempt.
     level = logging.WARNING if first else logging.DEBUG
     open_pool.log_limit.report(
         level,
@@ -298,7 +307,7 @@ def _failed(open_pool: OpenPool, slot: Slot, error: ConnectFailed) -> None:
 
 @protected
 async def probe(open_pool: OpenPool, slot: Slot) -> None:
-    """Ask *slot* for an answer, unless that is being done."""
+    """Probe the connection of *slot*, unless a probe is under way."""
     if not slot.probing:
         slot.probing = True
         await probe_claimed(open_pool, slot)
@@ -306,7 +315,12 @@ async def probe(open_pool: OpenPool, slot: Slot) -> None:
 
 @protected
 async def probe_claimed(open_pool: OpenPool, slot: Slot) -> None:
-    """Ask *slot* for an answer within `health_check_timeout`; ends its `probing`."""
+    """
+    Probe the connection of *slot*, within `health_check_timeout` seconds.
+
+    The caller has set `slot.probing`, so that no second probe starts before this task
+    runs. This function resets it.
+    """
     try:
         if slot.connection is None or slot.retired is not None:
             return
@@ -327,12 +341,13 @@ async def _ask(open_pool: OpenPool, slot: Slot) -> None:
             await _within(open_pool.clock, timeout, slot.connection.probe, timeout)
     except Exception as error:  # noqa: BLE001  (a connection may raise anything)
         if slot.retired is not None:
-            return  # closed meanwhile, and no answer is no news
+            return  # the slot was retired meanwhile, so a missing answer is expected
         verdict = open_pool.verdict(slot.connection, error)
         if verdict is Verdict.REFUSED:
             _refused(open_pool, slot, error, began)
         elif verdict is Verdict.ANSWERED:
-            # Only the stream was reset, as by a server that has too many.
+            # The connection works: the server only reset the stream, for example
+            # because it has too many streams.
             _answered(open_pool, slot, reset=True)
         else:
             late = open_pool.now() - began - timeout
@@ -345,7 +360,8 @@ def _tell_suspicion(open_pool: OpenPool, slot: Slot) -> None:
     silent = slot.suspected_at == slot.timed_out_at
     reason = slot.last_error or "it proved nothing for too long"
     open_pool.log_limit.report(
-        # Callers got no answer: that is worth a line at the default level.
+        # Calls got no answer, which callers notice: so it is a WARNING, which the
+        # default level shows.
         logging.WARNING if silent else logging.INFO,
         "suspect: silent" if silent else "suspect",
         "%s: a connection to %s is suspect and gets no calls until it answers a "
@@ -360,7 +376,7 @@ def _answered(open_pool: OpenPool, slot: Slot, *, reset: bool = False) -> None:
     was_out, was_suspect = open_pool.state.outage.declared, slot.suspect
     open_pool.state.answered(slot, open_pool.now())
     if reset:
-        open_pool.state.failed()  # the connection is well, but there was no status
+        open_pool.state.failed()  # the connection works, but the server sent no status
     else:
         open_pool.answered_probes += 1
     if was_out:
@@ -381,7 +397,7 @@ def _answered(open_pool: OpenPool, slot: Slot, *, reset: bool = False) -> None:
 
 
 def _refused(open_pool: OpenPool, slot: Slot, error: Exception, began: float) -> None:
-    """Draw the consequences of a probe that was refused with *error*."""
+    """Change the state after a probe of *slot* was refused with *error*."""
     slot.last_error = safe_text(error)
     open_pool.counters.probe_failures += 1
     failure = ConnectFailed(
@@ -416,7 +432,8 @@ def _unanswered(open_pool: OpenPool, slot: Slot, error: Exception, late: float) 
     else:
         slot.last_error = safe_text(error)
     if late > LATE and not slot.excused:
-        # This loop was blocked, or the machine asleep: the answer may be there.
+        # The event loop was blocked, or the machine was asleep. The answer may have
+        # come in time, so the probe is repeated once.
         slot.excused = True
         slot.suspect = False
         open_pool.state.suspect(slot, open_pool.now())
@@ -438,15 +455,17 @@ def _unanswered(open_pool: OpenPool, slot: Slot, error: Exception, late: float) 
 
 @protected
 async def close(open_pool: OpenPool, slot: Slot) -> None:
-    """Close the connection of *slot*, whose leases are back or out of time."""
+    """Close the connection of *slot*. Its leases are back, or the grace has ended."""
     where, reason = place(open_pool, slot), slot.retired or "close"
+    # Cleared before the first wait: from now on a lease of this slot raises
+    # ConnectionLost, and `drop` does not close the connection a second time.
     connection, slot.connection = slot.connection, None
     try:
         open_pool.counters.count(open_pool.counters.closes, reason)
         lost = reason in _LOSSES
         error = f", its last error: {slot.last_error}" if slot.last_error else ""
         open_pool.log_limit.report(
-            # What nobody here has decided is news.
+            # A loss is INFO. The other reasons are decisions of this process.
             logging.INFO if lost else logging.DEBUG,
             f"closing: {reason}",
             "%s: closing a connection to %s after %.1f s: %s%s (left: %s)",
@@ -483,7 +502,7 @@ async def close(open_pool: OpenPool, slot: Slot) -> None:
 
 
 def drop(open_pool: OpenPool, slot: Slot) -> None:
-    """Close the connection of *slot* at once, or at least keep it no longer."""
+    """Close the connection of *slot* without waiting, and drop the reference to it."""
     connection, slot.connection = slot.connection, None
     slot.is_lost = None
     if connection is None:
@@ -493,7 +512,7 @@ def drop(open_pool: OpenPool, slot: Slot) -> None:
 
 
 def _abandon(open_pool: OpenPool, connection: Connection) -> None:
-    """Have *connection* free what it holds, because its event loop was closed."""
+    """Call `abandon()` of *connection*, if it has one: its event loop was closed."""
     try:
         abandon = getattr(connection, "abandon", None)
         if abandon is not None:

@@ -1,4 +1,4 @@
-"""The protocols through which a pool meets the thing it pools."""
+"""The protocols that a pool needs: `Connector`, `Connection` and `Verdict`."""
 
 from __future__ import annotations
 
@@ -10,39 +10,44 @@ __all__ = ["Connection", "Connector", "Verdict"]
 
 
 class Verdict(enum.Enum):
-    """What a failed call says of the connection it was made on."""
+    """
+    The meaning of a failed call for the connection that carried it.
+
+    A suspect connection gets no new leases until it answers a probe.
+    """
 
     ANSWERED = "answered"
-    """The other side answered, with an error of its own: the connection is well."""
+    """The server answered with an error of its own: the connection works."""
     REFUSED = "refused"
-    """The other side answered that its server cannot be had, as a proxy does. The
-    connection is not leased until a probe is answered, and it is not closed."""
+    """A proxy or the server answered that it cannot serve now. The pool leases the
+    connection again after an answered probe, and does not close it."""
     UNAVAILABLE = "unavailable"
-    """The other side cannot be had: the connection is suspect."""
+    """The server is not reachable: the connection becomes suspect."""
     BROKEN = "broken"
-    """The connection was cut: it is suspect, and so are those beside it."""
+    """The connection was cut: it and the pool's other connections become suspect."""
     SILENT = "silent"
-    """No answer came in time: suspect if the next call gets none either."""
+    """No answer came in time. After a second such call in a row the connection becomes
+    suspect."""
 
 
 class Connection(Protocol):
-    """One established connection, of whatever kind."""
+    """One established connection, of any kind."""
 
     async def probe(self, timeout: float, /) -> None:
         """
-        Return if the other side answers within *timeout* seconds.
+        Check that the server answers within *timeout* seconds.
 
         Raises:
-            Exception: It does not; the pool closes the connection if it is suspect
-                already, and probes it again if not.
+            Exception: The server does not answer. If the connection is suspect already,
+                the pool closes it. Otherwise the pool probes it again.
         """
 
     async def close(self, grace: float, /) -> None:
         """
-        Close the connection; calls in flight have *grace* seconds to end.
+        Close the connection. Calls in flight have *grace* seconds to end.
 
-        Called once, whatever happened before. Must not wait much longer than
-        *grace*.
+        The pool calls this once for each connection, also after errors. It must not
+        wait much longer than *grace*.
         """
 
 
@@ -50,32 +55,39 @@ class Connector(Protocol):
     """
     Makes the connections of a pool.
 
-    An attribute `target` (str), if there is one, names the other side in messages.
-    A method `validate()`, if there is one, is called by `initialize()` and raises
-    what no retry can mend, such as a missing file.
+    A connector needs `async connect(timeout)`. These members are optional:
 
-    An attribute `spreads` (bool), if true, says that connections may lead to different
-    servers. After one was lost the pool then replaces the others, one by one, so that
-    a server that restarted gets its share again.
+    - `target` (str): the server's name in messages.
+    - `validate()`: `initialize()` calls it. It raises errors that no retry can repair,
+      such as a missing file.
+    - `spreads` (bool, default False): connections may lead to different servers. After
+      one connection is lost, the pool replaces the others, one by one. So a server that
+      restarted gets its share of connections again.
+    - `probes` (bool, default False): the pool probes each new connection, and leases it
+      only after an answer. Until then it does not count as connected. The gRPC
+      connector sets it. If it is false, the pool leases a new connection at once.
 
-    An attribute `probes` (bool), if true, has the pool probe each new connection: it
-    counts as connected, and is leased, only when that was answered. The connector of
-    gRPC does so. Without it a new connection is leased at once. If the connection has
-    `async greet(timeout)`, that is its first probe; it may raise `ConnectFailed`.
+    Each connection needs `async probe(timeout)`, which raises if the server does not
+    answer, and `async close(grace)`. If it also has `async call(method, request, *,
+    timeout, metadata)`, from bytes to bytes, its leases make gRPC calls. None of these
+    may shield itself from cancellation for long, because the pool ends them by
+    cancellation.
 
-    What it makes needs `async probe(timeout)`, which raises if the other side does not
-    answer, and `async close(grace)`. With `async call(method, request, *, timeout,
-    metadata)` from bytes to bytes, leases of it make gRPC calls. None of these may
-    shield itself from cancellation for long: the pool ends them by cancelling.
+    If the connector sets `probes` and the connection has `async greet(timeout)`, that
+    is its first probe. It may raise `ConnectFailed`.
 
-    The rest is used where it is there, and none of it is a coroutine. `judge(error)`
-    returns the `Verdict` that the error of a call is on the connection, or None if it
-    says nothing. `is_lost()`, asked before each lease and every second, tells that the
-    other side has gone away, so that no call has to find out; `refresh_liveness()` is
-    called now and then so that it may. `peer` is the address of the other side, and is
-    read from any thread. `abandon()` closes the connection without waiting: it is
-    called if the event loop was closed under an open pool, in the thread that closed
-    the loop.
+    These members of a connection are optional, and none of them is a coroutine
+    function:
+
+    - `judge(error)`: returns the `Verdict` on the connection after a call raised
+      *error*, or None if the error says nothing about the connection.
+    - `is_lost()`: returns whether the server has gone away. So the pool notices a loss
+      before a call fails. It asks before each lease and every second.
+    - `refresh_liveness()`: checks whether the server is still there, so that the next
+      `is_lost()` is right. The pool calls it every second, on one connection in turn.
+    - `peer`: the address of the server. It is read from any thread.
+    - `abandon()`: closes the connection without waiting. It is called if the event loop
+      is closed while the pool is open, in the thread that closes the loop.
     """
 
     async def connect(self, timeout: float, /) -> Connection:
@@ -83,7 +95,7 @@ class Connector(Protocol):
         Establish one connection within *timeout* seconds.
 
         Raises:
-            ConnectFailed: It could not be established, and why. Any other exception
-                counts as a failure that may be retried.
+            ConnectFailed: The connection failed; the message gives the cause. Any other
+                exception also counts as a failed attempt, which may be repeated.
         """
         ...

@@ -1,4 +1,4 @@
-"""What `acquire()` gives: a handle that works until it is released, and no longer."""
+"""The lease that `acquire()` gives: a handle that works until it is released."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Handle(NotCopied):
     """
     A lease of a connection. After its release every use of it raises `PoolMisuse`.
 
-    Each `acquire()` gives a new one, also where it lends the same connection again.
+    Each `acquire()` gives a new handle, even if it lends the same connection again.
     """
 
     __slots__ = ("__weakref__", "_claim", "_open_pool", "_pool")
 
     _copy_form = "acquire() another one"
 
-    # What a pool is made of is no part of the public types.
+    # Typed as object and Any, so that private classes stay out of the public types.
     def __init__(self, pool: object, open_pool: Any, claim: Any) -> None:
         self._pool = pool
         self._open_pool: OpenPool = open_pool
@@ -41,8 +41,9 @@ class Handle(NotCopied):
         return f"<{type(self).__name__} to {self._open_pool.target} {state}>"
 
     def __del__(self) -> None:
-        # No caller can release it now. Not here: garbage is collected at any
-        # moment, in the midst of whatever the pool does, and in any thread.
+        # No caller can release this lease now. It is not released here, because garbage
+        # is collected in any thread, at any moment: also while the pool changes its
+        # state. `_abandon` has the event loop release it.
         try:
             claim = self._claim
         except AttributeError:  # __init__ was not run
@@ -55,7 +56,8 @@ class Handle(NotCopied):
 
         def __aenter__(self):  # noqa: ANN204
             if self._claim is not None:
-                # The only reference may be the one that this statement dropped.
+                # After the error, this lease may be garbage. Marked as refused, it is
+                # taken back without a warning: the caller gets this error already.
                 self._claim.refused = True
             del self
             raise TypeError(
@@ -71,7 +73,7 @@ class Handle(NotCopied):
     @property
     def waited(self) -> float:
         """
-        How long `acquire()` waited for it, in seconds; 0.0 if it did not have to.
+        How long `acquire()` waited for this lease, in seconds; 0.0 without a wait.
 
         Raises:
             PoolMisuse: The lease was released.
@@ -81,14 +83,14 @@ class Handle(NotCopied):
     @property
     def connection(self) -> Any:
         """
-        The object that the pool's connector made.
+        The object that `connect()` of the pool's connector returned.
 
         Raises:
             PoolMisuse: The lease was released.
-            ConnectionLost: The pool was closed, and its grace is over.
+            ConnectionLost: The pool was closed, and the grace of `close()` is over.
         """
         claim = self._held()
-        # A leased connection is closed only by close(), when its grace is over.
+        # Only Pool.close() closes a leased connection, after its grace.
         if claim.slot is None or claim.slot.connection is None:
             raise ConnectionLost(
                 f"{self._open_pool.label} was closed, and this connection to "
@@ -104,18 +106,19 @@ class Handle(NotCopied):
         return self._claim
 
 
-# Leases of other pools have these.
+# The leases of other pool libraries have these methods.
 explain_absence(Handle, "a lease goes back by its pool", ("release", "close", "aclose"))
 
 
 def _abandon(open_pool: OpenPool, claim: Claim, conn: object) -> None:
     """
-    Have *claim* taken back soon, whose *conn* is being destroyed; from any thread.
+    Schedule the release of *claim*, whose handle *conn* is being destroyed.
 
-    Garbage is collected at any moment: here, nothing of the pool may be changed.
+    This runs in any thread, and at any moment of the pool's work, because garbage is
+    collected then. So it changes nothing in the pool: the event loop does that later.
     """
     if open_pool.done.is_set() or open_pool.owner.is_forked():
-        return  # nothing is left that could be given back
+        return  # the pool is closed, or belongs to the parent process
     open_pool.owner.call_soon(partial(_reclaim, open_pool, claim))
     if claim.refused:
         return  # the caller got an error already

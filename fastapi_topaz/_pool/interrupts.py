@@ -1,12 +1,12 @@
 """
-Which functions Ctrl-C does not end halfway.
+Protects the functions of the pool from KeyboardInterrupt (Ctrl-C) on trio.
 
 Trio raises KeyboardInterrupt at any line of the task that runs at that moment. In a
-task of the pool it would end the pool, and the application would go on. In the release
-of a lease it would lose the lease. In a protected function trio waits until the main
-task waits, and raises it there.
+task of the pool it would end the pool, while the application goes on. During the
+release of a lease it would lose the lease. If a protected function runs, trio delays
+the interrupt: it raises it in the main task, when that task waits.
 
-asyncio cancels the main task instead, so it needs none of this.
+asyncio cancels the main task instead, so it needs no protection.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _PROTECTED: list[Callable[..., Any]] = []
 
 
 def protected(function: Function) -> Function:
-    """Mark *function*, which calls of it do not notice; see `protect`."""
+    """Mark *function* for `protect` and return it unchanged, so calls cost no more."""
     _PROTECTED.append(function)
     return function
 
 
 def protect() -> None:
-    """Tell trio of all marked functions; to be called when a pool opens on trio."""
-    # Here and not above: asyncio applications need no trio installed.
+    """Enable trio's protection of all marked functions, as a pool opens on trio."""
+    # Imported here, because applications on asyncio do not need trio.
     import trio  # noqa: PLC0415
 
     for function in _PROTECTED:

@@ -1,4 +1,4 @@
-"""Leases that are out for longer than `leak_threshold`: who took them, and where."""
+"""Detects leaks: leases held for longer than `leak_threshold`, with task and place."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ __all__ = ["Leaks"]
 logger = logging.getLogger("fastapi_topaz.pool")
 
 PAUSE = 0.05
-"""Seconds between two looks at least, however small the threshold is."""
+"""The least number of seconds between two searches, for a very small threshold."""
 
 STACK_DEPTH = 8
-"""Frames shown of the place where a lease was taken."""
+"""The number of stack frames shown for the place where a lease was taken."""
 
 _PACKAGE = os.path.dirname(__file__) + os.sep  # noqa: PTH120  (a prefix of file names)
 
 
 @attrs.frozen
 class _Holder:
-    """Who took a lease, and where; made into text only if somebody is to read it."""
+    """The task and the place that took a lease. Only a log line makes it text."""
 
     task: str
-    # Innermost first. Of the code and not of the frames, which hold all that is there.
+    # Code and line number, innermost frame first. A frame itself would keep all local
+    # variables of its function alive.
     places: tuple[tuple[CodeType, int], ...]
 
     @classmethod
     def here(cls) -> _Holder:
-        """Return the running task, and where its code outside of this package is."""
+        """Return the running task, and its position in code outside the pool."""
         outside = (
             (frame.f_code, line)
             for frame, line in traceback.walk_stack(inspect.currentframe())
@@ -55,7 +56,7 @@ class _Holder:
         places = tuple(itertools.islice(outside, STACK_DEPTH))
         try:
             task = anyio.get_current_task().name or "without a name"
-        except RuntimeError:  # driven by hand, in no task
+        except RuntimeError:  # the coroutine is driven by hand, without a task
             task = "unknown"
         return cls(task, places)
 
@@ -69,27 +70,27 @@ class _Holder:
 
 class Leaks:
     """
-    The leases that are out, and which of them are late.
+    The leases in use, and those among them that are late.
 
-    Strictly private.
+    Strictly private. A lease is late if it is held for longer than `leak_threshold`.
     """
 
     def __init__(self, label: str, threshold: float, counters: PoolCounters) -> None:
         self._label = label
         self._threshold = threshold
         self._counters = counters
-        # With who took them and where; those that are out in the order they were taken,
-        # until they are late.
+        # Each claim with its holder. `_out` is in the order in which the leases were
+        # taken, so the first one is due first. A late claim moves to `_late`.
         self._out: dict[Claim, _Holder] = {}
         self._late: dict[Claim, _Holder] = {}
 
     def taken(self, claim: Claim, now: float) -> None:
-        """Note who took *claim*."""
+        """Record the running task as the holder of *claim*; *now* is in seconds."""
         claim.acquired_at = now
         self._out[claim] = _Holder.here()
 
     def returned(self, claim: Claim, held: float) -> None:
-        """Forget *claim*, which was *held* for so long, and log it if it was late."""
+        """Forget *claim* after *held* seconds. If it was late, log its return."""
         self._out.pop(claim, None)
         if self._late.pop(claim, None) is not None:
             logger.info(
@@ -100,11 +101,11 @@ class Leaks:
             )
 
     def holder(self, claim: Claim) -> object:
-        """Return who has taken *claim*, and where, for a message."""
+        """Return the holder of *claim*, which str() turns into text, or None."""
         return self._out.get(claim) or self._late.get(claim)
 
     def look(self, now: float) -> float:
-        """Tell of each lease that is late by now, and return when to look again."""
+        """Warn of each lease that became late; return the time of the next search."""
         due = now
         while self._out and due <= now:
             claim = next(iter(self._out))
@@ -117,5 +118,5 @@ class Leaks:
                     "%s: a lease is out for %.1f s (leak_threshold=%g s), held by %s",
                     *(self._label, held, self._threshold, holder),
                 )
-        # No lease taken from now on can be due any earlier.
+        # A lease that is taken later cannot be due earlier than this.
         return max(due if self._out else now + self._threshold, now + PAUSE)

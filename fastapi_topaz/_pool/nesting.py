@@ -1,9 +1,9 @@
 """
-Finds leases that are held by the tasks that wait for another one.
+Finds nested leases: leases held by tasks that wait for another lease.
 
-If every lease is held in that way, no task can go on until one gives up. Nothing is
-recorded for it when a lease is taken: the search looks into the waiting tasks, and only
-when one of them got no lease in time.
+If every lease is held by such a task, no task can continue until one of them times out.
+Nothing is recorded for this when a lease is taken. Instead the search looks into the
+local variables of the waiting tasks, and only when a task got no lease in time.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = ["count_nested"]
 
 
 LIMIT = 1_000
-"""Objects looked at in one search, which takes about a millisecond then."""
+"""The most objects in one search. A search of this size takes about a millisecond."""
 
-# Their locals, and what they await, are what the garbage collector finds in them.
+# For these types, gc.get_referents() returns their locals and the object they await.
 _SUSPENDED = (CoroutineType, GeneratorType, AsyncGeneratorType)
 
 _CONTEXT_MANAGERS = (
@@ -42,12 +42,17 @@ _CONTEXT_MANAGERS = (
 
 
 def count_nested(coroutines: Iterable[object], open_pool: OpenPool) -> int:
-    """Return how many leases of *open_pool* the *coroutines* and all callers hold."""
+    """
+    Count the leases of *open_pool* that the *coroutines* and the call stack hold.
+
+    The search covers the call stack of this thread. The count is a lower bound, because
+    one search looks at `LIMIT` objects at most.
+    """
     return held_by(chain(coroutines, _locals_of_callers()), open_pool)
 
 
 def held_by(roots: Iterable[object], open_pool: OpenPool) -> int:
-    """Return how many leases of *open_pool* the *roots*, such as coroutines, hold."""
+    """Count the leases of *open_pool* that the *roots*, such as coroutines, hold."""
     left = list(roots)
     seen: set[int] = set()
     leases = set()
@@ -57,7 +62,8 @@ def held_by(roots: Iterable[object], open_pool: OpenPool) -> int:
             continue
         seen.add(id(each))
         if isinstance(each, Handle):
-            # Not one that waits, whose handle is not made yet.
+            # A handle exists only after its claim was served. Without a claim it was
+            # released.
             if each._open_pool is open_pool and each._claim is not None:  # noqa: SLF001
                 leases.add(each._claim)  # noqa: SLF001
         else:
@@ -66,7 +72,7 @@ def held_by(roots: Iterable[object], open_pool: OpenPool) -> int:
 
 
 def _locals_of_callers() -> Iterator[object]:
-    """Yield the local variables of all functions that run in this thread."""
+    """Yield the local variables of all functions on the stack of this thread."""
     frame: FrameType | None = sys._getframe()  # noqa: SLF001
     while frame is not None:
         yield from list(frame.f_locals.values())

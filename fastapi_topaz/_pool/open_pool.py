@@ -1,9 +1,9 @@
 """
-One open period of a pool: everything that is bound to its event loop.
+The open pool: everything that lives from one opening of a pool to its closing.
 
-Requests change the state here, and `after_change` passes on what follows from a change.
-Work that takes time is done for them by the host task of `background`: requests
-never connect, probe or close anything.
+It is bound to one event loop. Requests change the state here, and `after_change` wakes
+the tasks that have to act on a change. The host task in `background` does all work that
+takes time. So a request never connects, probes or closes anything itself.
 """
 
 from __future__ import annotations
@@ -42,24 +42,25 @@ __all__ = ["OpenPool"]
 logger = logging.getLogger("fastapi_topaz.pool")
 
 NESTED_FOR = 0.1
-"""Seconds. How long a search for nested leases is good for: it takes a millisecond."""
+"""Seconds for which one search for nested leases is used. It takes a millisecond."""
 
 NESTED_MOST = 100
-"""Waiting tasks that are searched."""
+"""The most waiting tasks in one search for nested leases."""
 
 
 class OpenPool:
     """
-    The pool between one opening and the closing that belongs to it.
+    A pool from one opening to the closing that follows.
 
     Strictly private.
     """
 
-    # Calls of initialize() under way, and whether one succeeded or a lease was asked
-    # for. Until then a cancelled initialize() may close the pool again.
+    # The calls of initialize() under way.
     initializing = 0
+    # Set once an initialize() succeeded or another caller used the pool. Before that, a
+    # cancelled initialize() closes the pool again.
     adopted = False
-    # The last search for nested leases.
+    # The result of the last search for nested leases, and its time.
     _nested = (0, 0)
     _nested_at = -math.inf
 
@@ -75,8 +76,9 @@ class OpenPool:
         count_nested: Callable[[Iterator[object], OpenPool], int],
     ) -> None:
         self.label = label
-        # Where it leads, for people and for metrics, but for these not as repr(), which
-        # would make a new series of each start.
+        # The server's name in messages, and in metrics (series). Without a name,
+        # messages show the connector's repr(), but metrics its class: a repr() contains
+        # an address, so each start would make a new series.
         self.target = self.series = type(connector).__name__
         try:
             named = getattr(connector, "target", None)
@@ -100,33 +102,34 @@ class OpenPool:
             target=self.target,
         )
         self.limiter = anyio.CapacityLimiter(options.capacity)
-        # Set: there is something to connect or to close. Replaced by the opener.
+        # Set if there is a connection to open or to close. The opener replaces it.
         self.work = anyio.Event()
-        # Set: an attempt to connect has ended. Replaced each time.
+        # Set, and replaced at once, by connections_changed(): wakes all its waiters.
         self.progress = anyio.Event()
-        # Set: there are suspects to probe. Replaced by the prober.
+        # Set if there are connections to probe. The prober replaces it.
         self.suspicion = anyio.Event()
-        # Held by the one caller of is_ready() who asks for all others.
+        # Held by the caller of is_ready() that asks the server on behalf of all others.
         self.readiness = anyio.Lock()
-        # Probes so far that were answered with a status of the server.
+        # The number of probes that the server has answered with a status.
         self.answered_probes = 0
-        # Set once the host has ended and nothing is left.
+        # Set once the host task has ended and has closed everything.
         self.done = anyio.Event()
-        # When the first of those who wait has waited for too long, and the latest
-        # deadline of them. Set: the first has moved; replaced by the timekeeper.
+        # The timekeeper wakes at `alarm`, the next deadline. If that becomes earlier,
+        # `earlier` is set. `_latest` is the latest deadline that it watches.
         self.alarm = math.inf
         self.earlier = anyio.Event()
         self._latest = 0.0
-        # Those who were sent away and have not had their turn yet. Until then each
-        # holds a token, but for one that is cancelled in the same moment.
+        # The dismissed callers whose tasks have not run since. Each of them holds a
+        # token until its task runs, unless it is cancelled at the same moment.
         self._dismissed = 0
         self._count_nested = count_nested
         self._refusals = Refusals(label, self.target, self.state, self.nested_leases)
         self.leaks: Leaks | None = None
         if 0 < options.leak_threshold < math.inf:
             self.leaks = Leaks(label, options.leak_threshold, counters)
+        # The scopes of the attempts to connect: begin_close() cancels them.
         self.attempts: set[anyio.CancelScope] = set()
-        # Of the tasks that use a connection, or make one.
+        # The coroutines of the tasks that use or open a connection; see `busy_task`.
         self.coroutines: set[Any] = set()
         self._close_at = math.inf
         self._close_changed = anyio.Event()
@@ -204,9 +207,11 @@ class OpenPool:
             raise self._refusals.timed_out(timeout)
 
     async def _queue(self, claim: Claim) -> None:
-        """Return when *claim* has a stream, or will not get one."""
+        """Return when *claim* is served, or was dismissed."""
         await self.limiter.acquire_on_behalf_of(claim)
         claim.has_token = True
+        # The claim may be served already: once the limiter lends the token, `_serve`
+        # counts it, which may be before this task runs.
         if claim.slot is None and not claim.dismissed:
             self.after_change()
         if claim.slot is None and not claim.dismissed:
@@ -215,20 +220,22 @@ class OpenPool:
             await event.wait()
 
     def discard(self, claim: Claim) -> None:
-        """Have the connection of *claim* closed once all its leases are back."""
+        """Retire the connection of *claim*: it closes once all its leases are back."""
         if claim.slot is not None:  # pragma: no branch
             self.state.retire(claim.slot, "discarded")
 
     def release(self, claim: Claim) -> None:
-        """Take back what *claim* holds, and serve the next one with it."""
+        """Take back the stream of *claim*, and serve the next waiting caller."""
         state = self.state
-        # As now(), without a call in the usual case.
+        # The code of now(), inlined: the usual case then needs no call of it.
         clock = self.clock
         now = clock.source.time() + clock.skew
         if now < clock.last:
             now = clock.now()
         clock.last = now
         state.give_back(claim, now)
+        # The limiter lends the token to the next caller in its queue at once. So
+        # `_serve` comes after this: it then counts that caller's token.
         self.limiter.release_on_behalf_of(claim)
         unserved = state.waiting and self._serve(now)
         if unserved or state.to_close or state.to_probe or state.shut:
@@ -239,7 +246,7 @@ class OpenPool:
             self.leaks.returned(claim, held)
 
     def _serve(self, now: float) -> bool:
-        """Serve those who may be, and say whether a connection is missing to others."""
+        """Serve waiting callers; return whether a caller with a token got no stream."""
         tokens = self.tokens()
         for claim in self.state.serve(tokens, now):
             if claim.wake is not None:
@@ -247,7 +254,7 @@ class OpenPool:
         return self.state.in_use < tokens
 
     def tokens(self) -> int:
-        """Return how many are lent to those who have a stream, or may get one."""
+        """Return the number of tokens lent, without those of dismissed callers."""
         return self.limiter.borrowed_tokens - self._dismissed
 
     def _withdraw(self, claim: Claim) -> None:
@@ -260,12 +267,17 @@ class OpenPool:
 
     # -- deadlines --------------------------------------------------------------
 
-    # A scope for each who waits would cost more than the rest of the waiting. They are
-    # served in order and mostly share one timeout, so the first to come is the first
-    # whose time is over, and one task can look after all of them.
+    # A cancel scope for each waiting caller would cost more than the rest of its wait.
+    # Callers are served in order and mostly share one timeout. So the first in the
+    # queue is also the first to time out, and one task can watch all deadlines.
 
     def _watch(self, deadline: float) -> bool:
-        """Say whether *deadline* can be watched; one before that of others can not."""
+        """
+        Have the timekeeper watch *deadline*, and return True.
+
+        If a caller that waits already has a later deadline, return False: then the
+        queue is not in the order of deadlines, and the new caller needs its own scope.
+        """
         if self.state.waiting and deadline < self._latest:
             return False
         self._latest = deadline
@@ -275,19 +287,20 @@ class OpenPool:
         return True
 
     def expire(self) -> None:
-        """Send those away whose time is over, and set the alarm for the next."""
+        """Dismiss the callers whose deadline has passed, and set the next alarm."""
         now, waiting = self.now(), self.state.waiting
         if waiting and next(iter(waiting)).deadline <= now:
-            self.nested_leases()  # while these tasks are suspended, and can be searched
+            # Search before the callers wake: only a suspended task can be searched.
+            self.nested_leases()
         self._send_away(self.state.dismiss(now))
         self.alarm = next(iter(waiting)).deadline if waiting else math.inf
 
     def nested_leases(self) -> tuple[int, int]:
         """
-        Count the leases that are held by tasks that wait for another one, and all.
+        Count the nested leases (held by tasks that wait for another one), and all.
 
-        The first is a lower bound, and 0 if it is less than half. Both are up to
-        `NESTED_FOR` seconds old, because the search takes a while.
+        The first number is a lower bound; it is 0 if it is less than half of all. Both
+        numbers are up to `NESTED_FOR` seconds old, because a search takes time.
         """
         now = self.now()
         if self.state.in_use >= self.options.capacity:
@@ -295,7 +308,8 @@ class OpenPool:
                 waiting = islice(self.state.waiting, NESTED_MOST)
                 coroutines = (claim.waiter for claim in waiting)
                 held = self._count_nested(coroutines, self)
-                # A few are no cause: a pool that is too small has some of them, too.
+                # A few nested leases do not explain a timeout: a pool that is too small
+                # also has some. From half on they are given as the cause.
                 self._nested = (
                     held if 2 * held >= self.state.in_use else 0,
                     self.state.in_use,
@@ -306,32 +320,34 @@ class OpenPool:
         return self._nested
 
     def _dismiss(self, failure: Exception) -> None:
-        """Send everybody who waits away with *failure*, at once."""
+        """Wake all waiting callers now, and have each of them raise *failure*."""
         self._send_away(self.state.fail_waiting(failure))
 
     def _send_away(self, dismissed: list[Claim]) -> None:
-        """Wake those of *dismissed* who sleep, each for itself or in the limiter."""
-        # The first of all who wait hold a token; they are awake, or woken here. If one
-        # is just about to leave by itself, somebody else gets a token too early, and
-        # keeps it: a stream it gets in its turn all the same.
+        """Wake the *dismissed* callers that sleep on their event or in the limiter."""
+        # The callers at the head of the queue hold a token: `wake` wakes them, or they
+        # are awake already. The others sleep in the limiter, so `asleep` counts them.
+        # If one caller leaves by itself at this moment, another caller gets a token too
+        # early and keeps it. That is harmless: it still gets its stream in its turn.
         asleep = len(dismissed) - (self.tokens() - self.state.in_use)
         self._dismissed += len(dismissed)
         for claim in dismissed:
             if claim.wake is not None:
                 claim.wake()
         if asleep > 0:
-            # They are lent a token for a moment, and nobody else is: they give it back
-            # at once. This is how the limiter's public interface lets them go.
+            # The limiter's public interface cannot wake one borrower. So its limit is
+            # raised for a moment: it lends a token to each of the `asleep` callers, and
+            # to no other. They give the tokens back as soon as they run.
             total = self.limiter.total_tokens
             self.limiter.total_tokens = self.limiter.borrowed_tokens + asleep
             self.limiter.total_tokens = total
 
     def verdict(self, connection: object, error: Exception) -> Verdict | None:
-        """Return what *connection* says that *error* means for it."""
+        """Return the verdict of the *connection* on *error*, None if it has none."""
         try:
             judge = getattr(connection, "judge", None)
             verdict: Verdict | None = None if judge is None else judge(error)
-        except Exception as failure:  # noqa: BLE001  (anybody's error)
+        except Exception as failure:  # noqa: BLE001  (a connection may raise anything)
             self.log_limit.report(
                 logging.WARNING,
                 f"judge() failed: {type(failure).__name__}",
@@ -343,7 +359,7 @@ class OpenPool:
         return verdict
 
     def judge(self, slot: Slot, error: Exception) -> None:
-        """Draw the consequences of *error*, raised by a call on *slot*."""
+        """Change the state of *slot* after a call on it raised *error*."""
         verdict = self.verdict(slot.connection, error)
         if verdict is None:
             return
@@ -365,7 +381,11 @@ class OpenPool:
         self.after_change()
 
     def after_change(self) -> None:
-        """Pass on what follows from a change of the state."""
+        """
+        Serve waiting callers and wake the host's loops, after a change of the state.
+
+        Call it after every change that may need a connection, a probe or a closing.
+        """
         state = self.state
         now = self.now()
         state.retire_expired()
@@ -378,7 +398,8 @@ class OpenPool:
         if (
             state.to_close
             or state.shortfall(self.tokens(), now)
-            # The opener has more to look out for than it did when it went to sleep.
+            # The opener computes its next wake-up when it goes to sleep. The next
+            # attempt, or an attempt that takes too long, may need an earlier one now.
             or state.next_attempt() > now
             or (state.waiting and state.connecting)
         ):
@@ -391,8 +412,8 @@ class OpenPool:
         ended, self.state.unanswered_ends = self.state.unanswered_ends, []
         for _ in ended:
             self.counters.count(self.counters.connect_failures, "unanswered")
-        # The first in a row; what follows is the same event. A failed health check has
-        # logged its own.
+        # Only the first in a row is a WARNING: the next ones belong to the same event.
+        # If a failed health check ended the connection, that was logged already.
         is_news = self.state.first_unanswered and any(
             slot.retired == "lost" for slot in ended
         )
@@ -407,7 +428,11 @@ class OpenPool:
     # -- life ---------------------------------------------------------------------
 
     async def warm_up(self) -> None:
-        """Wait for `min_connections`, or until it is clear that none will come."""
+        """
+        Wait for `min_connections` open connections, up to `connection_timeout`.
+
+        Return early if the pool shuts, in an outage, or after a permanent error.
+        """
         state = self.state
         state.keeps_minimum = True
         self.after_change()
@@ -429,7 +454,7 @@ class OpenPool:
             )
 
     def resize(self, options: PoolOptions) -> None:
-        """Work with other limits from now on."""
+        """Apply the new limits in *options*."""
         self.state.resize(options)
         self.limiter.total_tokens = options.capacity
         self.connections_changed()
@@ -437,17 +462,17 @@ class OpenPool:
     # -- connections --------------------------------------------------------------
 
     def connections_changed(self) -> None:
-        """Pass on that there is one more connection, or one less to hope for."""
+        """Wake the tasks that wait for `progress`, and act on changed connections."""
         self.progress.set()
         self.progress = anyio.Event()
         self.dismiss_hopeless()
         self.after_change()
-        # Also without anything to do now: the opener has a backoff to wait out.
+        # Always: the opener may have no work now, but a new backoff to wait for.
         self.work.set()
 
     @contextmanager
     def busy_task(self) -> Iterator[None]:
-        """Remember the running task as one that uses a connection, or makes one."""
+        """Record the running task while it uses or opens a connection."""
         coroutine = self.owner.coroutine()
         self.coroutines.add(coroutine)
         try:
@@ -456,13 +481,13 @@ class OpenPool:
             self.coroutines.discard(coroutine)
 
     def dismiss_hopeless(self) -> None:
-        """Send those away who wait for what only the end of an outage can bring."""
+        """Dismiss all waiting callers if nothing can serve them; see `hopeless`."""
         error = self.state.attempts.error
         if error is not None and self.state.hopeless(self.now()):
             self._dismiss(error)
 
     def dismiss_refused(self) -> None:
-        """Send all callers away if every connection is refused in an outage."""
+        """Dismiss all waiting callers if every connection is refused in an outage."""
         error = self.state.outage.error
         if error is not None and self.state.is_refused:
             self._dismiss(error)
@@ -470,7 +495,11 @@ class OpenPool:
     # -- closing ------------------------------------------------------------------
 
     def begin_close(self, grace: float) -> None:
-        """Refuse and dismiss everybody; leases have *grace* seconds left."""
+        """
+        Start to close the pool: dismiss waiting callers and refuse new ones.
+
+        Leases have *grace* seconds to come back. A later call may shorten that.
+        """
         self._close_at = min(self._close_at, self.now() + grace)
         if not self.state.shut:
             logger.info(
@@ -485,7 +514,7 @@ class OpenPool:
         self._close_changed.set()
 
     async def until_closed(self) -> None:
-        """Return when the pool is to close, and its leases are back or out of time."""
+        """Wait until the pool shuts and all leases are back, or the grace has ended."""
         while not self.state.shut or (
             self.state.in_use and self._close_at > self.now()
         ):

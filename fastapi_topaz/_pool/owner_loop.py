@@ -1,7 +1,7 @@
 """
-Where a pool lives: its event loop, and the task that hosts its work.
+The event loop that a pool belongs to, and the host task that does its work there.
 
-The two backends differ here and nowhere else above the transport.
+Above the transport, only this module treats asyncio and trio differently.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["OwnerLoop"]
 
 
 NEVER = 10.0 * 365 * 86400
-"""Seconds. Longer than any process runs, and not too long for any loop."""
+"""Seconds (ten years). No process runs so long, and every loop accepts the delay."""
 
 
 class _Destroyed:
-    """A callback that does nothing, until the last reference to it is dropped."""
+    """A callback that calls *then* when it is destroyed, not when it is called."""
 
     __slots__ = ("_then",)
 
@@ -49,7 +49,7 @@ class _Destroyed:
 
 
 class _TrioTime:
-    """The clock of a trio run; works in any thread, unlike `trio.current_time()`."""
+    """The clock of a trio run. Unlike `trio.current_time()`, it works in any thread."""
 
     __slots__ = ("_clock",)
 
@@ -62,13 +62,13 @@ class _TrioTime:
 
 class OwnerLoop:
     """
-    The process and the event loop that a pool was opened in.
+    The process and the event loop in which a pool was opened.
 
     Strictly private.
 
     Attributes:
-        clock: The clock of the loop; cheaper than `anyio.current_time()`, which looks
-            up the backend each time.
+        clock: The clock of the loop. It is faster than `anyio.current_time()`, which
+            looks up the backend in each call.
     """
 
     __slots__ = (
@@ -88,7 +88,7 @@ class OwnerLoop:
             self._current = asyncio.get_running_loop
             self.clock = Clock(self._native)
         else:
-            # Here and not above: asyncio applications need no trio installed.
+            # Imported here, because applications on asyncio do not need trio.
             import trio  # noqa: PLC0415
 
             self._current = trio.lowlevel.current_trio_token
@@ -96,35 +96,40 @@ class OwnerLoop:
 
     def check(self, pool: object) -> None:
         """
-        Return if the caller is at home.
+        Check that the caller runs in the process and on the event loop of the pool.
 
         Raises:
-            PoolMisuse: This is another process or another event loop.
+            PoolMisuse: The caller runs in another process or on another event loop.
         """
         if not self.is_current_loop():
             raise self._strange(pool)
 
     def is_current_loop(self) -> bool:
-        """Say whether this is the process and the event loop of the pool."""
+        """Return whether the caller is in the pool's process and on its event loop."""
         try:
             return self._current() is self._native and self._pid == process.pid
-        except RuntimeError:  # no loop, or one of the other backend
+        except RuntimeError:  # no running loop, or a loop of the other backend
             return False
 
     def is_current_thread(self) -> bool:
         """
-        Say whether this is the process and the thread of the pool.
+        Return whether the caller is in the pool's process and thread.
 
-        Enough for what waits for nothing, and half as dear as `is_current_loop`.
+        Code that never waits needs no more. This costs half as much as
+        `is_current_loop`.
         """
         return get_ident() == self._thread and self._pid == process.pid
 
     def is_forked(self) -> bool:
-        """Say whether this process was forked from that of the pool."""
+        """Return whether this process was forked from the process of the pool."""
         return bool(self._pid != process.pid)
 
     def is_closed(self) -> bool:
-        """Say whether the loop was closed without ending its tasks."""
+        """
+        Return whether the event loop is closed. False on trio and after a fork.
+
+        asyncio can close a loop before its tasks have ended. They never run again.
+        """
         return (
             not self.is_forked()
             and isinstance(self._native, asyncio.AbstractEventLoop)
@@ -132,7 +137,7 @@ class OwnerLoop:
         )
 
     def coroutine(self) -> object:
-        """Return the coroutine that the running task consists of."""
+        """Return the coroutine of the running task."""
         if isinstance(self._native, asyncio.AbstractEventLoop):
             task = asyncio.current_task()
             return None if task is None else task.get_coro()
@@ -142,13 +147,14 @@ class OwnerLoop:
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """
-        Have *function* called on the loop, from any thread; never if it has ended.
+        Schedule a call of *function* on the loop. Thread-safe.
 
-        *function* must not raise: on trio that would end the run.
+        If the loop has ended, *function* is never called. It must not raise: on trio an
+        exception would end the run.
         """
         try:
             if isinstance(self._native, asyncio.AbstractEventLoop):
-                # Without the context of whoever happens to call.
+                # An empty context: otherwise *function* runs in the caller's context.
                 context = contextvars.Context()
                 self._native.call_soon_threadsafe(function, context=context)
             else:
@@ -163,27 +169,33 @@ class OwnerLoop:
         on_loop_closed: Callable[[], object],
     ) -> None:
         """
-        Run *function* in a task that belongs to no caller.
+        Run *function* in a new task that belongs to no caller.
 
-        A request that happens to open the pool must not take it along when it is
-        cancelled. *function* must not raise: on trio that would end the run. *on_end*
-        is called when the task has ended, even if it never began: asyncio.run cancels
-        tasks that have not had a turn yet. *on_loop_closed* is called if the loop is
-        closed before the task has ended, in the thread that closes it.
+        If the request that opens the pool is cancelled, the pool must stay open.
+
+        Args:
+            function: Must not raise: on trio an exception would end the run.
+            on_end: Called when the task has ended, even if it never began.
+                asyncio.run() cancels tasks that have not had a turn yet.
+            on_loop_closed: Called if the loop is closed before the task has ended,
+                in the thread that closes the loop.
         """
         if isinstance(self._native, asyncio.AbstractEventLoop):
-            # Held, because the loop itself keeps only weak references to tasks;
-            # and with an empty context, or it would keep the request's.
+            # A reference is kept, because the loop keeps only weak references to tasks.
+            # The empty context is needed, because the task lives longer than the
+            # request that opened the pool, and would keep its context alive.
             self._task = self._native.create_task(
                 function(),
                 name="fastapi_topaz pool",
                 context=contextvars.Context(),
             )
-            # The loop drops its timers when it is closed. Nothing else tells of that.
+            # A loop that is closed drops its timers. There is no other signal that a
+            # loop was closed, so the destruction of this timer is the signal.
             timer = self._native.call_later(
                 NEVER, _Destroyed(on_loop_closed), context=contextvars.Context()
             )
-            # Not the timer itself, because it would keep the object.
+            # A weak reference, because a strong one would keep the callback alive after
+            # the loop has dropped the timer.
             self._timer = weakref.ref(timer)
             del timer
 
@@ -206,7 +218,7 @@ class OwnerLoop:
             self._task = trio.lowlevel.spawn_system_task(run, name="fastapi_topaz pool")
 
     def stop_watching(self) -> None:
-        """Leave no timer behind: the pool has nothing any more that a loop ends."""
+        """Cancel the timer of `spawn`: a closed pool has nothing to clean up."""
         timer = None if self._timer is None else self._timer()
         if timer is not None:
             timer.cancel()
@@ -231,7 +243,7 @@ class OwnerLoop:
 
 
 def _described(loop: Any, thread: str) -> str:
-    """Return what tells *loop* from another one of the same class."""
+    """Return text that tells *loop* apart from other loops of its class."""
     name, state = "of trio", ""
     if isinstance(loop, asyncio.AbstractEventLoop):
         name = type(loop).__name__

@@ -1,4 +1,4 @@
-"""The pool as its users see it; `open_pool` does the work while it is open."""
+"""The public methods of a pool. While the pool is open, `open_pool` does the work."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ H = TypeVar("H", bound=Handle)
 
 class Pool(NotAsync, NotCopied, Generic[H]):
     """
-    A pool of connections of any kind, whose leases are handles of class *H*.
+    A pool of connections of any kind. Its leases are handles of class *H*.
 
-    Strictly private; `ConnectionPool` is the public one.
+    Strictly private; `ConnectionPool` is the public class.
     """
 
     _right_form = "write `async with pool:`"
@@ -57,7 +57,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         "its connections belong to one process and one event loop; share the pool, or "
         "build another one"
     )
-    # The classes of leases, and of what acquire() returns.
+    # The class of the leases, and the class of the result of acquire().
     _handle: type[Handle] = Handle
     _acquiring: type[Acquire[Any]] = Acquire
     _unconfigured = "has no connector"
@@ -71,11 +71,13 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         self._options = options
         self._connector = connector
         self._counters = PoolCounters()
-        # Outlives each opening: a pool that fails may be opened again by each request.
+        # One limit for all openings: if the host task fails, the next request opens the
+        # pool again. With a limit for each opening, every request could log.
         self._log_limit = LogLimit(logger, self._label())
         self._metrics = report(self.status, self._counters)
         self._open_pool: OpenPool | None = None
-        # The loop that opens the pool at this moment, by process.
+        # Maps the process ID to the event loop that is opening the pool right now. The
+        # key is the process, so an entry copied by a fork does not count in the child.
         self._opening_loop: dict[int, OwnerLoop] = {}
         self._closed = False
 
@@ -85,7 +87,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
 
     @property
     def options(self) -> PoolOptions:
-        """The parameters it was built with, as changed by `resize()`."""
+        """The parameters of the pool: the constructor's, as changed by `resize()`."""
         return self._options
 
     # -- leases -----------------------------------------------------------------
@@ -94,20 +96,22 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         """
         Lease a connection: `async with pool.acquire() as conn`, or `await` it.
 
-        An awaited one goes back with `release()`. Callers are served in the order
-        they came. A free connection is given without waiting, and without a
-        checkpoint.
+        If you `await` it, give the lease back with `release()`. Callers are served in
+        the order of their calls. If a connection is free, the caller gets it without a
+        wait and without a checkpoint.
 
         Args:
-            timeout: Seconds, instead of `acquire_timeout`; 0 does not wait.
+            timeout: The longest wait in seconds. The default is `acquire_timeout` of
+                the pool; 0 does not wait.
 
         Raises:
-            PoolTimeout: None became available in time.
+            PoolTimeout: No connection became available in time.
             PoolSaturated: `max_waiting` callers wait already.
-            ConnectFailed: None is open, and the attempts to connect failed.
-            PoolClosed: The pool is closed, or was while waiting.
-            PoolMisuse: It is open in another process or on another event loop, or does
-                not know its authorizer.
+            ConnectFailed: No connection is open, and the attempts to connect failed.
+            PoolClosed: The pool is closed, or was closed during the wait.
+            PoolMisuse: The pool is open in another process or on another event loop, or
+                it was not configured.
+            TypeError, ValueError: *timeout* is not a number of seconds.
         """
         if timeout is not None:
             check_seconds("timeout", timeout)
@@ -115,17 +119,18 @@ class Pool(NotAsync, NotCopied, Generic[H]):
 
     async def release(self, conn: H, *, discard: bool = False) -> None:
         """
-        Give back what `acquire()` gave. Never waits.
+        Give a lease back to the pool. Never waits.
 
         Args:
-            conn: The lease.
-            discard: Whether the pool closes the connection: after the last of its
-                leases is back, and without another lease until then. Default False.
-                For an application that knows that the connection is of no more use.
+            conn: The lease that `await pool.acquire()` returned.
+            discard: If True, the pool closes the connection once all its leases are
+                back, and gives no new lease of it. Use it if your application knows
+                that the connection is useless. Default False.
 
         Raises:
-            TypeError: *discard* is no bool.
-            ValueError: *conn* is not of this pool, or was released before.
+            TypeError: *discard* is not a bool.
+            ValueError: *conn* is not a lease of this pool, or was released before.
+            PoolMisuse: The pool is open in another process or in another thread.
         """
         if not isinstance(discard, bool):
             raise TypeError(f"discard must be True or False, got {safe_repr(discard)}")
@@ -145,7 +150,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         self._release(conn, discard=discard)
 
     def _acquire_nowait(self) -> H | None:
-        """Lease what is free, if there is anything; None leaves it to `_acquire`."""
+        """Lease a free connection; return None if the caller has to use `_acquire`."""
         open_pool = self._open_pool
         if (
             open_pool is None
@@ -195,7 +200,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         open_pool = conn._open_pool  # noqa: SLF001
         if open_pool is not self._open_pool or not open_pool.owner.is_current_thread():
             if open_pool is not self._open_pool or open_pool.owner.is_closed():
-                # The pool was closed since, and nothing is left to be given back.
+                # The pool was closed after this acquire(), and its connections with it.
                 conn._claim = None  # noqa: SLF001
                 return
             open_pool.owner.check(self._label())
@@ -209,17 +214,18 @@ class Pool(NotAsync, NotCopied, Generic[H]):
     @boundary
     async def initialize(self) -> None:
         """
-        Open the pool; harmless if it is open.
+        Open the pool. If it is open already, this does nothing.
 
-        With `eager_init` it returns once `min_connections` are there. If none comes
-        within `connection_timeout` seconds it logs a WARNING with the cause and
-        returns as well: the pool goes on trying, and an application may start
-        before its authorizer.
+        With `eager_init` it returns once `min_connections` connections are open. If
+        none opens within `connection_timeout` seconds, it logs a WARNING with the cause
+        and returns. The pool continues to connect, so an application may start before
+        its authorizer.
 
         Raises:
             PoolMisuse: The pool is open on another event loop or in another process,
                 or was not configured.
-            ValueError: What no retry can mend, such as a missing certificate file.
+            ValueError: The configuration has an error that no retry can repair, such as
+                a missing certificate file.
         """
         open_pool = self._alive()
         while open_pool is not None and open_pool.state.shut:
@@ -235,26 +241,28 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             open_pool.adopted = True
         finally:
             open_pool.initializing -= 1
-            # Cancelled: as if it had never come, unless somebody else came, too.
+            # This call was cancelled. It closes the pool that it opened, unless another
+            # initialize() runs, or the pool is in use.
             if not open_pool.adopted and not open_pool.initializing:
                 open_pool.begin_close(0)
 
     @boundary
     async def close(self, grace: float = 5.0) -> None:
         """
-        Close the pool; harmless if it is closed.
+        Close the pool. If it is closed already, this does nothing.
 
         Waiting callers get `PoolClosed` at once. Leases have *grace* seconds to come
-        back, then their connections close under them and their calls end with
-        `ConnectionLost`. After it returns no task, thread, timer or socket is left.
+        back. After that the pool closes their connections, and their calls end with
+        `ConnectionLost`. When it returns, no task, thread, timer or socket is left.
 
-        Cancelling it gives up the grace, not the closing.
+        If this call is cancelled, the grace ends at once, and the pool still closes.
 
         Args:
-            grace: Seconds, default 5.
+            grace: Seconds that leases have to come back, default 5.
 
         Raises:
             PoolMisuse: The pool is open on another event loop or in another process.
+            TypeError, ValueError: *grace* is not a number of seconds.
         """
         grace = check_seconds("grace", grace)
         open_pool = self._alive()
@@ -266,6 +274,8 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             await open_pool.done.wait()
         except BaseException:
             open_pool.begin_close(0)
+            # The shield lets the closing end. The limit is longer than any closing, so
+            # it matters only if the host task hangs.
             with anyio.move_on_after(2 * CLOSE_LIMIT, shield=True):
                 await open_pool.done.wait()
             raise
@@ -282,10 +292,10 @@ class Pool(NotAsync, NotCopied, Generic[H]):
     ) -> None:
         await self.close()
 
-    # -- telling and changing ---------------------------------------------------
+    # -- status and limits ------------------------------------------------------
 
     def status(self) -> PoolStatus:
-        """Return a snapshot of the pool; never raises, open or not."""
+        """Return a snapshot of the pool's numbers, open or not. Never raises."""
         open_pool = self._open_pool
         forked = open_pool is not None and open_pool.owner.is_forked()
         if open_pool is not None and not forked and not open_pool.owner.is_closed():
@@ -299,16 +309,17 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             max_connections=options.max_connections,
             min_connections=options.min_connections,
             streams_max=options.capacity,
-            # No call will be answered in a process that was forked while it was open.
+            # If the process was forked while the pool was open, the child cannot use
+            # its connections: no call gets an answer.
             failing=forked,
         )
 
     def connections(self) -> tuple[ConnectionStatus, ...]:
         """
-        Return a snapshot of each open connection, the oldest first; never raises.
+        Return a snapshot of each open connection, oldest first. Never raises.
 
-        For people and incidents: where it leads, how old it is, what it carries, and
-        what went wrong on it last.
+        Use it to look into an incident. It gives the address, the age, the number of
+        leases and the last error of each connection.
         """
         open_pool = self._open_pool
         if (
@@ -321,12 +332,16 @@ class Pool(NotAsync, NotCopied, Generic[H]):
 
     def resize(self, min_connections: int, max_connections: int) -> None:
         """
-        Change the limits, also while the pool is open.
+        Change the limits of the pool, open or not.
 
-        Surplus connections close when they are idle; a lease is never cut short.
+        The pool closes surplus connections once they are idle. It never ends a lease.
+
+        Args:
+            min_connections: The new minimum, as in the constructor.
+            max_connections: The new limit, as in the constructor.
 
         Raises:
-            TypeError, ValueError: As the constructor.
+            TypeError, ValueError: The constructor does not accept these values.
             PoolMisuse: The pool is open on another event loop or in another process.
         """
         options = attrs.evolve(
@@ -349,8 +364,9 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         """
         Replace every open connection, one after the other.
 
-        Where there is room a new one is made before the old one goes; leases end on
-        the connection they have. For a rotated certificate or a moved server.
+        Use it after a change of certificates or of the server's address. If the limit
+        leaves room, the pool opens each new connection before it closes the old one.
+        Leases keep their connection until they are released.
 
         Raises:
             PoolMisuse: The pool is open on another event loop or in another process.
@@ -364,15 +380,21 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             open_pool.state.rotation.drain(open_pool.state.open)
             open_pool.after_change()
 
-    # -- what an open pool needs ------------------------------------------------
+    # -- the open pool ----------------------------------------------------------
 
     def _alive(self) -> OpenPool | None:
-        """Return the runtime if the pool is open here, None if it is not open."""
+        """
+        Return the open pool, or None if the pool is not open.
+
+        Raises:
+            PoolMisuse: The pool is open on another event loop or in another process.
+        """
         open_pool = self._open_pool
         if open_pool is None:
             return None
         if open_pool.done.is_set() or open_pool.owner.is_closed():
-            # Its loop has ended, and the host with it. Nobody is left to use it.
+            # The event loop has ended, and so has the host task. No task is left that
+            # could use this open pool.
             self._forget(open_pool)
             return None
         open_pool.owner.check(self._label())
@@ -380,13 +402,14 @@ class Pool(NotAsync, NotCopied, Generic[H]):
 
     def _open(self, *, validate: bool = False) -> OpenPool:
         """
-        Return a new runtime; only one thread can open the pool.
+        Open the pool and return the new open pool; only one thread can do this.
 
         Raises:
-            PoolMisuse: Another thread opens it, or has just opened it.
+            PoolMisuse: Another thread is opening the pool, or has just opened it.
         """
         owner = OwnerLoop()
-        # One step, so the threads need no lock, which a fork might find locked.
+        # setdefault() is atomic, so the threads need no lock. A child process that was
+        # forked while a lock was held could never take it.
         opener = self._opening_loop.setdefault(process.pid, owner)
         if opener is not owner:
             opener.check(self._label())
@@ -418,11 +441,12 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             try:
                 await run_pool(open_pool)
             finally:
-                # Here, too: who waits for `done` finds the pool closed.
+                # The end of the task calls this again, but only later. A task that
+                # waits for `done` must find the pool closed when it wakes.
                 self._forget(open_pool)
 
         def loop_closed() -> None:
-            if owner.is_closed():  # and not destroyed in an orderly way
+            if owner.is_closed():  # otherwise the timer was cancelled, as after close()
                 close_now(open_pool)
                 self._forget(open_pool)
 
@@ -438,7 +462,8 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         return open_pool
 
     def _forget(self, open_pool: OpenPool) -> None:
-        # If the host never began, nobody else wakes those who wait for it.
+        # If the host task never began, no other code wakes the tasks that wait for
+        # `done`.
         if not open_pool.done.is_set() and not open_pool.owner.is_closed():
             open_pool.begin_close(0)
             open_pool.done.set()
@@ -447,7 +472,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             self._metrics.detach()
             if self._closed:
                 self._log_limit.flush(everything=True)
-            self._log_limit.clock = None  # that of the loop, which may go now
+            self._log_limit.clock = None  # do not keep the loop's clock alive
             logger.info("%s: closed", open_pool.label)
 
     def _configured(self) -> Connector:

@@ -1,9 +1,9 @@
 """
-Whether a pool gets answers now: what `TopazConfig.is_ready()` asks.
+Checks whether the server answers a pool now, for `TopazConfig.is_ready()`.
 
-The question never makes a call of its own. It has the pool probe a connection, or make
-one, and waits. So many callers at once cost one probe, a probe outlives the caller who
-asked for it, and its consequences are those of every probe.
+The check makes no call itself. It asks the pool to probe a connection or to make one,
+and waits for the result. So many callers at once share one probe. If the caller is
+cancelled, the probe continues. Its result has the same effects as any other probe's.
 """
 
 from __future__ import annotations
@@ -26,34 +26,37 @@ __all__ = ["is_ready"]
 
 
 RECENT = 1.0
-"""Seconds. An answer that is younger is not asked for again."""
+"""Seconds. If the last answer is younger than this, no new probe is made."""
 
 
 async def is_ready(pool: Pool[Any], timeout: float) -> bool:
     """
-    Say whether the server answers within *timeout* seconds.
+    Return whether the server answers within *timeout* seconds.
 
     Raises:
-        PoolError: No connection can be had; see `ConnectionPool.acquire`.
+        PoolError: No connection is available; see `ConnectionPool.acquire`.
     """
     open_pool = pool._first_use()  # noqa: SLF001
     open_pool.adopted = True
-    # Also if another connection fails a moment after the answer.
+    # Any answered probe since now counts, even if another connection fails right after
+    # it. So the number of answered probes is compared, not only the newest result.
     answered = partial(_is_answered, open_pool, open_pool.answered_probes)
     if answered():
         return True
     with open_pool.clock.deadline(open_pool.now() + timeout):
         failures = open_pool.state.failures
-        # Without it many callers at once would have many connections made.
+        # One caller at a time asks. Without the lock, many callers at once would make
+        # the pool open many connections.
         async with open_pool.readiness:
-            # Else the caller who held it before asked, and got no answer.
+            # If a failure was counted meanwhile, the caller who held the lock before
+            # has asked and got no answer.
             if open_pool.state.failures == failures:
                 await _ask(pool, open_pool, timeout, answered)
     if answered():
         return True
     state = open_pool.state
     if state.connecting or any(slot.probing for slot in state.open):
-        state.failed()  # the server was asked, and did not answer in time
+        state.failed()  # a probe or attempt is under way, and no answer came in time
     return False
 
 
@@ -64,7 +67,7 @@ async def _ask(
     answered: Callable[[], bool],
 ) -> None:
     """
-    Return after an answer, or if no connection is left to ask.
+    Probe connections until one answers, or until none is left to probe.
 
     Raises:
         PoolError: No connection can be leased.
@@ -73,24 +76,24 @@ async def _ask(
     asked: set[Slot] = set()
     while not (state.shut or answered()):
         slot = state.newest_proof(asked, open_pool.now())
-        open_pool.after_change()  # some may be lost
+        open_pool.after_change()  # newest_proof() may have retired lost connections
         if slot is not None:
             asked.add(slot)
             await _probe(open_pool, slot, answered)
         else:
             try:
-                # A lease makes no call. But the pool connects for a caller who waits
-                # for one sooner than for others, and tells that caller of an outage.
+                # The lease makes no call. But while a caller waits, the pool connects
+                # after shorter pauses, and in an outage it raises the cause here.
                 async with pool.acquire(timeout=timeout) as conn:
                     slot = conn._held().slot  # noqa: SLF001
             except PoolTimeout:
-                return  # a call may have been answered meanwhile
+                return  # the caller looks for an answer that came meanwhile
             if slot in asked:
-                return  # it may be leased, but its probe was not answered
+                return  # the pool leases it, but it did not answer its probe
 
 
 async def _probe(open_pool: OpenPool, slot: Slot, answered: Callable[[], bool]) -> None:
-    """Have the pool probe *slot*, and return after that or after any other answer."""
+    """Have the pool probe *slot*; return after the probe or after any other answer."""
     queue = open_pool.state.to_probe
     if not slot.probing and slot not in queue:
         queue.append(slot)
@@ -101,9 +104,9 @@ async def _probe(open_pool: OpenPool, slot: Slot, answered: Callable[[], bool]) 
 
 def _is_answered(open_pool: OpenPool, probes: int) -> bool:
     """
-    Say whether more than so many *probes* were answered, or an answer is new enough.
+    Return whether more than *probes* probes were answered, or an answer is recent.
 
-    That is newer than any failure, and less than a second old.
+    A recent answer is newer than any failure, and younger than `RECENT` seconds.
     """
     state, now = open_pool.state, open_pool.now()
     if state.shut or open_pool.answered_probes > probes:

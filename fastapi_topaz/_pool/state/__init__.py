@@ -1,1 +1,1 @@
-"""What a pool knows and decides, without I/O and without a clock."""
+"""The state of a pool and its decisions, without I/O and without a clock."""

@@ -1,4 +1,4 @@
-"""The attempts to connect: those under way, and what the failed ones tell."""
+"""The attempts to connect: which are under way, and when the next one may begin."""
 
 from __future__ import annotations
 
@@ -18,32 +18,38 @@ __all__ = ["Attempts"]
 
 
 BRIEF = 2.0
-"""Seconds. An idle connection that ends within this time of its opening is a failure,
-unless it answered something. One that ends later was idle for too long for a proxy."""
+"""
+Seconds. If an idle connection ends within this time after its opening, and never
+answered, it counts as a failed attempt. If it ends later, that is not a failure: a
+proxy closes connections that are idle for too long.
+"""
 
 FORGIVEN = 60.0
-"""Seconds without such a failure, after which the pauses are short again."""
+"""Seconds without such a failure. After them the pauses are short again."""
 
 FORGOTTEN = 1.0
-"""Seconds without any attempt since one might have been made again."""
+"""
+Seconds. An outage is forgotten if the next attempt was allowed for so long, and none
+was needed.
+"""
 
 PATIENCE = 2.0
-"""Seconds. An attempt that takes longer may hang: others are begun in its stead."""
+"""Seconds. If an attempt takes longer, it may hang: others may begin in its place."""
 
 
 class Attempts:
     """
-    The attempts to connect, and an outage if the last of them failed.
+    The attempts to connect, and the pauses between them after failures.
 
-    Strictly private.
+    Strictly private. All times are seconds on the pool's clock.
 
     Attributes:
-        under_way: The entries whose connections are being established.
-        failures: Rounds that failed since the last success. All attempts begun
-            before the first of them failed are one round. A connection that ended
-            before it answered anything is a failure, too.
-        error: Why the last one failed.
-        unanswered: Connections in a row that ended before they answered anything.
+        under_way: The slots whose connections are being established.
+        failures: The failed rounds since the last success. All attempts that began
+            before the first of them failed are one round. If a connection ends before
+            it answered anything, that is also a failure.
+        error: The error of the last failure.
+        unanswered: The connections in a row that ended before they answered anything.
     """
 
     def __init__(self, random: Callable[[], float]) -> None:
@@ -58,9 +64,10 @@ class Attempts:
         self._unanswered_until = self._paced_until = float("-inf")
 
     def begin(self, now: float) -> Slot:
-        """Add an entry whose connection is being established."""
+        """Begin an attempt: return a new slot whose connection is being established."""
         if now < self._unanswered_until + BRIEF:
-            # Else attempts that succeed follow each other as fast as they are lost.
+            # An attempt that succeeds sets no pause. So if the server hangs up each
+            # time, new attempts would follow as fast as the connections are lost.
             share = self._random()
             self._paced_until = now + full_jitter(self.unanswered, share, DEMAND_CAP)
         slot = Slot(started_at=now, round=self._round)
@@ -69,10 +76,10 @@ class Attempts:
 
     def forget(self, now: float) -> bool:
         """
-        Forget an outage that nobody followed up, and say whether there was one.
+        Forget an old outage, and return whether there was one.
 
-        To be called when an attempt is needed. Nobody needed one for a while since one
-        might have been made again, so what failed then says nothing of now.
+        Call this when an attempt is needed. If none was needed for `FORGOTTEN` seconds
+        after the pause, the old failures say nothing about the server now.
         """
         quiet_since = max(self._retry_at, self._failed_at)
         if not self.failures or self.under_way or now <= quiet_since + FORGOTTEN:
@@ -82,18 +89,19 @@ class Attempts:
         return True
 
     def succeeded(self, slot: Slot) -> None:
-        """Drop *slot*, and the outage: one success makes up for all failures."""
+        """Remove *slot*, and forget all failures: one success ends the outage."""
         self.under_way.remove(slot)
         self.failures = 0
         self.error = None
         self._retry_at = self._demand_at = float("-inf")
 
     def failed(self, slot: Slot, error: Exception, now: float) -> None:
-        """Drop *slot*, and wait before the next round."""
+        """Remove *slot*, whose attempt failed, and set the pause before a new round."""
         self.under_way.remove(slot)
         self._failed_at = now
-        # Not after each failure: an attempt begun meanwhile would always be under
-        # way, and the next would follow each failure without any pause.
+        # Only the first failure of a round counts and sets a pause. If every failure
+        # did, an attempt that began meanwhile would always be under way. Then the next
+        # attempt would follow each failure without a pause.
         if slot.round == self._round:
             self._round += 1
             if not self.failures:
@@ -102,27 +110,28 @@ class Attempts:
             share = self._random()
             self._retry_at = now + full_jitter(self.failures, share)
             self._demand_at = now + full_jitter(self.failures, share, DEMAND_CAP)
-        # Not one begun before a success that came since: the outage is over.
+        # Without failures, another attempt has succeeded since this one began. Then
+        # the outage is over, and this error is of no interest.
         if self.failures:
             self.error = error
 
     def cancelled(self, slot: Slot) -> None:
-        """Drop *slot*, unless its attempt has ended already."""
+        """Remove *slot*. If its attempt has ended already, do nothing."""
         self.under_way.discard(slot)
 
     def ended(self, slot: Slot, error: Exception | None, now: float) -> None:
         """
-        Note that the connection of *slot* was lost.
+        Record that the connection of *slot* was lost.
 
-        With an *error* it is a failed attempt, because it never answered. Without a
-        pause, a server that accepts and hangs up would see connections made as fast as
-        they can be, each of them a success.
+        If *error* is given, the connection never answered, and counts as a failed
+        attempt with a pause after it. Otherwise, if a server accepts connections and
+        hangs up, the pool would connect without a pause: each attempt is a success.
         """
         if slot.answered or now > self._unanswered_until + FORGIVEN:
             self.unanswered = 0
         if error is None:
             return
-        if now >= self._unanswered_until:  # those that end together count once
+        if now >= self._unanswered_until:  # connections that end together count once
             self.unanswered += 1
             share = self._random()
             pause = full_jitter(self.unanswered, share, DEMAND_CAP)
@@ -130,32 +139,33 @@ class Attempts:
         if not self.failures:
             self.failures = 1
             self._since = slot.started_at
-            self._round += 1  # those that are under way are of the same round
+            self._round += 1  # the attempts under way belong to the failed round
         self._failed_at = now
         self.error = error
 
     def is_newer(self, slot: Slot) -> bool:
-        """Say whether *slot* was begun after the last failure."""
+        """Return whether the attempt of *slot* began after the last failure."""
         return slot.started_at >= self._failed_at
 
     def is_cautious(self, now: float) -> bool:
-        """Say whether the server's state calls for one attempt at a time."""
+        """Return whether to make only one attempt at a time, after failures."""
         return self.failures > 0 or now < self._unanswered_until + BRIEF
 
     def next_attempt(self, *, waiting: bool) -> float:
-        """Return when the next attempt may be made; sooner if somebody is *waiting*."""
+        """Return when the next attempt may begin; earlier if callers are *waiting*."""
         retry_at = self._demand_at if waiting else self._retry_at
         return max(retry_at, self._unanswered_until, self._paced_until)
 
     def coming(self, *, waiting: bool) -> int:
-        """Return how many connections may be expected from the attempts under way."""
-        # One that hangs must not keep those who wait from another server.
+        """Return how many connections to expect from the attempts under way."""
+        # If an attempt hangs, another one may reach another server for the callers that
+        # wait. So an overdue attempt does not count.
         if waiting:
             return sum(not slot.overdue for slot in self.under_way)
         return len(self.under_way)
 
     def overdue(self, now: float) -> bool:
-        """Give up hope in attempts that take too long; True if that is news."""
+        """Mark attempts that take longer than `PATIENCE`; return whether any is new."""
         late = [
             slot
             for slot in self.under_way
@@ -166,7 +176,7 @@ class Attempts:
         return bool(late)
 
     def next_overdue(self) -> float:
-        """Return when the next attempt takes too long."""
+        """Return when the next attempt under way becomes overdue."""
         return min(
             (e.started_at + PATIENCE for e in self.under_way if not e.overdue),
             default=float("inf"),
@@ -174,10 +184,15 @@ class Attempts:
 
     def hopeless(self, options: PoolOptions, now: float) -> bool:
         """
-        Say whether those who wait have had what one demand is worth.
+        Return whether the waiting callers should fail now, instead of waiting longer.
 
-        That is a number of attempts, or, where an attempt takes longer than any caller
-        waits, that time.
+        They fail if attempts have failed, all attempts still under way are overdue, and
+        one of these is true:
+
+        - `options.attempts` rounds have failed.
+        - `acquire_timeout` seconds have passed since the first failed attempt began.
+          This matters if one attempt takes longer than any caller waits.
+        - The last error is permanent.
         """
         if not self.failures or self.coming(waiting=True):
             return False

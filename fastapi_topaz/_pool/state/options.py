@@ -1,8 +1,8 @@
 """
-The parameters of a pool, and what each of them may be.
+The parameters of a pool, and the checks of their types and values.
 
-Nothing here touches the network, a file or an event loop: options are built at
-import time, before a worker process forks.
+Options are built at import time, before a worker process forks. So nothing here uses
+the network, a file or an event loop.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["PoolOptions", "fit_minimum"]
 
 
-# Less would keep the event loop, or the server, busy with nothing else.
+# The least values in seconds, if not 0. With a smaller one, the event loop or the
+# server would do nothing else.
 _LEAST = {
     "idle_check_interval": 0.001,
     "health_check_interval": 0.001,
@@ -40,11 +41,11 @@ P = ParamSpec("P")
 
 def fit_minimum(init: Callable[P, None]) -> Callable[P, None]:
     """
-    Let an omitted `min_connections` be 1 if `max_connections` is 1.
+    Wrap *init* so that `min_connections` defaults to 1 if `max_connections` is 1.
 
-    Its default stays 2 in the signature of *init*, as it is documented. An explicit 2
-    is a contradiction then, which *init* refuses: only the caller's arguments tell the
-    two apart.
+    The signature of *init* keeps the documented default 2. If the caller passes 2
+    explicitly, the two values contradict each other, and *init* refuses them. Only the
+    arguments of the call show whether 2 was passed.
     """
 
     @functools.wraps(init)
@@ -59,7 +60,7 @@ def fit_minimum(init: Callable[P, None]) -> Callable[P, None]:
 @attrs.frozen(kw_only=True)
 class PoolOptions:
     """
-    The parameters of a pool; `ConnectionPool` documents each, and has the defaults.
+    The parameters of a pool. `ConnectionPool` documents them and has their defaults.
 
     Strictly private.
     """
@@ -117,10 +118,10 @@ class PoolOptions:
 
     @property
     def capacity(self) -> int:
-        """Leases the pool can give out at once."""
+        """The most leases that the pool gives out at once."""
         return self.max_connections * self.streams_per_connection
 
     @property
     def attempts(self) -> int:
-        """Rounds of connecting that one demand is worth."""
+        """The failed rounds of attempts to connect after which waiting callers fail."""
         return 1 + (self.max_retries if self.retry_on_failure else 0)

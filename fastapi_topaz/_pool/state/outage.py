@@ -1,14 +1,15 @@
 """
-The connections that are refused: their other side answers that it cannot serve.
+The refused connections: the other side answers that it cannot serve now.
 
-A proxy answers so for a server that is down, and a server that starts or stops. The
-connection itself is well, so it would help nobody to close it. It gets no leases until
-a probe is answered.
+A proxy answers so if its server is down; a server answers so while it starts or stops.
+The connection itself works, so closing it would not help. The pool gives no leases of
+it until a probe is answered.
 
-A refusal alone is no outage. A rate limit refuses a share of all calls, and one proxy
-of several may be cut off from its server. So a refused connection is probed at once,
-and again after a short pause. Only if nothing at all is answered meanwhile, probes
-become rare, and after a while it is an outage.
+A refusal alone is not an outage. A rate limit refuses only a share of all calls, and
+one of several proxies may have lost its server. So the pool probes a refused connection
+at once, and again after a short pause. If nothing at all is answered meanwhile, this is
+a *silence*: probes become rare. After `GRACE` seconds of silence the pool declares an
+outage.
 """
 
 from __future__ import annotations
@@ -26,36 +27,42 @@ __all__ = ["Outage"]
 
 
 GRACE = 0.5
-"""Seconds without any answer until it is an outage."""
+"""Seconds without any answer before an outage is declared."""
 
 FIRST_PAUSE = 0.05
-"""Seconds between a refused probe and the next one. Each pause is twice the last."""
+"""Seconds after the first refused probe. Each further pause is twice the last one."""
 
 PAUSE = 0.3
-"""Seconds between two probes at most, so that a pool makes at most 4 a second."""
+"""Seconds. The longest pause between two probes. A pool makes at most 4 a second."""
 
 AT_ONCE = 2
-"""Probes of refused connections that are under way at a time."""
+"""The most probes of refused connections at a time."""
 
 OVERDUE = 0.4
-"""Seconds that callers in an outage wait for the next probe, which may hang."""
+"""
+Seconds. The longest time that callers in an outage wait for the next probe, because
+that probe may hang.
+"""
 
 ATTEMPT = 1.0
-"""Seconds between two attempts to connect while nothing is answered. Another
-connection may lead to another server."""
+"""
+Seconds between two attempts to connect while nothing is answered. A new connection may
+lead to another server.
+"""
 
 
 class Outage:
     """
-    The refused connections, when to probe them, and whether it is an outage.
+    The refused connections, the times of their probes, and the outage.
 
-    Strictly private.
+    Strictly private. All times are seconds on the pool's clock.
 
     Attributes:
-        refused: The connections that get no leases until a probe is answered, in the
-            order in which they are probed.
-        error: The last refusal of a probe; None if all was answered since.
-        declared: Whether it is an outage, in which callers get the error.
+        refused: The slots whose connections get no leases until a probe is answered, in
+            the order of their probes.
+        error: The error of the last refused probe. None if all refused connections have
+            answered or closed since.
+        declared: Whether an outage is declared. Then callers get `error`.
     """
 
     def __init__(self) -> None:
@@ -63,8 +70,9 @@ class Outage:
         self.error: Exception | None = None
         self.declared = False
         self._declared_at = float("-inf")
-        # Refused probes in a row without any answer: how many rounds, since when, and
-        # when the last one was counted.
+        # The silence: refused probes in a row, without any answer. `_silent` counts
+        # them in rounds, `_silent_since` is its start, and `_counted_at` is the time of
+        # the last count.
         self._silent = 0
         self._refused_at = self._answered_at = float("-inf")
         self._silent_since = self._counted_at = float("-inf")
@@ -72,11 +80,11 @@ class Outage:
 
     @property
     def is_silent(self) -> bool:
-        """Whether a probe was refused, and nothing was answered since before it."""
+        """Whether a probe was refused, and no connection has answered meanwhile."""
         return self._silent > 0
 
     def add(self, slot: Slot, refusals: int, now: float) -> None:
-        """Probe *slot* soon: so many of its calls were *refused*, or none yet."""
+        """Add *slot*, to be probed at once; *refusals* calls on it were refused."""
         self.refused[slot] = None
         slot.refusals = refusals
         slot.probe_at = now
@@ -90,9 +98,10 @@ class Outage:
         now: float,
     ) -> None:
         """
-        Note that a probe of *slot*, which *began* then, was refused with *error*.
+        Record that a probe of *slot* was refused with *error*.
 
-        The last answer on any connection came at *answered_at*.
+        The probe began at *began*. The last answer on any connection came at
+        *answered_at*.
         """
         if slot not in self.refused:
             self.add(slot, 0, now)
@@ -100,21 +109,26 @@ class Outage:
         self._refused_at = now
         slot.refusals += 1
         slot.probe_at = self._next_probe(slot, now)
-        # A connection that is refused for long, while others are answered, is no
-        # silence; nor does it end one that began since.
+        # Count from the start of the silence. Without one, count from the time at which
+        # this slot was suspected: an answer on another connection since then shows that
+        # there is no silence. A slot refused for long does not end a newer silence.
         since = min(now, self._silent_since if self._silent else slot.suspected_at)
-        # What is later than now is of a clock that was set back since.
+        # A time later than now comes from before the clock was set back: ignore it.
         if since < answered_at <= now or since <= self._answered_at <= now:
             self._end_silence()
             return
         self._silent_since = since
-        if began >= self._counted_at:  # those that were under way together count once
+        if began >= self._counted_at:  # probes under way together count once
             self._silent += 1
             self._counted_at = now
         self._pause_until = now + self._pause(self._silent)
 
     def declare(self, usable: Collection[Slot], now: float) -> bool:
-        """Declare an outage if all *usable* ones are refused; True if it is new."""
+        """
+        Declare an outage if all *usable* connections are refused in a long silence.
+
+        Return True only if this call declares it.
+        """
         if self.declared or not self.is_total(usable):
             return False
         if not self._silent or now - self._silent_since < GRACE:
@@ -123,22 +137,26 @@ class Outage:
         return True
 
     def is_total(self, usable: Collection[Slot]) -> bool:
-        """Say whether each *usable* connection was refused, and there are any."""
+        """Return whether all *usable* connections were refused; False without any."""
         return bool(usable) and all(
             slot in self.refused and slot.refusals for slot in usable
         )
 
     def is_overdue(self, now: float) -> bool:
-        """Say whether in an outage the callers have waited for long for a probe."""
+        """Return whether an outage is declared, and no probe ended for `OVERDUE` s."""
         return self.declared and not _is_ahead(self._refused_at + OVERDUE, now, OVERDUE)
 
     def saw_answer(self, answered_at: float) -> None:
-        """Note when the last call was answered, which may be the end of an outage."""
+        """End the outage if the last answer, at *answered_at*, is newer than it."""
         if answered_at > self._declared_at:
             self.declared = False
 
     def answered(self, slot: Slot, now: float) -> None:
-        """Note that *slot* has answered a probe: the others may do so, too."""
+        """
+        End the outage, because *slot* has answered a probe.
+
+        The other refused connections are probed at once, as they may answer, too.
+        """
         self._answered_at = now
         self.forget(slot)
         if self._silent or self.declared:
@@ -148,31 +166,33 @@ class Outage:
         self._end_silence()
 
     def forget(self, slot: Slot) -> None:
-        """*slot* is gone, or suspected for another reason."""
+        """Remove *slot*, which is no longer refused, or suspect for another reason."""
         self.refused.pop(slot, None)
         if not self.refused:
-            # Nothing is left to be probed, so attempts to connect need not be rare.
+            # No connection is left to probe, so attempts to connect need not be rare.
             self._end_silence()
             if not self.declared:
                 self.error = None
 
     def due(self, now: float) -> Slot | None:
-        """Return a connection to be probed now; it counts as probed from now on."""
+        """Return a slot to probe now, or None. Sets `probing` of the slot."""
         for slot in self.refused:
             if not slot.probing and not self._must_wait(slot, now):
-                # To the end, so that each has its turn.
+                # Moved to the end, so that each slot has its turn.
                 del self.refused[slot]
                 self.refused[slot] = None
                 slot.probing = True
                 if self._is_paced(slot):
-                    # Also if this one hangs, the next one is not made before.
+                    # Set now and not after the probe, which may hang: the next probe
+                    # then begins after the pause, and not earlier.
                     self._pause_until = now + self._pause(self._silent)
                 return slot
         return None
 
     def next_at(self, now: float) -> float:
-        """Return when to look for a due one again, if nothing happens before."""
-        # No later, because the clock may be set back, and callers wait.
+        """Return when to call `due` again, if nothing happens before."""
+        # The upper limit helps if the clock is set back: waiting callers must not wait
+        # until it reaches its old time again.
         latest = now + OVERDUE if self.refused else float("inf")
         times = [latest]
         is_full = self._under_way() >= AT_ONCE
@@ -184,18 +204,23 @@ class Outage:
         return min(times)
 
     def attempted(self, now: float) -> None:
-        """Note that an attempt to connect was begun, which is as good as a probe."""
+        """
+        Record that an attempt to connect has begun.
+
+        In a silence this delays the next attempt and the next probe, because the
+        attempt shows as much as a probe.
+        """
         if self._silent:
             self._attempt_at = now + ATTEMPT
             self._pause_until = now + PAUSE
 
     def clock_is(self, now: float) -> None:
-        """Wait no longer than ever for an attempt, also if the clock was set back."""
+        """Limit the wait for the next attempt, in case the clock was set back."""
         self._attempt_at = min(self._attempt_at, now + ATTEMPT)
 
     @property
     def next_attempt(self) -> float:
-        """When the next attempt to connect may be made."""
+        """The time at which the next attempt to connect may begin."""
         return self._attempt_at if self._silent else float("-inf")
 
     def _must_wait(self, slot: Slot, now: float) -> bool:
@@ -209,18 +234,19 @@ class Outage:
         pause = self._pause(max(1, slot.refusals - 1))
         if pause < PAUSE:
             return now + pause
-        # Each at a time of its own, or all that were refused would be probed together.
+        # Each slot gets its own time. Otherwise all refused slots would be probed at
+        # the same time.
         at = max(now, min(self._next_probe_at, now + self._longest() - PAUSE)) + PAUSE
         self._next_probe_at = at
         return at
 
     def _pause(self, number: int) -> float:
-        # In an outage the longest, also for a connection that is new in it.
+        # In an outage each pause is the longest, also for a new connection.
         short = FIRST_PAUSE * 2.0 ** min(number - 1, 32)
         return PAUSE if self.declared else min(PAUSE, short)
 
     def _is_paced(self, slot: Slot) -> bool:
-        # What was not refused itself yet is probed at once: it may be well.
+        # A slot without a refusal of its own is probed at once: it may work.
         return self._silent > 0 and slot.refusals > 0
 
     def _under_way(self) -> int:
@@ -235,5 +261,9 @@ class Outage:
 
 
 def _is_ahead(moment: float, now: float, longest: float) -> bool:
-    """Say whether *moment* is to come; if the clock was set back it is not."""
+    """
+    Return whether *moment* is in the future, by at most twice the *longest* pause.
+
+    A later moment can only come from before the clock was set back: it counts as past.
+    """
     return 0 < moment - now <= 2 * longest

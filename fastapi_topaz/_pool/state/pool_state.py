@@ -1,31 +1,31 @@
 """
-The state of a pool and every change of it, without I/O and without a clock.
+The state of a pool and all its changes, without I/O and without a clock.
 
-An entry is one slot for a connection. Which of the three collections holds it is
-its state, and it is always in exactly one until it is gone:
+A slot has room for one connection. It is always in exactly one of three collections,
+which is its state, until it is gone:
 
     connecting ──connected──▶ open ──retire, last lease back──▶ closing ──closed──▶ ∅
         └─────connect_failed─────────────────────────────────────────────────────▶ ∅
 
-An open entry is *ready* while it may take another lease: it is below its number of
-streams, not *suspect* (waiting for a probe) and not *retired* (waiting for its last
-lease to come back). An *expired* entry still serves, until a new one replaces it.
+An open slot is *ready* while it has a free stream and may take another lease. A
+*suspect* slot waits for a probe, a *retired* one for its last lease to come back:
+neither is ready. An *expired* slot still serves, until a new one replaces it.
 
-A call that is cut off, or two in a row without an answer, or a failed probe makes an
-entry suspect; a failed probe of a suspect retires it.
+A slot becomes suspect after a call that was cut off, two calls in a row without an
+answer, or a failed probe. If the probe of a suspect slot fails, it is retired.
 
-What holds after every method:
+These invariants hold after every method:
 
-- open + connecting + closing never grows beyond `max_connections`. Lowering it does
-  not cut leases short, nor attempts.
-- an entry has at most `streams` leases, and `in_use` is the sum of them.
-- leases are served in the order they came; nobody is served past one who waits.
-- nobody who may be served waits: see `serve`.
-- an entry with leases is never closed, until `abandon` ends the grace of close().
+- open + connecting + closing never grows beyond `max_connections`. A lower limit ends
+  no lease and no attempt early.
+- A slot has at most `streams` leases, and `in_use` is the sum over all slots.
+- Claims are served in the order in which they came. None overtakes a waiting one.
+- No claim waits that could be served: see `serve`.
+- A slot with leases is never closed, until `abandon` ends the grace of close().
 
-Methods are synchronous: no other task can see them half done, so there is no lock.
-They take the time as an argument and leave their effects to the caller: entries to
-close pile up in `to_close`, entries to probe at once in `to_probe`.
+Methods are synchronous, so no other task sees a half-done change, and no lock is
+needed. They take the time (in seconds) as an argument. They leave effects to the
+caller: `to_close` collects the slots to close, `to_probe` the slots to probe at once.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ __all__ = ["PoolState"]
 
 
 RAMP = 2
-"""Attempts at once at first; later as many as there are connections."""
+"""The attempts at once at first. Later there may be as many as open connections."""
 
 
 class PoolState:
     """
-    The entries of one open pool, and who waits for them.
+    The slots of one open pool, and the claims that wait for them.
 
     Strictly private.
     """
@@ -83,28 +83,27 @@ class PoolState:
         self.to_probe: list[Slot] = []
         self.unanswered_ends: list[Slot] = []
         self.first_unanswered = False
-        # Failures so far, and whether a connection that is closed by now has answered
-        # since the last one.
+        # The number of failures. And whether, since the last one, a connection has
+        # answered that is closed now: its slot no longer shows it to `is_ready`.
         self.failures = 0
         self._closed_answered = False
 
-        # A stack: the last used is leased first, so that the others grow idle and
-        # can be reaped. A dict, because any of them may have to leave.
+        # A stack: the slot that became ready last is leased first. So the others stay
+        # idle and can be reaped. It is a dict, because any slot may have to leave it.
         self.ready: dict[Slot, None] = {}
         self.waiting: OrderedDict[Claim, None] = OrderedDict()
         self.in_use = 0
 
-        # In use, and so kept at its minimum.
+        # Set at the first use: only then the pool keeps `min_connections`.
         self.keeps_minimum = False
-        self.unawaited_demand = (
-            0  # Connections wanted by callers who did not wait for them.
-        )
+        # Connections wanted by callers that did not wait for them (timeout 0).
+        self.unawaited_demand = 0
         self.shut = False
-        self.unhandled_loss = (
-            False  # One was lost, which may be missed though it closes later.
-        )
-        # Had its time come, a connection would have been probed by then: if it was
-        # not, the clock has jumped, or the process was stopped.
+        # A connection was lost, and `after_change` has not run since. The loss may need
+        # a replacement now, although its slot closes later.
+        self.unhandled_loss = False
+        # Health checks probe each connection before its last proof is older than this.
+        # If one is older, the clock has jumped, or the process was stopped.
         interval = options.health_check_interval
         self._stale_after = (
             2 * (interval + options.health_check_timeout) if interval else float("inf")
@@ -113,30 +112,30 @@ class PoolState:
     # -- leases -----------------------------------------------------------------
 
     def take(self, claim: Claim, now: float) -> bool:
-        """Serve *claim* at once; False if nothing is ready or somebody waits."""
+        """Serve *claim* at once; return False if no slot is ready or a claim waits."""
         if self.waiting or (slot := self._pick(now)) is None:
             return False
         self._assign(claim, slot)
         return True
 
     def enqueue(self, claim: Claim) -> None:
-        """Let *claim* wait, behind all others."""
+        """Add *claim* to the end of the queue."""
         self.keeps_minimum = True
         self.waiting[claim] = None
 
     def withdraw(self, claim: Claim, now: float) -> None:
-        """Forget *claim*, whether it still waits or was served meanwhile."""
+        """Remove *claim* from the queue; if it was served meanwhile, give it back."""
         self.waiting.pop(claim, None)
         if claim.slot is not None:
             self.give_back(claim, now)
 
     def serve(self, tokens: int, now: float) -> list[Claim]:
         """
-        Serve those who wait, first come first served, and return them.
+        Serve waiting claims in their order, and return them.
 
-        *tokens* is how many the limiter has lent, but to those who were dismissed. Its
-        queue and `waiting` are in the same order, so whoever holds a token and no
-        stream is at the head of `waiting`: there are `tokens - in_use` of them.
+        *tokens* is the number that the limiter has lent, without those of dismissed
+        claims. The limiter's queue and `waiting` are in the same order. So the claims
+        with a token and without a stream, `tokens - in_use` of them, come first.
         """
         served = []
         while self.waiting and self.in_use < tokens and (slot := self._pick(now)):
@@ -146,8 +145,8 @@ class PoolState:
         return served
 
     def _pick(self, now: float) -> Slot | None:
-        # The channel of a dead server says so within a moment, and asking it costs a
-        # fraction of a microsecond.
+        # The channel to a dead server shows the loss soon, and asking it costs less
+        # than a microsecond.
         while self.ready:
             slot = next(reversed(self.ready))
             if now - slot.proven_at <= self._stale_after and not slot.is_gone():
@@ -163,7 +162,7 @@ class PoolState:
         claim.slot = slot
 
     def give_back(self, claim: Claim, now: float) -> None:
-        """Take the stream of *claim* back."""
+        """Take the stream of *claim* back; a retired slot closes after the last one."""
         slot = claim.slot
         assert slot is not None  # noqa: S101
         claim.slot = None
@@ -176,14 +175,14 @@ class PoolState:
             self.ready.setdefault(slot)
 
     def fail_waiting(self, failure: Exception) -> list[Claim]:
-        """Give *failure* to everybody who waits, and return them."""
+        """Dismiss all waiting claims with *failure*, and return them."""
         failed = self.dismiss(float("inf"))
         for claim in failed:
             claim.failure = failure
         return failed
 
     def dismiss(self, deadline: float) -> list[Claim]:
-        """Return those in front who wait until *deadline* at most, and forget them."""
+        """Dismiss waiting claims up to the first with a later deadline; return them."""
         dismissed = []
         while self.waiting and next(iter(self.waiting)).deadline <= deadline:
             claim, _ = self.waiting.popitem(last=False)
@@ -195,11 +194,12 @@ class PoolState:
 
     def shortfall(self, tokens: int, now: float) -> int:
         """
-        Return how many connections to begin to establish now.
+        Return how many attempts to connect to begin now.
 
-        For those who hold a token and no stream, for `min_connections` once the pool is
-        in use, and one to replace an expired connection. At first two at once, then as
-        many as there are; in an outage one by one, each after its backoff.
+        Connections are needed for claims with a token and without a stream, for the
+        minimum once the pool is in use, and to replace an expired slot. At first two
+        attempts run at once, later as many as there are connections. In an outage one
+        runs at a time, each after its backoff.
         """
         room = self.room()
         self.outage.clock_is(now)
@@ -211,7 +211,8 @@ class PoolState:
         entitled = min(len(self.waiting), tokens - self.in_use)
         needed = -(-entitled // self.streams) - coming
         floor = self.options.min_connections if self.keeps_minimum else 0
-        # After a failure until one succeeds, or nobody would know that it is over.
+        # After a failure, the pool wants a connection until one succeeds. Otherwise it
+        # would not notice the end of the outage.
         failing = bool(self.attempts.failures or self.outage.declared)
         floor = max(floor, self.unawaited_demand, int(failing))
         needed = max(needed, floor - self._usable() - coming)
@@ -220,22 +221,23 @@ class PoolState:
         return max(0, min(needed, room, ramp - coming))
 
     def next_attempt(self) -> float:
-        """Return when the next attempt may be made, which may be long ago."""
+        """Return when the next attempt may begin; that time may be in the past."""
         return max(
             self.attempts.next_attempt(waiting=bool(self.waiting)),
             self.outage.next_attempt,
         )
 
     def begin(self, now: float) -> Slot:
-        """Add an entry whose connection is being established."""
+        """Add a slot whose connection is being established."""
         self.outage.attempted(now)
         return self.attempts.begin(now)
 
     def connected(self, slot: Slot, connection: Any, now: float) -> None:
-        """Open *slot*; one success makes up for all failures."""
+        """Open *slot* with *connection*; one success ends the failures to connect."""
         self.unawaited_demand = 0
         if self.attempts.failures and not self._usable():
-            # Servers come back one by one, and this is the first.
+            # The first server after an outage. The others come back one by one, so the
+            # connections are spread again later.
             self.rotation.lost(now)
         self.attempts.succeeded(slot)
         slot.connection = connection
@@ -253,36 +255,36 @@ class PoolState:
         self._trim()
 
     def connect_failed(self, slot: Slot, error: Exception, now: float) -> None:
-        """Drop *slot*, whose connection could not be established."""
+        """Remove *slot*, whose attempt failed with *error*."""
         self.unawaited_demand = 0
         self.failed()
         self.attempts.failed(slot, error, now)
 
     def want_one(self) -> None:
-        """Have a connection made, if there is none, for whoever comes next."""
+        """Ask for a connection, if there is none, for the callers that come next."""
         self.keeps_minimum = True
         self.unawaited_demand = 1
 
     def hopeless(self, now: float) -> bool:
-        """Say whether nothing can serve those who wait now."""
+        """Return whether no connection can serve the waiting claims soon."""
         return not self._usable() and self.attempts.hopeless(self.options, now)
 
     @property
     def is_refused(self) -> bool:
-        """Whether it is an outage, and no connection may be leased soon."""
+        """Whether an outage is declared, and every usable connection is refused."""
         return self.outage.declared and self.outage.is_total(self._all_usable())
 
     @property
     def error(self) -> Exception | None:
-        """Why nothing can be leased: the last failure to connect, or refusal."""
+        """The cause if nothing can be leased: the last failed attempt or refusal."""
         if self.outage.declared and self.outage.refused:
             return self.outage.error
         return self.attempts.error or self.outage.error
 
-    # -- entries that go --------------------------------------------------------
+    # -- slots that close -------------------------------------------------------
 
     def retire(self, slot: Slot, reason: str) -> None:
-        """Lease *slot* to nobody any more; it closes when it is idle."""
+        """Give no new lease of *slot*, and close it when its last lease is back."""
         if slot.retired is None:
             slot.retired = reason
         self.ready.pop(slot, None)
@@ -291,7 +293,7 @@ class PoolState:
             self._close(slot)
 
     def lost(self, slot: Slot, reason: str, now: float) -> None:
-        """Retire *slot*, whose other side is gone."""
+        """Retire *slot*, whose connection is lost, for *reason*."""
         if slot.retired is not None or slot not in self.open:
             return
         if any(other.answered and self.attempts.is_newer(other) for other in self.open):
@@ -307,13 +309,13 @@ class PoolState:
         self.retire(slot, reason)
 
     def _failure(self, slot: Slot, reason: str, now: float) -> ConnectFailed | None:
-        """Return the failure that the end of *slot* is, or None if it is none."""
+        """Return the failure that the loss of *slot* counts as, or None."""
         if slot.answered or slot.refusals:
             return None
         young = now - slot.opened_at < BRIEF
         in_use = slot.broken or (slot.leases and reason == "lost")
         if not (young or in_use):
-            return None  # a proxy closes what was idle for too long
+            return None  # such as a proxy that closed an idle connection
         self.unanswered_ends.append(slot)
         why = f": {slot.last_error}" if slot.last_error else ""
         return ConnectFailed(
@@ -323,18 +325,18 @@ class PoolState:
         )
 
     def retire_if_lost(self, slot: Slot, now: float) -> bool:
-        """Retire *slot* if its other side has gone away, and say so."""
+        """Retire *slot* if its server has gone away; return whether it was retired."""
         if slot.retired is not None or not slot.is_gone():
             return False
         self.lost(slot, "lost", now)
         return True
 
     def suspect(self, slot: Slot, now: float) -> None:
-        """Lease *slot* to nobody until a probe, to be made at once, clears it."""
+        """Give no new lease of *slot* until it answers a probe, to be made at once."""
         self.ready.pop(slot, None)
         if slot.suspect or slot.retired is not None or slot not in self.open:
             return
-        # Asked to probe, a channel that is lost would connect to whatever it finds.
+        # A probe would make a lost channel connect again, maybe to another server.
         if self.retire_if_lost(slot, now):
             return
         slot.suspect = True
@@ -342,16 +344,16 @@ class PoolState:
         self.to_probe.append(slot)
 
     def unavailable(self, slot: Slot, now: float) -> None:
-        """Suspect *slot*, whose other side refuses calls or has ended it in order."""
+        """Suspect *slot*: the server is unavailable, or has ended it in order."""
         if slot.retired is None and not self.retire_if_lost(slot, now):
             self.failed()
             self.suspect(slot, now)
 
     def broke(self, slot: Slot, now: float) -> None:
         """
-        Suspect *slot*, on which a call was cut off, and its siblings with it.
+        Suspect *slot*, on which a call was cut off, and the other slots with it.
 
-        Whatever broke it may have broken all that lead to the same server.
+        The cause may have broken all connections to the same server.
         """
         self.failed()
         self.suspect(slot, now)
@@ -367,7 +369,7 @@ class PoolState:
         slot.timed_out_at = now
 
     def answered(self, slot: Slot, now: float) -> None:
-        """*slot* has answered a probe, so it may serve."""
+        """Make *slot* ready again, because it has answered a probe."""
         slot.proven_at = now
         slot.answered = True
         self._clear(slot)
@@ -379,18 +381,18 @@ class PoolState:
             self.ready.setdefault(slot)
 
     def unanswered(self, slot: Slot, now: float) -> None:
-        """Suspect *slot*, which failed a probe; the second time it has to go."""
+        """Suspect *slot*, which failed a probe; if it was suspect, retire it."""
         self.failed()
         self.outage.forget(slot)
         if not slot.suspect:
             self.suspect(slot, now)
         elif slot.proven_at > slot.suspected_at:
-            # A call was answered since, so this is the first failure.
+            # A call was answered since it became suspect: this counts as the first.
             slot.suspected_at = now
             self.to_probe.append(slot)
         else:
             self.lost(slot, "unhealthy", now)
-            # Those that have answered since then are no part of it.
+            # Slots that have answered since then are not affected.
             self._suspect_others(slot, slot.suspected_at, now)
 
     def _suspect_others(self, slot: Slot, since: float, now: float) -> None:
@@ -399,7 +401,7 @@ class PoolState:
                 self.suspect(other, now)
 
     def refused(self, slot: Slot, now: float) -> None:
-        """Lease *slot* to nobody until a probe is answered: a call was refused."""
+        """Give no new lease of *slot* until it answers a probe: a call was refused."""
         self.failed()
         if slot.retired is not None or slot not in self.open:
             return
@@ -411,10 +413,10 @@ class PoolState:
         self, slot: Slot, error: Exception, began: float, now: float
     ) -> bool:
         """
-        Note that a probe of *slot*, which *began* then, was refused with *error*.
+        Record that a probe of *slot*, begun at *began*, was refused with *error*.
 
         Returns:
-            Whether an outage begins with it.
+            Whether an outage begins now.
         """
         self.failed()
         if slot.retired is not None or self.retire_if_lost(slot, now):
@@ -428,7 +430,7 @@ class PoolState:
         self.outage.probe_refused(slot, error, began, answered_at, now)
         for other in self._all_usable():
             if self.outage.is_silent:
-                # It may be refused just as well, and a probe shows it before a call.
+                # Calls on it may be refused, too. A probe shows that before a call.
                 if not other.suspect and other.proven_at <= slot.suspected_at:
                     self._doubt(other, 0, now)
             elif (
@@ -436,7 +438,7 @@ class PoolState:
                 and other.answered
                 and other.proven_at > other.suspected_at
             ):
-                # A call on it was answered, so only a share of them is refused.
+                # A call on it was answered, so only a share of all calls is refused.
                 self.outage.forget(other)
                 self._clear(other)
         return self.outage.declare(self._all_usable(), now)
@@ -444,7 +446,7 @@ class PoolState:
     # -- readiness --------------------------------------------------------------
 
     def failed(self) -> None:
-        """Note a failure: until the next answer the pool is not ready."""
+        """Record a failure: the pool is not ready until the next answer."""
         self.failures += 1
         self._closed_answered = False
         for slot in self.open:
@@ -453,14 +455,14 @@ class PoolState:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the last answer is newer than the last failure; from any thread."""
+        """Whether the last answer is newer than the last failure. Thread-safe."""
         answered = self._closed_answered or any(
             slot.answered is True for slot in tuple(self.open)
         )
         return answered and not self.shut
 
     def newest_proof(self, asked: Collection[Slot], now: float) -> Slot | None:
-        """Return the connection that was well last, of those not *asked* yet."""
+        """Return the slot with the latest proof, except those in *asked*, or None."""
         well = [
             slot
             for slot in list(self.open)
@@ -480,11 +482,11 @@ class PoolState:
         return max(answered, default=float("-inf"))
 
     def reap(self, now: float) -> None:
-        """Retire what was idle for `max_idle_time`, down to `min_connections`."""
+        """Retire slots idle for `max_idle_time`, but keep `min_connections`."""
         limit = self.options.max_idle_time
         if not limit:
             return
-        # Those that are refused show when the outage is over.
+        # Refused connections stay: their probes show the end of the outage.
         refused = self.outage.refused
         idle = [x for x in self.open if not x.leases and x not in refused]
         idle.sort(key=lambda slot: slot.last_used_at)
@@ -495,11 +497,12 @@ class PoolState:
 
     def retire_expired(self) -> None:
         """
-        Retire the next expired entry, unless a new one can be made before.
+        Retire the next expired slot, unless its replacement can be opened before.
 
         If there is room for one more connection, `shortfall` asks for it, and
-        `connected` retires the old one. If not, an idle one makes room; of those that
-        are leased only one at a time is kept from further leases.
+        `connected` retires the old slot. Without room, an idle expired slot is retired
+        to make room. A retired slot takes no new lease, so only one leased slot at a
+        time is retired.
         """
         slot = self._next_expired()
         if slot is None or self.closing:
@@ -511,27 +514,27 @@ class PoolState:
             self.retire(slot, self.rotation.reason(slot))
 
     def _next_expired(self) -> Slot | None:
-        # In an outage a new connection is no better than an old one.
+        # In an outage, a new connection is not better than an old one.
         return None if self.outage.declared else self.rotation.next()
 
     def resize(self, options: PoolOptions) -> None:
-        """Work with other limits from now on."""
+        """Apply the new limits in *options*."""
         self.options = options
         self._trim()
 
     def shut_down(self) -> None:
-        """Connect no more, and retire everything."""
+        """Begin no more attempts, and retire all slots."""
         self.shut = True
         for slot in list(self.open):
             self.retire(slot, "close")
 
     def abandon(self) -> None:
-        """Close what is still leased: its time is up."""
+        """Close all open slots, also leased ones: the grace of close() has ended."""
         for slot in list(self.open):
             self._close(slot)
 
     def closed(self, slot: Slot) -> None:
-        """*slot* is gone, and its place free."""
+        """Forget *slot*, whose connection is closed, and free its room."""
         self.closing.discard(slot)
 
     def _close(self, slot: Slot) -> None:
@@ -543,7 +546,7 @@ class PoolState:
 
     def _trim(self) -> None:
         surplus = self._usable() - self.options.max_connections
-        # Idle ones first, and among them the longest unused.
+        # Slots with the fewest leases first, and among them the longest unused.
         for slot in sorted(self.open, key=lambda e: (e.leases, e.last_used_at)):
             if surplus <= 0:
                 break
@@ -558,13 +561,13 @@ class PoolState:
         return [slot for slot in self.open if slot.retired is None]
 
     def room(self) -> int:
-        """Return how many connections more there may be."""
+        """Return how many more connections there may be."""
         taken = len(self.open) + len(self.connecting) + len(self.closing)
         return self.options.max_connections - taken
 
     def status(self) -> PoolStatus:
-        """Return a snapshot; callable from any thread."""
-        # A copy: metrics are collected in threads of their own.
+        """Return a snapshot of the numbers. Thread-safe."""
+        # Metrics are collected in other threads, so iterate over a copy.
         slots = tuple(self.open)
         busy = sum(slot.leases > 0 for slot in slots)
         leaving = sum(slot.retired is not None for slot in slots)

@@ -1,4 +1,4 @@
-"""Which connections are to be replaced, and when the next ones are."""
+"""The replacement of connections: which ones to replace, why and when."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ __all__ = ["Rotation"]
 
 
 LIFETIME_JITTER = 0.1
-"""Connections that came together must not all expire together."""
+"""
+A share of `max_lifetime`. A random part of it is subtracted, so connections that were
+opened together do not all expire together.
+"""
 
 RESPREAD = (2.0, 8.0, 32.0)
 """
-Seconds after a loss. What was lost went to the servers that were left, and one that
-restarts gets nothing before somebody connects again. Nobody tells when it is back,
-hence more than once.
+Seconds after a loss at which all connections are marked for replacement.
+
+After a server was lost, its share of connections goes to the other servers. When it is
+back, it gets none until the pool connects again. The pool does not learn when the
+server is back, so it replaces the connections several times.
 """
 
 
 class Rotation:
     """
-    The expired connections: each serves until a new one replaces it.
+    The expired connections: each one serves until a new one replaces it.
 
-    Strictly private.
+    Strictly private. All times are seconds on the pool's clock.
     """
 
     def __init__(self, random: Callable[[], float], *, spreads: bool) -> None:
@@ -40,20 +45,20 @@ class Rotation:
         self._respread: deque[float] = deque()
 
     def begin(self, slot: Slot, max_lifetime: float, now: float) -> None:
-        """Say when *slot*, which opens now, is to be replaced."""
+        """Set when *slot*, which opens now, expires; a *max_lifetime* of 0 is never."""
         if max_lifetime:
             share = 1 - LIFETIME_JITTER * self._random()
             slot.expires_at = now + max_lifetime * share
 
     def lost(self, now: float) -> None:
-        """Have the connections spread anew, now that one of them was lost."""
+        """Schedule replacements after a loss, if connections go to several servers."""
         if self._spreads:
             self._respread = deque(
                 now + delay * (0.75 + 0.5 * self._random()) for delay in RESPREAD
             )
 
     def expire(self, slots: Iterable[Slot], now: float) -> None:
-        """Mark those whose time is over."""
+        """Mark the *slots* that have expired by *now*."""
         spread = False
         while self._respread and self._respread[0] <= now:
             self._respread.popleft()
@@ -71,26 +76,26 @@ class Rotation:
 
     def next(self) -> Slot | None:
         """
-        Return the next entry to be replaced, None if there is none.
+        Return the next slot to replace, or None.
 
-        An idle one if there is any: it closes at once, and nobody waits for leases.
+        Idle slots come first: they close at once, without a wait for leases.
         """
         left = [slot for slot in self._expired if not slot.retired]
         return min(left, key=lambda slot: slot.leases > 0, default=None)
 
     def is_idle(self) -> bool:
-        """Say whether no expired entry waits for its last lease to come back."""
+        """Return whether no expired slot is waiting for its last lease to come back."""
         return all(slot.retired is None for slot in self._expired)
 
     def reason(self, slot: Slot) -> str:
-        """Return why *slot* has expired."""
+        """Return why *slot* has expired: `lifetime`, `spread` or `drain`."""
         return self._expired[slot]
 
     def forget(self, slot: Slot) -> None:
-        """*slot* is gone."""
+        """Forget *slot*, which closes."""
         self._expired.pop(slot, None)
 
     def next_at(self, slots: Iterable[Slot]) -> float:
-        """Return when the next of *slots* expires."""
+        """Return when the next of *slots* expires, or the next spread is due."""
         times = [e.expires_at for e in slots if e not in self._expired]
         return min(times + list(self._respread), default=float("inf"))

@@ -1,4 +1,4 @@
-"""What the state of a pool is made of: slots for connections, and claims to them."""
+"""The records of a pool's state: slots for connections, and claims of callers."""
 
 from __future__ import annotations
 
@@ -17,96 +17,103 @@ __all__ = ["Claim", "Slot"]
 @attrs.define(eq=False)
 class Slot:
     """
-    One slot for a connection, and what the pool knows about it.
+    Room for one connection, and what the pool knows about that connection.
 
-    Strictly private. Compared by identity.
+    Strictly private. Compared by identity. All times are seconds on the pool's clock,
+    except `alive_since`.
     """
 
     connection: Any = None
     leases: int = 0
-    # Which round of connecting it was begun in, when, and whether others may be begun
-    # in its stead because it takes so long.
+    # The round of attempts to which this attempt belongs, and when it began.
     round: int = 0
     started_at: float = 0.0
+    # The attempt takes so long that other attempts may begin in its place.
     overdue: bool = False
     opened_at: float = 0.0
-    # The same moment, as `perf_counter` has it.
+    # The same moment as `opened_at`, but on `perf_counter`.
     alive_since: float = 0.0
     last_used_at: float = 0.0
-    # When it was made, a call was answered, or a probe was.
+    # When the connection last proved that it works: it was opened, or a call or a probe
+    # was answered.
     proven_at: float = 0.0
-    # Whether a call or a probe was ever answered on it: True if that was after the last
-    # failure of the pool. So each answer stores a constant, and needs no comparison of
-    # times, which may be equal.
+    # False: no call or probe was ever answered. True: one was, after the last failure
+    # of the pool. "before": only before that failure. So each answer stores a constant.
+    # A comparison of times would not do, because two times may be equal.
     answered: bool | Literal["before"] = False
-    # When a call last ended without an answer, its time being over.
+    # When a call last timed out without an answer.
     timed_out_at: float = float("-inf")
     expires_at: float = float("inf")
-    # Accused by a call or a probe at that time: no new lease until a probe clears it.
+    # A call or a probe failed at `suspected_at`, or its last proof is too old. The pool
+    # gives no new lease of it until it answers a probe.
     suspect: bool = False
     suspected_at: float = 0.0
     probing: bool = False
-    # How often in a row the other side has refused, and when the next probe is due.
+    # The refusals in a row ("the server cannot serve"), and when the next probe is due.
     refusals: int = 0
     probe_at: float = 0.0
-    # One probe that ended too late to prove anything was repeated.
+    # A probe ended too late to prove anything. It is repeated only once.
     excused: bool = False
-    # Its siblings were told already that it broke.
+    # A call on it was cut off, and the other connections are suspect because of that.
     broken: bool = False
     last_error: str | None = None
-    # Why it is to go. It closes when its last lease is back, because closing it
-    # under a caller would fail that caller's call.
+    # Why the pool closes it, or None. It closes only when its last lease is back,
+    # because otherwise the calls of its callers would fail.
     retired: str | None = None
 
     def watch(self, connection: Any) -> None:
-        """Ask *connection* from now on whether it is lost, if it can tell."""
+        """Use `is_lost` of *connection* from now on, if it has that method."""
         try:
             self.is_lost = getattr(connection, "is_lost", None)
         except Exception:  # noqa: BLE001  (a connection may raise anything)
             self.is_lost = None
 
     def is_gone(self) -> bool:
-        """Say whether the connection says that its other side has gone away."""
+        """Return whether the connection reports that its server has gone away."""
         if self.is_lost is None:
             return False
         try:
             return bool(self.is_lost())
         except Exception as error:  # noqa: BLE001  (a connection may raise anything)
-            # It cannot tell, and is not asked again.
+            # It would fail before each lease, so it is not called again.
             self.is_lost = None
             self.last_error = f"is_lost() raised {type(error).__name__}"
             return False
 
-    # Tells whether the other side has gone away, if the connection can tell.
+    # The connection's own is_lost(), or None if it has none.
     is_lost: Callable[[], bool] | None = None
 
 
 class Claim:
     """
-    One caller's claim to a stream: waiting, then served, then given back.
+    One caller's claim to a stream: it waits, is served, and is given back.
 
-    Strictly private. Also the borrower of the caller's token in the limiter, so
-    that nothing the caller holds is kept alive by the pool.
+    Strictly private. It is also the borrower of the caller's token in the limiter. So
+    the limiter keeps no object of the caller alive.
     """
 
-    # Defaults of the class and no __init__: one is made for each acquire(), most end
-    # with only the first two ever set, and setting all took longer than all else here.
+    # Class attributes instead of an __init__, for speed: each acquire() makes a claim,
+    # and most claims set only the first two. To set all of them took longer than
+    # everything else here.
     slot: Slot | None = None
-    # When it was served: by `perf_counter`, and by the clock of the pool, which only
-    # the search for leaks needs.
+    # When it was served, on `perf_counter`. `acquired_at` is the same moment on the
+    # pool's clock; only the search for leaks needs it.
     held_since = 0.0
     acquired_at = 0.0
-    # How long it was waited for.
+    # Seconds that the caller waited.
     waited = 0.0
+    # The error that the caller raises instead of being served.
     failure: Exception | None = None
-    # Its handle was used in a wrong way, which raised an error: dropping it is no leak.
+    # The handle was used in a wrong way, which raised an error. So if the handle is
+    # garbage-collected then, that is not a leak.
     refused = False
-    # The coroutine of the task that waits for it.
+    # The coroutine of the waiting task, for the search for nested leases.
     waiter: object = None
-    # Until when it may wait, and whether it was sent away: then, or with the failure.
+    # The end of the wait. A claim is dismissed at its deadline, or with a failure.
     deadline = float("inf")
     dismissed = False
-    # Whether the limiter has lent it a token, as far as the caller knows by now, and
-    # what wakes a caller that holds one and sleeps until it is served.
+    # Whether the limiter has lent it a token. The caller's task sets this when it runs,
+    # so it may be later than the limiter's own record.
     has_token = False
+    # Wakes a caller that has a token and sleeps until it gets a stream.
     wake: Callable[[], None] | None = None

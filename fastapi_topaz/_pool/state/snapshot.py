@@ -1,4 +1,4 @@
-"""What a pool tells of each of its connections."""
+"""Makes the public snapshots of a pool's connections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["connection_statuses", "peer_of"]
 def connection_statuses(
     slots: Iterable[Slot], now: float
 ) -> tuple[ConnectionStatus, ...]:
-    """Return a snapshot of each of *slots*, in this order."""
+    """Return a snapshot of each slot, in the order of *slots*; *now* is in seconds."""
     return tuple(
         ConnectionStatus(
             peer=peer_of(slot),
@@ -35,7 +35,7 @@ def connection_statuses(
 
 
 def peer_of(slot: Slot) -> str | None:
-    """Return the address of the other side, if the connection tells."""
+    """Return the address of the server, or None if the connection does not give it."""
     try:
         peer = getattr(slot.connection, "peer", None)
         return None if peer is None else str(peer)

@@ -1,4 +1,4 @@
-"""What a pool tells about itself: a snapshot, counters, and an observer."""
+"""The public status of a pool and its connections, and its counters and observer."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ __all__ = [
 ]
 
 
-# Status objects are dataclasses of the standard library, and not attrs classes like the
-# rest: FastAPI and pydantic know how to serialise a dataclass, wherever it stands in
-# what a route returns.
+# Status objects are dataclasses of the standard library. The other records are attrs
+# classes, but FastAPI and pydantic serialise only a dataclass at any place in the
+# result of a route.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,31 +40,31 @@ class PoolStatus:
     A FastAPI route may return it.
 
     Attributes:
-        total: Open connections, `idle + busy`. Those still being established are
-            not among them.
-        idle: Open connections without a lease.
-        busy: Open connections with at least one lease.
-        healthy_connections: Open connections that may be leased: not suspected of
-            being dead, not about to be closed.
-        max_connections: The limit.
-        min_connections: The number that is kept once the pool is in use.
-        waiting: Callers waiting in `acquire()`.
-        connecting: Connections being established.
-        streams_in_use: Leases given out.
-        streams_max: Leases that could be given out, at `max_connections`.
-        suspect: Open connections that are leased to nobody until they have answered
-            a probe, which is under way.
-        leaving: Open connections that close when their last lease is back.
-        failing: True if no attempt to connect succeeded since the last one failed.
+        total: The open connections, `idle + busy`. Connections that are still being
+            established do not count.
+        idle: The open connections without a lease.
+        busy: The open connections with at least one lease.
+        healthy_connections: The open connections that the pool may lease. They are
+            neither suspect nor leaving.
+        max_connections: The most connections that the pool opens.
+        min_connections: The connections that the pool keeps once it is in use.
+        waiting: The callers that wait in `acquire()`.
+        connecting: The connections that are being established.
+        streams_in_use: The leases given out.
+        streams_max: The most leases at once, with `max_connections` connections.
+        suspect: The open connections that get no new lease until they answer a probe.
+        leaving: The open connections that close when their last lease is back.
+        failing: True after a failed attempt to connect, until one succeeds. Also True
+            in an outage.
         ready: True if the pool is open, and its last answer is newer than its last
-            failure. Answers are those of calls and of probes, and errors of the
-            authorizer's own. Failures are attempts to connect, refusals, missing
-            answers and lost calls. False before the first answer. To ask the
-            authorizer, see `TopazConfig.is_ready`.
-        healthy: Whether a check would have a connection to go to. True with at least
-            one healthy connection. Without any, True as long as no attempt to connect
-            failed since the last success. So a pool that is not in use yet is
-            healthy, and so is one whose connections are only suspected or replaced.
+            failure. False before the first answer. Answers to calls and to probes
+            count, also errors of the authorizer's own. Failures are failed attempts to
+            connect, refusals, missing answers and lost calls. To ask the authorizer
+            now, see `TopazConfig.is_ready`.
+        healthy: True if a check would get a connection: at least one is healthy. If
+            none is, True as long as no attempt to connect has failed since the last
+            success. So a pool that is not in use yet is healthy. A pool is also healthy
+            if its connections are only suspect or being replaced.
     """
 
     total: int
@@ -81,7 +81,7 @@ class PoolStatus:
     leaving: int = 0
     failing: bool = False
     ready: bool = False
-    # Derived, but a field: so every serialiser includes it.
+    # A derived value, but a field, so that every serialiser includes it.
     healthy: bool = dataclasses.field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class PoolStatus:
         object.__setattr__(self, "healthy", healthy)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all attributes as a dict that JSON can represent."""
+        """Return all attributes as a dict, ready for JSON."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -112,16 +112,16 @@ class ConnectionStatus:
     A FastAPI route may return it.
 
     Attributes:
-        peer: The address of the other side, such as `ipv4:10.0.0.7:8282`; None if
-            the connection does not tell.
-        condition: `idle`, `busy` (it has leases), `suspect` (a probe decides about
-            it), or `leaving` (it closes when its last lease is back).
-        streams: Leases it serves.
+        peer: The address of the server, such as `ipv4:10.0.0.7:8282`. None if the
+            connection does not give it.
+        condition: `idle`, `busy` (it has leases), `suspect` (it gets no new lease until
+            it answers a probe), or `leaving` (it closes when its last lease is back).
+        streams: The leases that it serves.
         age: Seconds since it was established.
-        idle_for: Seconds since its last lease came back, or it was made; 0 while it
-            has a lease.
-        last_error: What the last call or probe on it that failed said of it, also if
-            others were answered since.
+        idle_for: Seconds since its last lease came back. Without any lease so far,
+            seconds since it was established. 0 while it has a lease.
+        last_error: The error of the last failed call or probe on it, or None. Later
+            successful calls do not reset it.
     """
 
     peer: str | None
@@ -132,7 +132,7 @@ class ConnectionStatus:
     last_error: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all attributes as a dict that JSON can represent."""
+        """Return all attributes as a dict, ready for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -152,10 +152,10 @@ CloseReason: TypeAlias = Literal[
 @attrs.define
 class PoolCounters:
     """
-    What happened so far; the numbers never fall, also not when a pool is reopened.
+    The counters of a pool. They never decrease, even if the pool is reopened.
 
-    Each call of `acquire()` on a pool that is configured, and used where it is open,
-    ends in exactly one of the first six.
+    Each `acquire()` counts in exactly one of the first six, by its outcome. This holds
+    for a configured pool that is used on its own event loop.
     """
 
     acquisitions: int = 0
@@ -170,9 +170,10 @@ class PoolCounters:
     connect_failures: dict[str, int] = attrs.Factory(dict)
     closes: dict[str, int] = attrs.Factory(dict)
     probe_failures: int = 0
-    # Checks that were lost and asked again, as often as that was.
+    # How often a lost check was repeated.
     retries: int = 0
-    # Leases held for longer than `leak_threshold`, and those nobody gave back.
+    # The leases held for longer than `leak_threshold`, and the leases that were taken
+    # back after they were garbage-collected.
     leaked: int = 0
     reclaimed: int = 0
 
@@ -193,30 +194,30 @@ class PoolCounters:
                 self.cancelled += 1
 
     def count(self, which: dict[str, int], reason: str) -> None:
-        """Add one to *reason* in one of the counters that are kept by reason."""
+        """Add one to *reason* in *which*, one of the two dicts of counts by reason."""
         which[reason] = which.get(reason, 0) + 1
 
 
 class PoolReport(Protocol):
-    """Reports the numbers of a pool while it is attached."""
+    """Reports the numbers of a pool, for example as metrics, while it is attached."""
 
     observer: PoolObserver
 
     def attach(self, target: str) -> None:
-        """Begin, for a pool that leads to *target*."""
+        """Start the report of a pool that connects to *target*."""
 
     def detach(self) -> None:
-        """End; the numbers stay."""
+        """Stop the report, and keep the numbers."""
 
 
 class PoolObserver(Protocol):
-    """Told about durations; everything else is read from status and counters."""
+    """Receives durations in seconds. Other numbers come from status and counters."""
 
     def acquired(self, waited: float, /) -> None:
-        """Tell that a lease was given out after *waited* seconds."""
+        """Record that a lease was given out after *waited* seconds."""
 
     def released(self, held: float, /) -> None:
-        """Tell that a lease came back after *held* seconds."""
+        """Record that a lease came back after *held* seconds."""
 
     def connected(self, took: float, /) -> None:
-        """Tell that a connection was established in *took* seconds."""
+        """Record that a connection was established in *took* seconds."""
