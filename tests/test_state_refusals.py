@@ -495,6 +495,24 @@ def test_the_first_answer_ends_an_outage():
     assert state.error is None
 
 
+def test_no_error_is_left_once_the_only_connection_answers():
+    state, (slot,) = outage(1)
+    answer(state, slot, 3.0)
+    assert state.error is None
+    state.refused(slot, 4.0)
+    assert state.error is None
+
+
+def test_no_error_is_left_if_refused_connections_close_and_another_answers():
+    state, slots = outage(2)
+    for slot in slots:
+        state.retire(slot, "lifetime")
+    assert state.error is ERROR, "nothing has answered since"
+    (other,) = open_some(state, 1, 3.0)
+    answer(state, other, 3.1)
+    assert state.error is None
+
+
 def test_a_call_that_is_answered_ends_an_outage():
     state, slots = outage()
     slots[0].proven_at = 2.0

@@ -150,6 +150,7 @@ class Outage:
         """End the outage if the last answer, at *answered_at*, is newer than it."""
         if answered_at > self._declared_at:
             self.declared = False
+            self._drop_error()
 
     def answered(self, slot: Slot, now: float) -> None:
         """
@@ -158,11 +159,11 @@ class Outage:
         The other refused connections are probed at once, as they may answer, too.
         """
         self._answered_at = now
-        self.forget(slot)
         if self._silent or self.declared:
             for other in self.refused:
                 other.probe_at = float("-inf")
         self.declared = False
+        self.forget(slot)
         self._end_silence()
 
     def forget(self, slot: Slot) -> None:
@@ -171,8 +172,7 @@ class Outage:
         if not self.refused:
             # No connection is left to probe, so attempts to connect need not be rare.
             self._end_silence()
-            if not self.declared:
-                self.error = None
+        self._drop_error()
 
     def due(self, now: float) -> Slot | None:
         """Return a slot to probe now, or None. Sets `probing` of the slot."""
@@ -254,6 +254,11 @@ class Outage:
 
     def _longest(self) -> float:
         return PAUSE * max(1, len(self.refused))
+
+    def _drop_error(self) -> None:
+        # While an outage is declared, waiting callers still fail with this error.
+        if not self.refused and not self.declared:
+            self.error = None
 
     def _end_silence(self) -> None:
         self._silent = 0
