@@ -13,8 +13,16 @@ import warnings
 import anyio
 import anyio.lowlevel
 import pytest
+from starlette.requests import Request
 
-from fastapi_topaz import ConnectionPool, PooledConnection, PoolTimeout
+from fastapi_topaz import (
+    ConnectionPool,
+    Identity,
+    IdentityType,
+    PooledConnection,
+    PoolTimeout,
+    TopazConfig,
+)
 from fastapi_topaz.testing import FakeConnector
 
 
@@ -57,6 +65,26 @@ async def test_a_lease_held_too_long_is_warned_of_once_with_its_place(caplog):
         assert len(lines(caplog)) == 1
         assert pool._counters.leaked == 1
         await pool.release(conn)
+
+
+@pytest.mark.real_clock
+async def test_the_place_of_a_check_is_outside_the_package(caplog, embedded_authorizer):
+    """The frames of the application layer would fill the lines there are."""
+    embedded_authorizer.policies = {"myapp.GET.x": True}
+    embedded_authorizer.delay = 0.3
+    config = TopazConfig(
+        authorizer_options=embedded_authorizer.options,
+        policy_path_root="myapp",
+        identity_provider=lambda _: Identity(IdentityType.NONE),
+        connection_pool=ConnectionPool(leak_threshold=0.01),
+    )
+    request = Request({"type": "http", "path_params": {}, "headers": []})
+    async with config.connection_pool:
+        assert await config.is_allowed(request, "myapp.GET.x")
+    line = next(line for line in lines(caplog) if "held" in line)
+    assert "test_leaks.py" in line
+    assert "_app" not in line
+    assert "_authorizer" not in line
 
 
 async def test_a_lease_that_had_to_wait_is_told_of_with_its_place(caplog):

@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -33,7 +34,8 @@ PAUSE = 0.05
 STACK_DEPTH = 8
 """The number of stack frames shown for the place where a lease was taken."""
 
-_PACKAGE = os.path.dirname(__file__) + os.sep  # noqa: PTH120  (a prefix of file names)
+# The folder of the whole package: a lease may be taken by its application layer.
+_PACKAGE = str(Path(__file__).parent.parent) + os.sep
 
 
 @attrs.frozen
