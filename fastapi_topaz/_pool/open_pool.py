@@ -237,8 +237,12 @@ class OpenPool:
         # The limiter lends the token to the next caller in its queue at once. So
         # `_serve` comes after this: it then counts that caller's token.
         self.limiter.release_on_behalf_of(claim)
-        unserved = state.waiting and self._serve(now)
-        if unserved or state.to_close or state.to_probe or state.shut:
+        if (
+            (state.waiting and self._serve(now))
+            or state.to_close
+            or state.to_probe
+            or state.shut
+        ):
             self.after_change()
         held = self.perf_counter() - claim.held_since
         self.observer.released(held)

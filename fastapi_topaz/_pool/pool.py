@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import anyio
 import attrs
@@ -58,7 +58,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         "build another one"
     )
     # The class of the leases, and the class of the result of acquire().
-    _handle: type[Handle] = Handle
+    _handle: Any = Handle
     _acquiring: type[Acquire[Any]] = Acquire
     _unconfigured = "has no connector"
 
@@ -167,7 +167,8 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         open_pool.observer.acquired(claim.waited)
         if open_pool.leaks is not None:
             open_pool.leaks.taken(claim, open_pool.now())
-        return cast("H", self._handle(self, open_pool, claim))
+        handle: H = self._handle(self, open_pool, claim)
+        return handle
 
     @boundary
     async def _acquire(self, timeout: float | None) -> H:
