@@ -1,7 +1,8 @@
 """
-The heavier checks: `nox` runs those of every change, `nox -s nightly` the long ones.
+The sessions of nox. `nox` runs the checks of every change.
 
-`nox -s tests` runs the tests on every Python that is found.
+`nox -s nightly` runs the long checks. `nox -s tests` runs the tests on every Python
+that is found.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 
 SUPPORTED = ["3.11", "3.12", "3.13", "3.14"]
-# The floor of what pyproject.toml allows, where the resolver would not go itself.
+# The lower bounds of pyproject.toml. The resolver itself would choose newer versions.
 OLDEST = [
     "anyio==4.16.0",
     "attrs==24.2.0",
@@ -40,21 +41,20 @@ OLDEST = [
     "trio==0.32.0",
 ]
 
-# FastAPI before and after its routing changed, each with the Starlette that pip finds
-# for it.
+# FastAPI before and after a change of its routing. pip chooses the Starlette for each.
 FASTAPI = ["0.115.0", "0.136.*", "0.137.0", "newest"]
 FASTAPI_TESTS = ["fastapi", "guide", "rego", "routes", "status", "websockets"]
 
-# A release whose module and all that it needs can be had, and the sum of its files as
-# they were when it was pinned here.
+# A release whose Go module and dependencies can be downloaded. The checksum of its
+# files was recorded when it was pinned here.
 TOPAZ = "github.com/aserto-dev/topaz"
 TOPAZ_RELEASE = "v0.32.58"
 TOPAZ_SUM = "h1:ffw6MPHhfMn268z+NqmFmBR6fqrr4uHKOCiqhxWdGi4="
 
 
 def found_pythons() -> list[str]:
-    """Return every supported Python that really starts on this machine."""
-    # pyenv keeps versions aside that its own `pythonX.Y` refuses to start.
+    """Return every supported Python version that starts on this machine."""
+    # pyenv may have versions that its own `pythonX.Y` command refuses to start.
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     for version in SUPPORTED:
         for aside in sorted(root.glob(f"{version}.*/bin")):
@@ -63,7 +63,7 @@ def found_pythons() -> list[str]:
 
 
 def starts(*command: str) -> bool:
-    """Say whether *command* can be run."""
+    """Return whether *command* runs without an error."""
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -74,7 +74,7 @@ def starts(*command: str) -> bool:
 def told(
     session: nox.Session, option: str, default: str, given: list[str] | None = None
 ) -> tuple[str, list[str]]:
-    """Return the value of *option*, and what else was given after `--`."""
+    """Return the value of *option*, and the other arguments after `--`."""
     parser = argparse.ArgumentParser()
     parser.add_argument(option, default=default)
     options, rest = parser.parse_known_args(session.posargs if given is None else given)
@@ -84,8 +84,8 @@ def told(
 PYTHONS = found_pythons()
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 
-# These check what is right or wrong and measure no time, so a slow machine fails none.
-# What is long by nature is in `nightly`.
+# These sessions do not judge times, so they pass on a slow machine. Sessions that take
+# long are in `nightly`.
 nox.options.sessions = [
     "lint",
     "typing",
@@ -95,7 +95,7 @@ nox.options.sessions = [
     "demo",
     "fastapi",
     "oldest",
-    # This one has run them by the README's command.
+    # The command in the README runs the tests on the Python that runs nox.
     *(f"tests-{python}" for python in PYTHONS if python != RUNNING),
     "slow",
     "gopeer",
@@ -105,7 +105,7 @@ nox.options.sessions = [
     "bench",
 ]
 
-# The sessions that `nightly` runs, each with its arguments. The seed changes each day.
+# The sessions of `nightly`, with their arguments. The seed changes every day.
 TODAY = str(dt.datetime.now(dt.UTC).date().toordinal())
 NIGHTLY = {
     "soak": ["--minutes", "30", "--seed", TODAY],
@@ -114,7 +114,7 @@ NIGHTLY = {
     "mutants": ["state", "pool"],
     "bench": ["--full"],
 }
-# Sizes that only show whether each of them runs.
+# Small sizes, which only show that each session runs.
 NIGHTLY_QUICK = {
     "soak": ["--minutes", "1"],
     "model": ["--hypothesis-profile=unhurried"],
@@ -134,19 +134,19 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Check the types of the package and of a user's program, and that all are told."""
+    """Check the types of the package, of its public names and of a user's program."""
     session.install(".", "--group", "typing")
     session.run("mypy")
     session.run("pyright", "--pythonpath", session.virtualenv.bin + "/python")
-    # From elsewhere: what is installed is looked at.
+    # In another folder, so that pyright checks the installed package.
     with session.chdir(session.create_tmp()):
         session.run("pyright", "--ignoreexternal", "--verifytypes", "fastapi_topaz")
 
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """Run the tests on one Python; all that are found by default."""
-    # Not editable: what is tested is the wheel, not the sources beside the tests.
+    """Run the tests on each Python that is found."""
+    # Not editable, so that the wheel is tested and not the sources beside the tests.
     session.install(".", "--group", "test")
     session.run("pytest", *session.posargs)
 
@@ -154,11 +154,11 @@ def tests(session: nox.Session) -> None:
 @nox.session(python=False)
 def nightly(session: nox.Session) -> None:
     """
-    Run what takes long: soak, models, shuffled loops, mutants and benchmarks.
+    Run the long checks: soak, models, shuffled loops, mutants and benchmarks.
 
-    `-- soak mutants` runs only these parts, `-- --quick` runs each with a small size.
-    Each part is a session of its own, and runs also if another one failed. At the end
-    nox lists which parts passed or failed and how long each took.
+    `-- soak mutants` runs only these parts. `-- --quick` runs each with a small size.
+    Each part is a session of its own, and runs even if another one failed. At the end,
+    nox lists the result and duration of each part.
     """
     parser = argparse.ArgumentParser(prog="nox -s nightly --")
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(NIGHTLY)}")
@@ -173,16 +173,16 @@ def nightly(session: nox.Session) -> None:
 
 @nox.session
 def fastapi(session: nox.Session) -> None:
-    """Run the tests of the integration on several FastAPIs; on one: `-- 0.137.0`."""
-    # One virtualenv for all: only FastAPI and Starlette change.
+    """Run the FastAPI tests on several versions of FastAPI. For one: `-- 0.137.0`."""
+    # One virtualenv for all versions, because only FastAPI and Starlette change.
     session.install("-e", ".", "--group", "test")
     files = [f"tests/test_{name}.py" for name in FASTAPI_TESTS]
     failed = []
     for version in session.posargs or FASTAPI:
         wanted = "fastapi" if version == "newest" else f"fastapi=={version}"
-        # Named, because pip keeps the Starlette of the version before if it can.
+        # Starlette is named, because pip otherwise keeps the installed one if it can.
         session.install("--upgrade", wanted, "starlette")
-        # What the oldest libraries deprecate is not ours to fix.
+        # Deprecation warnings inside the oldest libraries cannot be fixed here.
         warnings = ["-W", "default"] if version == FASTAPI[0] else []
         try:
             session.run("pytest", *warnings, *files)
@@ -194,34 +194,34 @@ def fastapi(session: nox.Session) -> None:
 
 @nox.session
 def slow(session: nox.Session) -> None:
-    """Run the tests that take long by their nature."""
+    """Run the tests that take long."""
     session.install("-e", ".", "--group", "test")
     session.run("pytest", "-m", "slow", *session.posargs)
 
 
 @nox.session
 def model(session: nox.Session) -> None:
-    """Try many more examples of the models and the fuzzing; others: `-- --seed 17`."""
+    """Run many more examples of models and fuzzing. Other examples: `-- --seed 17`."""
     seed, rest = told(session, "--seed", "1")
     session.install("-e", ".", "--group", "test")
     names = ["model_state", "model_pool", "fuzz", "fuzz_calls", "fuzz_connectors"]
     files = [f"tests/test_{name}.py" for name in names]
     deep = ("-rP", "--timeout=0", "--hypothesis-profile=deep")
-    # A long example is no hang.
+    # A long example is not a hang, so there is no fault handler timeout.
     deep += (f"--hypothesis-seed={seed}", "-o", "faulthandler_timeout=0")
     session.run("pytest", *deep, *files, *rest)
 
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Change the state in every small way; tests must notice. All: see its --help."""
+    """Run mutation tests of the pool's state. For the options: `-- --help`."""
     session.install("-e", ".", "--group", "mutation")
     session.run("python", "tests/mutation/survivors.py", *session.posargs)
 
 
 @nox.session
 def shuffled(session: nox.Session) -> None:
-    """Run the pool's own tests on loops that shuffle ready tasks, by ten seeds."""
+    """Run the pool's tests on event loops that shuffle ready tasks, with ten seeds."""
     session.install("-e", ".", "--group", "test")
     names = ["cancel_everywhere", "cancel_outcomes", "deadlines", "maintenance"]
     names += ["pool_acquire", "pool_cancellation", "pool_lifecycle", "recovery"]
@@ -231,11 +231,11 @@ def shuffled(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Use pools in several workers while all breaks: `-- --minutes 10 --seed 17`."""
+    """Run pools in several workers under many faults: `-- --minutes 10 --seed 17`."""
     minutes, rest = told(session, "--minutes", "1")
     seed, rest = told(session, "--seed", "1", rest)
     session.install("-e", ".", "--group", "test")
-    # It watches for stacks that stand still by itself.
+    # The soak test detects hangs itself, so there is no fault handler timeout.
     pytest = ("pytest", "-m", "soak", "-n0", "-s", "-o", "faulthandler_timeout=0")
     session.run(
         *pytest,
@@ -250,17 +250,18 @@ def oldest(session: nox.Session) -> None:
     """Run the tests with the oldest dependencies that are allowed."""
     session.install("-e", ".", "--group", "test")
     session.install(*OLDEST)
-    # What the oldest libraries deprecate is not ours to fix.
+    # Deprecation warnings inside the oldest libraries cannot be fixed here.
     session.run("pytest", "-W", "default", *session.posargs)
 
 
-# On 3.11 tracing loses coroutines that swallow what is thrown into them.
+# Only the newest Python. On 3.11, tracing loses a coroutine that catches an exception
+# thrown into it.
 @nox.session(python=PYTHONS[-1:])
 def coverage(session: nox.Session) -> None:
-    """Run the tests and show the lines and branches they miss."""
+    """Run the tests and show the lines and branches that they miss."""
     session.install("-e", ".", "--group", "test")
     session.run("coverage", "erase")
-    # In this very process, which is the one that is measured.
+    # Without worker processes, because coverage measures only this process.
     session.run("coverage", "run", "-m", "pytest", "-n0", *session.posargs)
     session.run("coverage", "combine")
     session.run("coverage", "report")
@@ -268,7 +269,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build sdist and wheel, check them, and run the demo from the wheel alone."""
+    """Build sdist and wheel, check them, and run the demo from the wheel only."""
     session.install("--group", "package")
     dist = Path(session.create_tmp()) / "dist"
     for old in dist.glob("*"):
@@ -279,18 +280,25 @@ def package(session: nox.Session) -> None:
     session.run("check-wheel-contents", str(wheel))
     session.install("--force-reinstall", "--no-deps", str(wheel))
     session.install(f"fastapi-topaz-pool[demo] @ {wheel.resolve().as_uri()}")
-    # Somewhere else: here, the sources would be imported instead.
+    # In another folder, because Python imports the sources in this one.
     with session.chdir(session.create_tmp()):
         session.run("fastapi-topaz-pool", "demo", "--requests", "200")
 
 
 def found_program(cache: Path, name: str, package: str, argument: str) -> str | None:
     """
-    Return this machine's program, or else that of Debian's package, unpacked.
+    Return the path of a program of this machine, or from an unpacked Debian package.
 
-    With *argument* the program says its version. None if it cannot be had.
+    Args:
+        cache: The folder for the unpacked package.
+        name: The name of the program.
+        package: The name of Debian's package.
+        argument: The argument with which the program prints its version.
+
+    Returns:
+        The path, or None if the program is not available.
     """
-    # Debian's users who are not root have no /usr/sbin in their PATH.
+    # On Debian, /usr/sbin is in the PATH of root only.
     if found := shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin"):
         return found
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
@@ -301,7 +309,7 @@ def found_program(cache: Path, name: str, package: str, argument: str) -> str | 
             apt = own_apt(cache)
             unpack(apt, cache, name, [package])
             if not starts(program, argument):
-                # It lacks libraries: all that would be installed with it.
+                # Libraries are missing, so unpack its dependencies too.
                 unpack(apt, cache, name, to_install(apt, package))
         subprocess.run([program, argument], check=True, capture_output=True)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -311,10 +319,10 @@ def found_program(cache: Path, name: str, package: str, argument: str) -> str | 
 
 
 def own_apt(cache: Path) -> list[str]:
-    """Return the command of an apt that has package lists of its own, up to date."""
+    """Return an apt command with its own package lists, and update them."""
     for folder in ("lists/partial", "cache/archives/partial", "root"):
         (cache / folder).mkdir(parents=True, exist_ok=True)
-    # With these it takes no root.
+    # With these options, apt does not need root.
     apt = ["apt-get", "-q", "-o", f"Dir::State::Lists={cache / 'lists'}"]
     apt += ["-o", f"Dir::Cache={cache / 'cache'}", "-o", "APT::Sandbox::User=root"]
     apt += ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20"]
@@ -323,7 +331,7 @@ def own_apt(cache: Path) -> list[str]:
 
 
 def to_install(apt: list[str], package: str) -> list[str]:
-    """Return the names of Debian's *package* and all it needs that is not installed."""
+    """Return the names of Debian's *package* and of its missing dependencies."""
     command = [*apt, "install", "--simulate", "--no-install-recommends", package]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     lines = (line.split() for line in told.splitlines())
@@ -331,7 +339,7 @@ def to_install(apt: list[str], package: str) -> list[str]:
 
 
 def unpack(apt: list[str], cache: Path, name: str, packages: list[str]) -> None:
-    """Unpack Debian's *packages*, and make `cache / name` start the program in them."""
+    """Unpack Debian's *packages*, and write a start script as `cache / name`."""
     subprocess.run([*apt, "download", *packages], cwd=cache, check=True, timeout=300)
     for archive in cache.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", archive, cache / "root"], check=True)
@@ -346,7 +354,7 @@ def unpack(apt: list[str], cache: Path, name: str, packages: list[str]) -> None:
 
 @nox.session(python=False)
 def alerts(session: nox.Session) -> None:
-    """Check the alert rules, and run their unit tests, with promtool."""
+    """Check the alert rules and run their unit tests with promtool."""
     cache = Path(session.cache_dir).resolve() / "promtool"
     promtool = found_program(cache, "promtool", "prometheus", "--version")
     if promtool is None:
@@ -357,7 +365,7 @@ def alerts(session: nox.Session) -> None:
 
 
 def found_go() -> str | None:
-    """Return the command of Go, also from where its own archive is unpacked."""
+    """Return the path of Go, also if its archive is unpacked in /usr/local/go."""
     places = os.pathsep.join((os.environ["PATH"], "/usr/local/go/bin"))
     go = shutil.which("go", path=places)
     if go is None:
@@ -366,7 +374,7 @@ def found_go() -> str | None:
 
 
 def built_gopeer(cache: Path) -> str | None:
-    """Return the server of tests/gopeer, built from what it is now."""
+    """Build the server of tests/gopeer from its current sources. Return its path."""
     if (go := found_go()) is None:
         return None
     source = Path("tests/gopeer")
@@ -376,12 +384,12 @@ def built_gopeer(cache: Path) -> str | None:
     binary = folder / "gopeer"
     try:
         if not binary.exists():
-            shutil.rmtree(cache, ignore_errors=True)  # those of other sources
+            shutil.rmtree(cache, ignore_errors=True)  # builds of older sources
             folder.mkdir(parents=True)
             for file in files:
                 shutil.copy(file, folder)
-            # In the copy, because it writes go.sum. A Go that is too old for the
-            # modules says so, and does not fetch another one.
+            # In a copy, because the build writes go.sum. GOTOOLCHAIN=local: if Go is
+            # too old for the modules, it fails and does not download a newer one.
             build = [go, "build", "-mod=mod", "-buildvcs=false", "-o", "built", "."]
             offered = os.environ | {"GOTOOLCHAIN": "local"}
             subprocess.run(build, cwd=folder, env=offered, check=True, timeout=600)
@@ -394,7 +402,7 @@ def built_gopeer(cache: Path) -> str | None:
 
 @nox.session
 def gopeer(session: nox.Session) -> None:
-    """Run the pool against a server on grpc-go, which Topaz is built on."""
+    """Run the pool against a server on grpc-go, the library that Topaz uses."""
     binary = built_gopeer(Path(session.cache_dir).resolve() / "gopeer")
     if binary is None:
         session.skip("no Go, or not one that can build the server of tests/gopeer")
@@ -405,7 +413,7 @@ def gopeer(session: nox.Session) -> None:
 
 @nox.session
 def proxies(session: nox.Session) -> None:
-    """Run the pool behind nginx and HAProxy, which answer for a server that is down."""
+    """Run the pool behind nginx and HAProxy, with a server that may be down."""
     cache = Path(session.cache_dir).resolve()
     named = {}
     for name in ("nginx", "haproxy"):
@@ -421,20 +429,20 @@ def proxies(session: nox.Session) -> None:
 
 
 def found_topazd(cache: Path) -> str | None:
-    """Return topazd, installed once from its Go module; None if that cannot be had."""
+    """Install topazd once from its Go module. Return its path, or None on failure."""
     folder = cache / TOPAZ_RELEASE
     if (folder / "topazd").exists():
         return str(folder / "topazd")
     if (go := found_go()) is None:
         return None
-    # `go install module@version` wants the list of all versions, too, and Go's database
-    # of checksums a record of this one; not each proxy has them. So the database is not
-    # asked for this module alone: the sum above stands in for it, and the module's own
-    # go.sum vouches for all that it needs.
+    # `go install module@version` also needs the list of all versions, and a record in
+    # Go's checksum database. Not every proxy has them. So the database is skipped for
+    # this module only, and TOPAZ_SUM is checked instead. The module's own go.sum has
+    # the checksums of its dependencies.
     unasked = ",".join(filter(None, (os.environ.get("GONOSUMDB"), TOPAZ)))
     environment = os.environ | {"GOTOOLCHAIN": "local", "CGO_ENABLED": "0"}
     environment |= {"GONOSUMDB": unasked, "GOBIN": str(folder / "built")}
-    # As its releases are built, or it would tell no version.
+    # The flags of its releases. Without them, it has no version.
     stamp = f"-s -w -X {TOPAZ}/pkg/version.ver={TOPAZ_RELEASE.removeprefix('v')}"
     download = [go, "mod", "download", "-json", f"{TOPAZ}@{TOPAZ_RELEASE}"]
     try:
@@ -458,7 +466,7 @@ def found_topazd(cache: Path) -> str | None:
 
 @nox.session
 def topaz(session: nox.Session) -> None:
-    """Run the pool, and what is expected of authorizers, against Topaz itself."""
+    """Run the tests of the pool and the conformance tests against Topaz itself."""
     topazd = found_topazd(Path(session.cache_dir).resolve() / "topazd")
     if topazd is None:
         session.skip(f"{TOPAZ}@{TOPAZ_RELEASE} cannot be had: no Go, or no module")
@@ -480,13 +488,13 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run every benchmark for a moment, to see that it works; in full: `-- --full`."""
+    """Run every benchmark for a moment, to see that it works. In full: `-- --full`."""
     session.install("-e", ".", "--group", "peers")
     results = Path(session.create_tmp()) / "results"
     shutil.rmtree(results, ignore_errors=True)
     scripts = Path("benchmarks")
     drawers = {scripts / "plots.py", scripts / "report.py"}
-    # The numbers of short rounds mean nothing.
+    # The numbers of short rounds are meaningless. They only show that a script runs.
     size = [] if "--full" in session.posargs else ["--quick"]
     for script in sorted({*scripts.glob("[!_]*.py")} - drawers):
         session.run("python", str(script), *size, "--save", str(results))

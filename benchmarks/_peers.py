@@ -1,9 +1,9 @@
 """
-Pools that lease connections which do nothing, all used in one way.
+Adapters for other connection pools, so that benchmarks use all pools in the same way.
 
-What a benchmark of them measures is what the pools do themselves. Each is used as its
-documentation says, with its own default timeout for a lease, or one of 5 seconds if it
-has none, since an application that never gives up waiting is none.
+The connections do nothing, so a benchmark measures only the pool. Each pool is used as
+its documentation says, with its own default timeout for a lease. If a pool has no
+default timeout, it gets 5 seconds, because real applications limit the wait.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ PREDECESSOR = "fastapi-topaz 1.1.0"
 CACHE = Path(__file__).parent / ".peers"
 
 TIMEOUT = 5.0
-"""Seconds for a lease, where the pool has no default."""
+"""Time limit in seconds for a lease, if the pool has no default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
     """
-    One pool.
+    One pool to measure.
 
     Attributes:
-        name: With the version.
-        open: Called with a number of connections, returns a context manager that makes
-            them all, and gives a function whose result is entered for one lease.
-        backends: Those of `BACKENDS` that it runs on.
+        name: The name with the version.
+        open: A function that takes the number of connections. It returns a context
+            manager, which makes all connections and yields a function `lease`. To
+            take one lease, enter the result of `lease()`.
+        backends: The backends of `BACKENDS` on which the pool runs.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Peer:
 
 
 def run(backend, function, *arguments):
-    """Run an async function on *backend*, and return its result."""
+    """Run an async function on *backend* and return its result."""
     if backend == "uvloop":
         options = {"use_uvloop": True}
         return anyio.run(function, *arguments, backend_options=options)
@@ -85,7 +86,7 @@ def fill(lease, count):
 
 @contextlib.asynccontextmanager
 async def open_ours(count):
-    """Open the pool of this package; yield the pool."""
+    """Open the pool of this package and yield it."""
     async with ConnectionPool(
         connector=FakeConnector(),
         min_connections=count,
@@ -105,7 +106,7 @@ def ours():
 
 
 def predecessor():
-    """Return the package that had this name before; only its pool is loaded."""
+    """Return the pool of the other package `fastapi-topaz`. Only its pool is loaded."""
     module = _predecessor_module()
 
     @contextlib.asynccontextmanager
@@ -133,11 +134,11 @@ def _predecessor_module():
     name, number = PREDECESSOR.split()
     source = CACHE / f"{name}-{number}" / "connection_pool.py"
     if not source.exists():
-        # Not installed, because it would replace this package.
+        # Downloaded but not installed, because it would replace this package.
         pip = "-m pip download -q --no-deps --disable-pip-version-check"
         subprocess.run(
             [sys.executable, *pip.split(), "--dest", CACHE, f"{name}=={number}"],
-            check=False,  # judged by what it leaves behind
+            check=False,  # success means that the wheel exists
         )
         wheels = list(CACHE.glob(f"fastapi_topaz-{number}-*.whl"))
         if not wheels:
@@ -147,7 +148,7 @@ def _predecessor_module():
             source.write_bytes(wheel.read("fastapi_topaz/connection_pool.py"))
     spec = importlib.util.spec_from_file_location("predecessor_pool", source)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their names
+    sys.modules[spec.name] = module  # its dataclasses look up names there
     spec.loader.exec_module(module)
     return module
 
@@ -171,8 +172,8 @@ def generic_connection_pool():
             Manager(),
             min_idle=count,
             max_size=count,
-            acquire_timeout=TIMEOUT,  # has no default
-            background_collector=True,  # as its README does
+            acquire_timeout=TIMEOUT,  # it has no default
+            background_collector=True,  # as in its README
         )
         lease = functools.partial(pool.connection, "endpoint")
         async with fill(lease, count):
@@ -180,7 +181,7 @@ def generic_connection_pool():
         try:
             yield lease
         finally:
-            # Without a limit it tries for ever if a connection is lost.
+            # Without a limit, close() never ends if a connection is lost.
             with contextlib.suppress(asyncio.TimeoutError):
                 await pool.close(timeout=1)
 
@@ -214,7 +215,7 @@ def aiosqlitepool():
 
 
 class _DBAPIConnection:
-    """What SQLAlchemy's pools need of a connection."""
+    """A fake connection with the methods that SQLAlchemy's pools call."""
 
     def rollback(self):
         pass
@@ -224,7 +225,7 @@ class _DBAPIConnection:
 
 
 def sqlalchemy_async():
-    """Return the pool below `AsyncEngine`, which runs it in greenlets as here."""
+    """Return the pool of `AsyncEngine`, run in greenlets as `AsyncEngine` does."""
     from sqlalchemy.pool import AsyncAdaptedQueuePool  # noqa: PLC0415
     from sqlalchemy.util import greenlet_spawn  # noqa: PLC0415
 
@@ -254,7 +255,7 @@ def sqlalchemy_async():
 
 
 def sqlalchemy_sync(count):
-    """Return SQLAlchemy's pool for threads, with all connections made; no `Peer`."""
+    """Return SQLAlchemy's pool for threads, with all connections made. Not a `Peer`."""
     from sqlalchemy.pool import QueuePool  # noqa: PLC0415
 
     pool = QueuePool(_DBAPIConnection, pool_size=count, max_overflow=0)
@@ -303,7 +304,7 @@ def _named(package):
 
 
 def peers():
-    """Return ours and all others that are installed; say which are not, and why."""
+    """Return this pool and all others that are installed. Print which are left out."""
     found = []
     for adapter in (
         ours,

@@ -1,8 +1,8 @@
 """
-Contestants measured in turns, in one run.
+Measures several contestants in turns, in one run, and reports their ratios.
 
-What else the machine does then hits them alike, and only their ratios are told: the
-ratio of each round, and of those the median.
+Because they take turns, other load on the machine affects all of them equally. The
+result is the median of the ratios of all rounds.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ PACKAGES = (
 @dataclasses.dataclass(frozen=True)
 class Goal:
     """
-    What the ratio of one contestant to others must not exceed.
+    A limit for the ratio of one contestant to others.
 
     Attributes:
-        name: Of the contestant.
-        others: Those that were measured count; of their ratios the worst does.
-        most: The ratio.
-        text: The goal in words, if there is more than one other.
+        name: The name of the contestant.
+        others: The other contestants. The worst ratio to a measured one counts.
+        most: The maximum ratio.
+        text: The goal in words, if there are several others.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What was reached of one goal; *met* is None where nothing was measured."""
+    """The result for one goal. *met* is None if nothing was measured."""
 
     goal: str
     reached: str
@@ -80,10 +80,10 @@ class Verdict:
 
 class Race:
     """
-    The measurements of all rounds by contestant, each list in order of rounds.
+    The measurements of each contestant, in the order of rounds.
 
     Attributes:
-        left_out: Contestants that failed, and why.
+        left_out: The contestants that failed, with the reason.
     """
 
     def __init__(self, title: str, unit: str) -> None:
@@ -99,13 +99,14 @@ class Race:
         optional: Collection[str] = (),
     ) -> None:
         """
-        Let each measure itself once a round.
+        Call each contestant once per round to measure itself.
 
-        Every round begins with another one. The *optional* may fail, and are left out.
+        Every round starts with a different contestant. If one of *optional* fails, it
+        is left out.
         """
         names = list(contestants)
         self.rounds = {name: [] for name in names}
-        for each in names:  # imports, caches, the first connection
+        for each in names:  # warm-up: imports, caches, the first connection
             self._measure(contestants, each, optional)
         for each in self.rounds.values():
             each.clear()
@@ -132,7 +133,7 @@ class Race:
         return statistics.median(self.rounds[name])
 
     def ratio(self, name: str, other: str) -> float:
-        """Return the median of what *name* took in each round for one of *other*."""
+        """Return the median of the ratios of *name* to *other* in all rounds."""
         pairs = zip(self.rounds[name], self.rounds[other], strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
@@ -151,7 +152,7 @@ class Race:
         return Verdict(str(goal), reached, ratio <= goal.most)
 
     def show(self, reference: str, goals: Iterable[Goal] = ()) -> None:
-        """Print a table, and how each goal was met."""
+        """Print a table, and the verdict for each goal."""
         print(f"\n{self.title} ({self.unit}, median of rounds)")
         width = max(map(len, self.rounds))
         for name in sorted(self.rounds, key=self.median):
@@ -163,7 +164,7 @@ class Race:
             print(self.judge(goal))
 
     def data(self, goals: Iterable[Goal] = ()) -> dict[str, object]:
-        """Return what `save` is to write of it."""
+        """Return the data for `save`."""
         return {
             "title": self.title,
             "unit": self.unit,
@@ -174,7 +175,7 @@ class Race:
 
 
 def parser(doc: str, *, rounds: int | None = None) -> argparse.ArgumentParser:
-    """Return a parser of what all benchmarks may be told."""
+    """Return a parser with the options of all benchmarks."""
     made = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
     if rounds:
         made.add_argument("--rounds", type=int, default=rounds)
@@ -195,7 +196,7 @@ def parser(doc: str, *, rounds: int | None = None) -> argparse.ArgumentParser:
 
 
 def parsed(made: argparse.ArgumentParser, **quick: object) -> argparse.Namespace:
-    """Return the options; with `--quick` those of *quick* replace others."""
+    """Parse and return the options. With `--quick`, *quick* replaces some of them."""
     options = made.parse_args()
     if options.quick:
         vars(options).update(quick)
@@ -203,7 +204,7 @@ def parsed(made: argparse.ArgumentParser, **quick: object) -> argparse.Namespace
 
 
 def save(options: argparse.Namespace, name: str, data: Mapping[str, object]) -> None:
-    """Write *data* with what it was measured with, if that was asked for."""
+    """If `--save` is given, write *data* with the date, versions and settings."""
     if options.save is None:
         return
     options.save.mkdir(parents=True, exist_ok=True)
@@ -217,7 +218,7 @@ def save(options: argparse.Namespace, name: str, data: Mapping[str, object]) -> 
 
 
 def about() -> dict[str, object]:
-    """Return what was measured when, with which versions, on which machine."""
+    """Return the date, the versions and the machine of the measurement."""
     packages = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -231,14 +232,14 @@ def about() -> dict[str, object]:
 
 
 def versions(*packages: str) -> str:
-    """Return what was measured with, for the head of a report."""
+    """Return the versions of Python and *packages*, for the head of a report."""
     parts = [f"Python {platform.python_version()}"]
     parts += [f"{package} {version(package)}" for package in packages]
     return ", ".join(parts)
 
 
 def loaded(directory: Path, name: str) -> dict[str, object] | None:
-    """Return what was saved, or None if it was not."""
+    """Return the saved data, or None if there is none."""
     path = directory / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -252,7 +253,7 @@ def race_of(data: Mapping[str, object]) -> Race:
 
 
 def drawing_options(doc: str) -> argparse.Namespace:
-    """Return where results are, and where what is made of them goes."""
+    """Parse and return the options for the folders of results and of output."""
     made = argparse.ArgumentParser(description=doc.partition("\n\n")[0])
     made.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY")
     made.add_argument("--to", type=Path, default=RESULTS.parent, metavar="DIRECTORY")

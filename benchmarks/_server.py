@@ -1,8 +1,8 @@
 """
-An authorizer in a process of its own, so that what it costs is not counted.
+Runs an authorizer in a separate process, so that its CPU time is not counted.
 
-It is the embedded one, which takes about 0.3 ms of one CPU for a check: it ends what a
-benchmark may reach at some 3,000 checks per second.
+It is the embedded authorizer, which needs about 0.3 ms of one CPU for a check. So a
+benchmark can reach at most about 3,000 checks per second.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from fastapi_topaz.testing import EmbeddedAuthorizer
 
 
 POLICY = "myapp.GET.documents"
-"""The policy that allows everybody."""
+"""The path of a policy that allows every request."""
 
 PATIENCE = 10.0
-"""Seconds that the process gets to end, once it was asked to."""
+"""Time limit in seconds for the process to end."""
 
 
 @contextlib.contextmanager
 def authorizer(*, tls=False, latency=0.0, streams=None):
     """
-    Start one, return the options that lead to it, and stop it in the end.
+    Start an authorizer, yield the options to connect to it, and stop it at the end.
 
     Args:
-        tls: Whether it serves TLS, with a throw-away CA.
-        latency: Seconds that each answer takes.
-        streams: How many calls one connection may have open; None is unlimited.
+        tls: Whether to serve TLS, with a temporary CA. Default False.
+        latency: Time for each answer, in seconds. Default 0.
+        streams: Maximum number of open calls on a connection. None, the default,
+            means no limit.
     """
     command = [sys.executable, __file__, f"--latency={latency}"]
     command += ["--tls"] if tls else []
@@ -60,7 +61,7 @@ def serve(*, tls, latency, streams):
     embedded.delay = latency
     with embedded:
         print(embedded.url, embedded.ca_cert_path or "", flush=True)
-        # It ends with whoever started it, however that ends.
+        # stdin closes when the parent process ends, for any reason. Then this ends too.
         sys.stdin.read()
 
 

@@ -1,12 +1,12 @@
 """
-What one lease costs when a connection is free: acquire and release, one task.
+Measures the time of one lease with a free connection: acquire and release, one task.
 
     .venv/bin/python benchmarks/acquire.py [--backend asyncio uvloop trio]
         [--rounds 15] [--leases 3000] [--quick] [--save]
 
-The others come with `pip install --group peers`; those that are missing are left out.
-Connections do nothing. The floor is what no pool on anyio's `CapacityLimiter` can do
-without: to take a token and a connection, and give both back.
+`pip install --group peers` installs the other pools. Missing ones are left out. The
+connections do nothing. The floor is the minimum work of a pool on anyio's
+`CapacityLimiter`: take a token and a connection, then return both.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ CONNECTIONS = 10
 WARM_UP = 200
 CHUNK = 30
 """
-Leases timed at once. Of the chunks of a round the median counts: a short one may be
-spared what else the machine does, and the long rounds of slow contestants never are.
+Leases timed together. The median of all chunks of a round counts. Some short chunks are
+free of other load on the machine. The long rounds of slow contestants never are.
 """
 
 
@@ -101,7 +101,7 @@ def synchronous(count):
 
 
 def contestants(backend, found, count):
-    """Return who runs on *backend*, by name."""
+    """Return the contestants that run on *backend*, by name."""
     racing = {
         FLOOR: functools.partial(run, backend, floor, count),
         EXPLICIT: functools.partial(run, backend, explicit, count),

@@ -1,19 +1,21 @@
 """
-Whether a pool loses connections when those who wait for one are cancelled.
+Tests whether a pool loses connections if waiting tasks are cancelled.
 
     .venv/bin/python benchmarks/cancellation.py [--rounds 50] [--seed 1]
         [--only ours] [--quick] [--save]
 
-In each round 1,000 tasks want one of 10 connections, and each is cancelled at a random
-moment, while 20 others go on taking leases and giving them back. One time in three it
-is the one that has waited longest, which is about to be served: the moment that is
-hardest to get right. Once with scopes of anyio and once with `Task.cancel()`. What
-holds a connection when everybody is gone has lost it; a task that was cancelled and
-ends in another way has swallowed that.
+In each round, 1,000 tasks wait for one of 10 connections. Each is cancelled at a random
+moment. Meanwhile 20 other tasks take and release leases. In one of three cases, the
+cancelled task is the one that has waited longest. It is about to get a connection,
+which is the hardest case for a pool. Each pool is tested with anyio's cancel scopes and
+with `Task.cancel()`.
 
-Ours is tried on all backends, the others on asyncio. They come with
-`pip install --group peers`; those that are missing are left out. The exit code is 1 if
-ours loses or swallows anything.
+If a connection cannot be leased after all tasks ended, the pool lost it. If a cancelled
+task ends without a cancellation, the pool swallowed it.
+
+This pool is tested on all backends, the others on asyncio. `pip install --group peers`
+installs the others. Missing ones are left out. If this pool loses or swallows anything,
+the exit code is 1.
 """
 
 from __future__ import annotations
@@ -38,42 +40,42 @@ CONNECTIONS = 10
 WAITERS = 1000
 OTHERS = 20
 HELD = 6
-"""Checkpoints that a lease is held for, at most."""
+"""Maximum number of checkpoints during a lease."""
 
 AT_ONCE = (2, 4, 8)
-"""Tasks cancelled between two checkpoints, at most: one of these in each round."""
+"""Maximum number of tasks cancelled between two checkpoints. Each round uses one."""
 
 OLDEST = 1 / 3
-"""The share of the cancelled that had waited longest."""
+"""The share of cancelled tasks that had waited longest."""
 
 PATIENCE = 5.0
-"""Seconds that a round may take after the last was cancelled, and to close the pool."""
+"""Time limit in seconds, after the last cancellation and again to close the pool."""
 
 FREE = 1.0
-"""Seconds to lease all connections once they should be free."""
+"""Time limit in seconds to lease all connections after all tasks ended."""
 
 LIMIT = 15.0
-"""Seconds for a round. Some tasks that are stuck cannot be cancelled, only killed."""
+"""Time limit in seconds for a round. Some stuck tasks can only be killed."""
 
 GIVE_UP = 3
-"""Rounds in which somebody may be stuck before the rest is left out."""
+"""After this number of stuck rounds, the remaining rounds are left out."""
 
 
 @dataclasses.dataclass
 class Tally:
     """
-    What became of all rounds.
+    The counts of all rounds.
 
     Attributes:
-        cancelled: Tasks that were cancelled, and ended so.
-        served: Tasks that had ended before it was their turn to be cancelled.
-        swallowed: Tasks that were cancelled and ended in another way.
-        lost: Connections that nobody could get in the end.
-        stuck: Rounds in which somebody waited for ever, or the pool did not close.
-        killed: Those of them that ended only with the process, and told nothing.
-        leases: Those that anybody got; where they are few, little was tried.
-        errors: Whatever else was raised, by name.
-        rounds: Rounds that were played.
+        cancelled: Tasks that were cancelled and ended as cancelled.
+        served: Tasks that ended before they could be cancelled.
+        swallowed: Tasks that were cancelled but did not end as cancelled.
+        lost: Connections that could not be leased at the end.
+        stuck: Rounds in which a task never ended, or the pool did not close.
+        killed: Stuck rounds that had to be killed, and so have no counts.
+        leases: Leases that all tasks got. If there are few, little was tested.
+        errors: Other errors, by name.
+        rounds: Rounds that were run.
     """
 
     cancelled: int = 0
@@ -106,7 +108,7 @@ class Tally:
 
 
 class Waiter:
-    """One who is cancelled, with a scope."""
+    """A task that is cancelled with a cancel scope."""
 
     def __init__(self, round_):
         self.round = round_
@@ -120,7 +122,7 @@ class Waiter:
         try:
             with self.scope:
                 await self.round.lease_once()
-        except Exception as error:  # noqa: BLE001  (told in the table)
+        except Exception as error:  # noqa: BLE001  (counted in the table)
             self.round.failed(error)
         self.ended(asked=self.scope.cancel_called, heard=self.scope.cancelled_caught)
 
@@ -136,13 +138,13 @@ class Waiter:
 
 
 class NativeWaiter(Waiter):
-    """One who is cancelled as asyncio does it, once."""
+    """A task that is cancelled once with `Task.cancel()`."""
 
     def __init__(self, round_):
         super().__init__(round_)
         self.asked = False
 
-    def start(self, tasks):  # noqa: ARG002  (they would be cancelled with it)
+    def start(self, tasks):  # noqa: ARG002  (a task group would be cancelled too)
         self.task = asyncio.get_running_loop().create_task(self.round.lease_once())
         self.task.add_done_callback(self.end)
 
@@ -156,7 +158,7 @@ class NativeWaiter(Waiter):
 
 
 class Round:
-    """One pool, and all who want something of it."""
+    """One pool and all its tasks."""
 
     def __init__(self, peer, waiter, rng, tally):
         self.peer = peer
@@ -173,14 +175,14 @@ class Round:
             self.tally.leases += 1
             for _ in range(self.random.randint(0, HELD)):
                 await checkpoint()
-        # A cancellation that came while it ended is due here.
+        # A cancellation during the release must be delivered here.
         await checkpoint()
 
     async def lease_on(self):
         while not self.over:
             try:
                 await self.lease_once()
-            except Exception as error:  # noqa: BLE001  (told in the table)
+            except Exception as error:  # noqa: BLE001  (counted in the table)
                 self.failed(error)
 
     async def run(self):
@@ -206,7 +208,7 @@ class Round:
         self.tally.stuck += stuck or limit.cancelled_caught
 
     async def cancel_all(self, waiters):
-        """Cancel everybody who is left, a few between two checkpoints."""
+        """Cancel all remaining tasks, a few between two checkpoints."""
         await checkpoint()
         left = waiters
         most = self.random.choice(AT_ONCE)
@@ -218,7 +220,7 @@ class Round:
             left = [each for each in left if not each.done]
 
     async def missing(self):
-        """Return how many connections nobody can get."""
+        """Return the number of connections that cannot be leased."""
         got = 0
         async with contextlib.AsyncExitStack() as leases:
             with anyio.move_on_after(FREE):
@@ -226,7 +228,7 @@ class Round:
                     try:
                         await leases.enter_async_context(self.lease())
                         got += 1
-                    except Exception as error:  # noqa: BLE001  (told in the table)
+                    except Exception as error:  # noqa: BLE001  (counted in the table)
                         self.failed(error)
         return CONNECTIONS - got
 
@@ -235,8 +237,8 @@ WAITERS_BY = {"scope": Waiter, "Task": NativeWaiter}
 
 
 def play(name, backend, how, seed, numbers, results):
-    """Play these rounds, and send what became of each; in a process of its own."""
-    logging.disable(logging.CRITICAL)  # pools tell of what is counted here
+    """Run the rounds *numbers* in this child process, and send the tally of each."""
+    logging.disable(logging.CRITICAL)  # pools log what is counted here
     with contextlib.redirect_stderr(io.StringIO()):
         peer = next(each for each in peers() if each.name == name)
     for number in numbers:
@@ -247,7 +249,7 @@ def play(name, backend, how, seed, numbers, results):
 
 
 def tally_of(name, backend, how, options):
-    """Play all rounds, in a process that is replaced when it hangs."""
+    """Run all rounds in another process. If it hangs, replace it."""
     rounds, give_up = options.rounds, 1 if options.quick else GIVE_UP
     total = Tally(rounds=0)
     context = multiprocessing.get_context("spawn")

@@ -1,13 +1,13 @@
 """
-What one check costs: the pool, bare gRPC, and the client of `aserto`.
+Measures the cost of one check: with the pool, bare gRPC, and the client of `aserto`.
 
     .venv/bin/python benchmarks/check.py [--rounds 9] [--calls 2000]
         [--concurrency 1 10 20 100] [--backend asyncio uvloop trio] [--quick] [--save]
 
-The CPU time is that of all threads of this process; the authorizer is another one. The
-bare stub sends the bytes that the pool sends, built beforehand. "one client per check"
-is what fastapi-topaz 1.1.0 does: a client, and with it a TLS connection, for every
-decision.
+The CPU time is that of all threads of this process. The authorizer runs in another
+process. The bare stub sends the same bytes as the pool, built before. "one client per
+check" is what fastapi-topaz 1.1.0 does: it makes a client, and so a TLS connection,
+for every decision.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastapi_topaz._authorizer.messages import is_request
 ALICE = Identity(IdentityType.SUB, "alice")
 RESOURCE = {"id": "1"}
 WARM_UP = 200
-# Enough for a client per check, which takes milliseconds.
+# Fewer calls with a client per check, because each takes milliseconds.
 CLIENTS = 200
 
 
@@ -103,14 +103,14 @@ async def one_client(options):
 @contextlib.asynccontextmanager
 async def client_per_check(options):
     async def check():
-        # Nobody closes it there, either.
+        # Not closed, because fastapi-topaz 1.1.0 does not close it either.
         return await _ask(_aserto_client(options))
 
     yield check
 
 
 class Contestant:
-    """One way to check; a call measures it once, and returns microseconds of CPU."""
+    """One way to make checks. A call measures it and returns microseconds of CPU."""
 
     def __init__(self, way, options, concurrency, calls, backend):
         self._way = way
@@ -118,7 +118,7 @@ class Contestant:
         self._concurrency = concurrency
         self._calls = calls
         self._backend = backend
-        # Microseconds by the clock on the wall, of each measurement.
+        # Wall-clock time of each measurement, in microseconds per check.
         self.wall = []
 
     def __call__(self):
@@ -154,14 +154,14 @@ class Contestant:
 
 
 def race(title, contestants, given, reference, goals, *, name):
-    """Let them compete for the least CPU, and show the wall clock as well."""
+    """Compare the CPU time of contestants, and show their wall-clock time too."""
     cpu = Race(title, "us of CPU per check")
     cpu.run(contestants, given.rounds)
     goals = [goal for goal in goals if goal.name in contestants]
     cpu.show(reference, goals)
     save(given, f"check-{name}", cpu.data(goals))
     wall = Race(title, "us of wall clock per check")
-    # The first does not count.
+    # The first measurement is the warm-up.
     wall.rounds = {each: who.wall[1:] for each, who in contestants.items()}
     wall.show(reference)
     save(given, f"check-{name}-wall", wall.data())
@@ -188,7 +188,7 @@ def plain(options, given):
     for concurrency in given.concurrency:
         ways = {}
         for backend in ("asyncio", "uvloop"):
-            # What others are measured by is there in any case.
+            # Always there, because it is the reference for the others.
             if backend == "asyncio" or backend in given.backend:
                 ways[f"bare stub, {backend}"] = bare_stub, backend
         for backend in given.backend:
@@ -224,7 +224,7 @@ def encrypted(options, given):
             },
             given,
             "one client",
-            # With others at once it only tells.
+            # There is no goal for several callers.
             [Goal("pool", ("one client per check",), 0.2)] if concurrency == 1 else [],
             name=f"{concurrency}-tls",
         )

@@ -1,18 +1,18 @@
 """
-What a lease costs, and who waits how long, when 200 tasks share 10 connections.
+Measures the cost of a lease and the waiting times if 200 tasks share 10 connections.
 
     .venv/bin/python benchmarks/contended.py [--backend asyncio uvloop trio]
         [--rounds 15] [--tasks 200] [--leases 20] [--quick] [--save]
 
-Each task takes 20 leases, with one checkpoint in each. Connections do nothing, so that
-the time is that of queueing, waking and switching. The floors are anyio's
+Each task takes 20 leases, with one checkpoint in each. The connections do nothing. So
+this measures the time to queue, wake and switch tasks. The floors are anyio's
 `CapacityLimiter` without connections: bare, and with `fail_after` around each wait, as
-every application wants one. The others come with `pip install --group peers`; those
-that are missing are left out.
+applications need it. `pip install --group peers` installs the other pools. Missing ones
+are left out.
 
-All waits are noted, from asking to getting: in time, which whatever else the machine
-does makes longer for a few, and in turns, the leases that others got meanwhile. Where
-everybody is served in turn, the longest wait is hardly longer than the mean one.
+Every wait is recorded in time and in turns. Turns are the leases that other tasks got
+during the wait. Other load on the machine makes a few waits longer in time, but not in
+turns. If a pool serves tasks in order, the longest wait is little longer than the mean.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LIMITER = "limiter"
 TIMED_LIMITER = "limiter, fail_after"
 CONNECTIONS = 10
 FAIR = 3.0
-"""What the longest wait must be below, in mean waits."""
+"""Limit for the longest wait, as a multiple of the mean wait."""
 
 
 class Borrowed:
-    """A token of a limiter for a borrower of its own."""
+    """A lease of a limiter's token. The object itself is the borrower."""
 
     __slots__ = ("limiter",)
 
@@ -51,7 +51,7 @@ class Borrowed:
 
 
 class BorrowedInTime(Borrowed):
-    """The same, not waited for longer than a while."""
+    """As `Borrowed`, with a time limit for the wait."""
 
     __slots__ = ()
 
@@ -69,7 +69,7 @@ def limiter(lease):
 
 
 class Queue:
-    """The tasks in front of one pool, and the waits of each round."""
+    """The tasks that share one pool, and the waits of each round."""
 
     def __init__(self, peer, backend, tasks, leases):
         self.peer = peer
@@ -80,7 +80,7 @@ class Queue:
         self.turns = []
 
     def measure(self):
-        """Return the microseconds for one lease."""
+        """Run one round and return the microseconds per lease."""
         took, waits, turns = run(self.backend, self.stand)
         self.waits.append(waits)
         self.turns.append(turns)
@@ -112,16 +112,16 @@ class Queue:
         return took, waits, turns
 
     def forget(self, rounds):
-        """Keep the last *rounds* only: one more was to warm up."""
+        """Keep only the last *rounds* rounds, without the warm-up."""
         self.waits = self.waits[-rounds:]
         self.turns = self.turns[-rounds:]
 
     def longest(self, waits):
-        """Return the longest of the *waits* of a round, in mean ones."""
+        """Return the longest wait divided by the mean wait, as the median of rounds."""
         return statistics.median(max(each) / statistics.fmean(each) for each in waits)
 
     def summary(self):
-        """Return milliseconds, and then the longest wait in mean ones."""
+        """Return waits in milliseconds, and the longest as a multiple of the mean."""
         waits = [1000 * each for each in itertools.chain(*self.waits)]
         percents = statistics.quantiles(waits, n=100)
         return {
@@ -149,7 +149,7 @@ def goals(backend, names):
 
 
 def show_waits(backend, waits):
-    """Show the summaries, and return how the goal for the longest was met."""
+    """Print the summaries, and return the verdicts on the longest wait."""
     width = max(map(len, waits))
     print(f"\nWaits for a lease on {backend} (ms; longest by mean, median of rounds)")
     print(

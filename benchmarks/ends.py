@@ -1,13 +1,14 @@
 """
-A pool and a server that ends each connection after some calls, as nginx does.
+Measures a pool whose server closes each connection after some calls, as nginx does.
 
     .venv/bin/python benchmarks/ends.py [--backend asyncio trio] [--rounds 3]
         [--seconds 5] [--calls 100] [--callers 20] [--quick] [--save]
 
-The server answers so many calls on a connection, then sends GOAWAY and closes it when
-all calls on it are answered (`keepalive_requests` of nginx, which was 100 by default).
-Callers ask by `TopazConfig.is_allowed` all the time, first without an end and then with
-one. Ends with 1 if a check failed.
+After this number of calls on a connection, the server sends GOAWAY. It closes the
+connection when all calls on it are answered. nginx does the same (`keepalive_requests`,
+whose default was 100). Callers repeat `TopazConfig.is_allowed` all the time, first with
+a server that closes no connection, then with one that does. If a check fails, the exit
+code is 1.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from faultkit.http2 import Http2Server
 POLICY = "myapp.GET.documents"
 REQUEST = Request({"type": "http", "headers": [], "path_params": {}})
 GOAL = 0.7
-"""Of its throughput without an end the pool must keep this much."""
+"""Minimum throughput with closed connections, as a share of that without."""
 
 
 def serve(calls, pipe):
-    """Run a server that ends each connection after *calls*, or None for never."""
+    """Run a server that closes each connection after *calls* calls. None: never."""
 
     def answer(call):
         call.reply()
@@ -60,7 +61,7 @@ def serve(calls, pipe):
 
 
 async def measure(url, options):
-    """Return checks a second, failures, and how many connections were in use."""
+    """Return the checks per second, the failures, and the mean of busy connections."""
     pool = ConnectionPool(max_connections=10, acquire_timeout=options.seconds)
     config = TopazConfig(
         authorizer_options=AuthorizerOptions(url=url, insecure=True),
@@ -75,7 +76,7 @@ async def measure(url, options):
         while not stopped:
             try:
                 assert await config.is_allowed(REQUEST, POLICY)
-            except Exception as error:  # noqa: BLE001  (told in the end)
+            except Exception as error:  # noqa: BLE001  (printed at the end)
                 failures.append(error)
             else:
                 answered += 1
@@ -83,7 +84,7 @@ async def measure(url, options):
     async with pool, anyio.create_task_group() as tasks:
         for _ in range(options.callers):
             tasks.start_soon(caller)
-        while pool.status().total < 10:  # noqa: ASYNC110  (nobody tells)
+        while pool.status().total < 10:  # noqa: ASYNC110  (there is no event)
             await anyio.sleep(0.001)
         before, began = answered, time.monotonic()
         while time.monotonic() < began + options.seconds:
@@ -95,7 +96,7 @@ async def measure(url, options):
 
 
 def run(backend, calls, options):
-    """Measure in this process with a server in one of its own."""
+    """Measure in this process, with a server in another process."""
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     server = context.Process(target=serve, args=(calls, theirs))
@@ -112,7 +113,7 @@ def run(backend, calls, options):
 def main(options):
     rows, failed = [], 0
     for backend in options.backend:
-        # In turns, so that what else the machine does hits both alike.
+        # In turns, so that other load on the machine affects both equally.
         turns = [
             (run(backend, None, options), run(backend, options.calls, options))
             for _ in range(options.rounds)

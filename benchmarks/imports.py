@@ -1,11 +1,11 @@
 """
-What it takes to import the package, and what of that is its own.
+Measures the CPU time to import the package, and to import only its libraries.
 
     .venv/bin/python benchmarks/imports.py [--rounds 15] [--quick] [--save]
 
-Each import runs in an interpreter of its own, and counts as the CPU that this takes
-above one that imports nothing. The libraries below the package are gRPC, the messages
-of the authorizer, anyio and OpenTelemetry's API.
+Each import runs in a new interpreter. The result is its CPU time minus that of an
+interpreter without imports. The libraries below the package are gRPC, the messages of
+the authorizer, anyio and OpenTelemetry's API.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GOALS = [Goal(OURS, (FASTAPI,), 1)]
 
 
 def cpu(program):
-    """Return the milliseconds of CPU that an interpreter takes for *program*."""
+    """Return the CPU time of an interpreter that runs *program*, in milliseconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", program], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,17 +1,20 @@
 """
-What the pool keeps: memory for each lease and connection, files and threads.
+Measures the memory of leases and connections, and looks for leaked files and threads.
 
     .venv/bin/python benchmarks/memory.py [--backend asyncio trio]
         [--cycles 1000000] [--quick] [--save]
 
-Three questions, each in a process of its own: how much the process grows by a million
-leases; how much Python memory one idle connection takes, compared with a channel of
-grpc.aio with the same options that has made a call, too; and whether all files and
-threads are gone after a thousand connections were opened and closed. The connections of
-the last two lead to an authorizer in one more process.
+There are three measurements, each in its own process:
 
-The exit code is 1 if a file or thread is left, or if connections cost more than they
-may; what the operating system says of memory is not exact enough for that.
+- How much memory does the process gain in a million leases?
+- How much Python memory does one idle connection take? The reference is a channel of
+  grpc.aio with the same options, which has also made a call.
+- Are all files and threads gone after a thousand connections were opened and closed?
+
+The connections of the last two lead to an authorizer in another process.
+
+If a file or thread remains, or if connections take too much Python memory, the exit
+code is 1. The memory that the operating system reports is not exact enough for that.
 """
 
 from __future__ import annotations
@@ -43,15 +46,15 @@ KIB = 1024
 MIB = 1024 * KIB
 CONNECTIONS = 100
 OPENINGS = 10
-"""Times that all of them are opened and closed."""
+"""How many times all connections are opened and closed."""
 
 WARM_UP = 50_000
 GROWTH = 1 * MIB
 EXTRA = 4 * KIB
-"""Bytes of Python memory that a connection may take more than a channel."""
+"""Maximum Python memory of a connection above that of a channel, in bytes."""
 
 PATIENCE = 10.0
-"""Seconds until files and threads must be gone; gRPC ends its own when they idle."""
+"""Time limit in seconds for files and threads to go. gRPC ends its idle threads."""
 
 process = psutil.Process()
 
@@ -65,7 +68,7 @@ def rss():
 
 
 async def cycles(count):
-    """Return the bytes that the process grows by *count* leases."""
+    """Return the growth of the process in *count* leases, in bytes."""
     async with open_ours(10) as pool:
         await lease(pool, WARM_UP)
         before = rss()
@@ -78,7 +81,7 @@ async def lease(pool, count):
         async with pool.acquire():
             pass
         if not number % 100:
-            await anyio.lowlevel.checkpoint()  # the pool's own tasks want turns
+            await anyio.lowlevel.checkpoint()  # lets the pool's own tasks run
 
 
 # -- connections ------------------------------------------------------------------
@@ -117,8 +120,8 @@ async def channels(count, url):
 
 
 async def cost(opened, measure, url):
-    """Return what *measure* counts for one connection."""
-    async with opened(2, url):  # imports, caches, threads
+    """Return the result of *measure* per connection."""
+    async with opened(2, url):  # warm-up: imports, caches, threads
         await anyio.sleep(0.5)
     before = measure()
     async with opened(CONNECTIONS, url):
@@ -127,7 +130,7 @@ async def cost(opened, measure, url):
 
 
 def traced():
-    """Return the bytes of Python memory that were taken since the first call."""
+    """Return the Python memory allocated since the first call, in bytes."""
     if not tracemalloc.is_tracing():
         tracemalloc.start()
     gc.collect()
@@ -138,7 +141,7 @@ def traced():
 
 
 def held():
-    """Return how many files and threads there are, and how many are Python's."""
+    """Return the counts of files, of all threads and of Python threads."""
     return process.num_fds(), process.num_threads(), threading.active_count()
 
 
@@ -148,8 +151,8 @@ async def open_and_close(url):
 
 
 async def leftovers(url):
-    """Return what is held before and after connections were opened and closed."""
-    await open_and_close(url)  # gRPC's own files and threads, which it keeps
+    """Return the counts of `held` before and after connections open and close."""
+    await open_and_close(url)  # gRPC keeps files and threads of its own
     await anyio.sleep(1)
     before = held()
     for _ in range(OPENINGS):
@@ -164,7 +167,7 @@ async def leftovers(url):
 
 
 def apart(part, backend, *arguments):
-    """Return the result of one part, run in a process of its own."""
+    """Run one part in its own process and return the result."""
     command = [sys.executable, __file__, "--part", part, "--backend", backend]
     command += ["--argument", *map(str, arguments)]
     told = subprocess.check_output(command, text=True)
@@ -175,7 +178,7 @@ PARTS = {
     "cycles": lambda count: cycles(int(count)),
     "python of channels": functools.partial(cost, channels, traced),
     "python of pool": functools.partial(cost, connections, traced),
-    # Apart, because tracing takes memory of its own.
+    # Separate parts, because tracing takes memory too.
     "process of channels": functools.partial(cost, channels, rss),
     "process of pool": functools.partial(cost, connections, rss),
     "leftovers": leftovers,
@@ -183,7 +186,7 @@ PARTS = {
 
 
 def leases(options):
-    """Tell how much leases make the process grow."""
+    """Print and return the verdicts on the growth of the process by leases."""
     reached = []
     for backend in options.backend:
         growth = apart("cycles", backend, options.cycles)
@@ -194,7 +197,7 @@ def leases(options):
 
 
 def idle(options, url):
-    """Tell what an idle connection takes; return rows and how the goal was met."""
+    """Print the memory of an idle connection. Return rows and verdicts."""
     rows = []
     reached = []
     for who, backend in [("channel", "asyncio")] + [
@@ -222,7 +225,7 @@ def idle(options, url):
 
 
 def kept(options, url):
-    """Tell what is left of connections; return rows and how the goal was met."""
+    """Print the files and threads that remain. Return rows and verdicts."""
     rows = []
     reached = []
     for backend in options.backend:

@@ -1,18 +1,21 @@
 """
-What metrics and traces cost a lease and a check, with an SDK and without one.
+Measures the cost of metrics and traces per lease and per check, with and without SDK.
 
     .venv/bin/python benchmarks/metrics.py [--backend asyncio trio]
         [--rounds 15] [--leases 6000] [--calls 40000] [--quick] [--save]
 
-Three tables. One uncontended lease, as in `acquire.py`: the floor has an observer that
-does nothing in place of the metrics. The same calls by themselves, in a hot loop, less
-what an empty loop takes: that is what is judged, for it moves less than the difference
-of two leases; but there, nothing has left the processor's caches since the last time.
-And the measurements that the pool makes for one lease, which are counted.
+It prints three tables:
 
-The exit code is 1 if those are not one record for the wait and one for the hold. No
-global provider is set here, so that the pools without one have what any application
-without an SDK has.
+- One uncontended lease, as in `acquire.py`. The floor has an observer that does
+  nothing, instead of the metrics.
+- The same calls alone in a hot loop, minus the time of an empty loop. The goal is
+  judged by these, because they vary less than the difference of two leases. But in a
+  hot loop, everything stays in the caches of the processor.
+- The number of measurements that the pool makes for one lease.
+
+If that number is not one record for the wait and one for the hold, the exit code is 1.
+No global provider is set here. So a pool without a provider behaves as in an
+application without an SDK.
 """
 
 from __future__ import annotations
@@ -54,25 +57,25 @@ ACQUIRED = "metrics of acquire(), no SDK"
 LEASED = "metrics of a lease, no SDK"
 
 MOST = 0.3
-"""Microseconds that metrics may cost one acquire() without an SDK."""
+"""Limit for the metrics of one acquire() without an SDK, in microseconds."""
 
 CONNECTIONS = 10
 WARM_UP = 200
 CHUNK = 30
-"""Leases timed at once. Of the chunks of a round the median counts."""
+"""Leases timed together. The median of all chunks of a round counts."""
 
 CALLS = 1000
-"""Calls timed at once, where they are timed by themselves."""
+"""Calls timed together in a hot loop."""
 
 CALLERS = 20
-"""Tasks whose leases are counted: half of them have to wait."""
+"""Tasks whose leases are counted. Half of them must wait."""
 
 WAIT, HOLD = "topaz_pool_acquire_latency", "topaz_pool_hold_time"
 WAIT_TOO, HOLD_TOO = "db.client.connection.wait_time", "db.client.connection.use_time"
 
 
 class Nobody:
-    """Is told of durations, and does nothing."""
+    """An observer that does nothing."""
 
     def acquired(self, waited, /):
         pass
@@ -85,7 +88,7 @@ class Nobody:
 
 
 def provider():
-    """Return an SDK whose metrics nobody collects."""
+    """Return an SDK provider whose metrics are never collected."""
     return MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
 
 
@@ -124,7 +127,7 @@ async def leases(count, observer=None, **parameters):
 
 
 def pools(backend, count):
-    """Return who gives leases, by name."""
+    """Return the contestants that take leases, by name."""
     sdk = provider()
     ways = {
         FLOOR: {"observer": Nobody()},
@@ -141,7 +144,7 @@ def pools(backend, count):
 
 
 def above(race, name, other):
-    """Return the median of what *name* took in each round above *other*."""
+    """Return the median of the differences of *name* and *other* in all rounds."""
     pairs = zip(race.rounds[name], race.rounds[other], strict=True)
     return statistics.median(mine - theirs for mine, theirs in pairs)
 
@@ -150,7 +153,7 @@ def above(race, name, other):
 
 
 class Cost:
-    """The microseconds of a statement above those of another; each call measures it."""
+    """Measures a statement minus a base statement, in microseconds, at each call."""
 
     def __init__(self, count, statement, base="pass", setup="pass", **names):
         self._count = count // CALLS
@@ -167,7 +170,7 @@ class Cost:
 
 
 class NoDel(AuthorizerCalls):
-    """What acquire() gives, without what notices that it was not released."""
+    """A lease without the `__del__` that detects a missing release."""
 
     __slots__ = ("__weakref__", "_claim", "_open_pool", "_pool")
     __init__ = PooledConnection.__init__
@@ -182,7 +185,7 @@ def observers(**parameters):
 
 
 def calls(count):
-    """Return what is called for a lease or a check, by name."""
+    """Return the calls that a lease or a check makes, by name."""
     cost = functools.partial(Cost, count)
     acquired = "open_pool.observer.acquired(0.0)"
     both = f"{acquired}; open_pool.observer.released(0.001)"
@@ -220,7 +223,7 @@ def calls(count):
 
 
 def within(context, measure):
-    """Measure while *context* is the current one."""
+    """Call *measure* while *context* is the current context."""
     token = attach(context)
     try:
         return measure()
@@ -240,7 +243,7 @@ METHODS = {
 
 
 class Counting(MeterProvider):
-    """An SDK that counts by name what is measured as it happens, whatever the kind."""
+    """An SDK provider that counts the measurements of each instrument by name."""
 
     def __init__(self):
         super().__init__([InMemoryMetricReader()], shutdown_on_exit=False)
@@ -249,7 +252,7 @@ class Counting(MeterProvider):
 
     def get_meter(self, *arguments, **more):
         meter = super().get_meter(*arguments, **more)
-        if meter not in self._meters_counted:  # the SDK gives it to each who asks
+        if meter not in self._meters_counted:  # the SDK returns one meter many times
             self._meters_counted.append(meter)
             for create, method in METHODS.items():
                 counted = functools.partial(
@@ -271,10 +274,10 @@ class Counting(MeterProvider):
 
 
 async def records(count, **parameters):
-    """Return how many measurements *count* leases make, by the name of instruments."""
+    """Return the measurements of *count* leases, by the name of the instrument."""
     counting = Counting()
     async with opened(meter_provider=counting, **parameters) as pool:
-        counting.made.clear()  # those of connecting
+        counting.made.clear()  # without the measurements of connecting
 
         async def caller():
             for _ in range(count // CALLERS):
@@ -288,7 +291,7 @@ async def records(count, **parameters):
 
 
 def counted(backend, count):
-    """Return the records of leases on *backend*, and whether they are as they must."""
+    """Return the records per lease on *backend*, and the verdicts on them."""
     rows, verdicts = [], []
     for way, parameters, expected in (
         (SDK, {}, (WAIT, HOLD)),
@@ -337,7 +340,7 @@ def main(options):
     packages = ("opentelemetry-api", "opentelemetry-sdk")
     print(versions("fastapi-topaz-pool", "anyio", "trio", *packages))
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
-        del os.environ[name]  # it might put an SDK where none is to be
+        del os.environ[name]  # it could configure a global SDK
     for backend in options.backend:
         race_leases(options, backend)
     race, goal = race_calls(options)

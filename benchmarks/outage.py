@@ -1,14 +1,16 @@
 """
-How long a pool needs to recover, and what an outage costs meanwhile.
+Measures how long a pool needs to recover from an outage, and its cost during one.
 
     .venv/bin/python benchmarks/outage.py [--backend trio] [--down 30]
         [--callers 20] [--quick] [--save]
 
-Callers ask an embedded authorizer all the time, which is stopped and started again. The
-numbers are those of one run on one machine: attempts to connect per second while it is
-down, how long callers were kept before they were told, the share of one CPU that all of
-it took, and the time from the port listening again to the first answer and to the last
-connection.
+Callers ask an embedded authorizer all the time. It is stopped, and started again. The
+benchmark prints, for one run on one machine:
+
+- the attempts to connect per second during the outage;
+- how long callers waited for their error;
+- the share of one CPU that the process used;
+- the time from the restart to the first answer and to the last connection.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ POLICY = "myapp.GET.documents"
 
 
 class Callers:
-    """Ask one question after the other, and remember how that went."""
+    """Callers that repeat a check, and record the outcomes."""
 
     def __init__(self, pool):
         self.pool = pool
@@ -46,7 +48,7 @@ class Callers:
                     await conn.decisions(policy_path=POLICY)
             except ConnectFailed:
                 self.told_after.append(time.monotonic() - began)
-            except Exception:  # noqa: BLE001  (a call that was under way)
+            except Exception:  # noqa: BLE001  (a call that the stop interrupted)
                 self.lost += 1
             else:
                 self.first_answer = self.first_answer or time.monotonic()
@@ -54,7 +56,7 @@ class Callers:
 
 
 async def until(predicate):
-    while not predicate():  # noqa: ASYNC110  (nobody tells)
+    while not predicate():  # noqa: ASYNC110  (there is no event)
         await anyio.sleep(0.001)
 
 

@@ -1,9 +1,9 @@
 """
-Draw what the benchmarks saved.
+Draws pictures of the saved results of the benchmarks.
 
     .venv/bin/python benchmarks/plots.py [--results DIRECTORY] [--to DIRECTORY]
 
-Pictures of results that are missing are left out.
+If results are missing, their pictures are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from metrics import LEAKS, above
 from PIL import Image
 
 
-mpl.use("Agg")  # no display
+mpl.use("Agg")  # works without a display
 
 from matplotlib import pyplot as plt
 
@@ -56,7 +56,7 @@ plt.rcParams.update(
 
 
 def label(name):
-    """Return how pictures and tables call a contestant."""
+    """Return the label of a contestant in pictures."""
     return LABELS.get(name, name).replace("AsyncAdaptedQueuePool", "async")
 
 
@@ -76,7 +76,7 @@ def figure(title, subtitle, columns=1, **more):
 
 
 def bars(axis, names, values, texts):
-    """Draw bars from the top to the bottom, with a text at the end of each."""
+    """Draw horizontal bars, the first at the top, with a text at the end of each."""
     shades = [color(name) for name in names]
     axis.barh(names, values, color=shades, height=0.72 * min(1, len(names) / 5))
     axis.set_ylim(len(names) - 0.5, -0.5)
@@ -268,7 +268,7 @@ def metrics(results):
     if not found:
         return None
     first = next(iter(found.values()))
-    # It takes many times what the others do, and is for finding a leak.
+    # LEAKS takes many times as long as the others. It is a tool to find a leak.
     names = [name for name in first["rounds"] if name != LEAKS]
     drawn, axes = figure(
         "What metrics cost a lease",
@@ -307,7 +307,7 @@ def times(race, name):
 
 
 def pictures(results):
-    """Yield names and pictures of what was saved."""
+    """Yield the name and picture of each saved result."""
     for backend in BACKENDS:
         for draw in (acquire, contended):
             name = f"{draw.__name__}-{backend}"
@@ -328,7 +328,7 @@ def main(options):
         path = directory / f"{name}.png"
         drawn.canvas.draw()
         image = Image.fromarray(np.asarray(drawn.canvas.buffer_rgba()))
-        # Few colors do, and take a third of the bytes.
+        # 64 colors are enough, and take a third of the bytes.
         image.convert("RGB").quantize(64).save(path, optimize=True)
         plt.close(drawn)
         print(f"{name}.png: {path.stat().st_size / 1024:.0f} KiB")

@@ -1,9 +1,10 @@
 """
-Write what the benchmarks saved into the README next to this file.
+Writes the saved results of the benchmarks into the README next to this file.
 
     .venv/bin/python benchmarks/report.py [--results DIRECTORY] [--to DIRECTORY]
 
-All between the two markers is replaced; every number there is from a file of results.
+It replaces all text between the two markers. Every number there comes from a file of
+results.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ FILES = (
     "imports",
 )
 HARDLY = 0.1
-"""Leases for one task below which a contestant was hardly exercised."""
+"""Leases per task. Below this, a contestant was hardly exercised."""
 
 LABELS = {OURS: "**ours**", NO_SDK: f"**{NO_SDK}**"}
 
 
 def table(heads, rows, *, words=1):
-    """Return a table; the first columns are *words*, the others numbers."""
+    """Return a Markdown table. The first *words* columns are text, the rest numbers."""
     rules = ["---"] * words + ["---:"] * (len(heads) - words)
     lines = [heads, rules, *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
@@ -50,7 +51,7 @@ def label(name):
 
 
 def measured(saved):
-    """Tell when and with what it was measured; runs that differ are told apart."""
+    """Return the date, versions and machine. If runs differ, list each of them."""
     kinds = {}
     for name, data in saved.items():
         packages = ", ".join(
@@ -96,7 +97,7 @@ def picture(name, text):
 
 
 def leases(saved):
-    """Return what a lease costs, free and wanted by many."""
+    """Return the chapter on leases, with free and with contended connections."""
     parts = ["### One free connection"]
     for backend in BACKENDS:
         if data := saved.get(f"acquire-{backend}"):
@@ -211,7 +212,7 @@ def cancellation(saved):
 
 
 def remarks(row, rounds):
-    """Yield what the numbers of one contestant do not tell, or not plainly."""
+    """Yield remarks that explain the numbers of one contestant."""
     if row["rounds"] < rounds:
         yield (
             f"did not finish: stopped after {row['rounds']} of {rounds} rounds, "
@@ -290,7 +291,7 @@ def outages(saved):
 
 
 def telemetry(saved):
-    """Return what metrics and traces cost, and what is recorded of a lease."""
+    """Return the chapter on the cost of metrics and traces."""
     parts = []
     for backend in BACKENDS:
         if data := saved.get(f"metrics-{backend}"):

@@ -1,14 +1,14 @@
 """
-A pool against the limit of streams that servers and proxies set.
+Measures a pool with a server that limits the streams of a connection.
 
     .venv/bin/python benchmarks/streams.py [--backend asyncio trio] [--rounds 3]
         [--seconds 4] [--callers 1000] [--quick] [--save]
 
-A check takes 100 ms, and a connection may carry 100 of them. First, 500 callers ask a
-pool of 10 connections with 50 streams each, and then one channel that all share. Then
-1,000 callers ask pools with other numbers of streams. A caller asks again as soon as it
-has its answer, or 100 ms after a failure. Ends with 1 if the pool of 10 x 50 failed any
-check.
+A check takes 100 ms, and a connection may carry 100 checks at once. First, 500 callers
+use a pool of 10 connections with 50 streams each, and one shared channel. Then 1,000
+callers use pools with other numbers of streams. A caller repeats its check as soon as
+it has an answer, or 100 ms after a failure. If any check fails with the pool of
+10 x 50, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from fastapi_topaz._authorizer.messages import is_request
 SHARED = "one shared channel, asyncio"
 LATENCY = 0.1
 LIMIT = 100
-# Seconds; what is measured is throughput, so nobody is to run out of time.
+# Seconds. Long, because this measures throughput, so no call should time out.
 PATIENCE = 60
 SHARE = 0.9
-"""Of its throughput against a server without a limit the pool must keep this much."""
+"""Minimum throughput with a limit, as a share of that without a limit."""
 
 
 @contextlib.asynccontextmanager
@@ -77,7 +77,7 @@ async def pool(options, waits, *, streams=50):
 
 
 class Crowd:
-    """Callers who ask for some seconds; a call of it returns the answers per second."""
+    """Callers that repeat checks. A call runs them and returns answers per second."""
 
     def __init__(self, way, options, *, backend, callers, seconds):
         self._way = way
@@ -113,13 +113,13 @@ class Crowd:
             except PoolError as error:
                 self.failures[type(error).__name__] += 1
             else:
-                # Those that come later were not got within the time.
+                # Answers after the end are not counted.
                 self.answered += time.monotonic() < self._end
                 continue
             await anyio.sleep(LATENCY)
 
     def failed(self):
-        """Return how many checks failed, with which status."""
+        """Return the share of failed checks and their statuses, as text."""
         if not self.failures:
             return "none"
         share = self.failures.total() / self.checks
@@ -127,12 +127,12 @@ class Crowd:
         return f"{share:.1%}: {kinds}"
 
     def failures_data(self):
-        """Return the same for a file."""
+        """Return the counts of checks and failures, for the saved file."""
         return {"checks": self.checks, "failed": dict(self.failures)}
 
 
 def compare(limited, unlimited, given):
-    """Let pools and the shared channel compete, and return what is to be saved."""
+    """Compare pools with the shared channel, and return the data to save."""
     crowd = functools.partial(Crowd, callers=500, seconds=given.seconds)
     crowds = {SHARED: crowd(shared_channel, limited, backend="asyncio")}
     for backend in given.backend:
@@ -182,7 +182,7 @@ def no_failures(name, crowds):
 
 
 def table(limited, unlimited, given, backend):
-    """Show what streams per connection do, and return it by row."""
+    """Print a table for several streams per connection, and return its rows."""
     print(
         f"\n{given.callers:,} callers, pool of 10 connections, {backend}\n"
         "  streams  limit  checks/s  wait: median     most  failed"

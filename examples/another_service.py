@@ -1,8 +1,8 @@
 """
 A pool of connections to another gRPC service, on asyncio or trio.
 
-The service is made up: `stock.v1.Stock/Count` takes the name of an article and returns
-how many there are. Its server answers the standard health check.
+The service is fictional: `stock.v1.Stock/Count` takes the name of an article and
+returns the number in stock. Its server answers the standard health check.
 
     python another_service.py trio apples pears
 """

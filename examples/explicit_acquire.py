@@ -1,8 +1,10 @@
 """
-A lease of one's own: `async with pool.acquire()`, or acquire and release.
+Leases without the FastAPI dependencies: `async with pool.acquire()`, or acquire and
+release.
 
-For questions that the dependencies do not ask. What they do then is the application's
-part: a timeout for each call, 403 for a no, and 503 where there is no answer.
+Use this for checks that the dependencies do not make. Then the application must do what
+they do: set a timeout for each call, answer 403 if the policy denies, and answer 503 if
+there is no decision.
 
     uvicorn explicit_acquire:app
 """
@@ -48,7 +50,7 @@ app = FastAPI(lifespan=lifespan)
 async def allowed(
     conn: PooledConnection, request: Request, policy_path: str, **resource: str
 ) -> bool:
-    """Ask on *conn*; only a clear yes is True."""
+    """Make a check on *conn*. Return True only if the policy allows."""
     user = request.headers.get("x-user")
     decisions = await conn.decisions(
         policy_path=policy_path,
@@ -68,7 +70,7 @@ async def documents(request: Request) -> list[str]:
     try:
         async with pool.acquire(timeout=1.0) as conn:
             may = await allowed(conn, request, "myapp.GET.documents")
-    # The pool's errors, and those that the authorizer answers with.
+    # The errors of the pool, and the error statuses of the authorizer.
     except (TopazError, grpc.RpcError) as error:
         raise unavailable() from error
     if not may:
@@ -78,15 +80,15 @@ async def documents(request: Request) -> list[str]:
 
 @app.get("/documents/{id}/rights")
 async def rights(id: str, request: Request) -> dict[str, bool]:
-    """Say what the caller may do with a document: two questions, one lease."""
+    """Return the rights of the caller on a document, with two checks on one lease."""
     try:
         conn = await pool.acquire(timeout=1.0)
         try:
             read = await allowed(conn, request, "myapp.GET.documents.__id", id=id)
             delete = await allowed(conn, request, "myapp.DELETE.documents.__id", id=id)
         finally:
-            # Also when the request is cancelled: a lease that is not released is
-            # missing until Python destroys it.
+            # Also if the request is cancelled. A lease that is not released stays in
+            # use until Python destroys it.
             await pool.release(conn)
     except (TopazError, grpc.RpcError) as error:
         raise unavailable() from error

@@ -1,9 +1,9 @@
 """
-Several worker processes, each with a pool of its own.
+Configures gunicorn with several worker processes. Each has its own pool.
 
     gunicorn --config gunicorn.conf.py
 
-With uvicorn's worker, from the package uvicorn-worker.
+It uses the worker class of uvicorn, from the package uvicorn-worker.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from __future__ import annotations
 from uvicorn_worker import UvicornWorker
 
 
-# Seconds that requests have to end when a worker stops, be it for a deployment or for
-# max_requests. The longest one that is worth waiting for.
+# Time in seconds for requests to end when a worker stops, for a deployment or because
+# of max_requests. Set it to the longest request that is worth the wait.
 REQUESTS = 20
 
-# Seconds that the pool then gives leases which are still out: the grace of
+# Time in seconds that the pool then gives to leases in use. It is the grace of
 # `ConnectionPool.close()`, which the lifespan calls.
 POOL = 5
 
 
 class Worker(UvicornWorker):
-    """Ends requests in time: by itself uvicorn waits for them for ever."""
+    """A worker that limits the wait for requests. By default uvicorn has no limit."""
 
     CONFIG_KWARGS = UvicornWorker.CONFIG_KWARGS | {
-        # A pool that cannot be opened is an error, not an application without one.
+        # If the pool cannot be opened, the application must not start without it.
         "lifespan": "on",
         "timeout_graceful_shutdown": REQUESTS,
     }
@@ -37,25 +37,26 @@ worker_class = Worker
 # Topaz sees up to workers x max_connections connections: 4 x 10 here.
 workers = 4
 
-# The application is imported once, and workers are forked off it. A pool may be built
-# before a fork, and must be opened after it, since gRPC survives none with connections
-# open. The lifespan does that: it runs in the workers. So no `pool.initialize()`, and
-# no other gRPC call, at import time, nor in the hooks `on_starting`, `when_ready` and
-# `pre_fork`, which run in the parent.
+# The parent imports the application once, then forks the workers. A pool may be created
+# before the fork, but must be opened after it, because gRPC does not survive a fork
+# with open connections. The lifespan opens it, and runs in the workers. So make no
+# gRPC call and no `pool.initialize()` at import time. The hooks `on_starting`,
+# `when_ready` and `pre_fork` also run in the parent.
 preload_app = True
 
-# Longer than the two together: at its end gunicorn kills the worker, whose pool is not
-# closed then. Topaz would learn it from the kernel, and the metrics not at all.
+# Longer than both together. After this time gunicorn kills the worker, and its pool is
+# not closed. Then Topaz learns of it from the kernel, and the metrics do not show it.
 graceful_timeout = REQUESTS + POOL + 5
 
-# A worker whose event loop stands still for so long is killed. No check does that: it
-# waits for its connection and its answer without blocking, `check_timeout` at most.
-# But a worker that ends by max_requests tells nothing any more, and may have been
-# silent for half of the time before: so twice what it needs to end.
+# If the event loop of a worker is blocked for this time, gunicorn kills the worker. A
+# check does not block the loop. It waits for its connection and answer for at most
+# `check_timeout`. But a worker that stops because of max_requests sends no heartbeat.
+# Before that, it may have sent none for half of this time. So the timeout is twice the
+# time that a worker needs to stop.
 timeout = 2 * graceful_timeout
 
-# Against memory that leaks somewhere, a worker is replaced after so many requests. The
-# new one connects anew: with the jitter not all of them at the same time, and with
-# thousands of requests in between it is nothing that Topaz would notice.
+# To limit memory leaks, a worker is replaced after this number of requests. The new
+# worker makes new connections. Because of the jitter, the workers are not replaced at
+# the same time. With thousands of requests in between, this is no load for Topaz.
 max_requests = 10_000
 max_requests_jitter = 1_000

@@ -1,8 +1,9 @@
 """
-Startup and shutdown hooks, for an application that has no lifespan.
+Startup and shutdown hooks, for an application without a lifespan.
 
-What the guide's `@app.on_event` does, without its warning. An application that is
-given a lifespan runs no hooks: open the pool there, as lifespan_app.py does.
+They do the same as `@app.on_event`, without its deprecation warning. An application
+with a lifespan runs no hooks. Then open the pool in the lifespan, as lifespan_app.py
+does.
 
     uvicorn hooks_app:app
 """
@@ -40,8 +41,8 @@ app = FastAPI()
 
 
 async def startup() -> None:
-    # With eager_init the first connections are there before the first request. If
-    # Topaz is not there yet, this logs a warning, and the application starts anyway.
+    # With eager_init, the pool connects before the first request. If Topaz is not
+    # running yet, this logs a warning, and the application starts anyway.
     await config.connection_pool.initialize()
 
 
@@ -49,8 +50,8 @@ async def shutdown() -> None:
     await config.connection_pool.close()
 
 
-# By the router, since `@app.on_event` and `FastAPI(on_startup=...)` warn: the one now,
-# the other in the versions of FastAPI that leave it to Starlette.
+# Registered on the router, because the alternatives warn. `@app.on_event` always warns.
+# `FastAPI(on_startup=...)` warns in versions of FastAPI that pass it to Starlette.
 app.router.add_event_handler("startup", startup)
 app.router.add_event_handler("shutdown", shutdown)
 

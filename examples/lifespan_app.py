@@ -1,7 +1,7 @@
 """
-The application of the guide: a pool, guarded routes, and its health.
+The application of the guide: a pool, guarded routes, and a health route.
 
-The pool opens and closes with the application, by its lifespan.
+The lifespan of the application opens and closes the pool.
 
     uvicorn lifespan_app:app
 
@@ -26,8 +26,8 @@ from fastapi_topaz import (
 
 
 def get_identity(request: Request) -> Identity:
-    """Believe a header; an application would pass on a token as IdentityType.JWT."""
-    # MANUAL reaches the policy as it is: Topaz looks SUB up in its directory.
+    """Return the identity in a header. A real application passes a token as JWT."""
+    # MANUAL reaches the policy unchanged. Topaz looks up SUB in its directory.
     user = request.headers.get("x-user")
     return Identity(IdentityType.MANUAL, user) if user else Identity(IdentityType.NONE)
 
@@ -35,8 +35,8 @@ def get_identity(request: Request) -> Identity:
 config = TopazConfig(
     authorizer_options=AuthorizerOptions(
         url=os.environ.get("TOPAZ_URL", "127.0.0.1:8282"),
-        # For a Topaz on this machine. Else leave it out, and TLS is used: then
-        # cert_file_path names the CA, unless that is one that everybody trusts.
+        # Plaintext, for a Topaz on this machine. Otherwise leave it out to use TLS. If
+        # the CA is not a public one, pass its certificate as cert_file_path.
         insecure=True,
     ),
     policy_path_root="myapp",
@@ -57,7 +57,7 @@ config = TopazConfig(
 app = FastAPI(lifespan=config.lifespan)
 
 
-# The policy is named here, ...
+# This route names its policy.
 @app.get(
     "/documents",
     dependencies=[Depends(require_policy_allowed(config, "myapp.GET.documents"))],
@@ -66,7 +66,7 @@ async def documents() -> list[str]:
     return ["1", "2"]
 
 
-# ... and here by the route: myapp.GET.documents.__id, which sees the id.
+# Here the route gives the policy myapp.GET.documents.__id. It sees the id.
 @app.get("/documents/{id}", dependencies=[Depends(require_policy_auto(config))])
 async def document(id: str) -> dict[str, str]:
     return {"id": id}

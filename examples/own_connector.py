@@ -1,8 +1,8 @@
 """
-A pool of connections to another gRPC service, through a `Connector` of one's own.
+A pool of connections to another gRPC service, with your own `Connector`.
 
-The service is made up: `stock.v1.Stock/Count` takes the name of an article and returns
-how many there are. What it takes and returns are messages that come with protobuf.
+The service is fictional: `stock.v1.Stock/Count` takes the name of an article and
+returns the number in stock. Request and response are messages that protobuf includes.
 
     python own_connector.py apples pears
 """
@@ -25,25 +25,29 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-# HealthCheckRequest(), about the server as a whole, and HealthCheckResponse(SERVING),
-# as bytes: their classes are in the package grpcio-health-checking.
+# The encoded messages HealthCheckRequest(), about the whole server, and
+# HealthCheckResponse(SERVING). Their classes are in grpcio-health-checking.
 CHECK = b""
 SERVING = b"\x08\x01"
 
 
 class StockConnection:
-    """One channel, and so one TCP connection, of grpc.aio."""
+    """One channel of grpc.aio, with one TCP connection."""
 
     def __init__(self, target: str) -> None:
         self._channel = grpc.aio.insecure_channel(
             target,
-            # Without it, all channels to a target share one TCP connection.
+            # Without this option, all channels to a target share one TCP connection.
             options=[("grpc.use_local_subchannel_pool", 1)],
         )
         self._closed = False
 
     async def probe(self, timeout: float, /) -> None:
-        """Ask the server how it is: a channel calls itself ready long after its end."""
+        """
+        Make a health check.
+
+        The state of the channel is no proof: it stays READY if the server is frozen.
+        """
         health = "/grpc.health.v1.Health/Check"
         answer = await self.call(health, CHECK, timeout=timeout)
         if answer != SERVING:
@@ -57,21 +61,21 @@ class StockConnection:
         timeout: float | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
     ) -> bytes:
-        """Make one call; having this, leases have `call()`, too."""
+        """Make one call. Because this method exists, leases also have `call()`."""
         call = self._channel.unary_unary(method)(
             request, timeout=timeout, metadata=tuple(metadata)
         )
-        # Not `await call`: when it is cancelled it raises a CancelledError that
-        # anyio's scopes do not know for theirs.
+        # Not `await call`: if it is cancelled, it raises a CancelledError of its own,
+        # which anyio's cancel scopes do not recognise.
         ended = anyio.Event()
         call.add_done_callback(lambda _: ended.set())
         try:
             await ended.wait()
         finally:
-            call.cancel()  # does nothing to one that has ended
+            call.cancel()  # does nothing if the call has ended
         if call.cancelled() and self._closed:
             raise ConnectionLost("the connection was closed under the call")
-        if call.cancelled():  # by the server, which is an answer like others
+        if call.cancelled():  # by the server, so it is an answer
             none = grpc.aio.Metadata()
             raise grpc.aio.AioRpcError(
                 await call.code(), none, none, details=await call.details()
@@ -80,7 +84,7 @@ class StockConnection:
         return response
 
     def judge(self, error: BaseException, /) -> Verdict | None:
-        """Tell the pool what the error of a call says of this connection."""
+        """Return what the error of a call means for this connection."""
         if isinstance(error, ConnectionLost):
             return Verdict.BROKEN
         if not isinstance(error, grpc.aio.AioRpcError):
@@ -92,28 +96,28 @@ class StockConnection:
         return bad.get(error.code(), Verdict.ANSWERED)
 
     async def close(self, grace: float, /) -> None:
-        """Close the channel; calls in flight have *grace* seconds."""
+        """Close the channel. Calls in flight have *grace* seconds to end."""
         self._closed = True
         await self._channel.close(grace)
 
 
 class StockConnector:
     """
-    Makes connections to the stock at *target*.
+    Makes connections to the stock service at *target*.
 
-    For asyncio, since grpc.aio knows no trio.
+    It works only on asyncio, because grpc.aio does not support trio.
     """
 
     def __init__(self, target: str) -> None:
-        self.target = target  # the pool names it in its messages
+        self.target = target  # the pool shows it in messages
 
     async def connect(self, timeout: float, /) -> StockConnection:
-        """Return a connection that has answered, or raise."""
+        """Return a connection that has answered a probe, or raise an error."""
         connection = StockConnection(self.target)
         try:
             await connection.probe(timeout)
         except BaseException:
-            # Also when the pool gives up on it.
+            # Also if the pool cancels this attempt.
             with anyio.CancelScope(shield=True):
                 await connection.close(0)
             raise
@@ -121,7 +125,7 @@ class StockConnector:
 
 
 async def count(pool: ConnectionPool, article: str) -> int:
-    """Return how many there are."""
+    """Return the number of *article* in stock."""
     async with pool.acquire() as conn:
         answer: Int64Value = await conn.call(
             "/stock.v1.Stock/Count",

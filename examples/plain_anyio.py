@@ -28,7 +28,7 @@ async def main() -> None:
     rights: dict[tuple[str, str], bool] = {}
 
     async def ask(user: str, document: str) -> None:
-        # More tasks than connections: the others wait here, in order.
+        # There are more tasks than connections. The others wait here, in order.
         async with pool.acquire() as conn:
             decisions = await conn.decisions(
                 policy_path="myapp.GET.documents.__id",
@@ -38,7 +38,7 @@ async def main() -> None:
             )
         rights[user, document] = decisions.get("allowed") is True
 
-    # Opens the pool, and closes it whatever happens.
+    # Opens the pool, and closes it at the end, also after an error.
     async with pool, anyio.create_task_group() as tasks:
         for user in USERS:
             for document in DOCUMENTS:

@@ -1,8 +1,8 @@
 """
-An application on trio, by hypercorn.
+An application on trio, served by hypercorn.
 
-Nothing but the server differs: the pool finds out where it runs. A route may use trio
-itself, as this one does to ask for many documents at once.
+Only the server differs, because the pool detects the event loop. A route may use trio
+directly. The route `/documents` does so, to check many documents at once.
 
     hypercorn --worker-class trio trio_app:app
 """
@@ -37,7 +37,7 @@ config = TopazConfig(
     ),
     policy_path_root="myapp",
     identity_provider=get_identity,
-    # Two connections carry a hundred checks at once.
+    # Two connections can carry a hundred checks at once.
     connection_pool=ConnectionPool(
         min_connections=1, max_connections=2, streams_per_connection=50
     ),
@@ -50,7 +50,7 @@ DOCUMENTS = ("1", "2")
 
 @app.get("/documents", dependencies=guarded)
 async def documents(request: Request) -> list[str]:
-    """List what the caller may read."""
+    """Return the documents that the caller may read."""
     readable: list[str] = []
     failures: list[Exception] = []
 
@@ -60,7 +60,7 @@ async def documents(request: Request) -> list[str]:
                 request, "myapp.GET.documents.__id", resource_context={"id": document}
             ):
                 readable.append(document)
-        # Kept, for out of a nursery it would come as an ExceptionGroup.
+        # Stored, because a nursery would raise it inside an ExceptionGroup.
         except (TopazError, grpc.RpcError) as error:
             failures.append(error)
 

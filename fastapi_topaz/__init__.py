@@ -1,8 +1,8 @@
 """
 A pool of gRPC connections to the Topaz authorizer for FastAPI, on asyncio and trio.
 
-Everything public stands here; the modules with an underscore do not.
-`fastapi_topaz.testing` holds an embedded authorizer and fakes for tests.
+All public names are in this module and in `fastapi_topaz.testing`, which has an
+embedded authorizer and fakes for tests. Modules with an underscore are private.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi_topaz._distribution import refuse_mixture
 
 
-# Before anything else of a mixed folder is imported.
+# Before any other import, because those modules may belong to the other library.
 refuse_mixture()
 
 from fastapi_topaz._app.config import TopazConfig
@@ -69,7 +69,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # FastAPI takes longer to import than all else here, and not each program has it.
+    # Imported on first use: FastAPI takes longer to import than the rest of this
+    # package, and not every program uses it.
     if name in {"require_policy_allowed", "require_policy_auto"}:
         from fastapi_topaz._app import guards  # noqa: PLC0415
 

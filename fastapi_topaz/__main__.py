@@ -1,4 +1,4 @@
-"""`python -m fastapi_topaz` is the console script."""
+"""Runs the console script as `python -m fastapi_topaz`."""
 
 from fastapi_topaz.cli import main
 

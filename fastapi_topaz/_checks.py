@@ -1,4 +1,4 @@
-"""Checks of what the user passes, each with an error that names the parameter."""
+"""Checks of parameters. Each error names the parameter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["check_count", "check_flag", "check_seconds", "check_text", "safe_rep
 
 
 def safe_repr(value: object) -> str:
-    """Return the text of *value* for a message, whatever it is."""
+    """Return the repr of *value*, or a placeholder if its repr raises an error."""
     try:
         return repr(value)
     except Exception:  # noqa: BLE001  (Python itself refuses numbers of 4,300 digits)
@@ -17,7 +17,7 @@ def safe_repr(value: object) -> str:
 
 
 def check_count(name: str, value: object, minimum: int) -> None:
-    # bool is an int to isinstance, but `max_connections=True` is a mistake.
+    # isinstance() accepts a bool as an int, but `max_connections=True` is a mistake.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"{name} must be an int, got {safe_repr(value)} ({type(value).__name__})"
@@ -29,7 +29,19 @@ def check_count(name: str, value: object, minimum: int) -> None:
 def check_seconds(
     name: str, value: object, *, zero: bool = True, infinite: bool = True
 ) -> float:
-    """Return *value* as a float of seconds, or say what is wrong with it."""
+    """
+    Return *value* as a float, if it is a valid number of seconds.
+
+    Args:
+        name: The name of the parameter.
+        value: The value to check. NaN and negative numbers are invalid.
+        zero: Whether 0 is valid.
+        infinite: Whether infinity is valid.
+
+    Raises:
+        TypeError: *value* is not a number.
+        ValueError: *value* is out of range.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
             f"{name} must be a number of seconds, got {safe_repr(value)} "
@@ -49,7 +61,13 @@ def check_seconds(
 
 
 def check_text(name: str, value: object, *, optional: bool = True) -> None:
-    """Return if *value* is a str with something in it, or say what is wrong with it."""
+    """
+    Check that *value* is a str that is not empty, or None if it is *optional*.
+
+    Raises:
+        TypeError: *value* is not a str.
+        ValueError: *value* is empty, or contains only whitespace.
+    """
     if value is None and optional:
         return
     if not isinstance(value, str):

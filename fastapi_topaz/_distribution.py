@@ -1,9 +1,9 @@
 """
-The name under which this package is installed: `fastapi-topaz-pool`.
+The name of the distribution that installs this package: `fastapi-topaz-pool`.
 
-On PyPI, `fastapi-topaz` is another library, with the same name for the import. pip does
-not notice that two distributions write into one folder. The modules of both are mixed
-then, and each program may get some of either.
+On PyPI, `fastapi-topaz` is another library with the same import name. pip does not
+notice if two distributions write into one folder. Then the folder holds modules of
+both, and a program may import some of each.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ OTHER = "fastapi-topaz"
 
 def refuse_mixture() -> None:
     """
-    Return if no other distribution has files in the folder of this package.
+    Check that `fastapi-topaz` has no files in the folder of this package.
 
     Raises:
-        ImportError: The distribution `fastapi-topaz` has.
+        ImportError: `fastapi-topaz` has files there.
     """
     try:
         other = distribution(OTHER)

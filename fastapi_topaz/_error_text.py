@@ -1,8 +1,8 @@
 """
-What may be told of an error, which is anybody's.
+Texts of errors from any source, without personal data.
 
-An authorizer may name in its details whom a check was about, so of an error with a
-status only that is told.
+The details of a gRPC error may name the identity that a check was about. So if an
+error has a status, its text is only that status.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ __all__ = [
 
 E = TypeVar("E", bound=BaseException)
 
-# gRPC's own words for an HTTP answer, of which the number alone is the server's.
+# gRPC's own text for an HTTP answer. Only the number in it comes from the server.
 _HARMLESS = re.compile(r"(^|: )Received http2 header with status: \d+$")
 
 WORDS = 300
-"""Characters of the details of an error that are told; a proxy may send a page."""
+"""Maximum characters of an error's details, because a proxy may send a whole page."""
 
 
 def safe_text(error: BaseException) -> str:
-    """Return what *error* says, or only its status if it has one."""
+    """Return the status of *error* if it has one, else its text."""
     try:
         return _status(error) or str(error) or repr(error)
-    except Exception:  # noqa: BLE001  (anybody's error)
+    except Exception:  # noqa: BLE001  (a foreign class, whose methods may raise)
         return type(error).__name__
 
 
 def full_text(error: BaseException) -> str:
     """
-    Return what *error* says with its details, for the caller who gets it.
+    Return the text of *error* with its details, for the error that a caller gets.
 
-    Not for the log: see `log_text`.
+    Not for the log. Use `log_text` there.
     """
     details = _details(error)
     return f"{safe_text(error)}: {details}" if details else safe_text(error)
 
 
 def log_text(error: BaseException) -> str:
-    """Return what *error* says for the log: without the details of its causes."""
+    """Return the text of *error* for the log, without the details of its causes."""
     text = safe_text(error)
     cause = error.__cause__
     while cause is not None:
@@ -66,26 +66,31 @@ def _details(error: BaseException) -> str:
     try:
         details = getattr(error, "details", None)
         text = str((details() if callable(details) else "") or "")
-    except Exception:  # noqa: BLE001  (anybody's error)
+    except Exception:  # noqa: BLE001  (a foreign class, whose methods may raise)
         return ""
     safe_repr = text[:WORDS]
     return "".join(sign if sign.isprintable() else " " for sign in safe_repr).strip()
 
 
 def error_kind(error: BaseException) -> str:
-    """Return the status of *error* or the name of its class: one of a few words."""
+    """
+    Return the status of *error*, or the name of its class.
+
+    There are only a few different values.
+    """
     try:
         return _status(error) or type(error).__name__
-    except Exception:  # noqa: BLE001  (anybody's error)
+    except Exception:  # noqa: BLE001  (a foreign class, whose methods may raise)
         return type(error).__name__
 
 
 def without_context(error: E) -> E:
     """
-    Return *error*, to be logged without the error that was being handled meanwhile.
+    Return *error*, changed so that logging does not show the error in its context.
 
-    Its traceback would end with that one, and with what that one says. Local variables
-    of this package are deleted from it, because some handlers log these, too.
+    The context is the error that was handled when *error* was raised. Its text would
+    appear in the traceback. This also deletes the local variables of this package's
+    frames, because some log handlers show them.
     """
     each: BaseException | None = error
     seen = set()
@@ -94,7 +99,8 @@ def without_context(error: E) -> E:
         each.__suppress_context__ = True
         each = each.__cause__
     clear_frames(error)
-    # The frame of the caller still runs: its variables may name the error of a check.
+    # The caller's frame still runs, so it cannot be cleared. Its variables may hold the
+    # error of a check. So the traceback must not lead to it.
     traceback = error.__traceback__
     if traceback is not None and traceback.tb_frame is sys._getframe(1):  # noqa: SLF001
         error.__traceback__ = traceback.tb_next

@@ -1,10 +1,11 @@
 """
-What a forked child must not touch.
+Detects a fork that happened while gRPC channels were open.
 
-gRPC cannot survive `os.fork()` with an open channel: in the child every call
-hangs or the process dies, and even garbage-collecting an inherited channel breaks
-the parent's. Nothing in the child can repair that, so it is recognised and refused.
-A closed channel that was not collected yet does the same, so it is collected first.
+gRPC cannot survive `os.fork()` with an open channel. In the child, every call hangs
+or the process dies. If the child garbage-collects an inherited channel, it breaks the
+channel of the parent. The child cannot repair this, so the pool detects it and raises
+an error. A closed channel that is not yet garbage-collected does the same harm. So
+closed channels are collected before the fork.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["current", "forget", "inherited_from", "watch"]
 
 
 class _Process:
-    """The process this interpreter is; one compare tells whether it forked."""
+    """The pid of this process. A different pid means that the process has forked."""
 
     __slots__ = ("pid",)
 
@@ -26,41 +27,42 @@ class _Process:
         self.pid = os.getpid()
 
 
-# Reading an attribute is a third of the price of os.getpid(), which matters on
-# every acquire.
+# Each acquire() reads the pid. To read an attribute takes a third of the time of
+# os.getpid().
 current = _Process()
 
 _open: weakref.WeakSet[object] = weakref.WeakSet()
-# Those that still exist: the thread that polls for grpc.aio ends with the last one.
+# Closed channels that are not garbage-collected yet. The polling thread of grpc.aio
+# ends when the last one is collected.
 _closed: weakref.WeakSet[object] = weakref.WeakSet()
 _inherited: list[object] = []
 _parent: list[int] = []
 
 
 def watch(channel: object) -> None:
-    """Remember *channel* as one that must be closed before the process forks."""
+    """Register *channel* as open. It must be closed before the process forks."""
     _open.add(channel)
 
 
 def forget(channel: object) -> None:
-    """Take back `watch`: *channel* is closed, and nobody needs it any more."""
+    """Undo `watch`: *channel* is closed and no longer used."""
     _open.discard(channel)
     _closed.add(channel)
 
 
 def inherited_from() -> int | None:
-    """Return the pid of a parent that forked with open channels, if one did."""
+    """Return the pid of the parent if it forked with open channels, else None."""
     return _parent[-1] if _parent else None
 
 
 def _before_fork() -> None:
-    # Closing leaves reference cycles behind, and collected in the child they hang it.
+    # A closed channel leaves reference cycles. If the child collects them, it hangs.
     if _closed:
         gc.collect()
 
 
 def _after_fork_in_child() -> None:
-    # Held for ever: collecting one of them in the child breaks the parent's.
+    # Never released: if the child collects a channel, it breaks the parent's channel.
     left = [*_open, *_closed]
     if left:
         _inherited.extend(left)

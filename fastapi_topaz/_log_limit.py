@@ -1,9 +1,9 @@
 """
-Bounds the log volume: one line for each reason and interval, with a count of the rest.
+Limits the log volume: one line per reason and interval, and a count of the rest.
 
-During an outage each request and each connection has something to report. The first
-event of a reason is logged at once. Further ones are counted for INTERVAL seconds, and
-the next line says how many they were.
+During an outage, each request and each connection has an event to log. The first event
+of a reason is logged at once. Further events are counted for INTERVAL seconds, and the
+next line of this reason shows the count.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ __all__ = ["INTERVAL", "MOST_REASONS", "OTHER", "LogLimit"]
 
 
 INTERVAL = 10.0
-"""Seconds between two lines of one reason."""
+"""Minimum time between two lines of the same reason, in seconds."""
 
 MOST_REASONS = 32
-"""Reasons counted apart, including OTHER, which the reasons beyond that share."""
+"""Reasons with a count of their own. One is OTHER, which all further reasons share."""
 
 OTHER = "other reasons"
 
 
 @attrs.define
 class _Reason:
-    """When a reason was last logged, and how many of its events were not since then."""
+    """When a reason was last logged, and how many events were only counted since."""
 
     level: int
     logged_at: float = -math.inf
@@ -45,16 +45,16 @@ class LogLimit:
     """
     A logger that limits the lines of each reason.
 
-    It needs no timer: a count is reported by the next line of its reason, or by
-    `flush`. If threads share it, a count may be off by a few.
+    It needs no timer. The next line of a reason, or `flush`, reports the count. If
+    threads share the object, a count may be wrong by a few events.
 
     Args:
-        logger: Where lines go.
-        label: Begins the lines that report only a count.
-        clock: Returns seconds; None is `time.monotonic`.
+        logger: The logger that gets the lines.
+        label: The beginning of the lines that report only a count.
+        clock: Returns the time in seconds. None, the default, means `time.monotonic`.
 
     Attributes:
-        held: Events that were counted and not reported yet.
+        held: The number of events that were counted and not yet reported.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class LogLimit:
 
         Args:
             level: As in the module `logging`.
-            reason: What happened and its short code, such as a status or the name of
-                a class. Never text from outside, because it may appear in the log.
+            reason: The kind of event with a short code, such as a status or the name
+                of a class. Never text from outside, because it may appear in the log.
             message: The line, formatted with *args*.
             args: As in the module `logging`.
             exc_info: As in the module `logging`.
-            all_counts: Whether the line, if it is logged, also reports the counts of
-                all other reasons, because it says that what caused them is over.
+            all_counts: Whether the line also reports the counts of all other reasons.
+                For lines that report the end of an outage.
         """
         if not self._logger.isEnabledFor(level):
             return
@@ -116,10 +116,10 @@ class LogLimit:
 
     def flush(self, *, everything: bool = False) -> None:
         """
-        Report the counts of reasons whose INTERVAL is over.
+        Report the counts of the reasons whose INTERVAL is over.
 
         Args:
-            everything: Report all counts now, because no further line may come.
+            everything: Report all counts now. Use it if no further line may follow.
         """
         if not self.held:
             return
@@ -151,7 +151,7 @@ class LogLimit:
         return time.monotonic() if self.clock is None else self.clock()
 
     def _entry(self, reason: str, now: float, level: int) -> _Reason:
-        """Return the entry that events of *reason* are counted in."""
+        """Return the entry that counts the events of *reason*."""
         known = self._reasons.get(reason)
         if known is None:
             if len(self._reasons) >= MOST_REASONS - 1:
@@ -160,7 +160,11 @@ class LogLimit:
         return known
 
     def _make_room(self, reason: str, now: float) -> str:
-        """Forget the quietest reason and return *reason*, or OTHER if none is quiet."""
+        """
+        Remove the reason with the oldest line and return *reason*.
+
+        If even that line is recent, remove nothing and return OTHER.
+        """
         quietest = min(self._reasons, key=lambda name: self._reasons[name].logged_at)
         known = self._reasons[quietest]
         if _is_recent(known, now):
@@ -177,8 +181,8 @@ class LogLimit:
 
 
 def _is_recent(known: _Reason, now: float) -> bool:
-    # A clock that was set back must not silence a reason: tests freeze clocks, and each
-    # run of trio has a clock of its own.
+    # If the clock goes back, a reason must still be logged. Tests freeze clocks, and
+    # each run of trio has its own clock.
     return 0 <= now - known.logged_at < INTERVAL
 
 

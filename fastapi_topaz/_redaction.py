@@ -2,9 +2,10 @@
 Removes secrets from the frames of errors that leave the package.
 
 Error trackers and `pytest -l` show the local variables of every frame of a traceback.
-In this package they hold identities, resource contexts and keys. Each public function
-that handles these is a `boundary`: if an error leaves it, the local variables of this
-package's frames are deleted. Types, messages and line numbers stay.
+In this package, these variables hold identities, resource contexts and keys. Each
+public function that handles such values is a `boundary`. If an error leaves it, the
+local variables of this package's frames are deleted. Types, messages and line numbers
+stay.
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ LIBRARIES = sys.stdlib_module_names | {
     *("aserto", "anyio", "attr", "fastapi", "google", "grpc", "opentelemetry"),
     *("outcome", "sniffio", "starlette", "trio"),
 }
-"""Their frames belong to the code that called them: this package or an application."""
+"""Libraries whose frames count as part of their caller: this package or the user's."""
 
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def boundary(function: F) -> F:
     """
-    Return *function*, whose errors show no local variable of this package.
+    Wrap *function* so that its errors show no local variables of this package.
 
-    For functions and coroutine functions. The frame of the wrapper itself still runs
-    when the error leaves it, so it deletes its own variables.
+    Works for functions and coroutine functions. The frame of the wrapper still runs
+    when the error leaves it, so the wrapper deletes its own variables.
     """
-    clear = clear_frames  # a variable of the closure: see below
+    # In the closure, because the wrapper gets the globals of *function* below.
+    clear = clear_frames
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -72,17 +74,18 @@ def boundary(function: F) -> F:
 
 
 def guarded(cls: type[T]) -> type[T]:
-    """Return the class *cls*, whose constructor is a `boundary`."""
+    """Make the constructor of *cls* a `boundary`, and return *cls*."""
     cls.__init__ = boundary(cls.__init__)  # type: ignore[method-assign]
     return cls
 
 
 def clear_frames(error: BaseException) -> None:
     """
-    Delete the local variables of this package in all tracebacks that *error* leads to.
+    Delete the local variables of this package's frames in the tracebacks of *error*.
 
-    These are its own and those of its causes, contexts and members. Frames of the
-    application keep their variables, and frames that still run are left alone.
+    This includes the tracebacks of its causes, its contexts and the members of a
+    group. Frames of the application keep their variables. Frames that still run are
+    not cleared.
     """
     found, seen = [error], set()
     while found:
@@ -92,8 +95,8 @@ def clear_frames(error: BaseException) -> None:
         seen.add(id(each))
         raised_here = _clear(each)
         if raised_here and each.__suppress_context__ and each.__cause__ is None:
-            # `raise ... from None` hides an error that may hold the value itself, as
-            # UnicodeEncodeError.object and AttributeError.obj do.
+            # `raise ... from None` hides an error that may still hold the value. For
+            # example, UnicodeEncodeError.object and AttributeError.obj hold it.
             each.__context__ = None
         if isinstance(each, BaseExceptionGroup):
             found.extend(each.exceptions)
@@ -105,7 +108,7 @@ def clear_frames(error: BaseException) -> None:
 
 
 def _clear(error: BaseException) -> bool:
-    """Clear the frames of this package; say whether the innermost one is such."""
+    """Clear this package's frames. Return whether the innermost one is among them."""
     ours = False
     before, traceback = None, error.__traceback__
     while traceback is not None:
@@ -114,7 +117,7 @@ def _clear(error: BaseException) -> bool:
         if module not in LIBRARIES:
             ours = module == PACKAGE
         if ours and _is_suspended(frame):
-            # It needs its variables, so the error must not lead to it.
+            # The frame needs its variables, so it is removed from the traceback.
             if before is None:
                 error.__traceback__ = traceback.tb_next
             else:
@@ -124,7 +127,7 @@ def _clear(error: BaseException) -> bool:
                 try:  # noqa: SIM105  (in an outage this runs for each request)
                     frame.clear()
                 except RuntimeError:
-                    pass  # it still runs
+                    pass  # the frame still runs
             before = traceback
         traceback = traceback.tb_next
     return ours
@@ -134,19 +137,19 @@ def _top_module(frame: types.FrameType) -> str:
     name = frame.f_globals.get("__name__")
     if isinstance(name, str):
         return name.partition(".")[0]
-    # A method that attrs wrote: older versions run it in globals without a name.
+    # A method generated by attrs: older versions run it in globals without a name.
     generated = frame.f_code.co_filename.startswith("<attrs generated ")
     return PACKAGE if generated and f" {PACKAGE}." in frame.f_code.co_filename else ""
 
 
 def _is_suspended(frame: types.FrameType) -> bool:
     """
-    Say whether *frame* is of a coroutine or generator that goes on later.
+    Return whether *frame* belongs to a suspended coroutine or generator.
 
-    It is if the coroutine caught this error and then waits for something else.
-    Before Python 3.13 clear() would close that coroutine instead of refusing.
+    A coroutine is suspended if it caught this error and then waits for something else.
+    Before Python 3.13, clear() closes that coroutine instead of raising an error.
     """
     if not frame.f_code.co_flags & _GENERATORS or frame.f_back is not None:
         return False
-    # The garbage collector sees the contents of a frame once its coroutine has ended.
+    # The garbage collector sees the contents of a frame only after its coroutine ended.
     return all(each is not frame.f_code for each in gc.get_referents(frame))

@@ -1,8 +1,8 @@
 """
-Errors that show the right form if an object of the pool is used in a wrong one.
+Error messages that show the correct usage if code uses a pool or a lease wrongly.
 
-Python's own errors name a missing method, such as `__aenter__`. Type checkers must
-still see that it is missing, so the methods here are hidden from them.
+Without them, Python's error only names a missing method, such as `__aenter__`. Type
+checkers must still report that method as missing, so it is hidden from them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEASE_FORM = (
 
 
 class NotCopied:
-    """Refuses copy.copy(), copy.deepcopy() and pickle."""
+    """A base class whose objects refuse copy.copy(), copy.deepcopy() and pickle."""
 
     __slots__ = ()
 
@@ -37,7 +37,7 @@ class NotCopied:
 
 
 class NotAsync:
-    """Refuses `with`, which would have to be `async with`."""
+    """A base class whose objects refuse `with`, because they need `async with`."""
 
     __slots__ = ()
 
@@ -56,10 +56,12 @@ class NotAsync:
 
 class Absent:
     """
-    An attribute that objects of a class do not have, as `hasattr` tells.
+    A descriptor for a missing attribute, whose error shows the correct usage.
+
+    `hasattr` returns False for the attribute.
 
     Args:
-        what: Begins the error, and says what the object is.
+        what: The beginning of the error message. It says what the object is.
         name: The name of the attribute.
     """
 
@@ -71,8 +73,8 @@ class Absent:
 
 
 def explain_absence(cls: type, what: str, names: Iterable[str]) -> None:
-    """Give *cls* each public one of *names* that it lacks, as an `Absent`."""
+    """Add an `Absent` to *cls* for each public name in *names* that it lacks."""
     for name in names:
-        # Not `__del__` and the like, which Python looks for by itself.
+        # Not for private names, because Python itself looks up `__del__` and others.
         if not name.startswith("_") and not hasattr(cls, name):
             setattr(cls, name, Absent(what, name))

@@ -1,4 +1,4 @@
-"""Which version of the package this is; the build reads it from here."""
+"""The version of the package. The build reads it from here."""
 
 __all__ = ["VERSION"]
 

@@ -1,4 +1,4 @@
-"""The console script `fastapi-topaz-pool`; its commands need the extra `demo`."""
+"""The console script `fastapi-topaz-pool`. Its commands need the extra `demo`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ INTERRUPTED: Final = 130
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
-    Run the command of the command line, and end Python with its exit code.
+    Run the command given on the command line, then exit with its exit code.
 
     Args:
-        argv: The arguments; None means those that Python was started with.
+        argv: The arguments. None, the default, means `sys.argv`.
 
     Raises:
-        SystemExit: Always. 0 if all went well, 1 if something failed, 2 if it was
-            called in the wrong way, 130 after Ctrl-C.
+        SystemExit: Always. The code is 0 for success, 1 for a failure, 2 for wrong
+            usage, 130 after Ctrl-C.
     """
     try:
-        # Not above: the script is installed without the extra, too.
+        # Imported here, because the script is also installed without the extra.
         from fastapi_topaz._cli.demo_command import commands  # noqa: PLC0415
 
         commands(args=argv, prog_name=DISTRIBUTION)

@@ -2,7 +2,7 @@
 The errors of `fastapi_topaz`.
 
 Every error derives from [TopazError][fastapi_topaz.TopazError].
-None of them ever means "allowed": a caller that catches one must refuse.
+No error means "allowed". If an application catches one, it must refuse the request.
 """
 
 from __future__ import annotations
@@ -34,19 +34,24 @@ class TopazError(Exception):
 
 class PoolError(TopazError):
     """
-    The pool cannot do what was asked.
+    Base class of all errors raised by a pool.
 
-    Base class of all errors of a pool.
+    The pool could not do what the caller asked for.
     """
 
 
 class PoolMisuse(PoolError, RuntimeError):  # noqa: N818
     """
-    The application uses the pool in a way that cannot work; trying again cannot help.
+    The application uses the pool wrongly. Trying again cannot help.
 
-    Raised if the pool is used on another event loop than the one it is open on, in a
-    process that was forked while gRPC connections were open, without a configured
-    authorizer, or through a lease that was released. The message says what to do.
+    Raised if the application uses the pool:
+
+    - on another event loop than the one on which the pool is open;
+    - in a process that was forked while gRPC connections were open;
+    - without a configured authorizer;
+    - through a lease that is released.
+
+    The message says what to do.
     """
 
 
@@ -54,31 +59,31 @@ class PoolTimeout(PoolError, TimeoutError):  # noqa: N818
     """
     No connection became available within the timeout.
 
-    The message holds the pool's counts; the last connect error, if there is
-    one, is the `__cause__`.
+    The message shows the pool's counts. If there is a last connect error, it is the
+    `__cause__`.
     """
 
 
 class PoolClosed(PoolError, RuntimeError):  # noqa: N818
-    """The pool is closed, or was closed while the caller waited."""
+    """The pool is closed, or was closed while the caller was waiting."""
 
 
 class PoolSaturated(PoolError):  # noqa: N818
-    """`max_waiting` callers wait already; this one was refused at once."""
+    """The pool refused a caller at once, because `max_waiting` callers already wait."""
 
 
 class ConnectFailed(PoolError, ConnectionError):  # noqa: N818
     """
-    A connection could not be established, and nothing else can serve the caller.
+    The pool could not connect, and no other connection can serve the caller.
 
     Attributes:
-        reason: Why, as one of a few words (they are the values of the metric
-            attribute `reason`): `refused`, `resolve`, `tls`, `timeout`, `unanswered`
-            (connections were made and ended before they answered anything, or with
-            their first answer), `unavailable` (the other side answers that its server
-            cannot be reached, as a proxy does), `other`.
-        permanent: True if trying again cannot help until somebody changes the
-            configuration or the server, as with a certificate of the wrong CA.
+        reason: Why connecting failed. The values are also those of the metric
+            attribute `reason`: `refused`, `resolve`, `tls`, `timeout`, `unanswered`,
+            `unavailable` and `other`. `unanswered` means that connections were made,
+            but ended before or with their first answer. `unavailable` means that the
+            other side, such as a proxy, answers that its server cannot be reached.
+        permanent: True if trying again cannot help before the configuration or the
+            server is changed. An example is a certificate signed by the wrong CA.
     """
 
     def __init__(
@@ -95,8 +100,8 @@ class ConnectFailed(PoolError, ConnectionError):  # noqa: N818
 
 class ConnectionLost(PoolError, ConnectionError):  # noqa: N818
     """
-    The connection was closed under a call that was using it.
+    The connection was closed while a call was using it.
 
-    Whether the server acted on the request is unknown. The calls of an
-    authorizer are reads, so they are safe to repeat on another connection.
+    The pool does not know whether the server processed the request. The calls of an
+    authorizer only read, so it is safe to repeat them on another connection.
     """

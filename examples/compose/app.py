@@ -3,8 +3,8 @@ The application of docker-compose.yaml: guarded routes, health, and metrics.
 
     uvicorn app:app
 
-One process in each container: the numbers are those of a process, and Prometheus has
-to reach each of them.
+Run one process per container. Each process has its own metrics, and Prometheus must
+scrape each of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def get_identity(request: Request) -> Identity:
 
 config = TopazConfig(
     authorizer_options=AuthorizerOptions(
-        # Plaintext, within the network of the containers.
+        # Plaintext, because it stays within the network of the containers.
         url=os.environ.get("TOPAZ_URL", "127.0.0.1:8282"),
         insecure=True,
     ),
@@ -46,7 +46,7 @@ config = TopazConfig(
     connection_pool=ConnectionPool(
         name="main",  # the label `pool` of the metrics
         streams_per_connection=50,
-        max_waiting=500,  # beyond that 503 at once, not a queue that nobody waits out
+        max_waiting=500,  # above this 503 at once, instead of a wait that is too long
         leak_threshold=60.0,
     ),
 )
@@ -72,7 +72,7 @@ async def delete(id: str) -> dict[str, str]:
 
 @app.get("/health")
 async def health() -> dict[str, object]:
-    # Always 200: without Topaz checks are answered 503, and a restart mends nothing.
+    # Always 200: if Topaz is down, checks are answered 503, and a restart cannot help.
     pool_status = config.connection_pool.status()
     return {
         "status": "ok" if pool_status.healthy else "degraded",

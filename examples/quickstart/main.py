@@ -1,4 +1,4 @@
-"""The application of the first page: one route, guarded by one policy."""
+"""The application of the README: one route, guarded by one policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastapi_topaz import (
 
 
 def get_identity(request: Request) -> Identity:
-    """Believe a header, for the example. A login would check a token."""
+    """Return the identity in a header. A real application checks a token."""
     return Identity(IdentityType.MANUAL, request.headers.get("x-user", "nobody"))
 
 
@@ -26,7 +26,7 @@ config = TopazConfig(
 app = FastAPI(lifespan=config.lifespan)
 
 
-# Asks for the decision `allowed` of the policy myapp.GET.documents.__id
+# The guard checks the decision `allowed` of the policy myapp.GET.documents.__id
 @app.get("/documents/{id}", dependencies=[Depends(require_policy_auto(config))])
 async def document(id: str) -> dict[str, str]:
     return {"id": id}

@@ -1,8 +1,9 @@
 """
-The url of an authorizer: which forms are accepted, and the port if it is missing.
+Checks the url of an authorizer, and adds the port if it is missing.
 
-gRPC itself accepts nearly any text as a target. It takes `grpc://topaz:8282` for a host
-name, and connects to port 17284 for `topaz:82820`. So the check is made here.
+gRPC itself accepts nearly any text as a target. For example, it uses
+`grpc://topaz:8282` as a host name, and connects to port 17284 for `topaz:82820`. So
+this module checks the url first.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ _FORMS = (
     "ipv4:ADDRESS:port,..., ipv6:[ADDRESS]:port,..., unix:/path or unix-abstract:name"
 )
 
-# Underscores are not allowed in host names, but containers are called so.
+# Host names may not have underscores, but names of containers often do.
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 _SOCKET_PATH_LIMIT = 107
-"""Bytes that Linux has room for."""
+"""Maximum length of a socket path on Linux, in bytes."""
 
 
 def complete(url: str) -> str:
     """
-    Return *url* with port 8282 wherever it has no port.
+    Return *url*, with port 8282 for each address without a port.
 
     Raises:
         ValueError: *url* has none of the accepted forms.
@@ -51,7 +52,7 @@ def complete(url: str) -> str:
 
 
 def _shown(url: str) -> str:
-    """Return *url* without the password of a user."""
+    """Return *url* with the password of its user replaced by `***`."""
     user, at, host = url.rpartition("@")
     name = re.match(r"([A-Za-z0-9+.-]*://)?[^:]*", user)
     assert name is not None  # noqa: S101  (it matches any text)
@@ -124,7 +125,7 @@ _SCHEMES: dict[str, Callable[[str], str]] = {
     "unix-abstract": _unix_abstract,
 }
 
-# gRPC knows these, and would not take them for host names.
+# Schemes of gRPC that are not supported here. They are not host names.
 _UNSUPPORTED = {"xds", "vsock", "google-c2p"}
 
 
@@ -147,7 +148,7 @@ def _host_and_port(text: str) -> str:
 
 
 def _split(text: str) -> tuple[str, int]:
-    """Return the host, an IPv6 address in brackets, and the port."""
+    """Return the host and the port. An IPv6 address is in brackets."""
     if "@" in text:
         raise ValueError("it must not have a user name; the key is passed as api_key")
     if any(each in text for each in "/?#"):

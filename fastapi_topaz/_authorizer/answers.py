@@ -1,9 +1,9 @@
 """
-Reads decisions from answers, and counts each value that an answer has for them.
+Reads decisions from answers, and checks every value in the answer.
 
-Protobuf keeps only the last of several values of a field, and skips a value of another
-type than the field's. So it can read an answer that says both no and yes as a yes.
-Here a decision is true only if all values for it are true.
+If a field has several values, protobuf keeps only the last one. It skips a value whose
+type is not the type of the field. So protobuf can read an answer with both "no" and
+"yes" as "yes". This module returns True only if all values for a decision are true.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ if TYPE_CHECKING:
 __all__ = ["decided", "decided_by_path"]
 
 
-# Types of fields on the wire: see "Message Structure" in protobuf's guide to the
-# encoding.
+# Wire types of fields: see "Message Structure" in protobuf's encoding guide.
 _VARINT, _LENGTH = 0, 2
 
 
 def decided(response: bytes) -> dict[str, bool | None]:
     """
-    Return the decisions of an `IsResponse`, which protobuf can parse.
+    Return the decisions of an `IsResponse` that protobuf can parse.
 
     Returns:
-        Each decision by its name: False if one entry says so, None if an entry for it
-        is not clear, else True.
+        A value for each decision name. False if any entry is false. Otherwise None if
+        an entry is ambiguous, else True.
 
     Raises:
         TypeError: The answer is not an `IsResponse`.
     """
     found: dict[str, bool | None] = {}
     for entry in _values(response, 1, _LENGTH):
-        # Protobuf checks the encoding of the last one only.
+        # Protobuf checks the encoding of the last name only.
         names = [n.decode(errors="replace") for n in _values(entry, 1, _LENGTH)]
         verdict: bool | None
         try:
@@ -59,28 +58,29 @@ def decided(response: bytes) -> dict[str, bool | None]:
 
 def decided_by_path(response: bytes) -> dict[str, dict[str, bool]]:
     """
-    Return the decisions of a `DecisionTreeResponse`, which protobuf can parse.
+    Return the decisions of a `DecisionTreeResponse` that protobuf can parse.
 
-    If values for one decision differ, it is False.
+    If the values of one decision differ, the decision is False.
 
     Raises:
-        TypeError: It has something that is not a decision, or not clear.
+        TypeError: The answer contains a value that is ambiguous or not a decision.
     """
     message: Any = DecisionTreeResponse.FromString(response)
     message.DiscardUnknownFields()
-    # A value that protobuf dropped or skipped makes the answer longer than what is
-    # left. Most have none, and to read each field takes five times as long.
+    # If protobuf dropped or skipped a value, the answer is longer than the parsed
+    # message. Most answers have no such value. To read each field takes five times as
+    # long.
     whole = message.ByteSize() == len(response)
     plain = _plain_tree(message) if whole else None
     return _tree(response) if plain is None else plain
 
 
 def _plain_tree(message: DecisionTreeResponse) -> dict[str, dict[str, bool]] | None:
-    """Return the decisions of *message*, or None if one of them is odd."""
+    """Return the decisions of *message*, or None if `_tree` must read the answer."""
     tree: dict[str, dict[str, bool]] = {}
     for path, policy in message.path.fields.items():
-        # An entry without a key or a value is shorter than protobuf writes it, and
-        # could hide one that is longer.
+        # An entry without a key or value is shorter than protobuf writes it. The
+        # difference could hide a longer entry.
         if not path or policy.WhichOneof("kind") != "struct_value":
             return None
         decisions = tree[path] = {}
@@ -105,33 +105,33 @@ def _tree(response: bytes) -> dict[str, dict[str, bool]]:
     return tree
 
 
-# The fields of `google.protobuf.Value` for what an answer holds.
+# Field numbers of `google.protobuf.Value`.
 _BOOLEAN, _STRUCT = 4, 5
 
 
 def _map(struct: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield key and `Value` of each entry of a `google.protobuf.Struct`."""
+    """Yield the key and `Value` of each entry of a `google.protobuf.Struct`."""
     for entry in _values(struct, 1, _LENGTH):
         keys = _values(entry, 1, _LENGTH) or [b""]
         if len(keys) > 1:
             raise TypeError("the answer has an entry with more than one name")
-        # Parts of one message that are joined are the message with all their fields.
+        # Joined parts of a message are one message with all their fields.
         yield keys[0].decode(), b"".join(_values(entry, 2, _LENGTH))
 
 
 def _all_true(values: list[int]) -> bool:
     if not {0, 1}.issuperset(values):
         raise TypeError("the answer has a boolean that is neither 0 nor 1")
-    # Protobuf sends no field for False.
+    # Protobuf sends no field for False, so an empty list means False.
     return bool(values) and all(values)
 
 
 def _values(data: bytes, number: int, kind: int) -> list[Any]:
     """
-    Return all values of the field *number*, in their order.
+    Return all values of the field *number*, in order.
 
     Raises:
-        TypeError: One is of another type than *kind*.
+        TypeError: The wire type of a value is not *kind*.
     """
     values = []
     for found, of_kind, value in _fields(data):
@@ -143,7 +143,7 @@ def _values(data: bytes, number: int, kind: int) -> list[Any]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
-    """Yield number, type and value of each field on the wire."""
-    # To a message without fields all fields are unknown, so none is dropped.
+    """Yield the number, wire type and value of each field."""
+    # `Empty` has no fields, so all fields are unknown to it and none is dropped.
     for field in UnknownFieldSet(Empty.FromString(data)):
         yield field.field_number, field.wire_type, field.data

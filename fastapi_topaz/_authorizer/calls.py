@@ -1,4 +1,4 @@
-"""The calls of the authorizer, for whatever can make a gRPC call."""
+"""The calls of the authorizer, as a base class for objects that make gRPC calls."""
 
 from __future__ import annotations
 
@@ -39,19 +39,21 @@ class AuthorizerCalls:
     Args:
         policy_path: The package of the policy, such as `myapp.GET.documents`.
         decisions: The names of the decisions to make, default `("allowed",)`.
-        identity: On whose behalf; None is an anonymous caller.
-        resource_context: What the policy sees as `input.resource`: a mapping of what
-            JSON knows.
-        policy_instance_name: Which policy instance; None leaves it to the server.
-        policy_instance_label: Its label; the name if None.
-        timeout: Seconds the server may take, sent along as the deadline; None for
-            no limit.
+        identity: The identity to check. None, the default, is an anonymous caller.
+        resource_context: The value of `input.resource` in the policy: a mapping of
+            JSON values. Default None.
+        policy_instance_name: The policy instance. With None, the default, the server
+            chooses it.
+        policy_instance_label: The label of the instance. None, the default, means
+            its name.
+        timeout: Time limit in seconds, sent to the server as the deadline. None, the
+            default, means no limit.
 
     Raises:
         grpc.aio.AioRpcError: The authorizer answered with an error status, or did
-            not answer. On trio, too.
-        ConnectionLost: The connection was closed under the call.
-        PoolMisuse: The lease was released before.
+            not answer. Also on trio.
+        ConnectionLost: The connection was closed during the call.
+        PoolMisuse: The lease is already released.
         TypeError, ValueError: An argument cannot be sent.
     """
 
@@ -60,7 +62,7 @@ class AuthorizerCalls:
     async def _send(
         self, method: str, request: bytes, timeout: float | None, metadata: Metadata
     ) -> bytes:
-        """Make one unary-unary call, from bytes to bytes."""
+        """Make one unary-unary call with an encoded request, and return the bytes."""
         raise NotImplementedError
 
     async def _call(
@@ -88,12 +90,12 @@ class AuthorizerCalls:
         Ask for decisions (the RPC `Is`).
 
         Returns:
-            Each decision by its name: all that were asked for, and no others. A
-            decision is True only if each entry for it in the answer says so.
+            Exactly the requested decisions, by name. A decision is True only if each
+            entry for it in the answer is true.
 
         Raises:
-            grpc.aio.AioRpcError: As all calls. Also, with INTERNAL, if the answer
-                lacks a decision, or cannot be read: no decision is not a denial.
+            grpc.aio.AioRpcError: As for all calls. Also, with INTERNAL, if the answer
+                lacks a decision or cannot be read. A missing decision is not a denial.
         """
         names = messages.names_of(decisions)
         request = messages.is_request(
@@ -109,7 +111,7 @@ class AuthorizerCalls:
     async def _decide(
         self, request: bytes, names: tuple[str, ...], timeout: float | None
     ) -> dict[str, bool]:
-        """Make the RPC `Is` with a *request* for *names* that is encoded already."""
+        """Make the RPC `Is` with an encoded *request* for the decisions *names*."""
         response = await self._send(messages.IS, request, timeout, ())
         return messages.decisions_of(response, names)
 
@@ -130,12 +132,12 @@ class AuthorizerCalls:
         Ask for the decisions of all policies below *policy_path*.
 
         Returns:
-            For each path, with the separator asked for, the decisions that were asked
-            for, by name. A policy may lack some of them: test with
+            For each path, the requested decisions by name. Paths use the separator
+            *policy_path_separator*. A policy may lack a decision, so test with
             `tree[path].get("allowed") is True`.
 
         Raises:
-            TypeError: The answer holds something that is not a decision.
+            TypeError: The answer contains a value that is not a decision.
         """
         request = Subject(
             policy_path=policy_path,
@@ -193,7 +195,7 @@ class AuthorizerCalls:
         options: QueryOptions | None = None,
         timeout: float | None = None,
     ) -> CompileResponse:
-        """Partially evaluate the Rego *query*, leaving *unknowns* open."""
+        """Partially evaluate the Rego *query*. The values *unknowns* stay open."""
         request = Subject(
             policy_path=policy_path,
             decisions=decisions,
@@ -229,7 +231,7 @@ class AuthorizerCalls:
         policy_instance_label: str | None = None,
         timeout: float | None = None,
     ) -> GetPolicyResponse:
-        """Get one policy module by the id that `list_policies` tells."""
+        """Get one policy module by its id, which `list_policies` returns."""
         instance = policy_instance(policy_instance_name, policy_instance_label)
         response: GetPolicyResponse = await self._call(
             messages.GET_POLICY, messages.get_policy_request(id, instance), timeout
@@ -238,7 +240,7 @@ class AuthorizerCalls:
 
     @boundary
     async def info(self, *, timeout: float | None = None) -> InfoResponse:
-        """Ask for the version of the server."""
+        """Get the version of the server."""
         response: InfoResponse = await self._call(
             messages.INFO, messages.info_request(), timeout
         )

@@ -1,7 +1,7 @@
 """
-Between Python values and the protobuf messages of `aserto.authorizer.v2`.
+Converts Python values to and from protobuf messages of `aserto.authorizer.v2`.
 
-The only module that builds or reads messages on the client's side.
+On the client side, only this module builds messages.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ __all__ = [
 
 @attrs.frozen
 class Method:
-    """One RPC of the authorizer: its path and how to (de)serialize it."""
+    """One RPC of the authorizer: its path, serializer and deserializer."""
 
     path: str
     request: Any
@@ -79,10 +79,11 @@ def _method(name: str, request: Any, response: Any) -> Method:
 
 def _read(message: Any, data: bytes) -> Any:
     """
-    Return the *message* that *data* is.
+    Parse *data* as a *message*.
 
     Raises:
-        grpc.aio.AioRpcError: It is none. INTERNAL, as with stubs that gRPC generates.
+        grpc.aio.AioRpcError: It cannot be parsed. The status is INTERNAL, as with stubs
+            that gRPC generates.
     """
     try:
         return message.FromString(data)
@@ -95,7 +96,7 @@ def _unreadable(message: Any) -> grpc.aio.AioRpcError:
 
 
 def _broken(details: str) -> grpc.aio.AioRpcError:
-    """Return the error for an answer that cannot be used; *details* say why."""
+    """Return an INTERNAL error for an answer that cannot be used."""
     return grpc.aio.AioRpcError(
         grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details
     )
@@ -118,7 +119,8 @@ def _non_empty(name: str, value: object) -> str:
 
 def _names(values: object, name: str = "decisions") -> list[str]:
     if isinstance(values, str) or not isinstance(values, Sequence):
-        # By its type: the arguments may be swapped, and hold a resource context.
+        # Show only the type. If the caller swapped arguments, this may be a resource
+        # context.
         given = safe_repr(values) if isinstance(values, str) else type(values).__name__
         raise TypeError(f"{name} must be a sequence of str, got {given}")
     for value in values:
@@ -135,10 +137,11 @@ def _some(name: str, values: Sequence[str]) -> None:
 
 def check_decisions(decisions: Sequence[str]) -> None:
     """
-    Return if *decisions* can be asked for.
+    Check that *decisions* is not empty and holds only Rego names.
 
     Raises:
-        TypeError, ValueError: There is none, or one is not a Rego name.
+        TypeError: A decision is not a str.
+        ValueError: *decisions* is empty, or a decision is not a Rego name.
     """
     _some("decisions", decisions)
     for decision in decisions:
@@ -146,7 +149,7 @@ def check_decisions(decisions: Sequence[str]) -> None:
 
 
 def names_of(decisions: Sequence[str]) -> tuple[str, ...]:
-    """Return *decisions* as a tuple; `is_request` checks the names in a tuple."""
+    """Return *decisions* as a tuple. If it is one, `is_request` checks its names."""
     return decisions if type(decisions) is tuple else tuple(_names(decisions))
 
 
@@ -157,14 +160,14 @@ def _options(options: QueryOptions | None) -> QueryOptions | None:
 
 
 def policy_instance(name: str | None, label: str | None) -> PolicyInstance | None:
-    """Return which instance of a policy is meant, if that is said."""
+    """Return the policy instance, or None if *name* and *label* are None."""
     if name is None and label is None:
         return None
     if name is not None:
         text_of("policy_instance_name", name)
     if label is not None:
         text_of("policy_instance_label", label)
-    # What Topaz's own clients send: the label is the name unless it is given.
+    # As Topaz's own clients do: without a label, the name is the label.
     return PolicyInstance(name=name or "", instance_label=label or name or "")
 
 
@@ -175,9 +178,9 @@ def _identity_context(identity: Identity) -> IdentityContext:
     )
 
 
-# `decisions` is what every request of an application waits for, so its request is not
-# built anew each time. Protobuf reads messages that are joined as one with the fields
-# of all (see "Last One Wins" in its guide to the encoding): parts are kept as bytes.
+# Every request of an application waits for `decisions`. So the parts of its message are
+# encoded once and kept as bytes. Protobuf reads joined messages as one message with all
+# their fields: see "Last One Wins" in its encoding guide.
 
 
 def is_request(
@@ -189,14 +192,15 @@ def is_request(
     instance_label: str | None,
 ) -> bytes:
     """
-    Return the request of `decisions`, as it goes over the wire.
+    Return the encoded request of `decisions`.
 
     Raises:
-        TypeError, ValueError: An argument cannot be sent; names it.
+        TypeError, ValueError: An argument cannot be sent. The message names it.
     """
     names = names_of(decisions)
     parts = policy_path, instance_name, instance_label
-    # Anything else may call itself equal to what it is not.
+    # Only plain values may be keys of the cache. Other classes can define an equality
+    # that makes different values equal.
     sound = _PLAIN.issuperset(map(type, (*parts, *names)))
     ask = _question if sound else _question.__wrapped__
     question = ask(policy_path, names, instance_name, instance_label)
@@ -212,7 +216,7 @@ def is_request(
 _PLAIN = frozenset({str, type(None)})
 
 
-# As many as an application has policies; those with ids in their names come and go.
+# Enough for all policies of an application. If paths contain ids, old entries drop out.
 @functools.lru_cache(maxsize=1024)
 def _question(
     policy_path: str,
@@ -231,15 +235,15 @@ def _question(
 def _encode(identity: Identity) -> bytes:
     request = IsRequest(identity_context=_identity_context(identity))
     encoded = request.SerializeToString()
-    if type(identity) is Identity:  # not of a kind that may change
-        # Kept with it and no longer than it: it may be somebody's token.
+    if type(identity) is Identity:  # a subclass may be mutable
+        # Stored on the identity, so it lives no longer. It may contain a token.
         object.__setattr__(identity, "encoded", encoded)
     return encoded
 
 
 @attrs.frozen(kw_only=True)
 class Subject:
-    """What most requests have in common: which policy, for whom, about what."""
+    """The fields common to most requests: policy, identity and resource context."""
 
     policy_path: str
     decisions: Sequence[str] = ("allowed",)
@@ -250,10 +254,14 @@ class Subject:
 
     def fields(self, *, optional_path: bool = False) -> dict[str, Any]:
         """
-        Return the fields of the request that say so.
+        Return these fields as keyword arguments for the request message.
+
+        Args:
+            optional_path: Whether the policy path may be empty. If it is not empty,
+                it need not be a Rego reference.
 
         Raises:
-            TypeError, ValueError: An argument cannot be sent; names it.
+            TypeError, ValueError: An argument cannot be sent. The message names it.
         """
         decisions = _names(self.decisions)
         if not optional_path:
@@ -341,10 +349,11 @@ def info_request() -> InfoRequest:
 
 def decisions_of(response: bytes, wanted: Sequence[str]) -> dict[str, bool]:
     """
-    Return the *wanted* decisions by name. An answer may hold others: they are ignored.
+    Return the *wanted* decisions by name. Other decisions in the answer are ignored.
 
     Raises:
-        grpc.aio.AioRpcError: A decision is missing, or not clear. INTERNAL.
+        grpc.aio.AioRpcError: INTERNAL. The answer cannot be read, or a decision is
+            missing or ambiguous.
     """
     read = _decisions_of if len(response) < _LARGE else _decisions_of.__wrapped__
     found = read(bytes(response))
@@ -361,13 +370,13 @@ def decisions_of(response: bytes, wanted: Sequence[str]) -> dict[str, bool]:
 
 
 _LARGE = 1024
-"""Bytes of an answer that is not worth keeping."""
+"""Answers of at least this many bytes are not cached."""
 
 _MANY = 10_000
-"""Decisions in one answer. To read them takes about 50 ms."""
+"""Maximum number of decisions in one answer. To read so many takes about 50 ms."""
 
 
-# An application gets few different answers, and the same ones all the time.
+# An application gets only a few different answers, again and again.
 @functools.lru_cache(maxsize=256)
 def _decisions_of(response: bytes) -> dict[str, bool | None]:
     if len(_read(IsResponse, response).decisions) > _MANY:
@@ -385,8 +394,8 @@ def decision_tree_of(
     Return the *wanted* decisions by policy path.
 
     Raises:
-        TypeError: The answer holds something that is not a decision.
-        grpc.aio.AioRpcError: It cannot be read. INTERNAL.
+        TypeError: The answer contains a value that is not a decision.
+        grpc.aio.AioRpcError: INTERNAL. The answer cannot be read.
     """
     try:
         tree = decided_by_path(response)

@@ -1,8 +1,8 @@
 """
-Where the authorizer is, and on whose behalf it is asked, as the user configures it.
+The options of the authorizer, and the identity of a check.
 
-Nothing here touches the network, a file or an event loop: options are built at
-import time, before a worker process forks.
+Nothing here uses the network, a file or an event loop. So a module may create options
+at import time, before a worker process forks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class IdentityLike(Protocol):
 
     @property
     def type(self) -> int:
-        """What the value is."""
+        """The type of the value."""
         ...
 
     @property
@@ -48,26 +48,26 @@ class AuthorizerOptionsLike(Protocol):
 
     @property
     def url(self) -> str:
-        """Where the authorizer is."""
+        """The address of the authorizer."""
         ...
 
     @property
     def tenant_id(self) -> str | None:
-        """The tenant."""
+        """The id of the tenant."""
         ...
 
     @property
     def api_key(self) -> str | None:
-        """The key."""
+        """The API key."""
         ...
 
 
 class IdentityType(enum.IntEnum):
     """
-    What the value of an [Identity][fastapi_topaz.Identity] is.
+    The type of the value of an [Identity][fastapi_topaz.Identity].
 
-    The numbers are those of `aserto.authorizer.v2.api.IdentityType`, and its long
-    names work as well as the short ones.
+    The numbers are the same as in `aserto.authorizer.v2.api.IdentityType`. Its long
+    names work too.
     """
 
     IDENTITY_TYPE_UNKNOWN = 0
@@ -77,39 +77,40 @@ class IdentityType(enum.IntEnum):
     IDENTITY_TYPE_MANUAL = 4
 
     NONE = 1
-    """Nobody: an anonymous caller."""
+    """An anonymous caller, without a value."""
     SUB = 2
     """The subject of a token, such as a user id or an e-mail address."""
     JWT = 3
-    """A whole JSON Web Token; Topaz verifies it."""
+    """A complete JSON Web Token. Topaz verifies it."""
     MANUAL = 4
-    """Handed to the policy as it is, without looking anybody up."""
+    """Passed to the policy unchanged, without a lookup in the directory."""
 
 
 @guarded
 @attrs.frozen(slots=False)
 class Identity:
     """
-    On whose behalf a decision is asked for.
+    The user or other caller that a decision is about.
 
     Args:
-        type: What *value* is.
-        value: The subject, token or text; None for an anonymous caller.
+        type: The type of *value*.
+        value: The subject, token or text. None, the default, for an anonymous caller.
 
     Raises:
-        TypeError: *type* is no identity type, or *value* no str.
+        TypeError: *type* is not an identity type, or *value* is not a str.
         ValueError: *type* is unknown, or *value* is missing.
     """
 
     type: IdentityType
     # Not in the repr: it may be a token, and reprs end up in logs.
     value: str | None = attrs.field(default=None, repr=False)
-    # What goes over the wire, once somebody needed it; no part of what it is.
+    # The encoded identity, set on first use. Not a field, so it is not compared.
     encoded: ClassVar[bytes | None] = None
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.type, bool) or not isinstance(self.type, int):
-            # By its type: the arguments may be swapped, and the value a token.
+            # Show only its type. If the caller swapped the arguments, it may be a
+            # token.
             given = type(self.type).__name__
             raise TypeError(f"type must be an IdentityType, got a {given}")
         try:
@@ -137,10 +138,10 @@ class Identity:
     @boundary
     def coerce(cls, identity: object) -> Identity:
         """
-        Return *identity* as an `Identity`; None is the anonymous caller.
+        Return *identity* as an `Identity`. None means the anonymous caller.
 
-        Objects of `aserto.client.Identity` have the same attributes and are
-        welcome. The value never appears in the error.
+        An `aserto.client.Identity` has the same attributes and is accepted too. The
+        error never shows the value.
         """
         if isinstance(identity, cls):
             return identity
@@ -154,8 +155,8 @@ class Identity:
             ) from None
 
 
-# Every Topaz answers it, in its default configuration even without credentials;
-# grpc.health.v1 is served on another port.
+# Every Topaz answers this call. In its default configuration, it even does so without
+# credentials. Topaz serves grpc.health.v1 on another port.
 PROBE = "/aserto.authorizer.v2.Authorizer/Info"
 
 UNSERVED = (
@@ -170,26 +171,28 @@ ANONYMOUS = Identity(IdentityType.NONE)
 @attrs.frozen(kw_only=True)
 class AuthorizerOptions:
     """
-    Where the authorizer is, and how to talk to it.
+    The address of the authorizer, and the credentials for it.
 
-    An empty `tenant_id`, `api_key` or `cert_file_path` counts as None, because that is
-    what settings classes hold for an unset variable.
+    An empty `tenant_id`, `api_key` or `cert_file_path` counts as None, because settings
+    classes use an empty text for an unset variable.
 
     Args:
-        url: `host`, `host:port` or `[IPv6]:port`. The port is 8282 if it is missing,
-            and the attribute `url` includes it. These targets of gRPC are accepted
-            too: `dns:///host:port`, `dns://nameserver/host:port`,
-            `ipv4:1.2.3.4:8282,5.6.7.8:8282`, `ipv6:[2001:db8::1]:8282`,
-            `unix:/path` and `unix-abstract:name`. The schemes `xds` and `vsock` are
-            not. Write an internationalised host name in its ASCII form (`xn--...`).
-        tenant_id: Sent as the metadata `aserto-tenant-id`.
-        api_key: Sent as the metadata `authorization: basic KEY`.
-        cert_file_path: A PEM file with the CA that signed the server's certificate;
-            None means the roots that gRPC ships. Read at every connect, so a
-            rotated file is used by new connections.
-        insecure: True for plaintext, without TLS. Never a fallback: a server that
-            does not speak TLS is an error otherwise. With an *api_key* and a *url*
-            that is no loopback, the pool logs a WARNING when it opens.
+        url: `host`, `host:port` or `[IPv6]:port`. The default is `localhost:8282`. If
+            the port is missing, it is 8282, and the attribute `url` includes it.
+            These gRPC targets are accepted too: `dns:///host:port`,
+            `dns://nameserver/host:port`, `ipv4:1.2.3.4:8282,5.6.7.8:8282`,
+            `ipv6:[2001:db8::1]:8282`, `unix:/path` and `unix-abstract:name`. The
+            schemes `xds` and `vsock` are not accepted. Write an internationalised
+            host name in its ASCII form (`xn--...`).
+        tenant_id: Sent as the metadata `aserto-tenant-id`. Default None.
+        api_key: Sent as the metadata `authorization: basic KEY`. Default None.
+        cert_file_path: A PEM file with the CA that signed the server's certificate.
+            None, the default, means the root certificates that gRPC ships. The file
+            is read at every connect, so new connections use a rotated file.
+        insecure: True means plaintext, without TLS. Default False: if the server does
+            not support TLS, connecting fails. There is no fallback to plaintext. With
+            an *api_key* and a *url* that is not loopback, the pool logs a WARNING
+            when it opens.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -218,7 +221,8 @@ class AuthorizerOptions:
         for name in ("tenant_id", "api_key"):
             value = getattr(self, name)
             if value is not None and not (value.isascii() and value.isprintable()):
-                # RFC 9113, section 8.2.1. The value may be a secret: not shown.
+                # RFC 9113, section 8.2.1. The value may be a secret, so it is not
+                # shown.
                 raise ValueError(
                     f"{name} must be printable ASCII to be sent as a header"
                 )
@@ -231,7 +235,7 @@ class AuthorizerOptions:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The headers that go with every call."""
+        """The headers that are sent with every call."""
         headers = []
         if self.api_key is not None:
             headers.append(("authorization", f"basic {self.api_key}"))
@@ -241,7 +245,7 @@ class AuthorizerOptions:
 
     @property
     def target(self) -> Target:
-        """The same for a `GrpcConnector`, with a probe that Topaz answers."""
+        """These options as a `Target` for `GrpcConnector`, with a probe for Topaz."""
         return Target(
             url=self.url,
             metadata=self.metadata,
@@ -257,8 +261,8 @@ class AuthorizerOptions:
         """
         Return *options* as `AuthorizerOptions`.
 
-        Objects of `aserto.client.AuthorizerOptions` are welcome; they keep the path
-        of the certificate in a private attribute.
+        An `aserto.client.AuthorizerOptions` is accepted too. It keeps the path of the
+        certificate in a private attribute.
 
         Raises:
             TypeError: *options* has no `url`.

@@ -1,4 +1,4 @@
-"""The pool of connections to an authorizer, and what it lends."""
+"""The pool of connections to an authorizer, and the leases that it gives."""
 
 from __future__ import annotations
 
@@ -38,16 +38,17 @@ __all__ = ["ConnectionPool", "PooledConnection"]
 
 
 EVER = 10.0 * 365 * 86400
-"""Seconds. gRPC overflows on deadlines far beyond this, and ends the call at once."""
+"""Longest deadline in seconds. With a much longer one, gRPC overflows: it fails now."""
 
 
 class PooledConnection(AuthorizerCalls, Handle):
     """
-    A connection on loan from a pool, with the calls of the authorizer.
+    A lease of a pooled connection, with the calls of the authorizer.
 
-    Each `acquire()` gives a new one, also where it lends the same connection again:
-    after its release every use of it raises `PoolMisuse`.
-    Identity, metadata and timeout travel with each call and leave nothing behind.
+    Each `acquire()` returns a new lease, even for the same connection. After the lease
+    is released, every use of it raises `PoolMisuse`.
+    Identity, metadata and timeout belong to one call. The connection does not keep
+    them.
     """
 
     __slots__ = ()
@@ -64,22 +65,26 @@ class PooledConnection(AuthorizerCalls, Handle):
         metadata: Metadata = (),
     ) -> Any:
         """
-        Make one unary-unary call of any gRPC service the connection reaches.
+        Make one unary-unary call to any gRPC service on this connection.
 
         Args:
             method: The full name, as `/package.Service/Method`.
-            request: The message, or bytes without a serializer.
-            request_serializer: Makes bytes of the request.
-            response_deserializer: Makes the response from bytes.
-            timeout: Seconds until the call fails with DEADLINE_EXCEEDED; None for
-                no limit.
-            metadata: Pairs of str, sent besides those of the authorizer options.
+            request: The message. Without *request_serializer* it must be bytes.
+            request_serializer: Converts the request to bytes. Default None.
+            response_deserializer: Converts the bytes of the response. Default None:
+                the call returns bytes.
+            timeout: Seconds until the call fails with DEADLINE_EXCEEDED. None, the
+                default, means no limit.
+            metadata: Pairs of key and value, sent in addition to the metadata of the
+                authorizer options. Default none.
 
         Raises:
-            grpc.aio.AioRpcError: The call ended with another status than OK.
-            ConnectionLost: The connection was closed under the call.
-            PoolMisuse: The lease was released before.
-            TypeError: The pool's connector makes connections without gRPC calls.
+            grpc.aio.AioRpcError: The call ended with a status other than OK.
+            ConnectionLost: The connection was closed during the call.
+            PoolMisuse: The lease is already released.
+            TypeError: The connections of the pool's connector carry no gRPC calls, or
+                an argument has the wrong type.
+            ValueError: The timeout or the metadata cannot be sent.
         """
         if not isinstance(method, str):
             raise TypeError(
@@ -99,12 +104,12 @@ class PooledConnection(AuthorizerCalls, Handle):
     async def _send(
         self, method: str, request: bytes, timeout: float | None, metadata: Metadata
     ) -> bytes:
-        # The usual case first; what each call does costs more than it seems, because by
-        # the next one it has left the processor's caches.
+        # The usual case first. Code that runs once per call is slower than it looks:
+        # before the next call, it has left the caches of the processor.
         if type(timeout) is not float or not 0 < timeout < EVER:
             timeout = _limit(timeout)
         connection = self.connection
-        # Not isinstance(): for a runtime protocol it costs more than the lease.
+        # Not isinstance(): with a runtime protocol it takes longer than the lease.
         rpc = getattr(connection, "call", None)
         if rpc is None:
             raise TypeError(
@@ -121,7 +126,7 @@ class PooledConnection(AuthorizerCalls, Handle):
         except Exception as error:
             self._open_pool.judge(slot, error)
             if is_reset(error):
-                self._open_pool.state.failed()  # the connection is well, not the server
+                self._open_pool.state.failed()  # the server failed, not the connection
             raise
         slot.proven_at = self._open_pool.now()
         slot.answered = True
@@ -164,54 +169,60 @@ class ConnectionPool(Pool[PooledConnection]):
     """
     A pool of connections to the Topaz authorizer, on asyncio or trio.
 
-    Building one touches no network, thread, file or event loop, so it may be done at
-    import time, before a worker process forks. It opens with `initialize()`,
-    `async with pool`, or the first `acquire()`; it belongs to that process and event
-    loop until `close()`, and can be opened again after it, also elsewhere. The end of
-    any `async with pool` closes it for everybody.
+    The constructor uses no network, thread, file or event loop. So a module may create
+    a pool at import time, before a worker process forks.
+
+    `initialize()`, `async with pool` or the first `acquire()` opens the pool. Until
+    `close()`, it belongs to the process and event loop that opened it. After that it
+    can be opened again, also in another process or loop. The end of any
+    `async with pool` closes the pool for all its users.
 
     All times are in seconds.
 
     Args:
-        min_connections: Connections kept once the pool is in use, default 2, or 1 if
-            *max_connections* is 1. They are made by `initialize()` with *eager_init*,
-            else after the first acquire.
-        max_connections: Connections at most, default 10, in this process: four
-            workers have four pools.
-        acquire_timeout: How long `acquire()` may take, queueing and connecting
-            together, default 5. 0 does not wait at all.
-        connection_timeout: How long one attempt to connect may take, default 10.
-        max_idle_time: Idle for longer than this, a connection is closed, but never
-            below *min_connections*. Default 300; 0 keeps them all.
-        idle_check_interval: How often that is looked for, default 60; 0 is never, and
-            0.001 the least.
-        health_check_interval: How often connections that have answered nothing
-            since are probed, default 30; 0 is never, and 0.001 the least.
-        health_check_timeout: How long the answer may take, default 5. Without one
-            the connection is probed again at once, and then closed; one that a failed
-            call made suspect is closed the first time.
+        min_connections: Connections that stay open once the pool is in use. Default
+            2, or 1 if *max_connections* is 1. With *eager_init*, `initialize()`
+            opens them. Otherwise they open after the first acquire.
+        max_connections: Maximum number of connections in this process, default 10.
+            Four worker processes have four pools.
+        acquire_timeout: Time limit for `acquire()`, which includes waiting and
+            connecting. Default 5. With 0, `acquire()` never waits.
+        connection_timeout: Time limit for one attempt to connect, default 10.
+        max_idle_time: A connection that is idle for longer is closed, if more than
+            *min_connections* are open. Default 300; 0 means never.
+        idle_check_interval: Time between two searches for idle connections, default
+            60. 0 means never; otherwise at least 0.001.
+        health_check_interval: Time between two rounds of health checks, default 30. A
+            round probes the connections that answered nothing since the last round.
+            0 means never; otherwise at least 0.001.
+        health_check_timeout: Time limit for the answer to a probe, default 5. If none
+            arrives, the connection is probed once more, then closed. If a failed call
+            made the connection suspect, the first missing answer closes it.
         eager_init: Whether `initialize()` waits for *min_connections*, default
             False.
-        retry_on_failure: Whether a failed attempt is repeated for waiting callers,
-            default True.
-        max_retries: How many times, with growing pauses, default 3.
-        streams_per_connection: Leases a connection serves at once, default 1. gRPC
-            calls share a connection well: 50, half of the limit that most proxies
-            set, makes ten connections carry 500 calls at once.
-        max_waiting: Callers that may wait when all is leased, default None, any
-            number. One more gets `PoolSaturated` at once.
-        max_lifetime: After this time, less up to 10 % at random, a connection is
-            replaced, so that load spreads to new servers. Default 3600; 0 is never,
-            and 1 the least.
-        leak_threshold: Warn of a lease that is held for longer, with the task's name
-            and the place, default 0, which is off.
-        name: Shown in logs and errors and as the metric attribute `pool`.
-        connector: How connections are made; None is gRPC to the authorizer given to
-            `configure()`.
-        meter_provider: Where metrics go; None is OpenTelemetry's global one.
-        semantic_conventions: Whether they go there also under the names that
-            OpenTelemetry has for pools of connections, `db.client.connection.*`;
-            default False.
+        retry_on_failure: Whether the pool repeats a failed attempt to connect while
+            callers wait, default True.
+        max_retries: Maximum number of these repetitions, default 3. The pauses
+            between them grow.
+        streams_per_connection: Maximum number of leases on one connection at once,
+            default 1. gRPC calls can share a connection. With 50, half of the limit
+            of most proxies, ten connections carry 500 calls at once.
+        max_waiting: Maximum number of waiting callers, default None, which means no
+            limit. If it is reached, a further caller gets `PoolSaturated` at once.
+        max_lifetime: A connection is replaced at this age, minus up to 10 % at
+            random, so that load moves to new servers. Default 3600. 0 means never;
+            otherwise at least 1.
+        leak_threshold: If a lease is held for longer, the pool logs a warning with
+            the name of the task and the place. Default 0, which means off.
+        name: The name of the pool in logs, errors and the metric attribute `pool`.
+            Default None.
+        connector: The object that makes connections. None, the default, means gRPC
+            to the authorizer given to `configure()`.
+        meter_provider: The OpenTelemetry provider for metrics. None, the default,
+            means the global one.
+        semantic_conventions: Whether to report the metrics also under OpenTelemetry's
+            standard names for connection pools, `db.client.connection.*`. Default
+            False.
 
     Raises:
         TypeError: A parameter has the wrong type.
@@ -287,27 +298,28 @@ class ConnectionPool(Pool[PooledConnection]):
         report = partial(_report, meter_provider, name, semantic_conventions)
         super().__init__(options, connector, report)
         self._authorizer_options: AuthorizerOptions | None = None
-        # A connector of the user's own is not replaced by configure().
+        # configure() does not replace a connector that the user passed.
         self._own_connector = connector is not None
 
     @property
     def authorizer_options(self) -> AuthorizerOptions | None:
-        """Where the authorizer is, if that was configured."""
+        """The authorizer's address and credentials, or None if not configured."""
         return self._authorizer_options
 
     @boundary
     def configure(self, authorizer_options: AuthorizerOptionsLike) -> None:
         """
-        Say where the authorizer is; `TopazConfig` does this.
+        Set the authorizer to connect to. `TopazConfig` calls this method.
 
-        A pool with a connector of its own ignores it.
+        If the pool was created with a *connector*, this changes nothing.
 
         Args:
-            authorizer_options: Those of this package or of `aserto.client`.
+            authorizer_options: An `AuthorizerOptions` of this package or of
+                `aserto.client`.
 
         Raises:
-            PoolMisuse: The pool is open, to another authorizer.
-            TypeError: These are no authorizer options.
+            PoolMisuse: The pool is open with another authorizer.
+            TypeError: *authorizer_options* has the wrong type.
         """
         options = AuthorizerOptions.coerce(authorizer_options)
         if self._own_connector:
@@ -326,5 +338,5 @@ class ConnectionPool(Pool[PooledConnection]):
         return open_pool
 
 
-# As in `async with pool as conn:`.
+# For the mistake `async with pool as conn:`, which uses the pool as a lease.
 explain_absence(ConnectionPool, "a pool is no connection", dir(PooledConnection))

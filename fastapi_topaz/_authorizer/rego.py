@@ -1,13 +1,13 @@
 """
-Names and references of Rego, the language of policies.
+Checks names and references of Rego, the language of policies.
 
 Topaz builds a query from the policy path and the decision of each request, and
-evaluates it. Text that is more than a reference would be code there: the path
-`myapp.GET.x.allowed == false #` turns a denial into an allow. So a path or a decision
-is checked before it is sent, wherever it enters.
+evaluates it. Text that is more than a reference would run as code there. For example,
+the path `myapp.GET.x.allowed == false #` turns a denial into an allow. So every path
+and decision is checked before it is sent.
 
-The grammar is that of https://www.openpolicyagent.org/docs/policy-reference#grammar:
-a reference is a name, followed by `.name` or `["any text"]` any number of times.
+The grammar is at https://www.openpolicyagent.org/docs/policy-reference#grammar.
+A reference is a name, followed by `.name` or `["any text"]` any number of times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["check_name", "check_reference", "join"]
 
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-# A JSON string. No control character and no lone surrogate may be in it as it is.
+# A JSON string. Control characters and lone surrogates must be escaped.
 _STRING = r'"(?:[^"\\\x00-\x1f\ud800-\udfff]|\\["\\/bfnrt]|\\u[0-9A-Fa-f]{4})*"'
 _REFERENCE = re.compile(rf"{_NAME}(?:\.{_NAME}|\[{_STRING}\])*")
 _IDENTIFIER = re.compile(_NAME)
@@ -34,14 +34,14 @@ KEYWORDS = frozenset(
         *("not", "null", "package", "some", "true", "with"),
     }
 )
-"""Reserved words of Rego. They are not names."""
+"""Reserved words of Rego. They cannot be names."""
 
 _SHOWN = 200
-"""Characters of a wrong value that an error shows."""
+"""Maximum characters of a wrong value in an error."""
 
 
 def is_name(text: str) -> bool:
-    """Return whether *text* is a name in Rego."""
+    """Return whether *text* is a Rego name."""
     return _IDENTIFIER.fullmatch(text) is not None and text not in KEYWORDS
 
 
@@ -83,7 +83,7 @@ def check_reference(name: str, value: object) -> str:
 
 
 def join(root: str, *segments: str) -> str:
-    """Return the reference that leads from *root* through *segments*, any texts."""
+    """Return the reference *root*, extended by *segments*, which may be any text."""
     return root + "".join(map(_part, segments))
 
 

@@ -1,4 +1,4 @@
-"""From Python values to what protobuf can carry, or an error that names the place."""
+"""Converts a resource context to protobuf. Errors name the place, never the value."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ __all__ = ["EXACT", "ResourceContext", "fill", "text_of"]
 
 ResourceContext = Mapping[str, Any]
 
-# A protobuf parser gives up at 100 nested messages, and a level of a Struct is three.
+# A protobuf parser accepts 100 nested messages. Each level of a Struct uses three.
 _DEPTH = 30
 EXACT = 2**53
-"""Numbers of a Struct are floats: a larger whole number would become another one."""
+"""Largest exact whole number. A Struct stores floats, which round larger numbers."""
 
 
 def text_of(name: str, value: object, *, show: bool = True) -> str:
     """
-    Return *value* if protobuf can carry it as text.
+    Return *value* if it is a str that protobuf can encode.
+
+    Args:
+        name: The name of the parameter.
+        value: The value to check.
+        show: Whether the error may show the value.
 
     Raises:
-        TypeError, ValueError: It cannot; shows the value only if *show* is True.
+        TypeError: *value* is not a str.
+        ValueError: *value* contains a lone surrogate.
     """
     if not isinstance(value, str):
         given = repr(value) if show else type(value).__name__
@@ -44,18 +50,18 @@ def text_of(name: str, value: object, *, show: bool = True) -> str:
 
 def fill(struct: Struct, context: ResourceContext) -> None:
     """
-    Put *context* into *struct*, which is empty.
+    Copy *context* into the empty *struct*.
 
     Raises:
-        TypeError, ValueError: A value cannot be sent; names its place, and not the
-            value, which may be personal.
+        TypeError, ValueError: A value cannot be sent. The message names its place, but
+            not the value, which may be personal.
     """
-    # A dict first: the check of an abstract class costs as much as the rest.
+    # dict first, because isinstance() with an abstract class takes as long as the rest.
     if type(context) is not dict and not isinstance(context, Mapping):
         raise TypeError(
             f"resource_context must be a mapping, got {type(context).__name__}"
         )
-    # Also an empty one is sent as such.
+    # An empty context is sent too.
     struct.SetInParent()
     _fill(struct, context, "resource_context", 1)
 
@@ -69,7 +75,7 @@ def _fill(struct: Struct, mapping: Mapping[str, Any], place: str, depth: int) ->
             raise TypeError(f"{place} must have str keys, got a {type(key).__name__}")
         try:
             field = fields[key]
-            # The common case. protobuf refuses what UTF-8 does not know by itself.
+            # The common case. protobuf itself refuses text that UTF-8 cannot encode.
             if type(value) is str:
                 field.string_value = value
                 continue

@@ -1,5 +1,5 @@
 """
-The parts of the demo: policies, an application, a real server, and its traffic.
+The parts of the demo: policies, an application, an HTTP server and the traffic.
 
     httpx --HTTP--> uvicorn or hypercorn --> FastAPI --gRPC--> authorizer
 """
@@ -54,19 +54,19 @@ logger = logging.getLogger(__name__)
 
 USERS: Final = frozenset({"alice", "bob"})
 OWNERS: Final = {"1": "alice", "2": "bob"}
-# Seconds for what takes milliseconds unless something is broken.
+# Time limit in seconds for steps that normally take milliseconds.
 PATIENCE: Final = 30.0
 
 
 class DemoFailed(Exception):  # noqa: N818
-    """The demo could not run; the message says why."""
+    """The demo could not run. The message says why."""
 
 
-# -- who may do what ----------------------------------------------------------------
+# -- the policies -------------------------------------------------------------------
 
 
 def policies(root: str) -> Policies:
-    """Return the policies below *root*: all users read, owners delete."""
+    """Return the policies below *root*: all users may read, only owners may delete."""
 
     def known(check: Check) -> bool:
         return check.identity.value in USERS
@@ -82,14 +82,18 @@ def policies(root: str) -> Policies:
 
 
 def whoever(request: Request) -> Identity:
-    """Believe the header `x-user`; an application would verify a token instead."""
+    """
+    Return the identity in the header `x-user`, without a check.
+
+    A real application verifies a token instead.
+    """
     user = request.headers.get("x-user")
-    # MANUAL, because a Topaz would look SUB up in its directory, which may be empty.
+    # MANUAL, because Topaz looks up SUB in its directory, which may be empty.
     return Identity(IdentityType.MANUAL, user) if user else Identity(IdentityType.NONE)
 
 
 def application(config: TopazConfig) -> FastAPI:
-    """Return the guarded application; nothing is ever really deleted."""
+    """Return the guarded application. Its DELETE route deletes nothing."""
     app = FastAPI(lifespan=config.lifespan)
     guarded = [Depends(require_policy_auto(config))]
 
@@ -129,7 +133,7 @@ def application(config: TopazConfig) -> FastAPI:
 
 @attrs.frozen
 class Running:
-    """A server that listens: where, and how to ask it from any thread to stop."""
+    """A running server: its URL, and a function that stops it from any thread."""
 
     url: str
     stop: Callable[[], object]
@@ -154,7 +158,7 @@ def serving(app: FastAPI, backend: str) -> Iterator[str]:
         target=_guarded,
         args=(serve, app, started),
         name="demo-server",
-        # After a second Ctrl-C nobody waits for it any more.
+        # After a second Ctrl-C, Python must exit without waiting for this thread.
         daemon=True,
     )
     thread.start()
@@ -165,7 +169,7 @@ def serving(app: FastAPI, backend: str) -> Iterator[str]:
             raise DemoFailed("the server did not start in time") from None
         yield url
     finally:
-        # Also if the wait for the start was given up: then as soon as it listens.
+        # If the start timed out, this stops the server as soon as it listens.
         started.add_done_callback(_stop)
         thread.join(PATIENCE)
     if thread.is_alive():
@@ -204,19 +208,20 @@ def _uvicorn(app: FastAPI, started: Started) -> None:
         lifespan="on",
         log_config=None,
         access_log=False,
-        # Longer than the demo, so that no connection closes under a request.
+        # Longer than the demo, so that no connection closes during a request.
         timeout_keep_alive=3600,
         timeout_graceful_shutdown=3,
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        # asyncio does not do it for such sockets, and answers would take 40 ms.
+        # asyncio does not set this for accepted sockets. Without it, answers take
+        # 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         Server(config).run(sockets=[listener])
 
 
 def _hypercorn(app: FastAPI, started: Started) -> None:
-    # Not above: the other backend needs neither.
+    # Imported here, because the asyncio backend does not need them.
     import hypercorn.trio  # noqa: PLC0415
     import trio.testing  # noqa: PLC0415
     from hypercorn.config import Config  # noqa: PLC0415
@@ -233,7 +238,7 @@ def _hypercorn(app: FastAPI, started: Started) -> None:
         token = trio.lowlevel.current_trio_token()
 
         def leave() -> None:
-            # It may have broken down before.
+            # The server may have failed before.
             with contextlib.suppress(trio.RunFinishedError):
                 token.run_sync_soon(stop.set)
 
@@ -245,7 +250,8 @@ def _hypercorn(app: FastAPI, started: Started) -> None:
         )
         async with trio.open_nursery() as nursery:
             urls = await nursery.start(serve)
-            # hypercorn starts with a failed lifespan, too, and only then breaks down.
+            # If the lifespan fails, hypercorn still starts, and only then fails. So
+            # wait until that would have happened.
             await trio.testing.wait_all_tasks_blocked()
             started.set_result(Running(urls[0], leave))
 
@@ -257,7 +263,7 @@ def _hypercorn(app: FastAPI, started: Started) -> None:
 
 @attrs.frozen
 class Shot:
-    """One request, and whether the policies above allow it."""
+    """One request, and whether the demo's policies allow it."""
 
     method: Literal["GET", "DELETE"]
     path: str
@@ -279,7 +285,7 @@ SHOTS: Final = (
 
 @attrs.define
 class Tally:
-    """What became of the requests."""
+    """The outcomes and latencies of the requests."""
 
     allowed: int = 0
     denied: int = 0
@@ -291,12 +297,12 @@ class Tally:
 
     @property
     def failed(self) -> int:
-        """Answers that were none, or not the expected ones."""
+        """Requests without an answer, or with an unexpected answer."""
         return self.failures.total()
 
     @property
     def requests(self) -> int:
-        """All requests that ended."""
+        """The number of requests that ended."""
         return self.allowed + self.denied + self.failed
 
     @property
@@ -305,14 +311,14 @@ class Tally:
         return self.requests / self.elapsed if self.elapsed else 0.0
 
     def percentile(self, share: float) -> float:
-        """Return the latency in seconds that *share* of the answers did not exceed."""
+        """Return the latency in seconds that *share* of the answers do not exceed."""
         if not self.latencies:
             return math.nan
         ordered = sorted(self.latencies)
         return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
     def count(self, status: int, expected: int | None) -> None:
-        """Count an answer; *expected* None means that both decisions are welcome."""
+        """Count an answer. If *expected* is None, both decisions are accepted."""
         if status not in {200, 403}:
             self.failures[f"answered {status}"] += 1
         elif expected not in {None, status}:
@@ -332,19 +338,19 @@ async def send(
     progress: Callable[[], object],
 ) -> Tally:
     """
-    Send *requests* requests, *concurrency* at once, and count what comes back.
+    Send *requests* requests, *concurrency* at once, and count the answers.
 
-    *strict* says that the policies are those above, so that each outcome is known;
-    *progress* is called after every answer. Gives up when the first ones have all
-    failed: an authorizer that cannot be reached is not worth minutes.
+    With *strict*, the policies are the demo's own, so each outcome is known. The
+    function calls *progress* after every answer. If all of the first requests fail,
+    it stops, because an unreachable authorizer would cost minutes.
     """
     tally = Tally()
     shots = enumerate(itertools.islice(itertools.cycle(SHOTS), requests))
     enough = max(concurrency, 10)
 
     async def work() -> None:
-        # A client each: in one for all, httpx would look at every connection of
-        # its pool for every request, and the demo would measure that.
+        # Each worker has its own client. A shared httpx client checks every
+        # connection of its pool for every request, and the demo would measure that.
         async with _client(url) as client:
             for number, shot in shots:
                 if number == requests // 2:
@@ -368,9 +374,10 @@ def _client(url: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         base_url=url,
         timeout=PATIENCE,
-        # Never used, and much cheaper than one that loads all root certificates.
+        # TLS is never used. This context is much cheaper than the default, which loads
+        # all root certificates.
         verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-        # A proxy of the environment cannot reach this machine's 127.0.0.1.
+        # A proxy from the environment cannot reach 127.0.0.1 of this machine.
         trust_env=False,
     )
 

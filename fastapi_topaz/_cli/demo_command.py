@@ -1,4 +1,4 @@
-"""The command line of the demo, and the tables it ends with."""
+"""The command line of the demo, and the tables that it prints at the end."""
 
 import contextlib
 import enum
@@ -38,7 +38,7 @@ from fastapi_topaz.testing import EmbeddedAuthorizer
 __all__ = ["commands"]
 
 
-# Columns where nobody can see how wide the screen is: in a pipe or a log file.
+# Columns of output without a terminal, such as a pipe or a log file.
 WIDTH = 100
 
 
@@ -46,7 +46,7 @@ WIDTH = 100
 
 
 class Backend(enum.StrEnum):
-    """Which event loop the application runs on."""
+    """The event loop of the application."""
 
     ASYNCIO = "asyncio"
     TRIO = "trio"
@@ -160,7 +160,7 @@ def demo(
 
 
 async def _open_and_close(pool: ConnectionPool) -> None:
-    # Finds a wrong certificate file while it still is a matter of wrong usage.
+    # Opens the pool early, so that a wrong certificate file is reported as wrong usage.
     async with pool:
         pass
 
@@ -209,16 +209,16 @@ def _traffic(
                 progress=lambda: bar.advance(task),
             )
 
-        # Whatever the backend of the application: that is in another thread.
+        # On asyncio, whatever *backend* is: the application runs in another thread.
         return anyio.run(run)
 
 
-# -- what is printed ----------------------------------------------------------------
+# -- the output ---------------------------------------------------------------------
 
 
 @attrs.frozen
 class Seen:
-    """What the embedded authorizer has counted."""
+    """The counts of the embedded authorizer."""
 
     accepted: int
     open: int
@@ -235,7 +235,7 @@ class Seen:
 
 
 class Causes(logging.Handler):
-    """Keeps warnings instead of writing them between the lines of the demo."""
+    """A log handler that collects warnings, so that they do not disturb the output."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -243,22 +243,22 @@ class Causes(logging.Handler):
         self._times: Counter[str] = Counter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Count the message, with the error that belongs to it."""
+        """Count the message, together with its error."""
         message = record.getMessage()
         error = record.exc_info[1] if record.exc_info else None
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         if error is not None:
             message = f"{message.strip()}: {error}"
-        # Servers put the traceback of a failed start into the text.
+        # If the start fails, servers put a traceback into the text. Keep its last line.
         message = message.rstrip("\n'").rpartition("\n")[2]
-        # The same but for a count or a time is the same cause.
+        # Messages that differ only in numbers have the same cause.
         kind = re.sub(r"\d+(\.\d+)?", "0", message)
         self._first.setdefault(kind, message)
         self._times[kind] += 1
 
     def lines(self) -> Iterator[str]:
-        """Yield a line with the message seen most often, if there is one."""
+        """Yield a line with the most frequent message, if there is one."""
         for kind, _ in self._times.most_common(1):
             yield f"Cause: {self._first[kind]}"
 
@@ -318,6 +318,7 @@ def _failures(tally: Tally, requests: int) -> Iterator[str]:
 
 
 def _say(console: Console, *lines: str) -> None:
-    # As they are: a cause may be long, and hold brackets that rich would read.
+    # Without markup and wrapping: a cause may be long, and may contain brackets that
+    # rich would interpret.
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)

@@ -1,1 +1,1 @@
-"""What transports of gRPC share: a target, metadata, what a connection offers."""
+"""Code common to all gRPC transports: target, metadata, interface of connections."""

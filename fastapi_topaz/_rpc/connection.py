@@ -1,4 +1,4 @@
-"""What a connection offers that carries gRPC calls."""
+"""The interface of a connection that carries gRPC calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["RpcConnection"]
 
 
 class RpcConnection(Connection, Protocol):
-    """A connection that carries gRPC calls, as those of an authorizer do."""
+    """A connection that carries gRPC calls, such as a connection to an authorizer."""
 
     async def call(
         self,
@@ -29,17 +29,21 @@ class RpcConnection(Connection, Protocol):
         ...
 
     def judge(self, error: BaseException, /) -> Verdict | None:
-        """Return what *error*, raised by a call, says of the connection itself."""
+        """
+        Return what *error*, which a call raised, means for the connection.
+
+        None means that it says nothing about the connection.
+        """
         ...
 
     def is_lost(self) -> bool:
-        """Say whether the other side has gone away; takes a microsecond at most."""
+        """Return whether the server has gone away. Takes at most a microsecond."""
         ...
 
     def refresh_liveness(self) -> None:
-        """Find out what `is_lost` cannot without taking longer."""
+        """Update the result of `is_lost` with a check that takes longer."""
 
     @property
     def peer(self) -> str | None:
-        """The address of the other side, if it is known."""
+        """The address of the server, or None if it is unknown."""
         ...

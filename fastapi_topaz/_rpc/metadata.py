@@ -11,17 +11,17 @@ __all__ = ["Metadata", "check_metadata", "is_metadata"]
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
-# What gRPC allows as a key: see "Requests" in its protocol over HTTP/2.
+# The keys that gRPC allows: see "Requests" in "gRPC over HTTP2".
 _KEY = re.compile(r"[0-9a-z_.-]+")
 
 
 def _is_key(key: object) -> bool:
-    """Say whether gRPC takes *key*."""
+    """Return whether gRPC accepts *key*."""
     return isinstance(key, str) and _KEY.fullmatch(key) is not None
 
 
 def is_metadata(key: object, value: object) -> bool:
-    """Say whether gRPC takes *value* under *key*, as text."""
+    """Return whether gRPC accepts the pair of *key* and *value* as text metadata."""
     return (
         _is_key(key)
         and not str(key).endswith("-bin")
@@ -33,11 +33,13 @@ def is_metadata(key: object, value: object) -> bool:
 
 def check_metadata(metadata: object) -> None:
     """
-    Return if *metadata* can be sent. No error shows a value, which may be secret.
+    Check that *metadata* can be sent.
+
+    Errors never show a value, because it may be secret.
 
     Raises:
-        TypeError: These are no pairs of str, or a value has the wrong type.
-        ValueError: gRPC does not take a key or a value.
+        TypeError: *metadata* does not consist of pairs, or a value has the wrong type.
+        ValueError: gRPC does not accept a key or a value.
     """
     if not metadata:
         return

@@ -1,4 +1,4 @@
-"""Where a gRPC server is, and how to talk to it."""
+"""The target of a gRPC connection: address, metadata, credentials and probe."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ _METHOD = re.compile(r"/([A-Za-z_][\w.]*)/[A-Za-z_]\w*", re.ASCII)
 @attrs.frozen(kw_only=True)
 class Target:
     """
-    A gRPC server: where it is, and how a `GrpcConnector` talks to it.
+    The address of a gRPC server, and how a `GrpcConnector` connects to it.
 
     Args:
         url: A target of gRPC, such as `host:port`, `[IPv6]:port`, `dns:///host:port`
-            or `unix:/path`. With its port: gRPC would take 443.
-        metadata: Pairs that go with every call, default none. They may be secrets, so
-            no repr shows them.
+            or `unix:/path`. Include the port. Without it, gRPC uses 443.
+        metadata: Pairs that are sent with every call, default none. They may be
+            secret, so no repr shows them.
         cert_file_path: A PEM file with the CA that signed the server's certificate.
-            None, the default, means the roots that gRPC ships. Read at every connect,
-            so a rotated file is used by new connections.
-        insecure: True for plaintext, without TLS. Default False.
+            None, the default, means the root certificates that gRPC ships. The file
+            is read at every connect, so new connections use a rotated file.
+        insecure: True means plaintext, without TLS. Default False.
         probe: The full name of a unary-unary call, as `/package.Service/Method`. The
-            pool sends it with an empty request to learn whether the server is alive.
-            Any answer with a `grpc-status` of the server proves that. The default is
+            pool sends it with an empty request to check that the server is alive. Any
+            answer of the server with a `grpc-status` proves that. The default is
             `/grpc.health.v1.Health/Check`, the standard health check.
-        unserved: The end of the error for a server that answers the first probe of a
-            connection with UNIMPLEMENTED. The default names the service of *probe*.
+        unserved: The end of the error message if the server answers the first probe
+            of a connection with UNIMPLEMENTED. The default names the service of
+            *probe*.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: *url* is empty, *probe* is no full name, a header cannot be sent,
-            or *cert_file_path* and *insecure* contradict each other.
+        ValueError: *url* is empty, *probe* is not a full name, a pair of *metadata*
+            cannot be sent, or *cert_file_path* is given with *insecure*.
     """
 
     url: str

@@ -1,1 +1,1 @@
-"""What a pool tells OpenTelemetry: its metrics, and a span for each check."""
+"""OpenTelemetry: the metrics of a pool, and a span for each check."""

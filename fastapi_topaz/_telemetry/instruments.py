@@ -1,8 +1,8 @@
 """
-What is measured: each instrument with its unit and what it means.
+The metric instruments of a pool: name, unit and description.
 
-Names are those of OpenTelemetry. A Prometheus exporter appends the unit of a duration,
-as `_seconds`, and `_total` to counters.
+The names are OpenTelemetry names. A Prometheus exporter appends the unit to a duration
+(`_seconds`), and `_total` to a counter.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ __all__ = [
 ]
 
 
-# Seconds. The SDK's own boundaries start at 5, which is a timeout here.
+# Seconds. The SDK's default boundaries start at 5, which is already a timeout here.
 BOUNDARIES = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025),
     *(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
 
 Phase: TypeAlias = Literal["wait", "hold", "connect"]
-"""What takes time: waiting for a lease, holding it, and connecting."""
+"""The phases whose duration is measured: wait for a lease, hold it, connect."""
 
 
 @attrs.frozen
 class Gauge:
-    """What is so many now; of several kinds, if *label* tells them apart."""
+    """A gauge: a current count, split by *label* if given."""
 
     name: str
     unit: str
@@ -55,7 +55,7 @@ class Gauge:
 
 @attrs.frozen
 class Counter:
-    """What happened so often; for several reasons, if *label* tells them apart."""
+    """A counter: the number of events so far, split by *label* if given."""
 
     name: str
     unit: str
@@ -66,7 +66,7 @@ class Counter:
 
 @attrs.frozen
 class Histogram:
-    """How long something took, in seconds, as a histogram."""
+    """A histogram: the duration of a phase, in seconds."""
 
     name: str
     phase: Phase
@@ -77,11 +77,11 @@ class Histogram:
 @attrs.frozen
 class Convention:
     """
-    One way to name what is measured.
+    A naming convention: a set of instruments, and the attribute for the pool's name.
 
     Attributes:
-        pool: The attribute that holds the name of the pool.
-        names_all: Whether a pool without a name has that of its target there.
+        pool: The metric attribute that holds the name of the pool.
+        names_all: Whether a pool without a name uses its target as the name.
         durations, levels, events: The instruments.
     """
 
@@ -93,8 +93,8 @@ class Convention:
 
 
 def _all(reasons: object, counted: Mapping[str, int]) -> Mapping[str, int]:
-    # From the start, also where nothing has happened yet: Prometheus does not see the
-    # first increase of what was not there before.
+    # Each reason is reported from the start, with 0. Otherwise Prometheus misses the
+    # first increase, because the series does not exist before it.
     return {**dict.fromkeys(get_args(reasons), 0), **counted}
 
 
@@ -110,8 +110,8 @@ TOPAZ = Convention(
         ),
     ),
     levels=(
-        # The name ends in _total, which is the exporter's suffix for counters, and
-        # stays: it is what dashboards of this pool have always asked for.
+        # A gauge should not end in _total, the exporter's suffix for counters. But
+        # existing dashboards use this name.
         Gauge(
             "topaz_pool_connections_total",
             "{connection}",

@@ -1,9 +1,9 @@
 """
 The metrics of all pools, as OpenTelemetry instruments.
 
-What is counted is counted in plain integers by the pool, and read when somebody
-collects: an SDK counter costs microseconds per add. Only the histograms record as
-things happen.
+The pool counts events in plain integers, because each add() of an SDK counter takes
+microseconds. The integers are read when the metrics are collected. Only histograms
+record each event at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SCOPE = "fastapi_topaz"
 
 @attrs.frozen
 class Source:
-    """Where the numbers of one pool are read."""
+    """The source of one pool's numbers."""
 
     status: Callable[[], PoolStatus]
     counters: PoolCounters
@@ -53,10 +53,10 @@ class Source:
 
 class PoolMetrics:
     """
-    What a pool reports, under one convention or two.
+    The metrics of one pool, under one or two conventions.
 
-    Strictly private. While it is attached, collecting reads the pool's numbers; it
-    holds them through callables, and nothing global holds it but weakly.
+    Strictly private. While it is attached, each collection reads the pool's numbers
+    through callables. All global references to it are weak.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class PoolMetrics:
     ) -> None:
         own = _Report(provider, TOPAZ, name, source)
         self._reports = [own]
-        # Whom to tell of durations. No list of one: each lease is told of twice, and a
-        # call more costs as much as all of it does without an SDK.
+        # Gets the durations. Each lease reports two. So a single observer is called
+        # directly: one more call would double the cost without an SDK.
         self.observer: PoolObserver = own
         if semantic_conventions:
             other = _Report(provider, DB_CLIENT, name, source)
@@ -78,18 +78,18 @@ class PoolMetrics:
             self.observer = _Both(own, other)
 
     def attach(self, target: str) -> None:
-        """Let the pool, which leads to *target*, be seen."""
+        """Start to report the pool, which connects to *target*."""
         for report in self._reports:
             report.attach(target)
 
     def detach(self) -> None:
-        """Let the pool be seen no more."""
+        """Stop reporting the pool."""
         for report in self._reports:
             report.detach()
 
 
 class _Report:
-    """One pool under one convention."""
+    """The metrics of one pool under one convention."""
 
     def __init__(
         self,
@@ -117,35 +117,35 @@ class _Report:
         self._instruments.detach(self)
 
     def acquired(self, waited: float, /) -> None:
-        """Record how long a lease was waited for."""
+        """Record how long a caller waited for a lease, in seconds."""
         try:
             self._wait.record(waited, self.attributes)
-        except Exception as error:  # noqa: BLE001  (somebody else's code)
+        except Exception as error:  # noqa: BLE001  (code of the metrics SDK)
             self._failed(error)
 
     def released(self, held: float, /) -> None:
-        """Record how long a lease was held."""
+        """Record how long a lease was held, in seconds."""
         try:
             self._hold.record(held, self.attributes)
         except Exception as error:  # noqa: BLE001
             self._failed(error)
 
     def connected(self, took: float, /) -> None:
-        """Record how long it took to connect."""
+        """Record how long it took to connect, in seconds."""
         try:
             self._connect.record(took, self.attributes)
         except Exception as error:  # noqa: BLE001
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        # What breaks the recording must not break the pool.
+        # An error in the metrics SDK must not break the pool.
         if not self._broken:
             self._broken = True
             logger.warning("recording a metric failed", exc_info=without_context(error))
 
 
 class _Both:
-    """Tells two observers what one is told."""
+    """Passes each event to two observers."""
 
     def __init__(self, one: PoolObserver, other: PoolObserver) -> None:
         self._one, self._other = one, other
@@ -165,17 +165,17 @@ class _Both:
 
 class _Instruments:
     """
-    The instruments of one convention, shared by all pools that report to one provider.
+    The instruments of one convention, shared by all pools with the same provider.
 
-    Instruments cannot be taken back, and two of one name disturb each other.
+    Instruments cannot be removed, and two with the same name disturb each other.
     """
 
     _making: ClassVar[threading.Lock] = threading.Lock()
     _known: ClassVar[weakref.WeakKeyDictionary[object, dict[str, _Instruments]]] = (
         weakref.WeakKeyDictionary()
     )
-    # Until a global provider is set, OpenTelemetry hands out proxies that find it
-    # later; they are as good as the provider itself.
+    # Until a global provider is set, OpenTelemetry returns proxies. They find the
+    # provider later, so they can be used like the provider itself.
     _global: ClassVar[dict[str, _Instruments]] = {}
 
     @classmethod
@@ -183,8 +183,8 @@ class _Instruments:
         with cls._making:
             current = metrics.get_meter_provider()
             if provider is None or provider is current:
-                # Whether it was found late or given: one set, since of a second one of
-                # the same names the SDK drops the callbacks.
+                # The global provider has one set, found later or passed explicitly. The
+                # SDK drops the callbacks of a second set with the same names.
                 known = cls._known.get(current, cls._global)
             else:
                 known = cls._known.setdefault(provider, {})
@@ -202,15 +202,20 @@ class _Instruments:
 
     @classmethod
     def after_fork_in_child(cls) -> None:
-        """Report no pools of the parent, and wait for no lock that it holds."""
+        """
+        Reset the state that a forked child inherits.
+
+        The child must not report the parent's pools. It must not wait for a lock that
+        the parent held at the fork.
+        """
         cls._making = threading.Lock()
         for known in (cls._global, *cls._known.values()):
             for instruments in known.values():
                 instruments.reports.clear()
 
     def __init__(self, meter: Meter, convention: Convention) -> None:
-        # Metrics are collected in threads of their own. No lock, which a fork might
-        # find locked: each use of the dict is one step.
+        # Metrics are collected in other threads. There is no lock, because a fork could
+        # inherit it locked. Each operation on the dict is atomic.
         self.reports: dict[weakref.ref[_Report], None] = {}
         self.durations: dict[str, Histogram] = {
             duration.phase: meter.create_histogram(

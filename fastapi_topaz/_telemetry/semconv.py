@@ -1,8 +1,8 @@
 """
-The same under the names that OpenTelemetry gives to any pool of connections.
+The metrics under OpenTelemetry's standard names for connection pools.
 
-See "Semantic conventions for database client metrics". They know less than `TOPAZ`,
-but dashboards that exist already know them.
+See "Semantic conventions for database client metrics". They cover less than `TOPAZ`,
+but existing dashboards support them.
 """
 
 from __future__ import annotations

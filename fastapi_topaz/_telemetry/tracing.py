@@ -1,8 +1,8 @@
 """
-A span for each check, and its context in the metadata of the call.
+A span for each check, and the trace context in the metadata of the call.
 
-No identity, resource context or text of the authorizer goes into a span: those name
-people. Tracing is somebody else's code, and must not be what fails a check.
+A span contains no identity, no resource context and no text of the authorizer, because
+these may name people. If the tracing library raises an error, the check must not fail.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _broken: set[str] = set()
 
 
 def _failed(what: str, error: Exception) -> None:
-    # Once, or it would be as many lines as there are checks.
+    # Logged once for each *what*, not once for each check.
     if what not in _broken:
         _broken.add(what)
         logger.warning(
@@ -49,14 +49,14 @@ def _failed(what: str, error: Exception) -> None:
 
 
 def propagated(metadata: Metadata) -> Metadata:
-    """Return *metadata*, and with it the context of the current span, if any."""
-    # Without tracing this is all there is to it, in each call.
+    """Return *metadata* plus the trace context of the current span, if there is one."""
+    # The fast path: without tracing, a call runs only this test.
     if get_current_span() is INVALID_SPAN:
         return metadata
     carrier: dict[str, str] = {}
     try:
         propagate.inject(carrier)
-    except Exception as error:  # noqa: BLE001  (somebody else's code)
+    except Exception as error:  # noqa: BLE001  (code of the tracing library)
         _failed("propagating a trace", error)
         return metadata
     given = {key for key, _ in metadata or ()}
@@ -65,7 +65,7 @@ def propagated(metadata: Metadata) -> Metadata:
         *(
             (key.lower(), value)
             for key, value in carrier.items()
-            # Propagators are made for HTTP, which lets more pass than gRPC.
+            # Propagators are made for HTTP, which accepts more than gRPC.
             if key.lower() not in given and is_metadata(key.lower(), value)
         ),
     ]
@@ -73,18 +73,18 @@ def propagated(metadata: Metadata) -> Metadata:
 
 class Tracing:
     """
-    Begins the spans of checks.
+    Starts the spans of checks.
 
     Strictly private.
     """
 
     def __init__(self, provider: TracerProvider | None) -> None:
-        # Without one: the global one, also if it is set later.
+        # None means the global provider. `trace` finds it even if it is set later.
         source: Any = trace if provider is None else provider
         self._tracer = source.get_tracer(SCOPE, VERSION)
 
     def check(self, policy_path: str, decision: str, pool: str | None) -> CheckSpan:
-        """Return the span of one check, to be entered; it is begun already."""
+        """Start the span of one check and return it. The caller must enter it."""
         attributes = {"topaz.policy_path": policy_path, "topaz.decision": decision}
         if pool is not None:
             attributes["topaz.pool"] = pool
@@ -92,17 +92,18 @@ class Tracing:
             span = self._tracer.start_span(
                 "topaz.check", kind=SpanKind.CLIENT, attributes=attributes
             )
-            # Not whether it records: that it does not is for the authorizer to know.
+            # Not is_recording(): the authorizer must also learn that a trace is not
+            # sampled, so its context is propagated.
             if span.get_span_context().is_valid:
                 return CheckSpan(span)
-        except Exception as error:  # noqa: BLE001  (somebody else's code)
+        except Exception as error:  # noqa: BLE001  (code of the tracing library)
             _failed("beginning a span", error)
         return _NOTHING
 
 
 class CheckSpan:
     """
-    The span of one check, which is the current one while it is entered.
+    The span of one check. It is the current span while it is entered.
 
     Strictly private.
     """
@@ -123,8 +124,8 @@ class CheckSpan:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # It is not where the garbage collector ends a check: that has a context of its
-        # own, in which nothing was attached.
+        # If the garbage collector ends a check, this runs in another context. Nothing
+        # was attached there, so there is nothing to detach.
         if get_current_span() is self._span:
             context.detach(self._token)
         try:
@@ -135,30 +136,30 @@ class CheckSpan:
                 self._outcome = "cancelled"
             self._span.set_attribute("topaz.outcome", self._outcome)
             self._span.end()
-        except Exception as error:  # noqa: BLE001  (somebody else's code)
+        except Exception as error:  # noqa: BLE001  (code of the tracing library)
             _failed("ending a span", error)
 
     def decided(self, allowed: bool) -> None:
-        """Note the answer."""
+        """Record the decision."""
         self._outcome = "allowed" if allowed else "denied"
 
     def waited(self, seconds: float) -> None:
-        """Note that the lease it has now was waited for."""
+        """Record that the check waited *seconds* for its lease."""
         self._event("topaz.waited", {"topaz.wait": seconds})
 
     def lost(self, error: Exception) -> None:
-        """Note that the answer was lost with *error*, and is asked for once more."""
+        """Record that the call failed with *error*, and that the check is repeated."""
         self._event("topaz.retry", {"error.type": error_kind(error)})
 
     def _event(self, name: str, attributes: Mapping[str, float | str]) -> None:
         try:
             self._span.add_event(name, attributes)
-        except Exception as error:  # noqa: BLE001  (somebody else's code)
+        except Exception as error:  # noqa: BLE001  (code of the tracing library)
             _failed("recording an event", error)
 
 
 class _NoSpan(CheckSpan):
-    """In place of a span where nobody traces."""
+    """Replaces the span if tracing is off."""
 
     def __init__(self) -> None:
         super().__init__(INVALID_SPAN)

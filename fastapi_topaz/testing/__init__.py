@@ -1,4 +1,4 @@
-"""What tests need: an embedded authorizer and fakes."""
+"""Test support: an embedded authorizer, and fakes without a network."""
 
 from __future__ import annotations
 

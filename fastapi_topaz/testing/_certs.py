@@ -1,4 +1,4 @@
-"""A certificate authority for one test: made when asked for, trusted by nobody."""
+"""A certificate authority for tests, created on demand and not trusted elsewhere."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class Certificates:
     @classmethod
     def issue(cls) -> Self:
         """
-        Make a CA and a certificate for localhost and 127.0.0.1.
+        Create a CA and a certificate for localhost and 127.0.0.1.
 
-        The file goes away with the object, at the latest when Python ends: clients
-        read it at every connect, also while the server is stopped.
+        The CA file is deleted with this object, at the latest when Python exits. It
+        must exist while the server is stopped, because clients read it at every
+        connect.
 
         Raises:
             ImportError: trustme is not installed.

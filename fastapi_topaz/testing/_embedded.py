@@ -1,4 +1,4 @@
-"""An authorizer inside the test process: what a test does with it."""
+"""The embedded authorizer: a real gRPC authorizer inside the test process."""
 
 from __future__ import annotations
 
@@ -31,29 +31,31 @@ _T = TypeVar("_T")
 
 class EmbeddedAuthorizer:
     """
-    A real gRPC authorizer on 127.0.0.1 whose policies are written in Python.
+    A real gRPC authorizer on 127.0.0.1 with policies written in Python.
 
-    For tests and demos: it counts every socket and every call, and breaks in all
-    the ways a server and a network can. Constructing it starts nothing. It is a
-    context manager, also an asynchronous one (on asyncio and trio), and may be
-    used from any thread. Policies and faults outlive `stop` and `start`.
+    It is for tests and demos. It counts every socket and every call, and can simulate
+    faults of a server and of a network. The constructor starts nothing. The object is
+    a context manager for `with` and for `async with` (on asyncio and trio). Any thread
+    may use it. Policies and faults stay the same after `stop` and `start`.
 
     Args:
-        policies: What is allowed: a mapping of policy paths to a bool, to a mapping
-            of decisions to bools, or to a function of a
-            [Check][fastapi_topaz.testing.Check] that returns either; or one such
-            function for all paths. Functions may be async; they run in the
-            server's thread. None means no policies: whatever is asked for is
+        policies: The policies: a mapping of paths to policies, or one function for
+            all paths. A policy is a bool, a mapping of decisions to bools, or a
+            function. A function takes a [Check][fastapi_topaz.testing.Check] and
+            returns a bool or such a mapping. It may be async, and runs in the
+            server's thread. None, the default, means no policies: every decision is
             undefined, which Topaz answers with INVALID_ARGUMENT.
-        tls: Serve TLS with a certificate for `localhost` and 127.0.0.1, signed by a
-            CA made for the purpose. Needs the extra `testing`.
-        api_key: If given, calls without it get UNAUTHENTICATED; `Info` never.
-        tenant_id: If given, calls without it get PERMISSION_DENIED; `Info` never.
-        identities: Who is in the directory: calls on behalf of a SUB or JWT that is
-            not among these get NOT_FOUND. None means that everybody is.
-        port: Where to listen; 0 chooses a free port at the first start.
-        max_concurrent_streams: HTTP/2 streams a client may have open at once on
-            one connection; None means no limit.
+        tls: Whether to serve TLS, default False. The certificate is for `localhost`
+            and 127.0.0.1, signed by a new CA. Needs the extra `testing`.
+        api_key: If given, calls without this key get UNAUTHENTICATED, except `Info`.
+        tenant_id: If given, calls without this tenant get PERMISSION_DENIED, except
+            `Info`.
+        identities: The identities in the directory. Calls for another SUB or JWT get
+            NOT_FOUND. None, the default, means that every identity exists.
+        port: The port to listen on. With 0, the default, the first start chooses a
+            free port.
+        max_concurrent_streams: Maximum number of open HTTP/2 streams on one
+            connection. None, the default, means no limit.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -72,9 +74,9 @@ class EmbeddedAuthorizer:
         port: int = 0,
         max_concurrent_streams: int | None = None,
     ) -> None:
-        # Only for its checks: the url is known after the start.
+        # Created only to check the arguments. The url is not known before the start.
         AuthorizerOptions(api_key=api_key, tenant_id=tenant_id)
-        # Empty ones would let in every client, which is not what they look like.
+        # Empty values are refused, because they would silently accept every client.
         check_text("api_key", api_key)
         check_text("tenant_id", tenant_id)
         if not 0 <= port <= 65535:
@@ -110,13 +112,13 @@ class EmbeddedAuthorizer:
 
     def start(self) -> Self:
         """
-        Listen, on the same port as before if it was started before.
+        Start to listen. After a restart, the port is the same as before.
 
-        Does nothing if it listens already.
+        If the authorizer is already running, this does nothing.
 
         Raises:
-            OSError: The port is taken.
-            ImportError: TLS is wanted and trustme is not installed.
+            OSError: The port is in use.
+            ImportError: *tls* is True, but trustme is not installed.
         """
         if self._inside:
             return self
@@ -138,15 +140,15 @@ class EmbeddedAuthorizer:
         """
         Refuse connections, close all sockets and end the thread.
 
-        Does nothing if it is stopped already.
+        If the authorizer is already stopped, this does nothing.
 
         Args:
-            grace: Seconds that running calls get to finish. With 0 sockets close
-                at once, as if the process had been killed; with more, clients are
-                told to go away first, as Topaz does when it is asked to end.
+            grace: Time limit in seconds for running calls to finish. With 0, the
+                default, sockets close at once, as if the process was killed. With
+                more, clients first get GOAWAY, as from a Topaz that shuts down.
 
         Raises:
-            RuntimeError: Called from a policy, which runs in that very thread.
+            RuntimeError: Called from a policy, which runs in the thread to end.
         """
         grace = check_seconds("grace", grace, infinite=False)
         if self._inside:
@@ -168,15 +170,15 @@ class EmbeddedAuthorizer:
     async def __aexit__(self, *_: object) -> None:
         self.stop()
 
-    # -- where it is
+    # -- address and credentials
 
     @property
     def port(self) -> int:
         """
-        The port; it stays the same for the life of the object.
+        The port, which stays the same for the life of the object.
 
         Raises:
-            RuntimeError: No port was given, and it was never started.
+            RuntimeError: No port was given, and the authorizer was never started.
         """
         if self._port == 0:
             raise RuntimeError("the port is chosen by start(), which was not called")
@@ -189,12 +191,12 @@ class EmbeddedAuthorizer:
 
     @property
     def ca_cert_path(self) -> str | None:
-        """The PEM file of the CA to trust; None without TLS or before the start."""
+        """The PEM file of the CA. None without TLS or before the first start."""
         return None if self._certificates is None else self._certificates.ca_path
 
     @property
     def options(self) -> AuthorizerOptions:
-        """What a client needs to be let in."""
+        """The options with which a client can connect."""
         return AuthorizerOptions(
             url=self.url,
             tenant_id=self._tenant_id,
@@ -203,15 +205,16 @@ class EmbeddedAuthorizer:
             insecure=not self._tls,
         )
 
-    # -- what it answers
+    # -- policies and delay
 
     @property
     def policies(self) -> dict[str, Policy] | PolicyFunction:
         """
-        The policies; assign to replace them all, or change the dict for one path.
+        The policies. Assign to replace them all, or change the dict for one path.
 
         Raises:
-            TypeError: Assigned something that is no policy.
+            TypeError: The assigned value has the wrong type.
+            ValueError: A path is empty.
         """
         return self._service.policies
 
@@ -221,18 +224,18 @@ class EmbeddedAuthorizer:
 
     @property
     def delay(self) -> float:
-        """Seconds that every call waits before its answer; 0 at first."""
+        """Time in seconds that every call waits before its answer. Initially 0."""
         return self._service.delay
 
     @delay.setter
     def delay(self, delay: float) -> None:
         self._service.delay = check_seconds("delay", delay)
 
-    # -- what it saw
+    # -- counters
 
     @property
     def connections_accepted(self) -> int:
-        """TCP connections accepted since the first start, or the last reset."""
+        """TCP connections accepted since the first start or `reset_counters`."""
         return self._relay.accepted
 
     @property
@@ -252,11 +255,11 @@ class EmbeddedAuthorizer:
 
     @property
     def cancelled(self) -> int:
-        """Calls given up before the answer: cancelled, timed out or disconnected."""
+        """Calls that ended before the answer: cancelled, timed out or disconnected."""
         return self._service.cancelled
 
     def reset_counters(self) -> None:
-        """Count from 0 again; what is open or running now is not changed."""
+        """Set the counters to 0. Counts of open connections and running calls stay."""
         self._in_loop(self._reset_counters)
 
     def _reset_counters(self) -> None:
@@ -275,17 +278,19 @@ class EmbeddedAuthorizer:
         methods: Iterable[str] | None = None,
     ) -> None:
         """
-        Answer with a status instead; replaces what an earlier `fail` asked for.
+        Answer calls with an error status. Replaces an earlier `fail`.
 
         Args:
             code: The status, or its name such as "UNAVAILABLE".
-            details: The text that goes with it.
-            times: How many calls fail; None means all until `heal`.
-            methods: Short names such as "Is" of the methods that fail; None means
-                all of them.
+            details: The text sent with the status, default empty.
+            times: The number of calls that fail. None, the default, means all calls
+                until `heal`.
+            methods: Short names of the methods that fail, such as "Is". None, the
+                default, means all methods.
 
         Raises:
-            ValueError: No such status or method, OK, or *times* less than 1.
+            ValueError: The status or a method does not exist, the status is OK, or
+                *times* is less than 1.
         """
         if isinstance(code, str):
             try:
@@ -304,21 +309,21 @@ class EmbeddedAuthorizer:
         self._service.failure = Failure(code, details, times, names)
 
     def heal(self) -> None:
-        """End all faults: answer, at once, and let held bytes go on."""
+        """End all faults: `fail`, `delay` and `freeze`."""
         self._service.failure = None
         self._service.delay = 0.0
         self.thaw()
 
     def freeze(self) -> None:
         """
-        Fall silent: sockets stay open, no byte passes in either direction.
+        Stop all traffic. Sockets stay open, but no byte passes in either direction.
 
-        New connections are accepted and stay silent too.
+        New connections are accepted, but no byte passes there either.
         """
         self._in_loop(lambda: self._relay.set_frozen(True))
 
     def thaw(self) -> None:
-        """Let the bytes that `freeze` held go on, and all that follow."""
+        """End `freeze`: forward the held bytes and all further bytes."""
         self._in_loop(lambda: self._relay.set_frozen(False))
 
     def drop_connections(self, count: int | None = None) -> int:
@@ -326,10 +331,10 @@ class EmbeddedAuthorizer:
         Reset connections (TCP RST), the oldest first.
 
         Args:
-            count: How many at most; None means all.
+            count: Maximum number to reset. None, the default, means all.
 
         Returns:
-            How many there were to reset.
+            The number of connections that were reset.
 
         Raises:
             ValueError: *count* is negative.
@@ -337,12 +342,12 @@ class EmbeddedAuthorizer:
         if count is not None and count < 0:
             raise ValueError(f"count must be at least 0 or None, got {count}")
         dropped = self._in_loop(lambda: self._relay.drop(count))
-        # Sockets close in the turn of the loop after the one that aborts them.
+        # Sockets close one iteration of the loop after abort(), so wait for one more.
         self._in_loop(lambda: None)
         return dropped
 
     def _in_loop(self, action: Callable[[], _T]) -> _T:
-        """Do *action* where the relay lives, and wait for it."""
+        """Run *action* in the relay's thread and return its result."""
         if self._inside:
             return action()
         with self._lock:
@@ -350,6 +355,6 @@ class EmbeddedAuthorizer:
 
     @property
     def _inside(self) -> bool:
-        """Whether a policy asks: it must not wait for the thread it runs in."""
+        """Whether a policy calls. It must not wait for the thread in which it runs."""
         server = self._server
         return server is not None and server.is_current

@@ -1,4 +1,4 @@
-"""A connector that plays a script: pools without a network."""
+"""A fake connector that follows a script, to test pools without a network."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["FakeConnection", "FakeConnector", "Step", "fail", "hang", "ok", "slo
 @attrs.frozen
 class Step:
     """
-    How one attempt to connect goes; made by `ok`, `slow`, `fail` and `hang`.
+    The outcome of one attempt to connect. Made by `ok`, `slow`, `fail` and `hang`.
 
     Attributes:
-        delay: Seconds before the outcome.
-        error: What the attempt raises; None if it succeeds.
+        delay: Seconds before the outcome, default 0.
+        error: The error that the attempt raises. None, the default, means success.
     """
 
     delay: float = 0.0
@@ -46,7 +46,7 @@ def slow(delay: float) -> Step:
 
 
 def fail(error: Exception | str = "refused by the script") -> Step:
-    """Return a step that raises *error*; a text makes it a `ConnectFailed`."""
+    """Return a step that raises *error*. A str becomes a `ConnectFailed`."""
     if isinstance(error, str):
         error = ConnectFailed(error, reason="refused")
     return Step(error=error)
@@ -60,19 +60,19 @@ def hang() -> Step:
 @attrs.define(eq=False, slots=False)
 class FakeConnection:
     """
-    What a `FakeConnector` makes.
+    A fake connection in memory, made by a `FakeConnector`.
 
     Attributes:
-        number: Counted from 1, in the order they were made.
-        alive: Whether probes succeed; set it to False to play dead.
-        frozen: Whether probes and calls never end.
-        hung_up: Whether the other side has gone away, which the pool notices; probes
-            and calls fail.
-        refuses: If not empty, probes and calls are answered with this text, as a proxy
-            does whose server is down: they raise `ConnectionRefusedError`.
-        probes: Probes so far.
-        calls: Calls so far.
-        closed: Times it was closed, which should end at one.
+        number: The number of the connection, from 1, in the order of connecting.
+        alive: If False, probes and calls fail. Default True.
+        frozen: If True, probes and calls never end. Default False.
+        hung_up: If True, the server has gone away: probes and calls fail, and the
+            pool notices it. Default False.
+        refuses: If not empty, probes and calls raise `ConnectionRefusedError` with
+            this text. This simulates a proxy whose server is down. Default empty.
+        probes: The number of probes so far.
+        calls: The number of calls so far.
+        closed: How many times it was closed. At the end of a test it should be 1.
     """
 
     connector: FakeConnector = attrs.field(repr=False)
@@ -86,7 +86,13 @@ class FakeConnection:
     closed: int = 0
 
     async def probe(self, timeout: float, /) -> None:  # noqa: ARG002
-        """Raise `ConnectionLost` unless `alive`; see `refuses` for another error."""
+        """
+        Return if the connection is alive.
+
+        Raises:
+            ConnectionLost: It is not `alive`, it is `hung_up` or it is closed.
+            ConnectionRefusedError: `refuses` is not empty.
+        """
         self.probes += 1
         await self._answer()
 
@@ -99,12 +105,12 @@ class FakeConnection:
         **_options: Any,
     ) -> bytes:
         """
-        Return what the connector's `answer` makes of the request.
+        Return the response that the connector's `answer` gives for the request.
 
         Raises:
-            TimeoutError: It took more than *timeout* seconds.
-            ConnectionLost: It is not `alive`, or it is closed.
-            ConnectionRefusedError: It `refuses`.
+            TimeoutError: The call took more than *timeout* seconds.
+            ConnectionLost: It is not `alive`, it is `hung_up` or it is closed.
+            ConnectionRefusedError: `refuses` is not empty.
         """
         self.calls += 1
         with anyio.fail_after(timeout):
@@ -114,7 +120,12 @@ class FakeConnection:
         return response
 
     def judge(self, error: BaseException, /) -> Verdict | None:
-        """Say that the connection broke if *error* is `ConnectionLost`."""
+        """
+        Return the verdict for *error*.
+
+        `ConnectionLost` is BROKEN, `ConnectionRefusedError` is REFUSED, `TimeoutError`
+        is SILENT, and any other error is None.
+        """
         if isinstance(error, ConnectionLost):
             return Verdict.BROKEN
         if isinstance(error, ConnectionRefusedError):
@@ -122,16 +133,16 @@ class FakeConnection:
         return Verdict.SILENT if isinstance(error, TimeoutError) else None
 
     def is_lost(self) -> bool:
-        """Say whether the server hung up."""
+        """Return whether the server has gone away (`hung_up`)."""
         return self.hung_up
 
     @property
     def peer(self) -> str:
-        """The address: `fake:` and the number."""
+        """The address: `fake:` and the `number`."""
         return f"fake:{self.number}"
 
     async def close(self, grace: float, /) -> None:  # noqa: ARG002
-        """Count the closing."""
+        """Count the call in `closed`."""
         self.closed += 1
         await anyio.lowlevel.checkpoint()
 
@@ -147,19 +158,21 @@ class FakeConnection:
 
 class FakeConnector:
     """
-    Makes connections in memory, each attempt as the next step of the script says.
+    A connector that makes fake connections in memory. It follows a script.
 
     Args:
-        script: Steps made by `ok`, `slow`, `fail` and `hang`. After the last one
-            every attempt goes as *default* says.
-        default: What happens after the script, default `ok()`.
-        answer: Called with the method and the bytes of the request for each call,
-            returns the bytes of the response; may be async. Default: the request.
+        script: One step for each attempt to connect, made by `ok`, `slow`, `fail` and
+            `hang`. Default empty.
+        default: The step for each attempt after the end of the script, default
+            `ok()`.
+        answer: A function that answers calls. It gets the method and the bytes of the
+            request, and returns the bytes of the response. It may be async. By
+            default, the response is the request.
 
     Attributes:
-        attempts: Attempts so far.
-        connections: All connections ever made.
-        peak: The most that were open and being established at once.
+        attempts: The number of attempts so far.
+        connections: All connections made so far.
+        peak: The highest number of connections that were open or connecting at once.
     """
 
     target = "fake"
@@ -193,7 +206,7 @@ class FakeConnector:
         return [conn for conn in self.connections if not conn.closed]
 
     async def connect(self, timeout: float, /) -> FakeConnection:  # noqa: ARG002
-        """Play the next step."""
+        """Follow the next step of the script."""
         self.attempts += 1
         step = self._script.popleft() if self._script else self.default
         self._connecting += 1
@@ -203,7 +216,8 @@ class FakeConnector:
                 await anyio.sleep_forever()
             await anyio.sleep(step.delay)
             if step.error is not None:
-                # One error is raised many times, and would collect all their frames.
+                # The same error may be raised many times. Without this, its traceback
+                # would keep the frames of all of them.
                 raise step.error.with_traceback(None)
         finally:
             self._connecting -= 1

@@ -1,4 +1,4 @@
-"""Modules made up from policies in Python, for those who list policies."""
+"""Makes Rego modules from Python policies, for ListPolicies and GetPolicy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["masked", "module"]
 
 
 def module(path: str, policy: Policy) -> Module:
-    """Return the module of *policy*; its id is the path."""
+    """Return the module of *policy*. Its id is *path*."""
     if isinstance(policy, bool):
         rules = [f"default allowed := {str(policy).lower()}"]
     elif isinstance(policy, Mapping):
@@ -33,9 +33,9 @@ def module(path: str, policy: Policy) -> Module:
 
 
 def masked(full: Module, request: ListPoliciesRequest | GetPolicyRequest) -> Module:
-    """Return the fields of *full* that *request* wants, as Topaz selects them."""
+    """Return the fields of *full* that *request* selects, as Topaz selects them."""
     mask = request.field_mask
-    # Topaz ignores a mask with a path that does not exist, and an empty one.
+    # Topaz ignores an empty mask, and a mask with a path that does not exist.
     if not any(mask.paths) or not mask.IsValidForDescriptor(Module.DESCRIPTOR):
         return full
     part = Module()

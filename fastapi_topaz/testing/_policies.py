@@ -1,8 +1,8 @@
 """
-Policies in Python: what they are asked, and what they may answer.
+Policies written in Python: their argument, their answers and how they are evaluated.
 
-Nothing but a plain True allows: what is neither yes nor no is an error, or no decision
-at all, as in Topaz.
+Only True itself allows. Any answer that is not a bool is an error or no decision, as in
+Topaz.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ _LOGGER = logging.getLogger("fastapi_topaz.testing")
 @attrs.frozen(kw_only=True)
 class Check:
     """
-    What a policy is asked to decide.
+    The question that a policy must decide.
 
     Args:
         policy_path: The path of the policy, such as `app.GET.documents`.
-        decisions: The names of the decisions wanted, such as `("allowed",)`.
-        identity: On whose behalf.
-        resource: The resource context.
-        policy_instance_name: Empty if the caller named no policy instance.
-        policy_instance_label: Empty if the caller named no policy instance.
-        metadata: The headers of the call, without binary ones.
+        decisions: The names of the requested decisions, such as `("allowed",)`.
+        identity: The identity that the check is about.
+        resource: The resource context, default empty.
+        policy_instance_name: Empty, the default, if the caller named no instance.
+        policy_instance_label: Empty, the default, if the caller named no instance.
+        metadata: The text headers of the call. Binary headers are left out.
     """
 
     policy_path: str
     decisions: tuple[str, ...]
-    # Whom and what it is about stays out of the repr: reprs end up in logs.
+    # Identity, resource and headers are not in the repr, because reprs end up in logs.
     identity: Identity = attrs.field(repr=False)
     resource: dict[str, Any] = attrs.field(factory=dict, repr=False)
     policy_instance_name: str = ""
@@ -62,19 +62,19 @@ class Check:
 
 Answer: TypeAlias = bool | Mapping[str, bool]
 PolicyFunction: TypeAlias = Callable[[Check], Answer | Awaitable[Answer]]
-"""Answers a `Check` with one bool for all decisions, or with one bool for each."""
+"""A function from a `Check` to one bool for all decisions, or to a bool for each."""
 Policy: TypeAlias = Answer | PolicyFunction
-"""A fixed answer, or a function that finds it."""
+"""A fixed answer, or a function that returns an answer."""
 Policies: TypeAlias = Mapping[str, Policy] | PolicyFunction
 """Policies by path, or one function that answers for every path."""
 
-# What a rule in Rego may have as its value, besides null.
+# The types of values that a Rego rule can have, besides null.
 _VALUES = (bool, int, float, str, list, Mapping)
 
 
 class Refusal(Exception):  # noqa: N818
     """
-    A call ends with this status instead of an answer.
+    Ends a call with a gRPC status instead of an answer.
 
     Strictly private.
     """
@@ -87,14 +87,20 @@ class Refusal(Exception):  # noqa: N818
 
 class PolicyError(Exception):
     """
-    A policy fails, or answers with what no policy in Rego could answer.
+    A policy raised an error, or returned an answer that Rego cannot express.
 
     Strictly private.
     """
 
 
 def validated(policies: Policies | None) -> dict[str, Policy] | PolicyFunction:
-    """Return *policies* as the service keeps them, or say what is wrong."""
+    """
+    Check *policies*, and return them in the form that the service uses.
+
+    Raises:
+        TypeError: *policies*, a path or a policy has the wrong type.
+        ValueError: A path is empty.
+    """
     if policies is None:
         return {}
     if callable(policies):
@@ -127,9 +133,9 @@ def _is_fixed(policy: object) -> bool:
 
 
 def _decisions(answer: object, wanted: tuple[str, ...]) -> dict[str, object] | None:
-    """Return *answer* by decision, or None if it is no answer at all."""
-    # bool itself, not what is truthy: a policy that forgets to return, or
-    # returns a mock, must not allow anything.
+    """Return the value of each decision, or None if *answer* is invalid."""
+    # Only a bool, not any truthy value. If a policy returns a mock, or forgets to
+    # return, it must not allow anything.
     if isinstance(answer, bool):
         return dict.fromkeys(wanted, answer)
     if isinstance(answer, Mapping) and all(
@@ -147,16 +153,18 @@ async def evaluate(
     check: Callable[[str, tuple[str, ...]], Check],
 ) -> dict[str, object]:
     """
-    Return what *policy* says, by decision; a rule in Rego may have any value, too.
+    Evaluate *policy*, and return a value for each decision.
+
+    A value may also be no bool, because a Rego rule can have any value.
 
     Args:
         policy: A fixed answer or a function.
         path: The path of the policy.
-        decisions: The decisions that a single bool answers.
-        check: Makes the argument of a function; not called otherwise.
+        decisions: The decisions that get the value if the answer is a single bool.
+        check: Makes the argument of the function. Not called for a fixed answer.
 
     Raises:
-        PolicyError: The function raised, or the answer is no answer.
+        PolicyError: The function raised an error, or its answer is invalid.
     """
     answer = policy
     if callable(policy):

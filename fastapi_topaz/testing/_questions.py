@@ -1,11 +1,12 @@
 """
-What requests have in common, and the few queries that need no Rego engine.
+Code common to all requests, and the simple queries that need no Rego engine.
 
-A query is a list of statements, one a line or separated by semicolons, each
-`data.<path>`, `x = data.<path>` or `x := data.<path>`, where the path is that of
-policies, of one policy or of one decision of a policy. Compiling takes the same, and
-`== true` after it; all is known here, so what remains is nothing, no solution, or
-what a variable is.
+A query is a list of statements, separated by line breaks or semicolons. A statement is
+`data.<path>`, `x = data.<path>` or `x := data.<path>`. The path leads to several
+policies, to one policy or to one decision of a policy.
+
+Compile also accepts `== true` after a statement. All values are known here. So the
+result is an empty condition, no solution, or the values of variables.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class _Statement:
 
 
 class Question:
-    """One request, as policies see it."""
+    """One request: its checks, and the evaluation of policies for it."""
 
     def __init__(
         self,
@@ -94,10 +95,10 @@ class Question:
 
     def need_rules(self) -> None:
         """
-        Refuse paths and decisions that are no reference in Rego.
+        Refuse a path and decision that are not a Rego reference.
 
-        Topaz makes a query of them, so `my-docs` is there the difference of two
-        variables that nobody has set.
+        Topaz builds a query from them. In that query, `my-docs` is the difference of
+        two undefined variables.
         """
         context = self._request.policy_context
         for decision in context.decisions:
@@ -109,7 +110,7 @@ class Question:
                 )
 
     def need_identity(self) -> None:
-        """Refuse a request that does not say on whose behalf it is."""
+        """Refuse a request without an identity."""
         request = self._request
         if isinstance(request, IsRequest) and not request.HasField("identity_context"):
             raise Refusal(_INVALID, "invalid argument: identity context not set")
@@ -117,7 +118,7 @@ class Question:
             raise Refusal(_INVALID, "invalid argument: identity type UNKNOWN")
 
     def find_identity(self) -> None:
-        """Refuse a request on behalf of somebody unknown."""
+        """Refuse a request with an unknown or invalid identity."""
         try:
             identity = _identity(self._request.identity_context)
         except ValueError:
@@ -127,14 +128,14 @@ class Question:
             and identity.type in (IdentityType.SUB, IdentityType.JWT)
             and identity.value not in self._identities
         ):
-            # Whatever the reason, a directory that is down included.
+            # Topaz sends this status for every reason, even if its directory is down.
             raise Refusal(
                 grpc.StatusCode.NOT_FOUND,
                 "authentication failed: failed to resolve identity context",
             )
 
     def statements(self, pattern: re.Pattern[str]) -> list[_Statement]:
-        """Return the statements of the query, after all that Topaz checks before."""
+        """Check the request as Topaz does, then return the statements of its query."""
         request = self._request
         assert isinstance(request, QueryRequest | CompileRequest)  # noqa: S101
         if not request.query.strip():
@@ -152,7 +153,7 @@ class Question:
     async def ask(
         self, policies: _Policies, path: str, decisions: tuple[str, ...]
     ) -> dict[str, object] | None:
-        """Return what the policy at *path* says; None if there is none."""
+        """Return the decisions of the policy at *path*, or None if there is none."""
         if callable(policies):
             policy: Policy = policies
         elif path in policies:
@@ -169,14 +170,15 @@ class Question:
             raise Refusal(_INTERNAL, details) from error
 
     async def value(self, policies: _Policies, path: str) -> object:
-        """Return what `data.<path>` is, None if it is undefined."""
+        """Return the value of `data.<path>`, or None if it is undefined."""
         wanted = tuple(self._request.policy_context.decisions) or ("allowed",)
         document = await self.ask(policies, path, wanted)
         for below in [] if callable(policies) else sorted(policies):
             if below.startswith(f"{path}."):
                 node = document = {} if document is None else document
                 for segment in below.removeprefix(f"{path}.").split("."):
-                    # A package wins over a rule of its name, which Rego forbids.
+                    # Rego forbids a package and a rule with the same name. Here the
+                    # package replaces the rule.
                     inner = node.get(segment)
                     node[segment] = node = {**inner} if isinstance(inner, dict) else {}
                 node.update(await self.ask(policies, below, wanted) or {})
@@ -223,13 +225,13 @@ def _parsed(query: str, pattern: re.Pattern[str]) -> Iterator[_Statement]:
 
 
 async def queried(question: Question, policies: _Policies) -> list[dict[str, Any]]:
-    """Return the result set of a query, empty if anything in it does not hold."""
+    """Return the result set of a query. It is empty if a statement is not true."""
     bindings: dict[str, Any] = {}
     expressions: list[dict[str, Any]] = []
     statements = question.statements(_STATEMENT)
     for statement in statements:
         value = await question.value(policies, statement.path)
-        # Alone, an expression that is false is shown as such.
+        # If a false expression is the only statement, its result shows the False.
         if value is None or (
             value is False and not statement.name and len(statements) > 1
         ):
@@ -248,11 +250,18 @@ async def queried(question: Question, policies: _Policies) -> list[dict[str, Any
 
 
 async def compiled(question: Question, policies: _Policies) -> dict[str, Any]:
-    """Return `{}` for never, else what is left of the query: what variables are."""
+    """
+    Compile a query.
+
+    Returns:
+        `{}` if the query can never be true. Otherwise the remaining conditions: the
+        values of variables.
+    """
     left: list[dict[str, Any]] = []
     for statement in question.statements(_CONDITION):
         value = await question.value(policies, statement.path)
-        # `x = data.p.d` holds with any value, `data.p.d` needs one that is not false.
+        # `x = data.p.d` is true for any defined value. `data.p.d` is not true if the
+        # value is False.
         if value is None or (value is False and not statement.name):
             return {}
         if statement.sign == "=":

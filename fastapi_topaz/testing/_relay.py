@@ -1,9 +1,8 @@
 """
-The front door: a TCP relay that counts sockets and breaks them on request.
+A TCP relay in front of the gRPC server. It counts sockets and can break them.
 
-gRPC for Python tells nobody how many sockets a server has, and offers no way to
-silence or reset one. So clients connect here, and their bytes go on to the gRPC
-server behind.
+gRPC for Python cannot count the sockets of a server, and cannot freeze or reset one. So
+clients connect to this relay, which forwards their bytes to the gRPC server.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from typing import cast
 __all__ = ["Relay"]
 
 
-# A frozen relay reads on, or it would not notice that a client hung up; this
-# bounds what it keeps in bytes per direction.
+# Bytes that a frozen relay keeps per direction. It must continue to read, or it would
+# not notice that a client closed its socket.
 _MAX_HELD = 1024 * 1024
 _RESET = struct.pack("ii", 1, 0)
 
 
 class _Side(asyncio.Protocol):
-    """One socket of a pair: what it reads, the other one writes."""
+    """One socket of a pair. The other socket writes the bytes that this one reads."""
 
     def __init__(self, pair: _Pair) -> None:
         self.pair = pair
         self.transport: asyncio.Transport | None = None
-        # Where reads go; None while nothing may pass.
+        # The transport that gets the bytes read here. None means: hold them.
         self.sink: asyncio.Transport | None = None
         self.held = bytearray()
 
@@ -64,7 +63,7 @@ class _Side(asyncio.Protocol):
 
     def flow(self, sink: asyncio.Transport) -> None:
         self.sink = sink
-        # Before the write: a full sink pauses reading again from inside it.
+        # Before write(), because a full sink calls pause_writing() during the write.
         self.read(True)
         if self.held:
             sink.write(bytes(self.held))
@@ -80,25 +79,25 @@ class _Side(asyncio.Protocol):
 
 
 class _Client(_Side):
-    """The side that a client connected to."""
+    """The socket that a client connected to."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         if self.pair.relay.is_listening:
             self.pair.accepted()
         else:
-            # Accepted just before the door was closed.
+            # The socket was accepted just before the relay stopped listening.
             self.abort()
 
 
 class _Pair:
-    """A client's socket and the one that leads on to the server."""
+    """The socket of a client, and the socket that connects on to the server."""
 
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
         self.client = _Client(self)
         self.server = _Side(self)
-        # Held, because the loop keeps only weak references to tasks.
+        # A strong reference, because the loop keeps only weak references to tasks.
         self._connecting: asyncio.Task[None] | None = None
         self._server_gone = False
 
@@ -120,7 +119,7 @@ class _Pair:
             self.update()
 
     def update(self) -> None:
-        """Let bytes pass, or hold them, as the relay now says."""
+        """Forward or hold bytes, according to the state of the relay."""
         client, server = self.client.transport, self.server.transport
         if self.relay.frozen:
             self.client.sink = self.server.sink = None
@@ -131,7 +130,7 @@ class _Pair:
             else:
                 self.client.flow(server)
         elif client is not None and self._server_gone:
-            # What the server said before it left.
+            # Forward the last bytes that the server sent before it closed its socket.
             self.server.flow(client)
             client.close()
 
@@ -152,44 +151,44 @@ class _Pair:
 
 class Relay:
     """
-    Accepts clients on a loopback port and forwards to a server.
+    Accepts clients on a loopback port and forwards their bytes to a server.
 
-    Strictly private. Everything but reading the numbers belongs to the thread of
-    the event loop it was opened in.
+    Strictly private. Other threads may only read the numbers. All methods must run in
+    the thread of the event loop that opened the relay.
     """
 
     def __init__(self) -> None:
         self.accepted = 0
         self.frozen = False
         self.draining = False
-        # A dict, because it remembers who came first.
+        # A dict, because it keeps the order in which clients connected.
         self.pairs: dict[_Pair, None] = {}
         self._listener: socket.socket | None = None
-        # The loop itself keeps only weak references to tasks.
+        # Strong references, because the loop keeps only weak references to tasks.
         self._welcoming: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         self._target = ("", 0)
 
     @property
     def is_listening(self) -> bool:
-        """Whether new clients are welcome."""
+        """Whether the relay accepts new clients."""
         return self._listener is not None
 
     def open(self, port: int) -> int:
-        """Listen on *port*, 0 for any free one, and return it."""
+        """Listen on *port* and return it. 0 means any free port."""
         self.draining = False
-        # An event belongs to the first loop that waits for it.
+        # A new event for each loop: an event belongs to the first loop that waits.
         self._empty = asyncio.Event()
         self._empty.set()
         self._listener = socket.create_server(("127.0.0.1", port), backlog=1024)
         self._listener.setblocking(False)
-        # Accepted sockets inherit it; asyncio would not set it for these, and then one
-        # answer in a few waits 40 ms for an acknowledgement.
+        # Accepted sockets inherit this option, and asyncio does not set it for them.
+        # Without it, some answers wait 40 ms for an acknowledgement.
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return int(self._listener.getsockname()[1])
 
     def serve(self, target_port: int) -> None:
-        """Connect each client, also those that wait already, to *target_port*."""
+        """Connect each client to *target_port*, including clients that already wait."""
         self._target = ("127.0.0.1", target_port)
         asyncio.get_running_loop().add_reader(self._socket, self._accept)
 
@@ -199,7 +198,7 @@ class Relay:
         return self._listener
 
     def _accept(self) -> None:
-        # Not an asyncio.Server: closed at this very moment, it forgets the socket.
+        # Not an asyncio.Server: if it is closed during accept, it loses the socket.
         client, _ = self._socket.accept()
         client.setblocking(False)
         loop = asyncio.get_running_loop()
@@ -217,42 +216,42 @@ class Relay:
         await asyncio.get_running_loop().create_connection(lambda: side, *self._target)
 
     def add(self, pair: _Pair) -> None:
-        """Count *pair* in."""
+        """Add *pair* to the open pairs, and count it as accepted."""
         self.pairs[pair] = None
         self.accepted += 1
         self._empty.clear()
 
     def forget(self, pair: _Pair) -> None:
-        """Count *pair* out: its client is gone."""
+        """Remove *pair* from the open pairs, because its client is gone."""
         self.pairs.pop(pair, None)
         if not self.pairs:
             self._empty.set()
 
     async def empty(self) -> None:
-        """Wait until no client is left."""
+        """Wait until no client is connected."""
         await self._empty.wait()
 
     def close_door(self) -> None:
-        """Refuse new clients from now on; open sockets stay."""
+        """Stop listening. Open sockets stay open."""
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
             self._listener = None
 
     def drain(self) -> None:
-        """Refuse new clients and new requests; answers go on."""
+        """Refuse new clients and hold requests. Answers still pass."""
         self.close_door()
         self.draining = True
         self._update()
 
     def abort(self) -> None:
-        """Close all sockets, without waiting for anything still to be sent."""
+        """Close all sockets at once, even if bytes are not sent yet."""
         self.close_door()
         for pair in list(self.pairs):
             pair.abort()
 
     def set_frozen(self, frozen: bool) -> None:
-        """Hold all bytes in both directions, or let them go on."""
+        """Hold all bytes in both directions, or forward them again."""
         self.frozen = frozen
         self._update()
 
@@ -261,10 +260,10 @@ class Relay:
             pair.update()
 
     def drop(self, count: int | None) -> int:
-        """Reset the oldest *count* clients, None for all; return how many."""
+        """Reset the oldest *count* clients, or all if None. Return the number reset."""
         oldest = list(self.pairs)[:count]
         for pair in oldest:
-            # At once, so that dropping twice cannot count one socket twice.
+            # Removed now, so that a second drop() cannot count the same socket again.
             self.pairs.pop(pair, None)
             pair.client.abort(reset=True)
         return len(oldest)

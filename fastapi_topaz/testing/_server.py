@@ -1,5 +1,5 @@
 """
-One life of the embedded authorizer: a thread with a loop with a server in it.
+Runs the server of the embedded authorizer in a thread with its own event loop.
 
     client --TCP--> Relay --TCP--> grpc.aio server --> AuthorizerService
 """
@@ -30,20 +30,21 @@ __all__ = ["ServerThread"]
 
 
 _T = TypeVar("_T")
-# Seconds for what takes milliseconds unless the machine is in trouble.
+# Time limit in seconds for steps that normally take milliseconds.
 _PATIENCE = 30.0
-# Seconds that closing sockets get, after a graceful stop for the last bytes.
+# Time limit in seconds for sockets to close. After a graceful stop, the last bytes are
+# sent in this time.
 _FLUSH = 0.5
-# Seconds that cancelled calls get to end.
+# Time limit in seconds for cancelled calls to end.
 _LAST_CALLS = 2.0
-# Seconds without a new call after which gRPC is taken to have begun all it has.
+# If no new call starts for this time in seconds, gRPC has started all received calls.
 _QUIET = 0.02
 
 
 @attrs.define(eq=False)
 class ServerThread:
     """
-    A server from its start to its stop; used once.
+    A server that is started and stopped once.
 
     Strictly private.
     """
@@ -58,17 +59,17 @@ class ServerThread:
 
     @property
     def is_current(self) -> bool:
-        """Whether the caller is code that runs in this thread, such as a policy."""
+        """Whether the caller runs in this thread, as a policy does."""
         return threading.current_thread() is self._thread
 
     def start(self, port: int) -> int:
-        """Listen on *port*, 0 for any free one, and return it."""
+        """Start the server on *port* and return it. 0 means any free port."""
         started: Future[int] = Future()
         self._thread = threading.Thread(
             target=self._run,
             args=(port, started),
             name="embedded-authorizer",
-            # A server that nobody stopped must not keep Python alive.
+            # If a test does not stop the server, Python must still be able to exit.
             daemon=True,
         )
         self._thread.start()
@@ -79,7 +80,7 @@ class ServerThread:
             raise
 
     def stop(self, grace: float) -> None:
-        """Close everything and wait for the end of the thread."""
+        """Close all sockets and wait until the thread ends."""
         thread, asked = self._thread, self._grace
         assert thread is not None  # noqa: S101
         assert asked is not None  # noqa: S101
@@ -87,7 +88,7 @@ class ServerThread:
         thread.join(grace + _PATIENCE)
 
     def call(self, action: Callable[[], _T]) -> _T:
-        """Do *action* in the thread and wait for it."""
+        """Run *action* in the server's thread and return its result."""
         assert self._loop is not None  # noqa: S101
 
         async def act() -> _T:
@@ -97,7 +98,7 @@ class ServerThread:
         return done.result(_PATIENCE)
 
     def _run(self, port: int, started: Future[int]) -> None:
-        # Whatever loops the test uses: this one is known to work.
+        # Always this loop, which is known to work, not the loop that the test uses.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             runner.run(self._serve(port, started))
 
@@ -105,7 +106,7 @@ class ServerThread:
         self._loop = asyncio.get_running_loop()
         self._grace = self._loop.create_future()
         try:
-            # First, or the private port below might happen to be this one.
+            # The relay opens first. Otherwise the private port could be this port.
             port = self.relay.open(port)
             server = self._server()
             target = self._private_port(server)
@@ -121,9 +122,8 @@ class ServerThread:
     def _server(self) -> grpc.aio.Server:
         options: list[tuple[str, Any]] = [
             ("grpc.so_reuseport", 0),
-            # Beyond 1,000 requests that Python has not fetched yet, the core answers
-            # with CANCELLED at random. A test that keeps the interpreter busy in its
-            # own thread gets there.
+            # If more than 1,000 requests wait for Python, the gRPC core cancels some
+            # at random. This happens if a test keeps the interpreter busy.
             ("grpc.server.max_pending_requests", 2**30),
             ("grpc.server.max_pending_requests_hard_limit", 2**30),
         ]
@@ -150,28 +150,30 @@ class ServerThread:
         self.relay.abort()
         await server.stop(None)
         await self._emptied()
-        # gRPC hands its events to whichever loop in the process is awake, and one
-        # that belongs to a closed loop is an error there: let all calls end first.
+        # gRPC gives its events to any running loop of the process. An event of a closed
+        # loop causes an error there. So all calls must end before this loop closes.
         if await _others(_LAST_CALLS) or was_busy:
             await asyncio.sleep(_QUIET)
 
     async def _drain(self, server: grpc.aio.Server, grace: float) -> None:
         """
-        Stop as a server in Go does: no call is lost that it was not given time for.
+        Stop gracefully, as a Go server does: each started call gets *grace* to end.
 
-        gRPC for Python cancels what it has received and not begun. So it gets no
-        more to receive, and begins what it has. What the relay holds back is beyond
-        the last stream that GOAWAY names, so clients know that it is safe to repeat.
+        gRPC for Python cancels calls that it has received but not started. So the
+        relay first stops forwarding requests, and gRPC starts all received calls. The
+        held requests come after the last stream that GOAWAY names. So clients know
+        that they may safely repeat them.
         """
         deadline = asyncio.get_running_loop().time() + grace
         self.relay.drain()
         begun = -1
-        # No event would tell: it is nothing happening that is waited for.
+        # Polls, because there is no event for "no further call starts".
         while begun != (begun := sum(self.service.calls.values())):  # noqa: ASYNC110
             await asyncio.sleep(_QUIET)
         going = asyncio.ensure_future(server.stop(grace))
         await _others(deadline - asyncio.get_running_loop().time(), going)
-        # It would wait for clients to acknowledge GOAWAY, which the relay holds.
+        # server.stop(grace) waits until clients acknowledge GOAWAY. The relay holds
+        # these acknowledgements, so it must be stopped at once.
         await server.stop(None)
         await going
         if not self.relay.frozen:
@@ -184,7 +186,16 @@ class ServerThread:
 
 
 async def _others(patience: float, *but: asyncio.Future[Any]) -> bool:
-    """Wait for the calls, the other tasks of this loop; tell if there were any."""
+    """
+    Wait for all other tasks of this loop, which are the calls.
+
+    Args:
+        patience: Time limit in seconds.
+        but: Tasks to leave out.
+
+    Returns:
+        Whether there were any.
+    """
     others = asyncio.all_tasks() - {asyncio.current_task(), *but}
     if others:
         await asyncio.wait(others, timeout=max(0.0, patience))

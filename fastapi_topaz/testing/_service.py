@@ -1,9 +1,11 @@
 """
-The authorizer itself: admission, faults and the seven calls.
+The gRPC service of the embedded authorizer: credentials, faults and the seven calls.
 
-Statuses follow the Topaz server: a request that lacks something, a decision that is
-undefined and a policy that fails are INVALID_ARGUMENT; an identity nobody has is
-NOT_FOUND; what Topaz has no word for is INTERNAL.
+Statuses are the same as those of the Topaz server:
+
+- INVALID_ARGUMENT: a field is missing, a decision is undefined, or a policy fails.
+- NOT_FOUND: the identity is unknown.
+- INTERNAL: all other errors.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ METHODS: Final = frozenset(
 )
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
 _LOGGER = logging.getLogger("fastapi_topaz.testing")
-# Go's names of processors, where Python has others.
+# Go's names of processors that Python names differently.
 _ARCH = {"x86_64": "amd64", "aarch64": "arm64"}
 
 _Response = TypeVar("_Response")
@@ -66,7 +68,7 @@ _Response = TypeVar("_Response")
 @attrs.define(eq=False)
 class Failure:
     """
-    The status that calls get instead of an answer.
+    An error status that calls get instead of an answer.
 
     Strictly private.
     """
@@ -77,7 +79,7 @@ class Failure:
     methods: frozenset[str]
 
     def hits(self, method: str) -> bool:
-        """Whether the next call of *method* fails; counts it if so."""
+        """Return whether the next call of *method* fails. If so, count it."""
         if method not in self.methods or self.times == 0:
             return False
         if self.times is not None:
@@ -87,10 +89,10 @@ class Failure:
 
 class AuthorizerService(AuthorizerServicer):
     """
-    Answers with policies in Python.
+    Answers calls from policies written in Python.
 
-    Strictly private. Runs in one event loop; other threads read the numbers, and
-    replace `policies`, `delay` and `failure` as a whole.
+    Strictly private. It runs in one event loop. Other threads may read the numbers,
+    and may assign `policies`, `delay` and `failure`.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class AuthorizerService(AuthorizerServicer):
         self.calls: dict[str, int] = {}
         self.streams = 0
         self.cancelled = 0
-        # Calls that end because the server stops were not cancelled by a client.
+        # True while the server stops. Calls that end then were not cancelled by a
+        # client, so they are not counted.
         self.stopping = False
         self._api_key = api_key
         self._tenant_id = tenant_id
@@ -127,7 +130,7 @@ class AuthorizerService(AuthorizerServicer):
             return await work()
         except Refusal as refusal:
             await context.abort(refusal.code, refusal.details)
-            raise  # pragma: no cover  # abort() has raised already
+            raise  # pragma: no cover  # abort() always raises
         except asyncio.CancelledError:
             self.cancelled += not self.stopping
             raise
@@ -137,7 +140,7 @@ class AuthorizerService(AuthorizerServicer):
     def _admit(self, method: str, context: Context) -> None:
         if self.failure is not None and self.failure.hits(method):
             raise Refusal(self.failure.code, self.failure.details)
-        # Topaz's default configuration lets Info through without credentials.
+        # Topaz's default configuration allows Info without credentials.
         if method == "Info":
             return
         headers = dict(context.invocation_metadata() or ())
@@ -153,19 +156,19 @@ class AuthorizerService(AuthorizerServicer):
             )
 
     async def Is(self, request: IsRequest, context: Context) -> IsResponse:  # noqa: N802
-        """Decide one policy."""
+        """Return the requested decisions of one policy."""
         work = functools.partial(self._is, request, context)
         return await self._answer("Is", context, work)
 
     async def DecisionTree(  # noqa: N802
         self, request: DecisionTreeRequest, context: Context
     ) -> DecisionTreeResponse:
-        """Decide all policies whose path begins with the given one."""
+        """Return the decisions of all policies whose path has the given prefix."""
         work = functools.partial(self._tree, request, context)
         return await self._answer("DecisionTree", context, work)
 
     async def Query(self, request: QueryRequest, context: Context) -> QueryResponse:  # noqa: N802
-        """Answer `x = data.<path>` with OPA's result format."""
+        """Evaluate `x = data.<path>`, with a result in OPA's format."""
         work = functools.partial(self._query, request, context)
         return await self._answer("Query", context, work)
 
@@ -179,7 +182,7 @@ class AuthorizerService(AuthorizerServicer):
     async def ListPolicies(  # noqa: N802
         self, request: ListPoliciesRequest, context: Context
     ) -> ListPoliciesResponse:
-        """List a module for each policy path."""
+        """Return a module for each policy path."""
         work = functools.partial(self._list, request)
         return await self._answer("ListPolicies", context, work)
 
@@ -191,7 +194,7 @@ class AuthorizerService(AuthorizerServicer):
         return await self._answer("GetPolicy", context, work)
 
     async def Info(self, request: InfoRequest, context: Context) -> InfoResponse:  # noqa: N802
-        """Return a version text; never asks for credentials."""
+        """Return version information, without a check of credentials."""
         work = functools.partial(self._info, request)
         return await self._answer("Info", context, work)
 
@@ -209,7 +212,7 @@ class AuthorizerService(AuthorizerServicer):
         question.need_rules()
         decided = await question.ask(self.policies, path, wanted)
         if decided is None or not decided.keys() >= set(wanted):
-            # In Rego an unknown package and an unset rule are the same: undefined.
+            # In Rego, an unknown package and an unset rule are both undefined.
             undefined = " ".join(f"data.{path}.{name}" for name in wanted)
             raise Refusal(_INVALID, f"invalid query: undefined results: {undefined}")
         response = IsResponse()
@@ -221,7 +224,7 @@ class AuthorizerService(AuthorizerServicer):
                     *(path, name, type(decided[name]).__name__),
                 )
                 return IsResponse()
-            # `is` is a keyword here, so it cannot be named as an argument.
+            # `is` is a Python keyword, so it cannot be a keyword argument.
             fields: dict[str, Any] = {"decision": name, "is": decided[name]}
             response.decisions.append(Decision(**fields))
         return response
@@ -243,8 +246,8 @@ class AuthorizerService(AuthorizerServicer):
             if decided and (wanted == ("*",) or not decided.keys().isdisjoint(wanted)):
                 found = True
                 key = path.replace(".", "/") if slash else path
-                # As in Topaz, "*" selects every path but names no decision, and what
-                # is no boolean is left out.
+                # As in Topaz, "*" selects every path but no decision. Values that are
+                # not booleans are left out.
                 booleans = {n: v for n, v in decided.items() if isinstance(v, bool)}
                 selected = booleans.keys() & set(wanted) - {"*"}
                 response.path.get_or_create_struct(key).update(

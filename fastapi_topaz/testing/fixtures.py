@@ -1,8 +1,8 @@
 """
 Fixtures for pytest.
 
-Put `pytest_plugins = ["fastapi_topaz.testing.fixtures"]` into the `conftest.py` at
-the root of your tests.
+To use them, put `pytest_plugins = ["fastapi_topaz.testing.fixtures"]` into the
+`conftest.py` at the root of your tests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def embedded_authorizer_tls() -> Iterator[EmbeddedAuthorizer]:
     """
     A running authorizer with TLS and without policies.
 
-    Its `options` name the CA to trust.
+    Its `options` contain the path of the CA certificate.
     """
     with EmbeddedAuthorizer(tls=True) as authorizer:
         yield authorizer

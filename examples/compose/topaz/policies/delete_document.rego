@@ -1,4 +1,4 @@
-# DELETE /documents/{id}: its owner.
+# DELETE /documents/{id}: only its owner may delete a document.
 package myapp.DELETE.documents.__id
 
 import rego.v1

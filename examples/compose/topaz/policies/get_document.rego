@@ -1,4 +1,4 @@
-# GET /documents/{id}: the first is for all users, others are for their owners.
+# GET /documents/{id}: all known users may read document 1. Its owner may read another.
 package myapp.GET.documents.__id
 
 import rego.v1

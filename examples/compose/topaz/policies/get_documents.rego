@@ -1,9 +1,9 @@
-# GET /documents: all users.
+# GET /documents: all known users may list documents.
 package myapp.GET.documents
 
 import rego.v1
 
-# Without it, a no would be an error.
+# Without this default, a denial would be an error.
 default allowed := false
 
 allowed if data.myapp.users.name in data.myapp.users.known

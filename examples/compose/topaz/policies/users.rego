@@ -1,9 +1,9 @@
-# Who is who, and whose documents are whose.
+# The known users, and the owner of each document.
 package myapp.users
 
 import rego.v1
 
-# What the application says of its caller; nothing of it is checked here.
+# The name that the application sends. Topaz does not verify it.
 name := input.identity.identity
 
 known := {"alice", "bob"}
