@@ -98,7 +98,10 @@ class OnAsyncio:
 
     def jump(self, seconds):
         """Be late: all timers of these *seconds* go off together, in the next step."""
-        self.loop.now += seconds
+        now = self.loop.now + seconds
+        # As in advance(): no timer may be due within the resolution of the clock.
+        times = [x._when for x in self.loop._scheduled if not x._cancelled]
+        self.loop.now = max((x for x in times if now < x <= now + 1e-6), default=now)
 
     def spawn(self, function):
         """Start a task; only in a step."""
