@@ -113,9 +113,15 @@ class PoolState:
 
     def take(self, claim: Claim, now: float) -> bool:
         """Serve *claim* at once; return False if no slot is ready or a claim waits."""
-        if self.waiting or (slot := self._pick(now)) is None:
+        if self.waiting or not self.ready:
             return False
-        # The code of _assign(), inlined: this runs for almost every lease.
+        # The code of _pick() and _assign(), inlined: this runs for almost every lease.
+        slot = next(reversed(self.ready))
+        if now - slot.proven_at > self._stale_after or slot.is_gone():
+            picked = self._pick(now)
+            if picked is None:
+                return False
+            slot = picked
         slot.leases += 1
         if slot.leases == self.streams:
             del self.ready[slot]
@@ -177,7 +183,7 @@ class PoolState:
         if slot.retired is not None:
             self.retire(slot, slot.retired)
         elif not slot.suspect:
-            self.ready.setdefault(slot)
+            self.ready[slot] = None
 
     def fail_waiting(self, failure: Exception) -> list[Claim]:
         """Dismiss all waiting claims with *failure*, and return them."""

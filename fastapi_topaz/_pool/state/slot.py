@@ -73,7 +73,8 @@ class Slot:
         if self.is_lost is None:
             return False
         try:
-            return bool(self.is_lost())
+            # Not bool(): looking it up and calling it costs more than the rest.
+            return True if self.is_lost() else False  # noqa: SIM210
         except Exception as error:  # noqa: BLE001  (a connection may raise anything)
             # It would fail before each lease, so it is not called again.
             self.is_lost = None
