@@ -118,8 +118,7 @@ class PoolState:
         # The code of _pick() and _assign(), inlined: this runs for almost every lease.
         slot = next(reversed(self.ready))
         if now - slot.proven_at > self._stale_after or slot.is_gone():
-            picked = self._pick(now)
-            if picked is None:
+            if (picked := self._pick(now)) is None:
                 return False
             slot = picked
         slot.leases += 1
