@@ -36,7 +36,7 @@ LONGEST_PAUSE = 0.5
 
 def chain(pool: Callable[[], ConnectionPool], tracing: Tracing) -> Ask:
     """
-    Return the layers that ask the authorizer, the outermost one first.
+    Return the outermost layer, which holds the others.
 
     Args:
         pool: Returns the pool. An application may replace that of its configuration.
@@ -74,8 +74,8 @@ class Retry:
 
     A check is a read, so it may be asked twice. If the server may have processed the
     question, it is asked once more. By then the pool leases no connection that it
-    suspects. If the server certainly did not process it, another attempt is free: there
-    is one as often as the budget allows.
+    suspects. If the server certainly did not process it, repeating is safe. So this
+    repeats it until the budget is used up.
     """
 
     ask: Ask
@@ -109,7 +109,7 @@ class Retry:
 
 def _pause_after(attempts: int) -> float:
     """Return the seconds to wait if *attempts* were not processed before this one."""
-    # The first two need none: one connection was closing, and so was the next.
+    # The first two repetitions need no pause: probably two connections were closing.
     if attempts < 2:
         return 0.0
     return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (attempts - 2))

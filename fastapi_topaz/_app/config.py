@@ -172,9 +172,9 @@ class TopazConfig(NotCopied):
         Ask whether the authorizer answers, for a readiness probe.
 
         Opens the pool if it was not used yet. If the authorizer answered within the
-        last second, and nothing failed since, this returns True at once. Otherwise one
-        connection asks for its version (the RPC `Info`), and is made before if none is
-        open. Many callers at the same time share that call. It needs no free lease.
+        last second, and nothing failed since, this returns True at once. Otherwise the
+        pool sends the RPC `Info` on one connection. If none is open, it opens one
+        first. Many callers at the same time share that call. It needs no free lease.
 
         If that ends with an error, the error is logged, and the result is False. It is
         also False if the application closed the pool: this does not open it again.
@@ -218,7 +218,8 @@ class TopazConfig(NotCopied):
         If the answer is lost with its connection, or the call ends with UNAVAILABLE or
         CANCELLED, this asks once more within `check_timeout`. If the server certainly
         did not process the call, this sends it again as often as that time allows. The
-        third attempt follows after 0.01 s; later pauses double up to 0.5 s.
+        first two repetitions follow at once, the third one after 0.01 s. Later pauses
+        double, up to 0.5 s.
 
         Args:
             request: The Request or WebSocket that has the identity and the path

@@ -29,7 +29,7 @@ __all__ = ["require_policy_allowed", "require_policy_auto"]
 
 
 RETRY_AFTER = "1"
-"""Seconds. The pool recovers within a second after its authorizer."""
+"""Seconds. When the authorizer is back, the pool works again within a second."""
 
 POLICY_VIOLATION = 1008
 """The close code of a WebSocket that is refused: RFC 6455, section 7.4.1."""
@@ -39,11 +39,12 @@ _ANSWERS_WEBSOCKETS = tuple(map(int, starlette.__version__.split(".")[:2])) >= (
 
 HINTS = {
     grpc.StatusCode.INVALID_ARGUMENT: (
-        "there is no such policy or rule, the rule has no value, or it fails"
+        "there is no such policy or rule, the rule has no value, or its evaluation "
+        "fails"
     ),
     grpc.StatusCode.INTERNAL: (
-        "it failed, or its answer is wrong or lacks the decision, as Topaz's answer "
-        "does if the decision is not a boolean"
+        "it failed, its answer is wrong, or the answer lacks the decision (Topaz "
+        "leaves out a decision that is not a boolean)"
     ),
     grpc.StatusCode.NOT_FOUND: "it does not know the identity, or cannot look it up",
     grpc.StatusCode.UNAUTHENTICATED: "the api_key is missing or wrong",
@@ -70,7 +71,7 @@ ENDS: dict[Any, tuple[int, str]] = {
     # A mistake in the policy or in its path. A retry does not help.
     grpc.StatusCode.INVALID_ARGUMENT: WRONG_POLICY,
 }
-"""The end of a request by the status of its check. Other statuses: UNAVAILABLE."""
+"""The HTTP response for the gRPC status of a check. Other statuses: UNAVAILABLE."""
 
 
 def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
@@ -95,8 +96,8 @@ def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
     answers. With other servers, and with Starlette before 0.41, the WebSocket is closed
     with code 1008, and the client gets 403.
 
-    Equal arguments give the same object. So FastAPI runs it once for a request, and
-    finds it in `dependency_overrides`.
+    Two calls with equal arguments return the same dependency. So FastAPI runs it once
+    for a request, and a test can replace it through `dependency_overrides`.
 
     Args:
         config: The configuration whose authorizer is asked.

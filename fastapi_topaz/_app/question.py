@@ -33,7 +33,7 @@ class Budget:
 
     def left(self) -> float:
         """Return the seconds left, at least 0."""
-        # At most what there was at first: the loop's clock may jump back.
+        # Never more than the original budget, even if the loop's clock goes back.
         return min(self._seconds, max(0.0, self._deadline - anyio.current_time()))
 
 
@@ -42,8 +42,8 @@ class Question:
     """
     One check, encoded once, before it waits for a connection.
 
-    So an argument that cannot be sent raises its own error, even if the pool is full.
-    Questions are equal if the authorizer is asked the same: the budget does not count.
+    So a wrong argument gets its own error, and not a timeout of the pool. Questions are
+    equal if the authorizer is asked the same: the budget does not count.
     """
 
     policy_path: str
@@ -76,7 +76,7 @@ class Decision:
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
-            "a Decision has no truth value, because a denial would count as true; "
+            "a Decision cannot be used as a condition: a denial would count as true; "
             "write `if decision.allowed`"
         )
 
@@ -85,7 +85,7 @@ class Ask(Protocol):
     """
     Gets the decision on a question: from the authorizer, or by another `Ask`.
 
-    Each layer of a check is one: it wraps the next, and may answer in its place.
+    Each layer of a check is an `Ask`. It calls the next layer, or answers itself.
     """
 
     async def __call__(self, question: Question, /) -> Decision:

@@ -3,9 +3,9 @@ The policy path of the route that runs.
 
 FastAPI does not give a dependency the complete template of its route. Since FastAPI
 0.137 an included route does not have the prefixes of `include_router`. A mounted
-application has its prefix only as text, and the client chooses that text if the prefix
-has a parameter. So this module walks the routers, from the application's router down
-to the route, and joins their templates. Text of a request never becomes part of a
+application sees its prefix as plain text. If the prefix has a parameter, that text
+comes from the client. So this module walks the routers, from the application's router
+down to the route, and joins their templates. Text of a request never becomes part of a
 policy path.
 
 If a router is included or mounted twice, one route has several templates. Then the path
@@ -106,7 +106,7 @@ class _Map:
             return  # The application is mounted in itself.
         above = (*above, router)
         self._watch(router)
-        for own, route in _routes_of(router):
+        for route in _routes_of(router):
             if isinstance(route, Mount | Host):
                 inner = _router_of(route.app)
                 if inner is not None:
@@ -115,7 +115,7 @@ class _Map:
                     self._walk(inner, above, below, host=through)
             elif hasattr(route, "path_regex") and hasattr(route, "path_format"):
                 chain = _Chain(mounts, route, host, _template(mounts, route))
-                self._chains.setdefault(id(own), []).append(chain)
+                self._chains.setdefault(id(route), []).append(chain)
 
     def _watch(self, router: Any) -> None:
         self._seen.append((router, list(router.routes)))
@@ -125,25 +125,24 @@ class _Map:
                 self._watch(included)
 
 
-def _routes_of(router: Any) -> Iterator[tuple[Any, Any]]:
+def _routes_of(router: Any) -> Iterator[Any]:
     """
-    Yield two objects for each route of *router*.
+    Yield an object with the complete template for each route of *router*.
 
-    The first one is in the scope of a request for the route; the second one has the
-    template. Since 0.137 FastAPI keeps an included router, with a context for each of
-    its routes that has the complete template. For a mount or a WebSocket route it makes
-    a new route instead.
+    The scope of a request leads to the same object. Since 0.137 FastAPI keeps an
+    included router, with a context for each of its routes that has the template. For a
+    mount or a WebSocket route it makes a new route instead.
     """
     for route in router.routes:
         contexts = getattr(route, "effective_route_contexts", None)
         if contexts is None:
-            yield route, route
+            yield route
             continue
         for context in contexts():
             if context.starlette_route is not None:
-                yield context.starlette_route, context.starlette_route
+                yield context.starlette_route
             else:
-                yield context, context
+                yield context
 
 
 def _router_of(app: Any) -> Any:
@@ -195,7 +194,7 @@ def route_policy_path(root: str, scope: Scope) -> str:
     if any(chain.host for chain in matching):
         raise RuntimeError(
             f"require_policy_auto cannot name the policy of {_named(route)} below a "
-            f"Host route, because the host is no part of a policy path: {_REMEDY}"
+            f"Host route, because the host is not part of a policy path: {_REMEDY}"
         )
     if not matching:
         templates = ", ".join(repr(chain.template) for chain in chains) or "none"
@@ -209,7 +208,7 @@ def route_policy_path(root: str, scope: Scope) -> str:
     return policy_path_of(root, _method_of(chain.route, scope), chain.template)
 
 
-# One entry for each route: templates never contain text of a request.
+# The cache cannot grow with requests, because templates contain no text of a request.
 @functools.lru_cache(maxsize=4096)
 def policy_path_of(root: str, method: str, template: str) -> str:
     """Return the policy path of a route: dots for slashes, `__id` for `{id}`."""
@@ -220,7 +219,8 @@ def policy_path_of(root: str, method: str, template: str) -> str:
 
 def _path_of(scope: Scope) -> str:
     """Return the path of the request below the application, without its prefix."""
-    # A mount appends its prefix to root_path, and keeps the former value beside it.
+    # A mount appends its prefix to root_path, and keeps the old value in
+    # `app_root_path`.
     root = scope.get("app_root_path", scope.get("root_path", ""))
     path: str = scope["path"]
     rest = path.removeprefix(root)

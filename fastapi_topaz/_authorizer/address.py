@@ -70,7 +70,10 @@ def _complete(url: str) -> str:
     scheme, colon, rest = url.partition(":")
     name = scheme.lower()
     if name in {"http", "https"} and rest.startswith("//"):
-        raise ValueError("TLS is the default, and insecure=True means plaintext")
+        raise ValueError(
+            f"remove {name}://, because TLS is the default, and insecure=True means "
+            "plaintext"
+        )
     if colon and name in _SCHEMES:
         return f"{scheme}:{_SCHEMES[name](rest)}"
     if (colon and name in _UNSUPPORTED) or rest.startswith("//"):
@@ -100,7 +103,7 @@ def _ipv6(rest: str) -> str:
     addresses = [_split(each) for each in rest.split(",")]
     for host, _ in addresses:
         if not host.startswith("["):
-            raise ValueError(f"{host!r} is no IPv6 address")
+            raise ValueError(f"{host!r} is not an IPv6 address")
     return ",".join(f"{host}:{port}" for host, port in addresses)
 
 
@@ -158,13 +161,15 @@ def _split(text: str) -> tuple[str, int]:
         if not closed or not (rest == "" or rest.startswith(":")):
             raise ValueError("[IPv6] is followed by :port, or by nothing")
         if not _is_ipv6(address):
-            raise ValueError(f"{address!r} is no IPv6 address")
+            raise ValueError(f"{address!r} is not an IPv6 address")
         return f"[{address}]", _port(rest[1:]) if rest else _DEFAULT_PORT
     host, colon, last = text.rpartition(":")
     if ":" not in host:  # a name or an IPv4 address
         return (host, _port(last)) if colon else (text, _DEFAULT_PORT)
     if not _is_ipv6(text):
-        raise ValueError(f"{text!r} is no IPv6 address; with a port, write [IPv6]:port")
+        raise ValueError(
+            f"{text!r} is not an IPv6 address; with a port, write [IPv6]:port"
+        )
     if last.isdigit() and _is_ipv6(host):
         raise ValueError(f"write [{host}]:{last} if {last} is the port, else [{text}]")
     return f"[{text}]", _DEFAULT_PORT
@@ -180,7 +185,7 @@ def _check_name(host: str) -> None:
     if not host:
         raise ValueError("it has no host")
     if host.isdigit():
-        raise ValueError("a number alone is no host; write localhost:port")
+        raise ValueError("a number alone is not a host; write localhost:port")
     labels = host.removesuffix(".").split(".")
     if labels[-1].isdigit():
         _check_ipv4(host)
@@ -192,7 +197,7 @@ def _check_ipv4(host: str) -> None:
     try:
         ipaddress.IPv4Address(host)
     except ValueError:
-        raise ValueError(f"{host!r} is no IPv4 address") from None
+        raise ValueError(f"{host!r} is not an IPv4 address") from None
 
 
 def _is_ipv6(host: str) -> bool:

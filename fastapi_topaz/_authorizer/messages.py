@@ -362,8 +362,8 @@ def decisions_of(response: bytes, wanted: Sequence[str]) -> dict[str, bool]:
         decision = found.get(name)
         if decision is None:
             raise _broken(
-                f"the answer has no clear decision {name!r}, which was asked for; "
-                "Topaz leaves out a decision that is not a boolean"
+                f"the answer lacks the requested decision {name!r}, or it is not "
+                "clear; Topaz leaves out a decision that is not a boolean"
             )
         decisions[name] = decision
     return decisions

@@ -160,8 +160,8 @@ class Identity:
 PROBE = "/aserto.authorizer.v2.Authorizer/Info"
 
 UNSERVED = (
-    "is no authorizer, it does not serve aserto.authorizer.v2.Authorizer; the url must "
-    "lead to the port of Topaz's authorizer, which is 8282 by default"
+    "is not an authorizer: it does not serve aserto.authorizer.v2.Authorizer; the url "
+    "must lead to the port of Topaz's authorizer, which is 8282 by default"
 )
 
 ANONYMOUS = Identity(IdentityType.NONE)

@@ -113,7 +113,7 @@ class PooledConnection(AuthorizerCalls, Handle):
         rpc = getattr(connection, "call", None)
         if rpc is None:
             raise TypeError(
-                f"{connection!r} carries no gRPC calls: use the object itself, which "
+                f"{connection!r} carries no gRPC calls: use the object itself: "
                 "is the attribute `connection`"
             )
         assert self._claim is not None  # noqa: S101  (connection would have raised)
@@ -339,4 +339,4 @@ class ConnectionPool(Pool[PooledConnection]):
 
 
 # For the mistake `async with pool as conn:`, which uses the pool as a lease.
-explain_absence(ConnectionPool, "a pool is no connection", dir(PooledConnection))
+explain_absence(ConnectionPool, "a pool is not a connection", dir(PooledConnection))

@@ -75,8 +75,8 @@ def check_reference(name: str, value: object) -> str:
         raise TypeError(f"{name} must be a str, got {_shown(value)}")
     if not _REFERENCE.fullmatch(value) or not KEYWORDS.isdisjoint(_BARE.findall(value)):
         raise ValueError(
-            f"{name} must be a Rego reference such as 'myapp.GET.documents'; a part "
-            "after the first that is not a Rego name is written in quotes, as in "
+            f"{name} must be a Rego reference such as 'myapp.GET.documents'; write "
+            "each later part that is not a Rego name in quotes, as in "
             f"'myapp.GET[\"user-profiles\"]'; got {_clipped(value)}"
         )
     return value

@@ -42,7 +42,7 @@ def text_of(name: str, value: object, *, show: bool = True) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} must be text that UTF-8 knows, but has a lone surrogate at "
+            f"{name} must be text that UTF-8 can encode, but has a lone surrogate at "
             f"position {error.start}"
         ) from None
     return value
@@ -106,7 +106,7 @@ def _put(field: Value, value: Any, place: str, depth: int) -> None:
             _put(values.add(), item, f"{place}[{index}]", depth + 1)
     else:
         raise TypeError(
-            f"{place} must be made of what JSON knows, got {type(value).__name__}"
+            f"{place} must contain only JSON values, got {type(value).__name__}"
         )
 
 

@@ -295,7 +295,7 @@ def _ms(seconds: float) -> str:
 
 
 def _pool(tally: Tally) -> Table:
-    table = Table("Pool", title="Pool, as /health told", title_justify="left")
+    table = Table("Pool", title="Pool, as /health shows it", title_justify="left")
     for name in ("status", "total", "idle", "busy", "healthy", "max", "streams"):
         table.add_column(name, justify="right")
     healths = {"halfway": tally.halfway, "afterwards": tally.afterwards}

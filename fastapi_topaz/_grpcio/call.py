@@ -137,7 +137,7 @@ def _result(finished: Any) -> Any:
         finished.send(None)
     except StopIteration as stop:
         return stop.value
-    raise RuntimeError("gRPC told the end of a call that goes on")
+    raise RuntimeError("gRPC reported the end of a call that has not ended")
 
 
 class TaskCall:
@@ -221,7 +221,8 @@ def detect_call_class(channel: Any) -> None:
         # gRPC's inside is another one than that of 1.80 to 1.85.
         _call_class = TaskCall
         logger.info(
-            "gRPC %s has another inside than known: its own calls are used",
+            "gRPC %s is not known from inside: the slower public calls of grpc.aio "
+            "are used",
             grpc.__version__,
         )
 

@@ -94,9 +94,9 @@ class GrpcConnector:
         parent = _fork.inherited_from()
         if parent is not None:
             raise PoolMisuse(
-                f"process {_fork.current.pid} was forked from {parent} while gRPC "
-                "connections were open there, or closed ones kept (as by an error with "
-                "its traceback), after which gRPC cannot be used; open pools after the "
+                f"process {_fork.current.pid} was forked from {parent}, which had gRPC "
+                "connections open, or still referred to closed ones (a kept traceback "
+                "does). gRPC does not work after such a fork; open pools after the "
                 "fork, in the lifespan or a startup hook"
             )
         try:

@@ -89,7 +89,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         ("CERTIFICATE_VERIFY_FAILED",),
         "tls",
         True,
-        "the server's certificate is not acceptable to gRPC; its reason follows",
+        "gRPC refuses the server's certificate; its reason is at the end",
     ),
     (
         ("Hostname Verification", "Custom verification check", "Peer name"),
@@ -103,7 +103,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         True,
         (
             "the server speaks TLS but does not offer HTTP/2 in it (ALPN h2), which "
-            "gRPC needs; it may be a proxy that is set up for HTTP/1.1 only"
+            "gRPC needs; it may be a proxy for HTTP/1.1 only"
         ),
     ),
     (
@@ -137,8 +137,8 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         "tls",
         True,
         (
-            "the server refused the TLS handshake: its ciphers, or the kind of key in "
-            "its certificate, are none that gRPC supports"
+            "the server refused the TLS handshake: gRPC supports none of its ciphers, "
+            "or not the kind of key in its certificate"
         ),
     ),
     (
@@ -175,7 +175,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         ("target uri is not valid", "Failed to create channel"),
         "resolve",
         True,
-        "url is no target that gRPC can read; it is host:port",
+        "gRPC cannot read url as a target; write host:port",
     ),
     (
         ("Too many open files",),
@@ -183,7 +183,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         False,
         (
             "this process has no file descriptor left; raise its limit (ulimit -n), or "
-            "look for what leaks them"
+            "look for the code that leaks them"
         ),
     ),
     (
@@ -202,8 +202,9 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         "timeout",
         False,
         (
-            "the server did not complete the connection in time; a port that "
-            "accepts and stays silent may be the wrong one, or behind a firewall"
+            "the server did not complete the connection in time; if the port accepts "
+            "connections and sends nothing, it may be the wrong port, or a firewall "
+            "is in between"
         ),
     ),
     (
@@ -318,7 +319,7 @@ def connect_timed_out(
     )
     return ConnectFailed(
         f"cannot connect to {target.url}: not ready within connection_timeout="
-        f"{timeout:g} s; the server may be overloaded, or accept and stay silent"
+        f"{timeout:g} s; the server may be overloaded, or send nothing"
         + (f" (tried {each})" if each else ""),
         reason="timeout",
     )

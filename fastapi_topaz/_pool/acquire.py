@@ -53,8 +53,9 @@ class Acquire(NotAsync, Generic[H]):
         # create_task() and similar functions need a coroutine and show this repr() in
         # their error.
         return (
-            f"<pool.acquire(), which is no coroutine and no connection: {LEASE_FORM}; "
-            "a task needs a coroutine function that does so>"
+            "<pool.acquire(), which is neither a coroutine nor a connection: "
+            f"{LEASE_FORM}; to run it in a task, write an async function with this "
+            "line>"
         )
 
     @protected
@@ -98,8 +99,9 @@ class Acquire(NotAsync, Generic[H]):
         if conn is None or conn._claim is None:  # noqa: SLF001
             return
         if exc_type is GeneratorExit and not _is_orderly_end(conn):
-            # The task may be garbage. Its collection may interrupt the pool during a
-            # change of its state. So the event loop releases the lease later.
+            # The garbage collector may be ending this task. That can happen in the
+            # middle of a change of the pool's state. So the event loop releases the
+            # lease later.
             conn._open_pool.owner.call_soon(partial(self._give_back, conn))  # noqa: SLF001
         else:
             self._pool._release(conn)  # noqa: SLF001
@@ -125,7 +127,7 @@ def explain_missing_await(acquire: type[Acquire[Any]], handle: type[Handle]) -> 
     # Not by __getattr__, which would slow down each access to an attribute.
     # asyncio.wait() and contextlib.aclosing() look for the last two names.
     names = (*dir(handle), "add_done_callback", "aclose")
-    explain_absence(acquire, "pool.acquire() is no connection", names)
+    explain_absence(acquire, "pool.acquire() is not a connection", names)
 
 
 explain_missing_await(Acquire, Handle)

@@ -45,7 +45,7 @@ this time that its server is gone.
 """
 
 PROBES_AT_ONCE = 4
-"""The most probes of one health check at a time, so a round makes no burst of them."""
+"""The most probes of one health check that run at the same time."""
 
 
 async def run_pool(open_pool: OpenPool) -> None:
@@ -99,7 +99,7 @@ async def _leave_nothing(open_pool: OpenPool) -> None:
                 closings.start_soon(connections.close, open_pool, slot)
     if state.in_use:
         logger.warning(
-            "%s: closed with %s still out", open_pool.label, _leases_out(open_pool)
+            "%s: closed while %s not released", open_pool.label, _leases_out(open_pool)
         )
     open_pool.owner.stop_watching()
     open_pool.done.set()
@@ -173,7 +173,7 @@ async def _opener(open_pool: OpenPool, tasks: TaskGroup) -> None:
             open_pool.dismiss_hopeless()
         wanted = state.shortfall(open_pool.tokens(), now)
         # If no attempt was needed for a while, an old outage says nothing about the
-        # server now. Once it is forgotten, more attempts may begin at once.
+        # server now. Once it is forgotten, more attempts may run in parallel.
         if wanted and state.attempts.forget(now):
             wanted = state.shortfall(open_pool.tokens(), now)
         for _ in range(wanted):
@@ -211,7 +211,8 @@ async def _reaper(open_pool: OpenPool) -> None:
         after = open_pool.state.status()
         if after.total < before.total:
             logger.debug(
-                "%s: reaping what was idle for max_idle_time=%g s (%s -> %s)",
+                "%s: closing connections that were idle for max_idle_time=%g s "
+                "(%s -> %s)",
                 *(open_pool.label, open_pool.options.max_idle_time, before, after),
             )
         open_pool.after_change()

@@ -91,12 +91,12 @@ class Clock:
 
     def _went_back(self, now: float) -> float:
         self.skew += self.last - now
-        # The event loop stores deadlines in its own time. Unless they move too, each
-        # scope waits until the loop's clock reaches its old time again.
+        # The event loop stores deadlines in its own time. So they move too. Otherwise
+        # each scope waits longer, by the size of the jump.
         for scope, at in list(self._deadlines.items()):
             scope.deadline = self._loop_time(at)
         return self.last
 
     def _loop_time(self, at: float) -> float:
-        # Rounded up: a task that wakes just before *at* would sleep again at once.
+        # Rounded up. Otherwise a task may wake just before *at*, and must sleep again.
         return at - self.skew + ROUNDING if self.skew else at

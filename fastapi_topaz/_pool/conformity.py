@@ -49,14 +49,14 @@ def defect_of(connection: object) -> str | None:
         except Exception as error:  # noqa: BLE001  (a connection may raise anything)
             if not needed:
                 continue
-            return f"its attribute {name} raises {type(error).__name__}: {form}"
+            return f"its attribute {name} raises {type(error).__name__}; write: {form}"
         if method is None:
             if needed:
-                return f"it has no method {name}: {form}"
+                return f"it has no method {name}; write: {form}"
             continue
         wrong = _wrong(method, asynchronous, args, kwargs)
         if wrong:
-            return f"its {name} {wrong}: {form}"
+            return f"its {name} {wrong}; write: {form}"
     return _wrong_answer(connection)
 
 
@@ -69,7 +69,7 @@ def _wrong(  # noqa: PLR0911  (each kind of fault has its own message)
     if inspect.isasyncgenfunction(function):
         return "is an asynchronous generator"
     if asynchronous and _returns_constant(function):
-        return "is no coroutine function and returns nothing to wait for"
+        return "is not an `async def` and returns nothing that can be awaited"
     if not asynchronous and inspect.iscoroutinefunction(function):
         return "is a coroutine function and must not be one"
     try:
@@ -84,8 +84,8 @@ def _wrong(  # noqa: PLR0911  (each kind of fault has its own message)
 
 
 def _wrong_answer(connection: Any) -> str | None:
-    # The pool calls is_lost() before each lease. A result that is not a bool, such as a
-    # coroutine, is mostly true: then every connection would look lost.
+    # The pool calls is_lost() before each lease. Most objects that are not a bool, such
+    # as a coroutine, count as true. Then every connection would look lost.
     try:
         lost = connection.is_lost()
         # `not lost` may raise, too: an object may define __bool__ so.
@@ -99,7 +99,7 @@ def _wrong_answer(connection: Any) -> str | None:
         kind = "an awaitable"
     else:
         kind = f"an object of the class {type(lost).__name__}"
-    return f"its is_lost returns {kind}, which is always true: def is_lost(self)"
+    return f"its is_lost returns {kind}, which is always true; write: def is_lost(self)"
 
 
 def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:

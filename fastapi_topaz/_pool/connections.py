@@ -43,7 +43,10 @@ __all__ = ["CLOSE_LIMIT", "close", "connect", "probe", "probe_claimed"]
 T = TypeVar("T")
 
 LATE = 1.0
-"""Seconds. If a probe ends so long after its timeout, its failure proves nothing."""
+"""
+Seconds. If a probe ends this long after its timeout, the process was blocked. Its
+failure then says nothing about the server.
+"""
 
 _LOSSES = frozenset({"lost", "unhealthy"})
 
@@ -87,9 +90,11 @@ async def _within(
             raise  # the pool was cancelled: close() has begun, or the loop ends
         if scope.cancel_called:
             raise TimeoutError from error
-        raise ConnectionAbortedError("it cancelled itself") from error
+        raise ConnectionAbortedError("the connection cancelled itself") from error
     except asyncio.CancelledError as error:  # on trio
-        raise ConnectionAbortedError("it was cancelled on asyncio") from error
+        raise ConnectionAbortedError(
+            "the connection was cancelled by code for asyncio"
+        ) from error
 
 
 @protected
@@ -154,14 +159,15 @@ async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
     if probed and not slot.is_gone():
         _answered(open_pool, slot)
     open_pool.log_limit.report(
-        # While no new connection answers, an established one does not end an outage.
+        # If earlier connections ended without an answer, a new connection does not
+        # prove that the outage is over.
         logging.INFO if rounds and not attempts.unanswered else logging.DEBUG,
         "connected",
         "%s: connected to %s in %.3f s%s (%s)",
         open_pool.label,
         place(open_pool, slot),
         took,
-        f", the outage is over (failed rounds: {rounds})" if rounds else "",
+        f", the outage is over (failed rounds of attempts: {rounds})" if rounds else "",
         open_pool.state.status(),
         all_counts=True,
     )
@@ -175,7 +181,7 @@ async def _refuse(
     error = ConnectFailed(
         f"cannot connect to {open_pool.target}: its connector returned "
         + (
-            f"None; {connector}.connect() has to return a connection"
+            f"None; {connector}.connect() must return a connection"
             if made == "NoneType"
             else f"a connection that the pool cannot use, of the class {made}, from "
             f"{connector}.connect(); {defect}"
@@ -194,7 +200,7 @@ async def _refuse(
         open_pool.log_limit.report(
             logging.DEBUG,
             "closing failed",
-            "%s: it cannot be closed: %s",
+            "%s: cannot close the unusable connection: %s",
             *(open_pool.label, safe_text(failure)),
         )
     _failed(open_pool, slot, error)
@@ -225,12 +231,13 @@ async def _first_answer(
             raise
         silent = verdict is Verdict.SILENT or isinstance(error, TimeoutError)
         raise ConnectFailed(
-            f"cannot connect to {open_pool.target}: a connection was made, but "
+            f"cannot connect to {open_pool.target}: the server accepted the "
+            "connection, but "
             + (
-                "nothing was answered on it within connection_timeout="
+                "did not answer within connection_timeout="
                 f"{open_pool.options.connection_timeout:g} s"
                 if silent
-                else f"it ended before anything was answered on it: {full_text(error)}"
+                else f"it ended before the first answer: {full_text(error)}"
             ),
             reason="timeout" if silent else "unanswered",
         ) from error.with_traceback(None)
@@ -358,13 +365,13 @@ async def _ask(open_pool: OpenPool, slot: Slot) -> None:
 
 def _tell_suspicion(open_pool: OpenPool, slot: Slot) -> None:
     silent = slot.suspected_at == slot.timed_out_at
-    reason = slot.last_error or "it proved nothing for too long"
+    reason = slot.last_error or "it has answered nothing for too long"
     open_pool.log_limit.report(
         # Calls got no answer, which callers notice: so it is a WARNING, which the
         # default level shows.
         logging.WARNING if silent else logging.INFO,
         "suspect: silent" if silent else "suspect",
-        "%s: a connection to %s is suspect and gets no calls until it answers a "
+        "%s: a connection to %s is suspect and gets no lease until it answers a "
         "probe: %s (%s)",
         *(open_pool.label, place(open_pool, slot)),
         "two calls in a row got no answer in time" if silent else reason,
@@ -412,7 +419,7 @@ def _refused(open_pool: OpenPool, slot: Slot, error: Exception, began: float) ->
         open_pool.log_limit.report(
             logging.WARNING,
             "refused",
-            "%s: %s; callers fail until a probe is answered (%s)",
+            "%s: %s; all callers fail until a probe is answered (%s)",
             *(open_pool.label, log_text(failure), open_pool.state.status()),
         )
     else:
@@ -447,7 +454,7 @@ def _unanswered(open_pool: OpenPool, slot: Slot, error: Exception, late: float) 
         "%s: a connection to %s failed its health check%s: %s (%s)",
         open_pool.label,
         place(open_pool, slot),
-        " and is closed" if second else ", and gets a second one",
+        " and is closed" if second else ", and is probed once more",
         slot.last_error,
         open_pool.state.status(),
     )
@@ -483,7 +490,7 @@ async def close(open_pool: OpenPool, slot: Slot) -> None:
         open_pool.log_limit.report(
             logging.WARNING,
             "closing took too long",
-            "%s: closing %r took more than %g s and was given up",
+            "%s: closing %r took more than %g s; the pool stops waiting for it",
             open_pool.label,
             connection,
             CLOSE_LIMIT,

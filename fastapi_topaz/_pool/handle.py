@@ -61,8 +61,8 @@ class Handle(NotCopied):
                 self._claim.refused = True
             del self
             raise TypeError(
-                "`await pool.acquire()` returned a lease, which is no context manager: "
-                f"{LEASE_FORM}"
+                "`await pool.acquire()` returned a lease, which is not a context "
+                f"manager: {LEASE_FORM}"
             )
 
         def __aexit__(self, *exc):  # noqa: ANN002, ANN204
@@ -93,8 +93,8 @@ class Handle(NotCopied):
         # Only Pool.close() closes a leased connection, after its grace.
         if claim.slot is None or claim.slot.connection is None:
             raise ConnectionLost(
-                f"{self._open_pool.label} was closed, and this connection to "
-                f"{self._open_pool.target} with it"
+                f"{self._open_pool.label} was closed, and so was this connection to "
+                f"{self._open_pool.target}"
             )
         return claim.slot.connection
 
@@ -107,7 +107,11 @@ class Handle(NotCopied):
 
 
 # The leases of other pool libraries have these methods.
-explain_absence(Handle, "a lease goes back by its pool", ("release", "close", "aclose"))
+explain_absence(
+    Handle,
+    "a lease is given back by its pool",
+    ("release", "close", "aclose"),
+)
 
 
 def _abandon(open_pool: OpenPool, claim: Claim, conn: object) -> None:
@@ -149,5 +153,5 @@ def _reclaim(open_pool: OpenPool, claim: Claim) -> None:
         "released (streams in use: %d -> %d), held by %s",
         *(open_pool.label, open_pool.perf_counter() - claim.held_since),
         *(before, open_pool.state.in_use),
-        holder or "whom leak_threshold would tell",
+        holder or "an unknown task (set leak_threshold to record it)",
     )

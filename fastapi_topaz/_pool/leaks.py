@@ -29,7 +29,7 @@ __all__ = ["Leaks"]
 logger = logging.getLogger("fastapi_topaz.pool")
 
 PAUSE = 0.05
-"""The least number of seconds between two searches, for a very small threshold."""
+"""The minimum seconds between two searches, for a threshold that is smaller."""
 
 STACK_DEPTH = 8
 """The number of stack frames shown for the place where a lease was taken."""
@@ -96,7 +96,7 @@ class Leaks:
         self._out.pop(claim, None)
         if self._late.pop(claim, None) is not None:
             logger.info(
-                "%s: a lease that was late came back after %.1f s (still late: %d)",
+                "%s: a late lease came back after %.1f s (others still late: %d)",
                 self._label,
                 held,
                 len(self._late),
@@ -117,7 +117,7 @@ class Leaks:
                 self._counters.leaked += 1
                 held = Clock.perf_counter() - claim.held_since
                 logger.warning(
-                    "%s: a lease is out for %.1f s (leak_threshold=%g s), held by %s",
+                    "%s: a lease has been held for %.1f s (leak_threshold=%g s) by %s",
                     *(self._label, held, self._threshold, holder),
                 )
         # A lease that is taken later cannot be due earlier than this.

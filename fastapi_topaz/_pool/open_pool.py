@@ -76,16 +76,19 @@ class OpenPool:
         count_nested: Callable[[Iterator[object], OpenPool], int],
     ) -> None:
         self.label = label
-        # The server's name in messages, and in metrics (series). Without a name,
-        # messages show the connector's repr(), but metrics its class: a repr() contains
-        # an address, so each start would make a new series.
+        # The server's name in messages, and in metrics (series). If the connector has
+        # no `target`, messages show its repr() and metrics its class name. A repr()
+        # contains a memory address, which is new at each start. So the metrics would
+        # get a new series.
         self.target = self.series = type(connector).__name__
         try:
             named = getattr(connector, "target", None)
             self.target = str(connector if named is None else named)
             self.series = self.series if named is None else self.target
         except Exception:  # noqa: BLE001  (a connector may raise anything)
-            logger.debug("%s: its connector has no readable target", label)
+            logger.debug(
+                "%s: cannot read the attribute `target` of its connector", label
+            )
         self.connector = connector
         self.counters = counters
         self.observer = observer
@@ -119,8 +122,9 @@ class OpenPool:
         self.alarm = math.inf
         self.earlier = anyio.Event()
         self._latest = 0.0
-        # The dismissed callers whose tasks have not run since. Each of them holds a
-        # token until its task runs, unless it is cancelled at the same moment.
+        # The dismissed callers whose tasks have not run since. A dismissed caller keeps
+        # a token until its task runs. If its task is cancelled at the same moment, it
+        # has no token.
         self._dismissed = 0
         self._count_nested = count_nested
         self._refusals = Refusals(label, self.target, self.state, self.nested_leases)
@@ -145,13 +149,15 @@ class OpenPool:
     # -- acquire and release ----------------------------------------------------
 
     def take(self, claim: Claim) -> bool:
-        """Serve *claim* without waiting, if that passes nobody who waits."""
+        """Serve *claim* at once, unless other callers are waiting already."""
         self.adopted = True
         state = self.state
-        # Asked first, because what the limiter raises costs more than all the rest.
+        # Checked before the limiter, because to raise and catch WouldBlock costs more
+        # than the rest of this method.
         if state.waiting or not state.ready:
             return False
-        # As now(), but a backward jump is left to the release: a call costs too much.
+        # The same as now(), inlined for speed. `release` handles a clock that goes
+        # back.
         clock = self.clock
         now = clock.source.time() + clock.skew
         claim.held_since = self.perf_counter()
@@ -171,8 +177,8 @@ class OpenPool:
         Serve *claim* within *timeout* seconds.
 
         Raises:
-            PoolTimeout, PoolSaturated, PoolClosed, ConnectFailed: It was not, and
-                holds nothing.
+            PoolTimeout, PoolSaturated, PoolClosed, ConnectFailed: The claim was not
+                served. It holds no token and no stream.
         """
         if timeout <= 0:
             self.state.want_one()
@@ -191,8 +197,8 @@ class OpenPool:
             else:
                 with self.clock.deadline(claim.deadline):
                     await self._queue(claim)
-            # A stream that was handed over beats the deadline, unless the limiter
-            # took the token back: it does when both come in one tick of asyncio.
+            # If a stream came, the caller gets it even after the deadline. If both
+            # happen in one tick of asyncio, the limiter takes the token back.
             served = claim.has_token and claim.slot is not None
         finally:
             claim.waiter = None
@@ -235,7 +241,8 @@ class OpenPool:
         clock.last = now
         state.give_back(claim, now)
         # The limiter lends the token to the next caller in its queue at once. So
-        # `_serve` comes after this: it then counts that caller's token.
+        # `_serve` comes after this line. Then it counts the token that the next caller
+        # has just got.
         self.limiter.release_on_behalf_of(claim)
         if (
             (state.waiting and self._serve(now))
@@ -301,7 +308,7 @@ class OpenPool:
 
     def nested_leases(self) -> tuple[int, int]:
         """
-        Count the nested leases (held by tasks that wait for another one), and all.
+        Return the number of leases held by tasks that wait for another one, and of all.
 
         The first number is a lower bound; it is 0 if it is less than half of all. Both
         numbers are up to `NESTED_FOR` seconds old, because a search takes time.
@@ -313,7 +320,8 @@ class OpenPool:
                 coroutines = (claim.waiter for claim in waiting)
                 held = self._count_nested(coroutines, self)
                 # A few nested leases do not explain a timeout: a pool that is too small
-                # also has some. From half on they are given as the cause.
+                # also has some. If at least half of all leases are nested, the error
+                # names them as the cause.
                 self._nested = (
                     held if 2 * held >= self.state.in_use else 0,
                     self.state.in_use,
@@ -331,8 +339,8 @@ class OpenPool:
         """Wake the *dismissed* callers that sleep on their event or in the limiter."""
         # The callers at the head of the queue hold a token: `wake` wakes them, or they
         # are awake already. The others sleep in the limiter, so `asleep` counts them.
-        # If one caller leaves by itself at this moment, another caller gets a token too
-        # early and keeps it. That is harmless: it still gets its stream in its turn.
+        # If one of them gives up at this moment, its token goes to a caller that was
+        # not dismissed. That is harmless: it still gets its stream in its turn.
         asleep = len(dismissed) - (self.tokens() - self.state.in_use)
         self._dismissed += len(dismissed)
         for claim in dismissed:
@@ -402,8 +410,9 @@ class OpenPool:
         if (
             state.to_close
             or state.shortfall(self.tokens(), now)
-            # The opener computes its next wake-up when it goes to sleep. The next
-            # attempt, or an attempt that takes too long, may need an earlier one now.
+            # The opener computes its next wake-up when it goes to sleep. It may have to
+            # wake earlier now: for the next attempt, or for an attempt that takes too
+            # long.
             or state.next_attempt() > now
             or (state.waiting and state.connecting)
         ):
@@ -450,7 +459,7 @@ class OpenPool:
                 await self.progress.wait()
         if not state.open and self.options.min_connections and not state.shut:
             logger.warning(
-                "%s: no connection to %s at startup; it goes on trying (%s): %s",
+                "%s: no connection to %s at startup; the pool keeps trying (%s): %s",
                 self.label,
                 self.target,
                 state.status(),
@@ -471,7 +480,8 @@ class OpenPool:
         self.progress = anyio.Event()
         self.dismiss_hopeless()
         self.after_change()
-        # Always: the opener may have no work now, but a new backoff to wait for.
+        # Set even if there is no work. The opener must compute its next wake-up again,
+        # because the backoff may be new.
         self.work.set()
 
     @contextmanager

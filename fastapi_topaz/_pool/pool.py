@@ -442,8 +442,9 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             try:
                 await run_pool(open_pool)
             finally:
-                # The end of the task calls this again, but only later. A task that
-                # waits for `done` must find the pool closed when it wakes.
+                # `spawn` calls `_forget` again when the task has ended. That is too
+                # late for a task that waits for `done`: it must find the pool closed
+                # when it wakes.
                 self._forget(open_pool)
 
         def loop_closed() -> None:

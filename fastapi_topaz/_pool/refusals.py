@@ -54,13 +54,14 @@ class Refusals:
         if allowed is None:
             return
         state = self.state
-        # The first callers in the queue wait for a connection, not for capacity. Tokens
-        # do not show how many: a dismissed caller holds one until its task has run.
+        # The first callers in the queue wait for a connection, not for capacity. The
+        # number of tokens does not show how many these are, because a dismissed caller
+        # keeps its token until its task has run.
         entitled = max(0, self.state.options.capacity - state.in_use)
         if len(state.waiting) - entitled >= allowed:
             raise PoolSaturated(
-                f"{self.label} is saturated: max_waiting={allowed} callers wait for "
-                f"{self.target} already ({state.status()})"
+                f"{self.label} is saturated: {allowed} callers (max_waiting) already "
+                f"wait for {self.target} ({state.status()})"
             )
 
     def timed_out(self, timeout: float) -> PoolTimeout:
@@ -75,15 +76,15 @@ class Refusals:
         elif nested:
             hint = (
                 f"; all {leases} leases are out, and {nested} of them are held by "
-                "tasks that wait for another one (nested leases): give a lease back "
-                "before the next acquire() or is_allowed(), or make the calls on the "
-                "lease itself"
+                "tasks that wait for another one (nested leases): release the "
+                "lease before the next acquire() or is_allowed(), or make the call on "
+                "the lease that you hold"
             )
         elif state.in_use >= self.state.options.capacity:
             hint = (
                 f"; all {state.in_use} leases are out: raise max_connections or "
-                "streams_per_connection, acquire none while you hold one, or look for "
-                "leaks with leak_threshold"
+                "streams_per_connection, do not acquire a lease while you hold one, or "
+                "look for leaks with leak_threshold"
             )
         else:
             hint = ""
@@ -95,7 +96,7 @@ class Refusals:
         return error
 
     def failed(self, failure: Exception) -> PoolError:
-        """Return the error of a caller who waited until *failure*, which hit many."""
+        """Return the error for one waiting caller. *failure* ended the wait of many."""
         counts = f"({self.state.status()})"
         if isinstance(failure.__cause__, PoolMisuse):
             misuse = PoolMisuse(f"{self.label}: {failure.__cause__}")
@@ -103,7 +104,7 @@ class Refusals:
             return misuse
         if isinstance(failure, PoolClosed):
             return PoolClosed(f"{failure} {counts}")
-        # A new exception for each caller: they would share one traceback.
+        # A new exception for each caller. Otherwise they would share one traceback.
         error = ConnectFailed(
             f"{self.label}: {failure} {counts}",
             reason=getattr(failure, "reason", "other"),

@@ -57,8 +57,8 @@ def check_metadata(metadata: object) -> None:
             )
         if not isinstance(value, bytes if key.endswith("-bin") else str):
             raise TypeError(
-                f"metadata {key!r} must be a str, and bytes only if its key ends with "
-                f"-bin, got {type(value).__name__}"
+                f"metadata {key!r} must be bytes if its key ends with -bin, otherwise "
+                f"a str, got {type(value).__name__}"
             )
         if isinstance(value, str) and not (value.isascii() and value.isprintable()):
             raise ValueError(f"metadata {key!r} must be printable ASCII")

@@ -83,7 +83,7 @@ class NotSent(grpc.aio.AioRpcError):  # type: ignore[misc]
             grpc.aio.Metadata(),
             grpc.aio.Metadata(),
             f"the call {method} was not sent: the connection to {target} has ended "
-            f"(GOAWAY, or the socket was closed), and then: {why}",
+            f"(GOAWAY, or the socket was closed), and a new one failed: {why}",
         )
 
 

@@ -44,7 +44,9 @@ def _failed(what: str, error: Exception) -> None:
     if what not in _broken:
         _broken.add(what)
         logger.warning(
-            "%s failed; checks go on without", what, exc_info=without_context(error)
+            "%s failed; checks continue without it",
+            what,
+            exc_info=without_context(error),
         )
 
 

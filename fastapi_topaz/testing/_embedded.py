@@ -298,7 +298,7 @@ class EmbeddedAuthorizer:
             except KeyError:
                 raise ValueError(f"code must be a gRPC status, got {code!r}") from None
         if code is grpc.StatusCode.OK:
-            raise ValueError("code must not be OK: that is no failure")
+            raise ValueError("code must not be OK: that is not a failure")
         if times is not None and times < 1:
             raise ValueError(f"times must be at least 1 or None, got {times!r}")
         names = METHODS if methods is None else frozenset(methods)

@@ -144,7 +144,7 @@ class Question:
         try:
             self._input = json.loads(request.input or "{}")
         except ValueError as error:
-            raise Refusal(_INTERNAL, f"input is no JSON: {error}") from None
+            raise Refusal(_INTERNAL, f"input is not JSON: {error}") from None
         if not isinstance(self._input, dict):
             raise Refusal(_INTERNAL, "input must be a JSON object")
         self.find_identity()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._pool.state.options import PoolOptions
 
 
-__all__ = ["Attempts"]
+__all__ = ["Attempts", "is_failed_attempt"]
 
 
 BRIEF = 2.0
@@ -25,16 +25,29 @@ proxy closes connections that are idle for too long.
 """
 
 FORGIVEN = 60.0
-"""Seconds without such a failure. After them the pauses are short again."""
+"""
+Seconds without a connection that ended unanswered. After them the pauses are short
+again.
+"""
 
 FORGOTTEN = 1.0
 """
-Seconds. An outage is forgotten if the next attempt was allowed for so long, and none
-was needed.
+Seconds. If no attempt was needed for this long after the pause, the outage is
+forgotten.
 """
 
 PATIENCE = 2.0
 """Seconds. If an attempt takes longer, it may hang: others may begin in its place."""
+
+
+def is_failed_attempt(slot: Slot, now: float, *, was_lost: bool) -> bool:
+    """Return whether the end of the connection of *slot* is a failed attempt."""
+    if slot.answered or slot.refusals:
+        return False
+    was_young = now - slot.opened_at < BRIEF
+    was_in_use = slot.broken or (was_lost and bool(slot.leases))
+    # Otherwise it may be a proxy that closed an idle connection.
+    return was_young or was_in_use
 
 
 class Attempts:

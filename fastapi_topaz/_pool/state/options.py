@@ -107,7 +107,7 @@ class PoolOptions:
         for name, least in _LEAST.items():
             if 0 < getattr(self, name) < least:
                 raise ValueError(
-                    f"{name} must be 0, which is never, or at least {least:g} seconds, "
+                    f"{name} must be 0 (never) or at least {least:g} seconds, "
                     f"got {getattr(self, name)!r}"
                 )
         for name in ("connection_timeout", "health_check_timeout"):

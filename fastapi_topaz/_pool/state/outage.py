@@ -60,8 +60,8 @@ class Outage:
     Attributes:
         refused: The slots whose connections get no leases until a probe is answered, in
             the order of their probes.
-        error: The error of the last refused probe. None if all refused connections have
-            answered or closed since.
+        error: The error of the last refused probe. None if no refused connection is
+            left: each one has answered or closed.
         declared: Whether an outage is declared. Then callers get `error`.
     """
 
@@ -111,7 +111,8 @@ class Outage:
         slot.probe_at = self._next_probe(slot, now)
         # Count from the start of the silence. Without one, count from the time at which
         # this slot was suspected: an answer on another connection since then shows that
-        # there is no silence. A slot refused for long does not end a newer silence.
+        # there is no silence. A silence may be newer than the suspicion of this slot,
+        # so its own start is used.
         since = min(now, self._silent_since if self._silent else slot.suspected_at)
         # A time later than now comes from before the clock was set back: ignore it.
         if since < answered_at <= now or since <= self._answered_at <= now:
@@ -167,7 +168,7 @@ class Outage:
         self._end_silence()
 
     def forget(self, slot: Slot) -> None:
-        """Remove *slot*, which is no longer refused, or suspect for another reason."""
+        """Remove *slot*: it is not refused any more, or suspect for another reason."""
         self.refused.pop(slot, None)
         if not self.refused:
             # No connection is left to probe, so attempts to connect need not be rare.

@@ -16,8 +16,8 @@ answer, or a failed probe. If the probe of a suspect slot fails, it is retired.
 
 These invariants hold after every method:
 
-- open + connecting + closing never grows beyond `max_connections`. A lower limit ends
-  no lease and no attempt early.
+- open + connecting + closing never grows beyond `max_connections`. If `resize` lowers
+  the limit, leases and attempts still finish.
 - A slot has at most `streams` leases, and `in_use` is the sum over all slots.
 - Claims are served in the order in which they came. None overtakes a waiting one.
 - No claim waits that could be served: see `serve`.
@@ -33,10 +33,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from fastapi_topaz._pool.state.attempts import BRIEF, Attempts
+from fastapi_topaz._pool.state.attempts import Attempts, is_failed_attempt
 from fastapi_topaz._pool.state.outage import Outage
 from fastapi_topaz._pool.state.rotation import Rotation
-from fastapi_topaz._pool.state.status import PoolStatus
+from fastapi_topaz._pool.state.status import CloseReason, PoolStatus
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -99,8 +99,8 @@ class PoolState:
         # Connections wanted by callers that did not wait for them (timeout 0).
         self.unawaited_demand = 0
         self.shut = False
-        # A connection was lost, and `after_change` has not run since. The loss may need
-        # a replacement now, although its slot closes later.
+        # A connection was lost, and `after_change` has not run since. A replacement may
+        # be needed now, before the lost slot closes.
         self.unhandled_loss = False
         # Health checks probe each connection before its last proof is older than this.
         # If one is older, the clock has jumped, or the process was stopped.
@@ -204,7 +204,7 @@ class PoolState:
 
     def shortfall(self, tokens: int, now: float) -> int:
         """
-        Return how many attempts to connect to begin now.
+        Return the number of attempts to start now.
 
         Connections are needed for claims with a token and without a stream, for the
         minimum once the pool is in use, and to replace an expired slot. At first two
@@ -293,7 +293,7 @@ class PoolState:
 
     # -- slots that close -------------------------------------------------------
 
-    def retire(self, slot: Slot, reason: str) -> None:
+    def retire(self, slot: Slot, reason: CloseReason) -> None:
         """Give no new lease of *slot*, and close it when its last lease is back."""
         if slot.retired is None:
             slot.retired = reason
@@ -302,7 +302,7 @@ class PoolState:
         if not slot.leases and slot in self.open:
             self._close(slot)
 
-    def lost(self, slot: Slot, reason: str, now: float) -> None:
+    def lost(self, slot: Slot, reason: CloseReason, now: float) -> None:
         """Retire *slot*, whose connection is lost, for *reason*."""
         if slot.retired is not None or slot not in self.open:
             return
@@ -318,19 +318,17 @@ class PoolState:
         self.unhandled_loss = True
         self.retire(slot, reason)
 
-    def _failure(self, slot: Slot, reason: str, now: float) -> ConnectFailed | None:
+    def _failure(
+        self, slot: Slot, reason: CloseReason, now: float
+    ) -> ConnectFailed | None:
         """Return the failure that the loss of *slot* counts as, or None."""
-        if slot.answered or slot.refusals:
+        if not is_failed_attempt(slot, now, was_lost=reason == "lost"):
             return None
-        young = now - slot.opened_at < BRIEF
-        in_use = slot.broken or (slot.leases and reason == "lost")
-        if not (young or in_use):
-            return None  # such as a proxy that closed an idle connection
         self.unanswered_ends.append(slot)
         why = f": {slot.last_error}" if slot.last_error else ""
         return ConnectFailed(
-            f"cannot connect to {self._target}: a connection was made, and ended "
-            f"before anything was answered on it, or with the first answer{why}",
+            f"cannot connect to {self._target}: the server accepted the connection, "
+            f"and closed it before or together with its first answer{why}",
             reason="unanswered",
         )
 
@@ -397,7 +395,8 @@ class PoolState:
         if not slot.suspect:
             self.suspect(slot, now)
         elif slot.proven_at > slot.suspected_at:
-            # A call was answered since it became suspect: this counts as the first.
+            # A call was answered since it became suspect: so this failed probe counts
+            # as the first one.
             slot.suspected_at = now
             self.to_probe.append(slot)
         else:
@@ -440,7 +439,8 @@ class PoolState:
         self.outage.probe_refused(slot, error, began, answered_at, now)
         for other in self._all_usable():
             if self.outage.is_silent:
-                # Calls on it may be refused, too. A probe shows that before a call.
+                # Calls on it may be refused, too. Probe it now, so that a probe finds
+                # this out and not a caller.
                 if not other.suspect and other.proven_at <= slot.suspected_at:
                     self._doubt(other, 0, now)
             elif (
@@ -511,8 +511,8 @@ class PoolState:
 
         If there is room for one more connection, `shortfall` asks for it, and
         `connected` retires the old slot. Without room, an idle expired slot is retired
-        to make room. A retired slot takes no new lease, so only one leased slot at a
-        time is retired.
+        first. Only one leased slot at a time is retired, because each retired slot
+        reduces the capacity.
         """
         slot = self._next_expired()
         if slot is None or self.closing:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from fastapi_topaz._pool.state.slot import Slot
+    from fastapi_topaz._pool.state.status import CloseReason
 
 
 __all__ = ["Rotation"]
@@ -41,7 +42,7 @@ class Rotation:
     def __init__(self, random: Callable[[], float], *, spreads: bool) -> None:
         self._random = random
         self._spreads = spreads
-        self._expired: dict[Slot, str] = {}
+        self._expired: dict[Slot, CloseReason] = {}
         self._respread: deque[float] = deque()
 
     def begin(self, slot: Slot, max_lifetime: float, now: float) -> None:
@@ -87,7 +88,7 @@ class Rotation:
         """Return whether no expired slot is waiting for its last lease to come back."""
         return all(slot.retired is None for slot in self._expired)
 
-    def reason(self, slot: Slot) -> str:
+    def reason(self, slot: Slot) -> CloseReason:
         """Return why *slot* has expired: `lifetime`, `spread` or `drain`."""
         return self._expired[slot]
 

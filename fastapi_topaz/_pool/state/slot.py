@@ -10,6 +10,8 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fastapi_topaz._pool.state.status import CloseReason
+
 
 __all__ = ["Claim", "Slot"]
 
@@ -38,8 +40,8 @@ class Slot:
     # was answered.
     proven_at: float = 0.0
     # False: no call or probe was ever answered. True: one was, after the last failure
-    # of the pool. "before": only before that failure. So each answer stores a constant.
-    # A comparison of times would not do, because two times may be equal.
+    # of the pool. "before": only before that failure. These are flags and not times,
+    # because two times may be equal.
     answered: bool | Literal["before"] = False
     # When a call last timed out without an answer.
     timed_out_at: float = float("-inf")
@@ -59,7 +61,7 @@ class Slot:
     last_error: str | None = None
     # Why the pool closes it, or None. It closes only when its last lease is back,
     # because otherwise the calls of its callers would fail.
-    retired: str | None = None
+    retired: CloseReason | None = None
 
     def watch(self, connection: Any) -> None:
         """Use `is_lost` of *connection* from now on, if it has that method."""

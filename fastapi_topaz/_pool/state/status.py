@@ -63,8 +63,8 @@ class PoolStatus:
             now, see `TopazConfig.is_ready`.
         healthy: True if a check would get a connection: at least one is healthy. If
             none is, True as long as no attempt to connect has failed since the last
-            success. So a pool that is not in use yet is healthy. A pool is also healthy
-            if its connections are only suspect or being replaced.
+            success. So a pool that is not in use yet is healthy. If all connections are
+            suspect or leaving, the pool is healthy as long as `failing` is False.
     """
 
     total: int
