@@ -43,7 +43,12 @@ OLDEST = [
 
 # FastAPI before and after a change of its routing. pip chooses the Starlette for each.
 FASTAPI = ["0.115.0", "0.136.*", "0.137.0", "newest"]
-FASTAPI_TESTS = ["fastapi", "guide", "rego", "routes", "status", "websockets"]
+FASTAPI_TESTS = [
+    "tests/_app",
+    "tests/_authorizer/test_rego.py",
+    "tests/behaviour/test_status.py",
+    "tests/repository/test_guide.py",
+]
 
 # A release whose Go module and dependencies can be downloaded. The checksum of its
 # files was recorded when it was pinned here.
@@ -176,7 +181,6 @@ def fastapi(session: nox.Session) -> None:
     """Run the FastAPI tests on several versions of FastAPI. For one: `-- 0.137.0`."""
     # One virtualenv for all versions, because only FastAPI and Starlette change.
     session.install("-e", ".", "--group", "test")
-    files = [f"tests/test_{name}.py" for name in FASTAPI_TESTS]
     failed = []
     for version in session.posargs or FASTAPI:
         wanted = "fastapi" if version == "newest" else f"fastapi=={version}"
@@ -185,7 +189,7 @@ def fastapi(session: nox.Session) -> None:
         # Deprecation warnings inside the oldest libraries cannot be fixed here.
         warnings = ["-W", "default"] if version == FASTAPI[0] else []
         try:
-            session.run("pytest", *warnings, *files)
+            session.run("pytest", *warnings, *FASTAPI_TESTS)
         except nox.command.CommandFailed:
             failed.append(version)
     if failed:
@@ -205,7 +209,7 @@ def model(session: nox.Session) -> None:
     seed, rest = told(session, "--seed", "1")
     session.install("-e", ".", "--group", "test")
     names = ["model_state", "model_pool", "fuzz", "fuzz_calls", "fuzz_connectors"]
-    files = [f"tests/test_{name}.py" for name in names]
+    files = [f"tests/proof/test_{name}.py" for name in names]
     deep = ("-rP", "--timeout=0", "--hypothesis-profile=deep")
     # A long example is not a hang, so there is no fault handler timeout.
     deep += (f"--hypothesis-seed={seed}", "-o", "faulthandler_timeout=0")
@@ -216,16 +220,18 @@ def model(session: nox.Session) -> None:
 def mutants(session: nox.Session) -> None:
     """Run mutation tests of the pool's state. For the options: `-- --help`."""
     session.install("-e", ".", "--group", "mutation")
-    session.run("python", "tests/mutation/survivors.py", *session.posargs)
+    session.run("python", "tests/proof/mutation/survivors.py", *session.posargs)
 
 
 @nox.session
 def shuffled(session: nox.Session) -> None:
     """Run the pool's tests on event loops that shuffle ready tasks, with ten seeds."""
     session.install("-e", ".", "--group", "test")
-    names = ["cancel_everywhere", "cancel_outcomes", "deadlines", "maintenance"]
-    names += ["pool_acquire", "pool_cancellation", "pool_lifecycle", "recovery"]
-    files = [f"tests/test_{name}.py" for name in names]
+    names = ["deadlines", "foreign_code", "maintenance", "pool_acquire"]
+    names += ["pool_lifecycle", "pool_reopening", "recovery"]
+    files = [f"tests/behaviour/test_{name}.py" for name in names]
+    names = ["cancel_everywhere", "cancel_outcomes", "pool_cancellation"]
+    files += [f"tests/proof/test_{name}.py" for name in names]
     session.run("pytest", "--shuffle=10", "-k", "shuffled-", *files, *session.posargs)
 
 
@@ -239,7 +245,7 @@ def soak(session: nox.Session) -> None:
     pytest = ("pytest", "-m", "soak", "-n0", "-s", "-o", "faulthandler_timeout=0")
     session.run(
         *pytest,
-        "tests/test_soak.py",
+        "tests/proof/test_soak.py",
         *rest,
         env={"SOAK_MINUTES": minutes, "SOAK_SEED": seed},
     )
@@ -361,7 +367,9 @@ def alerts(session: nox.Session) -> None:
         session.skip("no promtool, and Debian's package `prometheus` cannot be had")
     check = ("check", "rules", "--lint=all", "--lint-fatal")
     session.run(promtool, *check, "observability/alerts.yaml", external=True)
-    session.run(promtool, "test", "rules", "tests/alerts_test.yaml", external=True)
+    session.run(
+        promtool, "test", "rules", "tests/repository/alerts_test.yaml", external=True
+    )
 
 
 def found_go() -> str | None:
@@ -374,10 +382,10 @@ def found_go() -> str | None:
 
 
 def built_gopeer(cache: Path) -> str | None:
-    """Build the server of tests/gopeer from its current sources. Return its path."""
+    """Build the server of tests/kit/gopeer from its sources. Return its path."""
     if (go := found_go()) is None:
         return None
-    source = Path("tests/gopeer")
+    source = Path("tests/kit/gopeer")
     files = [source / "go.mod", *sorted(source.glob("*.go"))]
     contents = hashlib.sha256(b"\0".join(file.read_bytes() for file in files))
     folder = cache / contents.hexdigest()[:16]
@@ -405,9 +413,9 @@ def gopeer(session: nox.Session) -> None:
     """Run the pool against a server on grpc-go, the library that Topaz uses."""
     binary = built_gopeer(Path(session.cache_dir).resolve() / "gopeer")
     if binary is None:
-        session.skip("no Go, or not one that can build the server of tests/gopeer")
+        session.skip("no Go, or not one that can build the server of tests/kit/gopeer")
     session.install("-e", ".", "--group", "test")
-    pytest = ("pytest", "-m", "slow", "-n0", "tests/test_gopeer.py")
+    pytest = ("pytest", "-m", "slow", "-n0", "tests/_grpcio/test_gopeer.py")
     session.run(*pytest, *session.posargs, env={"GOPEER": binary})
 
 
@@ -424,7 +432,7 @@ def proxies(session: nox.Session) -> None:
     if not named:
         session.skip("neither nginx nor haproxy can be had")
     session.install("-e", ".", "--group", "test")
-    pytest = ("pytest", "-m", "slow", "-n0", "tests/test_proxies.py")
+    pytest = ("pytest", "-m", "slow", "-n0", "tests/behaviour/test_proxies.py")
     session.run(*pytest, *session.posargs, env=named)
 
 
@@ -472,8 +480,10 @@ def topaz(session: nox.Session) -> None:
         session.skip(f"{TOPAZ}@{TOPAZ_RELEASE} cannot be had: no Go, or no module")
     session.install("-e", ".", "--group", "test")
     session.run(topazd, "version", external=True)
-    names = ("conformance", "topaz", "topaz_routes", "examples")
-    files = [f"tests/test_{name}.py" for name in names]
+    files = ["_authorizer/test_topaz.py", "behaviour/test_conformance.py"]
+    files += ["behaviour/test_topaz_routes.py", "repository/test_containers.py"]
+    files += ["repository/test_examples.py"]
+    files = [f"tests/{name}" for name in files]
     anyhow = ("-n0", "-m", "slow or not slow")
     session.run("pytest", *anyhow, *files, *session.posargs, env={"TOPAZD": topazd})
 

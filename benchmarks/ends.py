@@ -34,7 +34,7 @@ from fastapi_topaz import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from faultkit.http2 import Http2Server
+from kit.faultkit.http2 import Http2Server
 
 
 POLICY = "myapp.GET.documents"

@@ -28,10 +28,10 @@ from fastapi_topaz._pool.clock import Clock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-pytest.register_assert_rewrite("strikes", "invariants")
+pytest.register_assert_rewrite("kit")
 
-from autojump import AutojumpLoop  # noqa: E402
-from shuffled import shuffled_loop  # noqa: E402
+from kit.autojump import AutojumpLoop  # noqa: E402
+from kit.shuffled import shuffled_loop  # noqa: E402
 
 
 # Even where Python is told to keep no bytecode: each of the many programs that tests
@@ -44,7 +44,7 @@ sys.dont_write_bytecode = False
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["fastapi_topaz.testing.fixtures"]
+pytest_plugins = ["fastapi_topaz.testing.fixtures", "kit.fixtures"]
 
 # By default the same examples each time. How long one takes says how busy the machine
 # is.
@@ -66,7 +66,13 @@ hypothesis.settings.register_profile(
 )
 
 # Which tests run on a shuffled loop by default: those of the pool's own tasks.
-SHUFFLED = {"test_cancel_everywhere", "test_pool_acquire", "test_pool_lifecycle"}
+SHUFFLED = {
+    "test_cancel_everywhere",
+    "test_foreign_code",
+    "test_pool_acquire",
+    "test_pool_lifecycle",
+    "test_pool_reopening",
+}
 
 
 def pytest_addoption(parser):
@@ -224,3 +230,11 @@ def _no_garbage():
 @pytest.fixture(autouse=True)
 def _quiet_outages(caplog):
     caplog.set_level(logging.DEBUG, logger="fastapi_topaz")
+
+
+@pytest.fixture
+def host_survives(caplog):
+    """A pool whose host task fails opens again, which can look as if all was well."""
+    yield
+    records = caplog.get_records("call")
+    assert not [r for r in records if r.levelno >= logging.CRITICAL]

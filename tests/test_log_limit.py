@@ -26,6 +26,8 @@ from fastapi_topaz import (
 )
 from fastapi_topaz._log_limit import INTERVAL, MOST_REASONS, OTHER, LogLimit
 from fastapi_topaz.testing import FakeConnection, FakeConnector, fail, hang, ok
+from kit.logs import lines
+from kit.pools import Making
 
 
 ALLOWED = b"\n\x0b\n\x07allowed\x10\x01"
@@ -240,14 +242,6 @@ def test_the_clock_is_the_monotonic_one(monkeypatch):
 # -- an outage, in virtual time -------------------------------------------------------
 
 
-def lines(caplog, level=logging.INFO, logger="fastapi_topaz"):
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.levelno >= level and record.name.startswith(logger)
-    ]
-
-
 class Checks:
     """Checks of an application whose log is limited in the time of the test."""
 
@@ -304,17 +298,6 @@ class Dying(FakeConnection):
         return await super().call("/a/b", b"")
 
 
-class Making(FakeConnector):
-    def __init__(self, kind, **options):
-        super().__init__(**options)
-        self.kind = kind
-
-    async def connect(self, timeout):
-        conn = await super().connect(timeout)
-        self.connections[-1] = made = self.kind(self, conn.number)
-        return made
-
-
 OUTAGES = {
     "refused": lambda: FakeConnector(default=fail()),
     "silent": lambda: FakeConnector(default=hang()),
@@ -333,12 +316,12 @@ async def test_8_s_of_outage_for_many_callers_are_a_handful_of_lines(
     checks = Checks(OUTAGES[outage]())
     async with checks.config.lifespan(None):
         await checks.run(callers, 8)
-        told = lines(caplog)
+        told = lines(caplog, logging.INFO, logger="fastapi_topaz")
         assert checks.statuses.keys() == {503}
         assert checks.statuses[503] >= 2 * callers
         assert any("no decision" in line for line in told)
         assert len(told) <= 10
-    of_checks = lines(caplog, logger="fastapi_topaz.fastapi")
+    of_checks = lines(caplog, logging.INFO, logger="fastapi_topaz.fastapi")
     assert events_in(of_checks) == checks.statuses[503]
 
 
@@ -346,7 +329,7 @@ async def test_a_minute_of_outage_has_a_line_every_10_s(caplog):
     checks = Checks(OUTAGES["refused"]())
     async with checks.config.lifespan(None):
         await checks.run(5, 60, pause=0.5)
-    told = lines(caplog, logger="fastapi_topaz.fastapi")
+    told = lines(caplog, logging.INFO, logger="fastapi_topaz.fastapi")
     # At 0, 10, 20, 30, 40 and 50 s, and what was left at the end.
     assert len(told) == 7
     for line in told[1:-1]:
@@ -362,7 +345,7 @@ async def test_checks_that_are_decided_again_tell_the_count(caplog):
         connector.default = ok()
         await checks.run(1, 12, pause=0.1)
         failed = checks.statuses[503]
-        told = lines(caplog, logger="fastapi_topaz.fastapi")
+        told = lines(caplog, logging.INFO, logger="fastapi_topaz.fastapi")
     assert checks.statuses[200] > 50
     assert len(told) == 2
     assert re.fullmatch(
@@ -381,11 +364,15 @@ async def test_connections_that_end_together_are_one_line_and_a_count(caplog):
             conn.hung_up = True
         connector.default = fail()
         await anyio.sleep(4)
-        told = lines(caplog)
+        told = lines(caplog, logging.INFO, logger="fastapi_topaz")
         assert sum("closing a connection" in line for line in told) == 1
         connector.default = ok()
         await anyio.sleep(10)
-        (over,) = [line for line in lines(caplog) if "the outage is over" in line]
+        (over,) = [
+            line
+            for line in lines(caplog, logging.INFO, logger="fastapi_topaz")
+            if "the outage is over" in line
+        ]
     assert "not logged meanwhile: closing: lost (9)" in over
 
 
@@ -401,7 +388,11 @@ async def test_health_checks_that_fail_together_are_one_line_and_a_count(caplog)
         for conn in connector.open:
             conn.alive = False
         await anyio.sleep(11)
-        failed = [line for line in lines(caplog) if "failed its health check" in line]
+        failed = [
+            line
+            for line in lines(caplog, logging.INFO, logger="fastapi_topaz")
+            if "failed its health check" in line
+        ]
         assert len(failed) == 1
         # The next rounds tell the rest, though nothing else happens.
         await anyio.sleep(20)
@@ -418,7 +409,11 @@ async def test_a_pool_that_closes_tells_what_it_has_not(caplog):
         for conn in connector.open:
             conn.hung_up = True
         await anyio.sleep(2)
-    assert [line for line in lines(caplog) if "closing: lost: 2 more" in line]
+    assert [
+        line
+        for line in lines(caplog, logging.INFO, logger="fastapi_topaz")
+        if "closing: lost: 2 more" in line
+    ]
 
 
 class Fatal(BaseException):
@@ -451,5 +446,14 @@ async def test_a_judge_that_always_fails_is_one_line(caplog):
         for _ in range(100):
             with pytest.raises(PoolError):
                 await conn.call("/a/b", b"")
-    assert sum("judge() of a connection failed" in x for x in lines(caplog)) == 1
-    assert any("judge() failed: RuntimeError: 99 more" in x for x in lines(caplog))
+    assert (
+        sum(
+            "judge() of a connection failed" in x
+            for x in lines(caplog, logging.INFO, logger="fastapi_topaz")
+        )
+        == 1
+    )
+    assert any(
+        "judge() failed: RuntimeError: 99 more" in x
+        for x in lines(caplog, logging.INFO, logger="fastapi_topaz")
+    )

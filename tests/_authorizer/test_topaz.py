@@ -1,0 +1,347 @@
+"""
+The pool and a server of its own process: Topaz itself, where there is one.
+
+Everywhere else the embedded authorizer runs as that process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import anyio
+import attrs
+import grpc
+import pytest
+from anyio.to_thread import run_sync
+from aserto.authorizer.v2 import AuthorizerStub, IsRequest
+from starlette.requests import Request
+
+from fastapi_topaz import (
+    AuthorizerOptions,
+    ConnectFailed,
+    ConnectionPool,
+    Identity,
+    IdentityType,
+    TopazConfig,
+)
+from fastapi_topaz._authorizer.messages import is_request
+from fastapi_topaz.testing._certs import Certificates
+from kit.topaz.config import Config
+from kit.topaz.server import EMBEDDED, REAL, Topazd, TopazdError, free_port
+from kit.waiting import eventually
+
+
+pytestmark = pytest.mark.real_clock
+
+ALLOW = "conformance.allow"
+USERS = 200 if REAL else 40
+KEY = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module", params=["embedded", *(["topaz"] if REAL else [])])
+def command(request):
+    return [REAL] if request.param == "topaz" else EMBEDDED
+
+
+@pytest.fixture(scope="module")
+def servers(command, tmp_path_factory):
+    """One in plaintext and open to all, one with TLS and a key; neither runs."""
+    with (
+        Topazd(command, tmp_path_factory.mktemp("plain")) as plain,
+        Topazd(
+            command, tmp_path_factory.mktemp("locked"), tls=True, api_key=KEY
+        ) as locked,
+    ):
+        yield plain, locked
+
+
+@pytest.fixture
+def plain(servers):
+    yield servers[0].start()
+    print(servers[0].log)  # noqa: T201  (shown with a failure)
+
+
+@pytest.fixture
+def locked(servers):
+    yield servers[1].start()
+    print(servers[1].log)  # noqa: T201  (shown with a failure)
+
+
+def pooled(options, **settings):
+    pool = ConnectionPool(**{"min_connections": 0} | settings)
+    pool.configure(options)
+    return pool
+
+
+async def ask(pool, path=ALLOW, **question):
+    async with pool.acquire() as conn:
+        return await conn.decisions(policy_path=path, **question)
+
+
+# -- the process ----------------------------------------------------------------------
+
+
+def test_it_tells_its_version(plain):
+    assert plain.version().startswith("topazd ")
+
+
+def test_it_starts_and_ends_once_and_keeps_its_port(command, tmp_path):
+    with Topazd(command, tmp_path) as server:
+        server.stop()
+        port = server.start().port
+        assert server.start().port == port
+        server.stop()
+        server.kill()
+        begin, end = server.outages[0]
+        assert begin <= end
+
+
+def test_what_it_wrote_is_told_when_it_does_not_start(command, tmp_path):
+    with Topazd(command, tmp_path) as server:
+        server.config_file = tmp_path / "nowhere.yaml"
+        with pytest.raises(TopazdError, match="exited with 1") as caught:
+            server.start()
+    assert "nowhere.yaml" in str(caught.value)
+
+
+def test_one_that_never_answers_is_told_and_dies(tmp_path):
+    idle = [sys.executable, "-c", "import signal; signal.pause()"]
+    with Topazd(idle, tmp_path, patience=0) as server:
+        with pytest.raises(TopazdError, match="does not answer: Deadline Exceeded"):
+            server.start()
+        assert server._process is None
+
+
+def test_one_that_does_not_end_is_told_and_dies(command, tmp_path):
+    with Topazd(command, tmp_path) as server:
+        process = server.start()._process
+        server.freeze()
+        server.patience = 0.05
+        with pytest.raises(TopazdError, match="did not end on SIGTERM"):
+            server.stop()
+        assert process.poll() is not None
+
+
+def test_a_configuration_that_topaz_would_read_otherwise_is_refused(tmp_path):
+    config = Config(port=1, gateway_port=2, policies=pathlib.Path("it's"))
+    with pytest.raises(ValueError, match="something else"):
+        config.write(tmp_path / "config.yaml")
+
+
+def test_the_configuration_is_yaml_after_what_topaz_does_to_it(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    config = Config(port=1, gateway_port=2, api_key=KEY)
+    text = config.write(tmp_path / "config.yaml").read_text()
+    assert yaml.safe_load(text.replace('"', "'")) == json.loads(text)
+
+
+# -- who is let in --------------------------------------------------------------------
+
+
+async def test_tls_and_the_key(locked):
+    async with pooled(locked.options) as pool:
+        assert await ask(pool) == {"allowed": True}
+
+
+@pytest.mark.parametrize("key", [None, "wrong"])
+async def test_without_the_key_there_is_no_answer_but_the_connection_is_sound(
+    locked, key
+):
+    options = attrs.evolve(locked.options, api_key=key)
+    async with pooled(options, max_connections=1, health_check_interval=0.05) as pool:
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ask(pool)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        async with pool.acquire() as conn:
+            assert (await conn.info()).version
+        assert pool.status().healthy
+        assert not pool._counters.closes
+
+
+async def test_the_certificate_is_checked(locked):
+    other = Certificates.issue()
+    for options in (
+        attrs.evolve(locked.options, cert_file_path=other.ca_path),
+        attrs.evolve(locked.options, cert_file_path=None, insecure=True),
+    ):
+        async with pooled(options, max_retries=0) as pool:
+            with pytest.raises(ConnectFailed):
+                await ask(pool)
+
+
+async def test_tls_is_not_spoken_by_a_plaintext_server(plain, locked):
+    options = attrs.evolve(locked.options, url=plain.options.url)
+    async with pooled(options, max_retries=0) as pool:
+        with pytest.raises(ConnectFailed):
+            await ask(pool)
+
+
+# -- restarts -------------------------------------------------------------------------
+
+
+class Traffic:
+    """Users who ask one question after the other."""
+
+    def __init__(self, config):
+        self._config = config
+        self.answered = 0
+        self.failures = []
+        self.stopped = False
+
+    async def user(self):
+        request = Request(
+            {"type": "http", "method": "GET", "path": "/", "headers": []}
+            | {"path_params": {}}
+        )
+        while not self.stopped:
+            begin = time.monotonic()
+            try:
+                assert await self._config.is_allowed(request, ALLOW)
+            except Exception as error:  # noqa: BLE001  (kept, whatever it is)
+                self.failures.append((begin, time.monotonic(), error))
+                # The server that starts needs the processor, too.
+                await anyio.sleep(0.1)
+            else:
+                self.answered += 1
+
+    async def flows(self):
+        """Wait until as many more checks are answered as there are users."""
+        goal = self.answered + USERS
+        await eventually(lambda: self.answered >= goal, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "anyio_backend, end",
+    [
+        ("asyncio", "stop"),
+        ("trio", "kill"),
+        *([("asyncio", "kill"), ("trio", "stop")] if REAL else []),
+    ],
+    indirect=["anyio_backend"],
+)
+async def test_checks_survive_a_restart_and_fail_only_while_the_port_is_closed(
+    plain, anyio_backend, end
+):
+    pool = pooled(
+        plain.options,
+        max_connections=20,
+        streams_per_connection=10,
+        acquire_timeout=30,
+    )
+    config = TopazConfig(
+        authorizer_options=plain.options,
+        policy_path_root="conformance",
+        identity_provider=lambda _request: Identity(IdentityType.NONE),
+        connection_pool=pool,
+        check_timeout=30,
+    )
+    traffic = Traffic(config)
+    async with pool, anyio.create_task_group() as tasks:
+        for _ in range(USERS):
+            tasks.start_soon(traffic.user)
+        await traffic.flows()
+        assert traffic.failures == []
+        await run_sync(getattr(plain, end))
+        await run_sync(plain.start)
+        await traffic.flows()
+        traffic.stopped = True
+    closed, open_again = plain.outages[-1]
+    for begin, finish, error in traffic.failures:
+        assert finish >= closed, f"failed before the restart: {error!r}"
+        assert begin <= open_again, f"failed after the restart: {error!r}"
+
+
+@pytest.mark.parametrize(
+    "anyio_backend", ["trio", *(["asyncio"] if REAL else [])], indirect=True
+)
+async def test_a_frozen_server_is_found_and_found_again(plain, anyio_backend):
+    async with pooled(
+        plain.options,
+        max_connections=1,
+        health_check_interval=0.1,
+        health_check_timeout=0.3,
+    ) as pool:
+        assert await ask(pool) == {"allowed": True}
+        plain.freeze()
+        try:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ask(pool, timeout=0.1)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            await eventually(lambda: pool._counters.closes.get("unhealthy"))
+        finally:
+            plain.thaw()
+
+        async def answers():
+            try:
+                return await ask(pool, timeout=5)
+            except Exception:  # noqa: BLE001  (not yet)
+                return None
+
+        with anyio.fail_after(30):
+            # A call is what tells, and no event.
+            while await answers() != {"allowed": True}:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        assert pool.status().healthy
+
+
+# -- what it costs --------------------------------------------------------------------
+
+
+async def _cost(check, calls):
+    """Return seconds of CPU that one check costs this process, all threads of it."""
+    gc.collect()
+    before = time.process_time()
+    for _ in range(calls):
+        await check()
+    return (time.process_time() - before) / calls
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_what_a_check_costs_beside_a_bare_call(plain, command, anyio_backend):
+    request = IsRequest.FromString(
+        is_request(ALLOW, ("allowed",), Identity(IdentityType.NONE), None, None, None)
+    )
+    own = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+    async with (
+        pooled(plain.options) as pool,
+        grpc.aio.insecure_channel(plain.options.url, options=own) as channel,
+    ):
+        stub = AuthorizerStub(channel)
+
+        async def bare():
+            (decision,) = (await stub.Is(request, timeout=5)).decisions
+            assert getattr(decision, "is")
+
+        async def pooled_check():
+            assert (await ask(pool, timeout=5))["allowed"]
+
+        # What is asserted of Topaz needs many calls; those of the embedded one only
+        # show that this measures.
+        real = command != EMBEDDED
+        rounds, calls = (9, 1000) if real else (1, 10)
+        ratios = []
+        for _ in range(rounds):
+            cost = await _cost(bare, calls)
+            ratios.append(await _cost(pooled_check, calls) / cost)
+    print(ratios)  # noqa: T201  (shown with a failure)
+    assert not real or statistics.median(ratios) <= 1.1
+
+
+def test_ports_that_are_free_are_different():
+    with free_port() as one, free_port() as two:
+        assert one.getsockname() != two.getsockname()
+
+
+def test_options_lead_to_the_server(servers):
+    plain, locked = servers
+    assert plain.options == AuthorizerOptions(
+        url=f"127.0.0.1:{plain.port}", insecure=True
+    )
+    assert locked.options.api_key == KEY
+    assert not locked.options.insecure

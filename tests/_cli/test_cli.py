@@ -1,0 +1,426 @@
+"""The console script, run as its users run it: in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import attrs
+import pytest
+from fastapi import FastAPI
+
+from fastapi_topaz import cli
+from fastapi_topaz._cli import demo_command as _demo_command
+from fastapi_topaz.testing import EmbeddedAuthorizer
+
+
+pytestmark = pytest.mark.real_clock
+
+BACKENDS = ["asyncio", "trio"]
+
+
+@attrs.frozen
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    def row(self, name):
+        """Return the cells of the table row that begins with *name*."""
+        for line in self.out.splitlines():
+            cells = [cell.strip() for cell in re.split(r"[│|]", line)[1:-1]]
+            if cells and cells[0] == name:
+                return cells[1:]
+        raise AssertionError(f"no row {name!r} in {self.out}")
+
+    def number(self, name):
+        return float(self.row(name)[0].removesuffix(" ms"))
+
+
+def command(*args):
+    return [sys.executable, "-W", "error", "-m", "fastapi_topaz", *args]
+
+
+def environment(**more):
+    # Neither colours nor somebody's proxy or narrow screen.
+    hidden = ("FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TOPAZ_API_KEY")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return {
+        **kept,
+        "NO_COLOR": "1",
+        "COLUMNS": "80",
+        "PYTHONIOENCODING": "utf-8",
+        **more,
+    }
+
+
+def run(*args, **env):
+    """Run the command in a process of its own."""
+    done = subprocess.run(
+        command(*args),
+        env=environment(**env),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=50,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+FORKS = """
+import importlib, json, os, sys, traceback
+# These take most of the time of a start, and none of them is of the extra.
+import fastapi, fastapi_topaz.testing
+
+class Blocker:
+    def __init__(self, name):
+        assert name not in sys.modules
+        self.name = name
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == self.name:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+def main(args, env, without, out, err):
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(env)
+    if without:
+        sys.meta_path.insert(0, Blocker(without))
+    try:
+        importlib.import_module("fastapi_topaz.cli").main(args)
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        code = main(**json.loads(line))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_forked(tmp_path_factory):
+    """A `run` for many: in forks of one process, because a start takes a second."""
+    folder = tmp_path_factory.mktemp("forked")
+    numbers = itertools.count()
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", FORKS],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    ) as process:
+
+        def run_forked(*args, without=None, **env):
+            number = next(numbers)
+            out, err = folder / f"{number}.out", folder / f"{number}.err"
+            task = {"args": args, "env": environment(**env), "without": without}
+            process.stdin.write(json.dumps(task | {"out": str(out), "err": str(err)}))
+            process.stdin.write("\n")
+            process.stdin.flush()
+            code = int(process.stdout.readline())
+            return Ended(code, out.read_text("utf-8"), err.read_text("utf-8"))
+
+        yield run_forked
+        # With a child that hangs.
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def nobody():
+    """An address where a connection is refused, as long as the test runs."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def demo(request):
+    return run("demo", "--requests", "200", "--backend", request.param)
+
+
+def test_all_is_answered_as_the_policies_say(demo):
+    ended = demo
+
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.number("requests") == 200
+    # Three in eight are denied.
+    assert ended.number("allowed (200)") == 125
+    assert ended.number("denied (403)") == 75
+    assert ended.number("failed") == 0
+    assert ended.number("checks answered") == 200
+    assert 0 < ended.number("latency p50") <= ended.number("latency p99")
+    assert ended.number("requests per second") > 0
+
+
+def test_there_are_never_more_connections_than_allowed(demo):
+    ended = demo
+
+    status, total, idle, busy, healthy, most, streams = ended.row("afterwards")
+    assert (status, busy, streams) == ("ok", "0", "0/10")
+    assert (
+        int(total) == int(idle) == int(healthy) == ended.number("TCP connections open")
+    )
+    assert 1 <= ended.number("TCP connections accepted") <= int(most) == 10
+    total, idle, busy = map(int, ended.row("halfway")[1:4])
+    assert total == idle + busy <= 10
+
+
+def test_streams_are_the_capacity_of_a_connection(run_forked):
+    ended = run_forked("demo", "--requests", "50", "--streams", "5")
+
+    assert ended.code == 0
+    assert ended.row("afterwards")[-1] == "0/50"
+
+
+def test_one_request_is_enough(run_forked):
+    ended = run_forked("demo", "--requests", "1", "--concurrency", "7")
+
+    assert ended.code == 0
+    assert ended.number("requests") == ended.number("allowed (200)") == 1
+
+
+def test_proxies_of_the_environment_are_not_asked(nobody, run_forked):
+    ended = run_forked("demo", "--requests", "8", HTTP_PROXY=f"http://{nobody}")
+
+    assert ended.code == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_real_topaz_that_is_not_there(backend, nobody, run_forked):
+    ended = run_forked(
+        *("demo", "--url", nobody, "--insecure", "--backend", backend),
+        *("--requests", "500", "--concurrency", "10"),
+    )
+
+    assert (ended.code, ended.err) == (1, "")
+    assert ended.number("failed") == ended.number("requests") < 500
+    assert ended.number("allowed (200)") == ended.number("denied (403)") == 0
+    assert ended.row("checks answered") == ["n/a"]
+    assert "Gave up after" in ended.out
+    assert "x answered 503" in ended.out
+    [cause] = re.findall(r"^Cause: .*", ended.out, re.MULTILINE)
+    assert nobody in cause
+    assert "refused" in cause
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_real_topaz_may_decide_as_it_likes(backend, run_forked):
+    with EmbeddedAuthorizer(
+        {
+            "other.GET.documents": False,
+            "other.GET.documents.__id": True,
+            "other.DELETE.documents.__id": False,
+        },
+        tls=True,
+        api_key="secret",
+    ) as topaz:
+        ended = run_forked(
+            *("demo", "--url", topaz.url, "--cert", topaz.ca_cert_path),
+            *("--policy-root", "other", "--requests", "80", "--backend", backend),
+            TOPAZ_API_KEY="secret",
+        )
+
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.number("allowed (200)") == ended.number("denied (403)") == 40
+        assert topaz.calls["Is"] == 80
+        assert topaz.connections_accepted <= 10
+
+
+def test_some_requests_that_fail_are_enough_for_exit_code_1(run_forked):
+    policies = {"myapp.GET.documents": True, "myapp.GET.documents.__id": True}
+    with EmbeddedAuthorizer(policies) as topaz:
+        ended = run_forked("demo", "--url", topaz.url, "--insecure", "--requests", "80")
+
+    assert (ended.code, ended.err) == (1, "")
+    assert ended.number("requests") == 80
+    assert ended.number("allowed (200)") == 60
+    assert ended.number("failed") == 20
+    assert "Failed: 20 x answered 500" in ended.out
+    assert "Cause: no decision on myapp.DELETE.documents.__id" in ended.out
+
+
+WRONG = {
+    "demo --bogus": "--bogus",
+    "demo --requests 0": "--requests",
+    "demo --concurrency=-1": "--concurrency",
+    "demo --streams 0": "--streams",
+    "demo --backend curio": "--backend",
+    "demo --insecure": "need --url",
+    "demo --url http://topaz": "without a scheme",
+    "demo --url x:1 --cert there-is-none.pem": "--cert",
+    f"demo --url x:1 --insecure --cert {__file__}": "exclude",
+    "demo --policy-root=": "policy_path_root",
+    "dmeo": "dmeo",
+}
+QUESTIONS = {
+    "--version": r"^fastapi-topaz-pool \d+\.\d+",
+    "--help": "Usage: fastapi-topaz-pool",
+    "demo --help": "Usage: fastapi-topaz-pool demo",
+}
+
+
+@pytest.mark.parametrize("line, complaint", WRONG.items())
+def test_wrong_usage(line, complaint, run_forked):
+    ended = run_forked(*line.split())
+    assert ended.code == 2
+    assert complaint in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("line, answer", QUESTIONS.items())
+def test_questions_about_itself(line, answer, run_forked):
+    ended = run_forked(*line.split())
+    assert (ended.code, ended.err) == (0, "")
+    assert re.search(answer, ended.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", ["dmeo", "--version"])
+def test_a_process_of_its_own_says_the_same(line, run_forked):
+    assert run(*line.split()) == run_forked(*line.split())
+
+
+@pytest.mark.parametrize(
+    "name, backend",
+    [
+        ("typer", "asyncio"),
+        ("rich", "asyncio"),
+        ("httpx", "asyncio"),
+        ("uvicorn", "asyncio"),
+        ("hypercorn", "trio"),
+        ("trio", "trio"),
+    ],
+)
+def test_the_extra_is_named_when_it_is_not_installed(name, backend, run_forked):
+    ended = run_forked("demo", "--backend", backend, without=name)
+
+    assert ended.code == 2
+    assert re.fullmatch(
+        rf"{name}\S* is missing: pip install 'fastapi-topaz-pool\[demo\]'\n", ended.err
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ctrl_c_ends_it_without_a_traceback(backend):
+    arguments = ("demo", "--requests", "1000000", "--backend", backend)
+    with subprocess.Popen(
+        command(*arguments),
+        env=environment(PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        # Printed when the authorizer runs and the server is about to start.
+        process.stdout.readline()
+        for _ in range(5):
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, err = process.communicate(timeout=10)
+                break
+            # Python drops a KeyboardInterrupt that happens to be raised in a weakref
+            # callback, and says so; a person presses the keys again.
+        else:
+            process.kill()
+            pytest.fail("it did not stop")
+
+    assert process.returncode == 130
+    assert "Traceback" not in err or "Exception ignored in" in err
+
+
+def test_in_this_process_it_leaves_nothing_behind(capsys):
+    import logging
+    import threading
+
+    before = set(threading.enumerate()), list(logging.getLogger().handlers)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--requests", "20", "--backend", "trio"])
+
+    assert ended.value.code in {0, None}
+    assert "failed" in capsys.readouterr().out
+    threads, handlers = before
+    # Of those before, gRPC's own may have ended meanwhile.
+    assert set(threading.enumerate()) <= threads
+    assert list(logging.getLogger().handlers) == handlers
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_server_that_does_not_start(backend, monkeypatch, capsys):
+    from fastapi_topaz._cli import demo_command as _demo_command
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app):
+        raise OSError("no space left")
+        yield
+
+    monkeypatch.setattr(
+        _demo_command, "application", lambda _: FastAPI(lifespan=lifespan)
+    )
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--backend", backend])
+
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert "Failed: the server did not start" in printed.out
+    assert "no space left" in printed.out
+    assert printed.err == ""
+
+
+def test_another_missing_module_is_not_blamed_on_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi_topaz._cli.demo_command", None)
+
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["--version"])
+
+
+# -- loading the command ------------------------------------------------------------
+
+
+def test_importing_the_console_script_runs_nothing():
+    """As those do who look through all modules of a package."""
+    importlib.import_module("fastapi_topaz.__main__")
+
+
+def test_ctrl_c_while_the_command_is_loaded_has_no_traceback(monkeypatch, capsys):
+    class Pressed:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == "fastapi_topaz._cli.demo_command":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "fastapi_topaz._cli.demo_command")
+    monkeypatch.setattr(sys, "meta_path", [Pressed, *sys.meta_path])
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo"])
+
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_a_command_that_returns_was_a_success(monkeypatch):
+    monkeypatch.setattr(_demo_command, "commands", lambda **_: None)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+
+    assert ended.value.code is None

@@ -1,0 +1,264 @@
+"""Calls end alike, driven on gRPC's core or made by grpc.aio itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+
+import anyio
+import grpc
+import grpc.aio
+import pytest
+import trio
+
+from fastapi_topaz import ConnectFailed, ConnectionLost, ConnectionPool
+from fastapi_topaz._authorizer import messages as _messages
+from fastapi_topaz._grpcio import call as _call
+from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz._grpcio.loop_thread import LoopThread
+from fastapi_topaz.testing import EmbeddedAuthorizer
+from kit.channels import connected
+from kit.waiting import eventually
+
+
+pytestmark = [pytest.mark.real_clock, pytest.mark.uvloop]
+
+QUESTION = _messages.is_request("app.GET.x", ("allowed",), None, None, None, None)
+KINDS = [_call.DirectCall, _call.TaskCall]
+
+
+@pytest.fixture(params=KINDS, ids=lambda call_class: call_class.__name__, autouse=True)
+def call_class(request, monkeypatch):
+    monkeypatch.setattr(_call, "_call_class", request.param)
+    return request.param
+
+
+@pytest.fixture
+def authorizer(embedded_authorizer):
+    embedded_authorizer.policies = {"app.GET.x": True}
+    return embedded_authorizer
+
+
+async def ask(connection, *, timeout=10.0, metadata=()):
+    return await connection.call(
+        _messages.IS, QUESTION, timeout=timeout, metadata=metadata
+    )
+
+
+async def test_an_answer_is_its_bytes(authorizer):
+    async with connected(authorizer.options) as connection:
+        answers = []
+        async with anyio.create_task_group() as callers:
+
+            async def caller():
+                answers.append(await ask(connection, timeout=None))
+
+            for _ in range(30):
+                callers.start_soon(caller)
+        assert len(answers) == 30
+        assert all(isinstance(answer, bytes) and answer for answer in answers)
+
+
+async def test_an_error_says_what_the_server_said(authorizer):
+    authorizer.fail("RESOURCE_EXHAUSTED", "too many of them", times=1)
+    async with connected(authorizer.options) as connection:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(connection)
+        error = caught.value
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error.details() == "too many of them"
+        assert isinstance(error.trailing_metadata(), grpc.aio.Metadata)
+        assert isinstance(error.initial_metadata(), grpc.aio.Metadata)
+        assert "too many of them" in (error.debug_error_string() or "")
+        assert await ask(connection)
+
+
+async def test_a_deadline_ends_the_call_and_not_the_connection(authorizer):
+    async with connected(authorizer.options) as connection:
+        authorizer.delay = 5.0
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(connection, timeout=0.1)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        authorizer.delay = 0.0
+        assert await ask(connection)
+
+
+async def test_a_cancelled_caller_leaves_and_the_server_is_told(authorizer):
+    authorizer.delay = 60.0
+    async with connected(authorizer.options) as connection:
+        async with anyio.create_task_group() as callers:
+
+            async def caller():
+                with anyio.CancelScope() as scope:
+                    scopes.append(scope)
+                    await ask(connection, timeout=60)
+
+            scopes = []
+            for _ in range(5):
+                callers.start_soon(caller)
+            await eventually(lambda: authorizer.streams == 5)
+            for scope in scopes:
+                scope.cancel()
+        assert all(scope.cancelled_caught for scope in scopes)
+        await eventually(lambda: authorizer.streams == 0)
+        authorizer.delay = 0.0
+        assert await ask(connection)
+
+
+async def test_closing_ends_calls_with_connection_lost_at_once(authorizer):
+    authorizer.delay = 60.0
+    lost = []
+    async with connected(authorizer.options) as connection:
+        async with anyio.create_task_group() as callers:
+
+            async def caller():
+                try:
+                    await ask(connection, timeout=60)
+                except ConnectionLost:
+                    lost.append(True)
+
+            for _ in range(5):
+                callers.start_soon(caller)
+            await eventually(lambda: authorizer.streams == 5)
+            await connection.close(0)
+        with pytest.raises(ConnectionLost):
+            await ask(connection)
+    assert lost == [True] * 5
+
+
+async def test_a_close_with_grace_lets_calls_end(authorizer):
+    authorizer.delay = 0.3
+    answers = []
+    async with (
+        connected(authorizer.options) as connection,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def caller():
+            answers.append(await ask(connection))
+
+        for _ in range(5):
+            tasks.start_soon(caller)
+        await eventually(lambda: authorizer.streams == 5)
+        await connection.close(30)
+    assert len(answers) == 5
+    assert all(answers)
+
+
+async def test_metadata_of_a_call_goes_with_it_in_any_form(authorizer):
+    async with connected(authorizer.options) as connection:
+        for metadata in [(("a-b", "c"),), [("a-b", "c"), ("x-bin", b"\0\xff")]]:
+            assert await ask(connection, metadata=metadata)
+        assert await ask(connection, metadata=(["a-b", "c"],))
+
+
+async def test_a_caller_cancelled_before_it_asks_asks_nobody(authorizer, monkeypatch):
+    # On trio the loop thread might have the answer before it hears of the cancellation.
+    handed = []
+    async with connected(authorizer.options) as connection:
+        with anyio.CancelScope() as scope, monkeypatch.context() as patch:
+            patch.setattr(LoopThread, "call_soon", lambda *args: handed.append(args))
+            scope.cancel()
+            await ask(connection)
+        assert scope.cancelled_caught
+        assert not handed
+        assert await ask(connection)
+
+
+async def test_an_error_is_gone_with_the_last_who_keeps_it(authorizer):
+    """It makes no circle with its own frames, which hold what callers have sent."""
+
+    def errors():
+        return sum(isinstance(x, grpc.aio.AioRpcError) for x in gc.get_objects())
+
+    authorizer.fail("NOT_FOUND")
+    async with connected(authorizer.options) as connection:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await ask(connection)
+            assert errors() <= 1
+        finally:
+            gc.enable()
+
+
+async def test_interceptors_that_others_put_on_all_channels_are_passed_by(
+    authorizer, monkeypatch
+):
+    class Nosy(grpc.aio.UnaryUnaryClientInterceptor):
+        async def intercept_unary_unary(self, continuation, details, request):
+            raise AssertionError("asked")
+
+    plain = grpc.aio.insecure_channel
+    monkeypatch.setattr(
+        grpc.aio,
+        "insecure_channel",
+        lambda target, options: plain(target, options=options, interceptors=[Nosy()]),
+    )
+    async with connected(authorizer.options) as connection:
+        assert await ask(connection)
+    authorizer.stop()
+    with pytest.raises(ConnectFailed, match="refused"):
+        await GrpcConnector(authorizer.options.target).connect(10)
+
+
+@pytest.mark.parametrize("call_class", [None], indirect=True)
+def test_trio_as_the_guest_of_asyncio_asks_as_well(authorizer, call_class):
+    """Two loops share a thread, and gRPC is driven from the inner one."""
+
+    async def guest():
+        pool = ConnectionPool()
+        pool.configure(authorizer.options)
+        async with pool:
+            for _ in range(20):
+                async with pool.acquire() as conn:
+                    await conn.info()
+        return "asked"
+
+    async def host():
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        trio.lowlevel.start_guest_run(
+            guest,
+            run_sync_soon_threadsafe=loop.call_soon_threadsafe,
+            done_callback=done.set_result,
+        )
+        return (await done).unwrap()
+
+    assert asyncio.run(host()) == "asked"
+
+
+class AnotherInside:
+    """A channel whose inside is not as it was when this was written."""
+
+    class _channel:  # noqa: N801
+        @staticmethod
+        def call(method, deadline):
+            raise AssertionError("called with less than it should be")
+
+
+@pytest.mark.parametrize("call_class", [None], indirect=True)
+@pytest.mark.parametrize("channel", [AnotherInside(), object()])
+def test_where_grpc_has_another_inside_its_own_calls_are_used(
+    channel, call_class, caplog
+):
+    with caplog.at_level(logging.INFO, "fastapi_topaz"):
+        _call.detect_call_class(channel)
+        _call.detect_call_class(channel)
+    assert _call._call_class is _call.TaskCall
+    assert not _call.is_direct()
+    assert [r.message for r in caplog.records] == [
+        f"gRPC {grpc.__version__} has another inside than known: its own calls are used"
+    ]
+
+
+@pytest.mark.parametrize("call_class", [None], indirect=True)
+async def test_the_grpc_installed_here_is_driven_on_its_core(call_class):
+    with EmbeddedAuthorizer({"app.GET.x": True}) as authorizer:
+        async with connected(authorizer.options) as connection:
+            assert await ask(connection)
+    assert _call.is_direct()

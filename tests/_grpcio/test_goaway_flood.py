@@ -1,0 +1,459 @@
+"""A server that ends each connection costs few connects, little memory and no hang."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import grpc
+import psutil
+import pytest
+
+from fastapi_topaz import (
+    ConnectFailed,
+    ConnectionLost,
+    ConnectionPool,
+    TopazError,
+    Verdict,
+)
+from fastapi_topaz._grpcio.connector import GrpcConnector
+from kit.configs import POLICY, REQUEST, config_of
+from kit.faultkit.frames import ACK, HEAD, SETTINGS, answer, frame
+from kit.waiting import eventually
+
+
+pytestmark = pytest.mark.real_clock
+
+PATIENCE = 20.0
+CONNECTS, MIB, CPU = 20, 20, 2.0
+"""What one check may cost: connects, MiB of memory, seconds of CPU time."""
+METHOD = "/aserto.authorizer.v2.Authorizer/Is"
+GRPC = tuple(map(int, grpc.__version__.split(".")[:2]))
+MAX_CONCURRENT_STREAMS = 3
+REFUSED_STREAM, ENHANCE_YOUR_CALM = 7, 11
+LAST = 2**31 - 1
+"""The number of the last stream in a GOAWAY that only warns."""
+
+
+def settings(wire):
+    wire.settings({})
+
+
+def goaway(code=0, **options):
+    """Return a greeting that ends the connection, and leaves the socket open."""
+
+    def greeting(wire):
+        settings(wire)
+        wire.goaway(code, **options)
+
+    return greeting
+
+
+def closing(greeting):
+    def then_close(wire):
+        greeting(wire)
+        wire.close()
+
+    return then_close
+
+
+def goaways(wire):
+    settings(wire)
+    for number in range(50):
+        wire.goaway(last=LAST - 2 * number)
+
+
+def no_streams(wire):
+    wire.settings({MAX_CONCURRENT_STREAMS: 0})
+
+
+def no_streams_and_goaway(wire):
+    no_streams(wire)
+    wire.goaway()
+
+
+def acknowledged(wire):
+    # No SETTINGS of its own.
+    wire.send(frame(SETTINGS, ACK, 0))
+    wire.goaway()
+
+
+# By greeting. What such a server answers does not matter: it answers well if it is
+# asked in time.
+GREETINGS = {
+    **{f"GOAWAY with code {code}": goaway(code) for code in (*range(13), 2**32 - 1)},
+    "GOAWAY for later streams": goaway(last=LAST),
+    "GOAWAY for all but the first stream": goaway(last=1),
+    "GOAWAY with a long text": goaway(ENHANCE_YOUR_CALM, debug=b"x" * 10_000),
+    "GOAWAY, and a close": closing(goaway()),
+    "many GOAWAYs": goaways,
+    "a close": closing(settings),
+    "a close at once": closing(lambda _wire: None),
+    "GOAWAY without SETTINGS": lambda wire: wire.goaway(),
+    "GOAWAY after an ACK": acknowledged,
+    "no streams": no_streams,
+    "no streams, and GOAWAY": no_streams_and_goaway,
+}
+
+
+def go(**options):
+    return lambda wire, _stream, _method: wire.goaway(**options)
+
+
+def go_and_close(wire, _stream, _method):
+    wire.goaway()
+    wire.close()
+
+
+def refuse_and_go(wire, stream, _method):
+    wire.reset(stream, REFUSED_STREAM)
+    wire.goaway()
+
+
+def push_back(wire, stream, _method):
+    # gRPC would retry at once if a policy for retries said so.
+    tail = [("grpc-status", "14"), ("grpc-retry-pushback-ms", "0")]
+    wire.headers(stream, [*HEAD, *tail], end=True)
+
+
+# By what each request meets.
+SCRIPTS = {
+    "GOAWAY": go(),
+    "GOAWAY too_many_pings": go(code=ENHANCE_YOUR_CALM, debug=b"too_many_pings"),
+    "GOAWAY after this request": lambda wire, stream, _method: wire.goaway(last=stream),
+    "GOAWAY for later requests": go(last=LAST),
+    "GOAWAY, and a close": go_and_close,
+    "a close": lambda wire, _stream, _method: wire.close(),
+    "REFUSED_STREAM": lambda wire, stream, _method: wire.reset(stream, REFUSED_STREAM),
+    "ENHANCE_YOUR_CALM": lambda wire, stream, _method: wire.reset(
+        stream, ENHANCE_YOUR_CALM
+    ),
+    "REFUSED_STREAM and GOAWAY": refuse_and_go,
+    "UNAVAILABLE, to be retried at once": push_back,
+}
+
+
+# These leave a check to its deadline.
+SILENT = {"no streams", "no streams, and GOAWAY"}
+SILENT |= {"GOAWAY after this request", "GOAWAY for later requests"}
+SHORT, ENOUGH = 2.0, 5.0
+
+
+def flooded_config(frame_server, timeout=PATIENCE, **options):
+    pool = ConnectionPool(**{"streams_per_connection": 10, **options})
+    return config_of(pool, frame_server.options, check_timeout=timeout)
+
+
+def mib():
+    """Return the memory of this process in MiB."""
+    return psutil.Process().memory_info().rss / 2**20
+
+
+async def ends_of(config, callers):
+    """Return how the checks of so many callers end, by their number."""
+    ends = Counter()
+
+    async def check():
+        try:
+            ends[await config.is_allowed(REQUEST, POLICY)] += 1
+        except (grpc.aio.AioRpcError, TopazError) as error:
+            ends[type(error).__name__] += 1
+
+    async with config.connection_pool, anyio.create_task_group() as tasks:
+        for _ in range(callers):
+            tasks.start_soon(check)
+    return ends
+
+
+# Each costs one caller, and some cost many callers.
+AT_ONCE = [
+    *((name, 1) for name in GREETINGS),
+    *((name, 20) for name in GREETINGS if "code" not in name),
+    ("GOAWAY with code 0", 20),
+]
+
+
+@pytest.mark.parametrize("name, callers", AT_ONCE)
+async def test_connections_that_are_ended_at_once_are_few_and_small(
+    frame_server, name, callers
+):
+    frame_server.greeting = GREETINGS[name]
+    # No second attempt of the pool, so that those of gRPC count.
+    timeout = SHORT if name in SILENT else ENOUGH
+    config = flooded_config(frame_server, timeout, min_connections=0, max_retries=0)
+    before = mib()
+    ends = await ends_of(config, callers)
+    assert mib() - before < MIB
+    assert ends.total() == callers
+    assert False not in ends
+    assert 1 <= frame_server.accepted <= CONNECTS
+
+
+@pytest.mark.parametrize("callers", [1, 20])
+@pytest.mark.parametrize("name", SCRIPTS)
+async def test_connections_that_are_ended_by_each_call_are_few_and_small(
+    frame_server, name, callers
+):
+    frame_server.script = SCRIPTS[name]
+    config = flooded_config(frame_server, SHORT if name in SILENT else ENOUGH)
+    before = mib()
+    ends = await ends_of(config, callers)
+    assert mib() - before < MIB
+    assert ends.total() == callers
+    assert not {True, False} & ends.keys()
+    assert 1 <= frame_server.accepted <= CONNECTS
+
+
+@pytest.mark.parametrize("callers", [1, 20])
+async def test_connections_that_are_ended_with_their_first_answer_are_few(
+    frame_server, callers
+):
+    """No call can use such a connection, though its first probe was answered."""
+
+    def go_and_answer(wire, stream, method):
+        wire.goaway(last=stream)
+        answer()(wire, stream, method)
+
+    frame_server.script = go_and_answer
+    config = flooded_config(frame_server, SHORT)
+    ends = await ends_of(config, callers)
+    assert ends.total() == callers
+    assert False not in ends
+    assert 1 <= frame_server.accepted <= CONNECTS
+
+
+def cost_of(frame_server, backend, callers):
+    """Return what the checks of so many callers cost a process of their own."""
+    program = Path(__file__).parents[1] / "kit" / "flooded.py"
+    command = [sys.executable, program, frame_server.url, backend, str(callers), "5"]
+    run = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize(
+    "greeting, script, backend, callers",
+    [
+        (goaway(), answer(), "asyncio", 1),
+        (goaway(), answer(), "trio", 20),
+        (goaway(ENHANCE_YOUR_CALM), answer(), "asyncio", 20),
+        (goaways, go(), "trio", 1),
+        (settings, SCRIPTS["GOAWAY too_many_pings"], "asyncio", 20),
+    ],
+)
+def test_a_check_of_a_server_that_says_goaway_is_cheap(
+    frame_server, greeting, script, backend, callers
+):
+    """With its own retries, gRPC takes hundreds of MiB a second until the deadline."""
+    frame_server.greeting, frame_server.script = greeting, script
+    cost = cost_of(frame_server, backend, callers)
+    assert Counter(cost["ends"]).total() == callers
+    # Each ends with its reason, long before its deadline.
+    assert "DEADLINE_EXCEEDED" not in cost["ends"]
+    assert cost["mib"] < MIB
+    assert cost["cpu"] < CPU
+    assert frame_server.accepted <= CONNECTS
+
+
+@pytest.mark.xfail(
+    GRPC >= (1, 84),
+    reason="gRPC's core aborts the process: it has no name for the code",
+    strict=False,
+)
+@pytest.mark.parametrize("code", [13, 70_007])
+def test_a_goaway_with_a_code_that_is_rare_does_no_harm(frame_server, code):
+    """HTTP_1_1_REQUIRED, and what Apache's httpd sends (AH03069)."""
+    frame_server.greeting = goaway(code)
+    assert cost_of(frame_server, "asyncio", 1)["mib"] < MIB
+
+
+async def test_an_attempt_makes_one_connection(frame_server):
+    # Asked for its state, gRPC would connect again at once, over and over.
+    frame_server.greeting = closing(settings)
+    connector = GrpcConnector(frame_server.options.target)
+    failed = Counter()
+    for attempt in range(1, 31):
+        try:
+            connection = await connector.connect(PATIENCE)
+        except ConnectFailed as error:
+            failed["ended the connection as soon as it was ready" in str(error)] += 1
+        else:
+            await connection.close(0)
+        assert frame_server.accepted == attempt
+    assert failed[True] >= 1
+
+
+ARGUMENTS = {"timeout": PATIENCE, "metadata": ()}
+
+
+@asynccontextmanager
+async def ended(frame_server, end=go_and_close):
+    """Yield a connection that was answered once and then ended."""
+    connection = await GrpcConnector(frame_server.options.target).connect(PATIENCE)
+    frame_server.script = lambda *request: (answer()(*request), end(*request))
+    await connection.call(METHOD, b"", **ARGUMENTS)
+    await eventually(connection.is_lost)
+    frame_server.script = answer()
+    yield connection
+    await connection.close(0)
+
+
+@pytest.mark.parametrize("end", [go(), go_and_close, go(last=LAST)])
+async def test_a_call_on_a_connection_that_has_ended_connects_once(frame_server, end):
+    # So a lease outlives a GOAWAY; the pool replaces the connection nevertheless.
+    async with ended(frame_server, end) as connection:
+        assert await connection.call(METHOD, b"", **ARGUMENTS)
+        await connection.probe(PATIENCE)
+        assert await connection.call(METHOD, b"", timeout=None, metadata=())
+        assert connection.is_lost()
+    assert (frame_server.accepted, frame_server.calls) == (2, {"Is": 3, "Info": 1})
+
+
+async def test_calls_on_a_connection_that_is_ended_each_time_connect_seldom(
+    frame_server,
+):
+    calls = 20
+    async with ended(frame_server) as connection:
+        frame_server.greeting = closing(settings)
+        for _ in range(calls):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await connection.call(METHOD, b"", **ARGUMENTS)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            verdict = connection.judge(caught.value)
+            assert verdict in {Verdict.UNAVAILABLE, Verdict.BROKEN}
+    # A few reach gRPC before it knows that the socket is closed.
+    assert frame_server.accepted <= 1 + 3 * calls
+
+
+async def test_a_call_that_cannot_connect_again_says_why(frame_server):
+    async with ended(frame_server) as connection:
+        frame_server.greeting = closing(lambda _wire: None)
+        for ask in (
+            lambda: connection.call(METHOD, b"", **ARGUMENTS),
+            lambda: connection.probe(PATIENCE),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match="was not sent") as caught:
+                await ask()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "the server closed the connection" in caught.value.details()
+
+
+async def test_a_call_that_connects_again_has_no_more_time_than_others(frame_server):
+    async with ended(frame_server) as connection:
+        frame_server.greeting = lambda _wire: None
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await connection.call(METHOD, b"", timeout=0.2, metadata=())
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_call_that_connects_again_ends_with_its_link(frame_server):
+    async with ended(frame_server) as connection:
+        frame_server.greeting = lambda _wire: None
+        before = frame_server.accepted
+
+        async def ask():
+            with pytest.raises(ConnectionLost):
+                await connection.call(METHOD, b"", **ARGUMENTS)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            await eventually(lambda: frame_server.accepted > before)
+            await connection.close(0)
+        with pytest.raises(ConnectionLost):
+            await connection.call(METHOD, b"", **ARGUMENTS)
+
+
+async def test_a_caller_may_give_up_while_its_call_connects_again(frame_server):
+    async with ended(frame_server) as connection:
+        frame_server.greeting = lambda _wire: None
+        before = frame_server.accepted
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: connection.call(METHOD, b"", **ARGUMENTS))
+            await eventually(lambda: frame_server.accepted > before)
+            tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["GOAWAY", "GOAWAY, and a close", "REFUSED_STREAM", "REFUSED_STREAM and GOAWAY"],
+)
+async def test_a_call_that_the_server_did_not_begin_is_asked_again(
+    frame_server, script
+):
+    """The check makes up for the retries that gRPC does not make."""
+    met = []
+
+    def once(wire, stream, method):
+        if method == "Is" and not met:
+            met.append(stream)
+            SCRIPTS[script](wire, stream, method)
+        else:
+            answer()(wire, stream, method)
+
+    frame_server.script = once
+    async with (config := flooded_config(frame_server)).connection_pool:
+        assert await config.is_allowed(REQUEST, POLICY) is True
+    # One more if the first connection was asked for it again before it said GOAWAY.
+    assert frame_server.calls["Is"] in (
+        {2, 3} if script == "REFUSED_STREAM and GOAWAY" else {2}
+    )
+
+
+@pytest.mark.parametrize("times", [1, 2] * 5)
+async def test_a_call_that_goaway_excludes_is_sent_once_more(frame_server, times):
+    # As gRPC's own retries would do it, but not again and again.
+    rest = [go()] * times
+
+    def script(*request):
+        (rest.pop() if rest else answer())(*request)
+
+    frame_server.script = script
+    connection = await GrpcConnector(frame_server.options.target).connect(PATIENCE)
+    if times == 1:
+        assert await connection.call(METHOD, b"", **ARGUMENTS)
+    else:
+        with pytest.raises(grpc.aio.AioRpcError, match="GOAWAY received"):
+            await connection.call(METHOD, b"", **ARGUMENTS)
+    await connection.close(0)
+    assert (frame_server.accepted, frame_server.calls) == (2, {"Is": 2})
+
+
+async def test_a_call_that_the_server_may_have_begun_is_not_sent_again(frame_server):
+    connection = await GrpcConnector(frame_server.options.target).connect(PATIENCE)
+    frame_server.script = lambda wire, stream, _method: (
+        wire.goaway(last=stream),
+        wire.close(),
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await connection.call(METHOD, b"", **ARGUMENTS)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await connection.close(0)
+    assert (frame_server.accepted, frame_server.calls) == (1, {"Is": 1})
+
+
+async def test_callers_whose_connection_ended_share_the_next_one(frame_server):
+    # A caller that gives up does not take it from the others.
+    greeted, answers = [], []
+    async with ended(frame_server) as connection:
+        frame_server.greeting = greeted.append
+
+        async def ask():
+            answers.append(await connection.call(METHOD, b"", **ARGUMENTS))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(9):
+                tasks.start_soon(ask)
+            async with anyio.create_task_group() as impatient:
+                impatient.start_soon(ask)
+                await eventually(lambda: greeted)
+                impatient.cancel_scope.cancel()
+            settings(greeted[0])
+    assert len(answers) == 9
+    assert frame_server.accepted == 2

@@ -1,0 +1,467 @@
+"""
+Three habits of grpc.aio that no caller may ever meet, and gRPC on trio.
+
+The controls run the same code against bare grpc.aio and show that the habits are
+there: the day one of them fails, gRPC was repaired and our cure can go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import anyio
+import anyio.lowlevel
+import grpc
+import grpc.aio
+import pytest
+import trio
+
+from fastapi_topaz import ConnectFailed
+from fastapi_topaz._authorizer.messages import is_request
+from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.testing import EmbeddedAuthorizer
+from kit.channels import NEVER, PATIENCE, ask, bare, connected
+from kit.waiting import eventually
+
+
+pytestmark = [pytest.mark.real_clock, pytest.mark.uvloop]
+
+IS = "/aserto.authorizer.v2.Authorizer/Is"
+
+
+def on_asyncio(test):
+    """Run a coroutine function as a test on asyncio alone, with and without uvloop."""
+
+    @pytest.mark.parametrize("use_uvloop", [False, True], ids=["asyncio", "uvloop"])
+    @functools.wraps(test)
+    def run(authorizer, use_uvloop):
+        anyio.run(
+            test,
+            authorizer,
+            use_uvloop,
+            backend="asyncio",
+            backend_options={"use_uvloop": use_uvloop},
+        )
+
+    return run
+
+
+# -- A: cancel scopes work as anyio promises
+
+
+async def move_on(call, in_flight):
+    with anyio.move_on_after(0.1) as scope:
+        await call()
+    assert scope.cancelled_caught
+
+
+async def fail(call, in_flight):
+    with pytest.raises(TimeoutError), anyio.fail_after(0.1):
+        await call()
+
+
+async def inner_scope(call, in_flight):
+    with anyio.move_on_after(NEVER) as outer:
+        with anyio.move_on_after(0.1) as inner:
+            await call()
+        # The outer one goes on.
+        await anyio.lowlevel.checkpoint()
+    assert inner.cancelled_caught
+    assert not outer.cancelled_caught
+
+
+async def outer_scope(call, in_flight):
+    with anyio.move_on_after(0.1) as outer:
+        with anyio.move_on_after(NEVER) as inner:
+            await call()
+        pytest.fail("the outer scope was not left")
+    assert outer.cancelled_caught
+    assert not inner.cancelled_caught
+
+
+async def scope_in_a_shield(call, in_flight):
+    with anyio.CancelScope() as outer:
+        outer.cancel()
+        with anyio.move_on_after(0.1, shield=True) as inner:
+            await call()
+        assert inner.cancelled_caught
+    assert not outer.cancelled_caught
+
+
+async def task_group(call, in_flight):
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call)
+        await in_flight()
+        tasks.cancel_scope.cancel()
+    assert tasks.cancel_scope.cancelled_caught or tasks.cancel_scope.cancel_called
+
+
+async def one_task_of_a_group(call, in_flight):
+    ended = []
+    scope = anyio.CancelScope()
+
+    async def cancellable():
+        with scope:
+            await call()
+        ended.append(scope.cancelled_caught)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cancellable)
+        await in_flight()
+        scope.cancel()
+    # Not vanished: it ran to its end.
+    assert ended == [True]
+
+
+PROMISES = [
+    move_on,
+    fail,
+    inner_scope,
+    outer_scope,
+    scope_in_a_shield,
+    task_group,
+    one_task_of_a_group,
+]
+# Cancelling the whole group works, because nobody looks at how its tasks end.
+BROKEN = [promise for promise in PROMISES if promise is not task_group]
+
+
+def name(promise):
+    return promise.__name__
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=name)
+async def test_a_cancelled_call_ends_as_anyio_promises(authorizer, call, promise):
+    authorizer.delay = NEVER
+
+    async def in_flight():
+        await eventually(lambda: authorizer.streams == 1)
+
+    with anyio.fail_after(PATIENCE):
+        await promise(call, in_flight)
+    # The server is told, if the call got there in time, and the connection is as good
+    # as before.
+    await eventually(lambda: authorizer.cancelled == authorizer.calls["Info"])
+    await eventually(lambda: authorizer.streams == 0)
+    authorizer.heal()
+    assert b"embedded" in await call()
+    assert authorizer.connections_accepted == 1
+
+
+@pytest.mark.parametrize("promise", BROKEN, ids=name)
+def test_a_cancelled_call_of_bare_grpc_does_not(authorizer, promise):
+    authorizer.delay = NEVER
+
+    async def in_flight():
+        await eventually(lambda: authorizer.streams == 1)
+
+    async def main():
+        async with bare(authorizer) as call:
+            task = asyncio.ensure_future(promise(call, in_flight))
+            await asyncio.wait([task], timeout=PATIENCE)
+            return task
+
+    task = anyio.run(main, backend="asyncio")
+    # Nobody cancelled the task, and yet it ended as if somebody had; or, where a
+    # task group swallowed that, without having done its work.
+    assert task.done()
+    assert task.cancelled() or isinstance(task.exception(), AssertionError)
+
+
+async def test_a_scope_that_ends_before_the_call_begins_sends_nothing(authorizer, call):
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await call()
+    assert scope.cancelled_caught
+    authorizer.delay = 0
+    await call()
+    # On asyncio the request may be on its way by then; it is taken back.
+    await eventually(lambda: authorizer.streams == 0)
+    assert authorizer.calls["Info"] - authorizer.cancelled <= 2
+
+
+async def test_a_shielded_call_is_not_cancelled(authorizer, call):
+    authorizer.delay = 0.2
+    answers = []
+    with anyio.fail_after(PATIENCE), anyio.CancelScope() as outer:
+        outer.cancel()
+        with anyio.CancelScope(shield=True):
+            answers.append(await call())
+    assert b"embedded" in answers[0]
+    assert authorizer.cancelled == 0
+
+
+async def test_cancelling_some_calls_leaves_the_others_of_the_connection_alone(
+    authorizer, connection
+):
+    answers, ended, scopes, decided = [], [], [], []
+
+    async def decide(_check):
+        # In the loop of the server, which this thread cannot wake.
+        while not decided:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        return True
+
+    authorizer.policies = {"app": decide}
+    request = is_request("app", ("allowed",), None, None, None, None)
+    call = functools.partial(connection.call, IS, request, timeout=NEVER, metadata=())
+
+    async def kept():
+        answers.append(await call())
+
+    async def given_up():
+        with anyio.CancelScope() as own:
+            scopes.append(own)
+            await call()
+        ended.append(own.cancelled_caught)
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(20):
+                tasks.start_soon(kept)
+                tasks.start_soon(given_up)
+            await eventually(lambda: authorizer.streams == 40)
+            for own in scopes:
+                own.cancel()
+            await eventually(lambda: authorizer.cancelled == 20)
+            decided.append(True)
+    assert ended == [True] * 20
+    assert len(answers) == 20
+    assert authorizer.connections_accepted == 1
+
+
+async def test_a_cancelled_call_is_cancelled_however_often_one_tries(authorizer, call):
+    authorizer.delay = NEVER
+    with anyio.fail_after(PATIENCE):
+        for step in range(50):
+            # Before, while and after the request is sent.
+            with anyio.move_on_after(step * 0.0001) as scope:
+                await call()
+            assert scope.cancelled_caught
+    await eventually(lambda: authorizer.streams == 0)
+
+
+async def test_an_answer_that_races_with_a_cancellation_is_one_of_the_two(
+    authorizer, call
+):
+    outcomes = set()
+    for step in range(150):
+        answer = None
+        with anyio.move_on_after(step * 0.00002) as scope:
+            answer = await call()
+        assert (answer is not None) or scope.cancelled_caught
+        outcomes.add(answer is not None)
+    await eventually(lambda: authorizer.streams == 0)
+    assert b"embedded" in await call()
+
+
+@on_asyncio
+async def test_a_native_cancellation_is_a_cancellation(authorizer, use_uvloop):
+    authorizer.delay = NEVER
+    async with connected(authorizer.options) as connection:
+        task = asyncio.ensure_future(ask(connection))
+        await eventually(lambda: authorizer.streams == 1)
+        assert task.cancel("enough")
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert caught.value.args == ("enough",)
+        assert task.cancelled()
+        await eventually(lambda: authorizer.cancelled == 1)
+
+
+@on_asyncio
+async def test_wait_for_and_timeout_of_asyncio_end_a_call(authorizer, use_uvloop):
+    authorizer.delay = NEVER
+    async with connected(authorizer.options) as connection:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(ask(connection), 0.1)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await ask(connection)
+        assert asyncio.current_task().cancelling() == 0
+        await eventually(lambda: authorizer.cancelled == authorizer.calls["Info"])
+        await eventually(lambda: authorizer.streams == 0)
+
+
+@on_asyncio
+async def test_a_native_task_group_sees_its_calls_cancelled(authorizer, use_uvloop):
+    authorizer.delay = NEVER
+    async with connected(authorizer.options) as connection:
+
+        async def fails():
+            await eventually(lambda: authorizer.streams == 2)
+            raise KeyError("the reason")
+
+        async def group():
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(ask(connection))
+                tasks.create_task(ask(connection))
+                tasks.create_task(fails())
+
+        with pytest.raises(ExceptionGroup) as caught:
+            await group()
+        assert [type(error) for error in caught.value.exceptions] == [KeyError]
+        await eventually(lambda: authorizer.cancelled == 2)
+
+
+# -- the server's own words
+
+
+async def test_cancelled_by_the_server_is_an_answer_and_no_cancellation(
+    authorizer, call
+):
+    authorizer.fail("CANCELLED", "the policy engine gave up")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call()
+    assert caught.value.code() is grpc.StatusCode.CANCELLED
+    assert caught.value.details() == "the policy engine gave up"
+
+
+@pytest.mark.parametrize(
+    "code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
+)
+async def test_every_status_arrives_with_code_and_details(authorizer, call, code):
+    authorizer.fail(code, f"because of {code.name}")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call()
+    assert caught.value.code() is code
+    assert caught.value.details() == f"because of {code.name}"
+    authorizer.heal()
+    assert b"embedded" in await call()
+
+
+async def test_a_deadline_is_the_servers_too(authorizer, call):
+    authorizer.delay = NEVER
+    with anyio.fail_after(PATIENCE), pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(timeout=0.3)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await eventually(lambda: authorizer.cancelled == 1)
+
+
+# -- on trio
+
+
+class LongestStep(trio.abc.Instrument):
+    """Measures how long the loop was ever held up by one task."""
+
+    def __init__(self):
+        self.longest = 0.0
+        self._began = None
+
+    def before_task_step(self, task):
+        self._began = time.perf_counter()
+
+    def after_task_step(self, task):
+        if self._began is not None:
+            self.longest = max(self.longest, time.perf_counter() - self._began)
+
+
+def test_trio_never_waits_for_the_server(authorizer):
+    authorizer.delay = 1.0
+    answers, ticks = [], []
+
+    async def use():
+        connection = await GrpcConnector(authorizer.options.target).connect(10)
+        answers.append(await ask(connection))
+        await connection.close(0.1)
+
+    async def tick():
+        while True:
+            await trio.sleep(0.01)
+            ticks.append(True)
+
+    async def silent(frozen):
+        with pytest.raises(ConnectFailed):
+            await GrpcConnector(frozen.options.target).connect(1)
+
+    async def main():
+        step = LongestStep()
+        trio.lowlevel.add_instrument(step)
+        with trio.fail_after(30):
+            async with trio.open_nursery() as ticking:
+                ticking.start_soon(tick)
+                async with trio.open_nursery() as nursery:
+                    for _ in range(50):
+                        nursery.start_soon(use)
+                    nursery.start_soon(silent, frozen)
+                ticking.cancel_scope.cancel()
+        return step.longest
+
+    with EmbeddedAuthorizer() as frozen:
+        frozen.freeze()
+        longest = trio.run(main)
+    assert len(answers) == 50
+    assert authorizer.connections_accepted == 50
+    # The server took a second for each answer, the loop at no time that long, even if
+    # it had to wait for a busy machine.
+    assert longest < 0.9
+    assert len(ticks) > 20
+
+
+def test_no_thread_is_left_when_trio_has_ended(authorizer):
+    async def main():
+        async def use():
+            connection = await GrpcConnector(authorizer.options.target).connect(10)
+            assert b"embedded" in await ask(connection)
+            await connection.close(0)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(use)
+
+    before = set(threading.enumerate())
+    for _ in range(3):
+        trio.run(main)
+        # Ours is gone at once; grpc's own may take a moment.
+        left = set(threading.enumerate()) - before
+        assert not [thread for thread in left if "topaz" in thread.name]
+    deadline = time.monotonic() + PATIENCE
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.01)
+
+
+def test_all_connections_of_trio_share_one_thread(authorizer):
+    async def main():
+        before = set(threading.enumerate())
+        connections = [
+            await GrpcConnector(authorizer.options.target).connect(10)
+            for _ in range(10)
+        ]
+        new = set(threading.enumerate()) - before
+        for connection in connections:
+            await connection.close(0)
+        return [thread.name for thread in new if "topaz" in thread.name]
+
+    assert len(trio.run(main)) == 1
+
+
+def test_a_connection_that_nobody_closed_does_not_keep_python_alive(authorizer):
+    program = f"""
+        import sys
+        import anyio
+        from fastapi_topaz import AuthorizerOptions
+        from fastapi_topaz._grpcio.connector import GrpcConnector
+
+        async def main():
+            options = AuthorizerOptions(url={authorizer.url!r}, insecure=True)
+            await GrpcConnector(options.target).connect(10)
+
+        anyio.run(main, backend=sys.argv[1])
+        print("done")
+    """
+    for backend in ("asyncio", "trio"):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), backend],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -1,0 +1,153 @@
+"""gRPC reports to a loop all that it began there, before that loop is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import socket
+
+import anyio
+import pytest
+
+from fastapi_topaz import (
+    AuthorizerOptions,
+    ConnectFailed,
+    ConnectionLost,
+    ConnectionPool,
+    PoolError,
+)
+from fastapi_topaz._grpcio.calls import LAST_CALLS
+from fastapi_topaz._grpcio.channel import until_reported
+from fastapi_topaz._grpcio.connector import GrpcConnector
+from kit.backends import asyncio_only, backends
+
+
+@pytest.fixture
+def ports(embedded_authorizer):
+    """Servers that answer, refuse, and accept without an answer: plaintext and TLS."""
+    with socket.socket() as silent, socket.socket() as refusing:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(1000)
+        refusing.bind(("127.0.0.1", 0))
+        urls = ["{}:{}".format(*one.getsockname()) for one in (silent, refusing)]
+        yield [
+            embedded_authorizer.options,
+            *(AuthorizerOptions(url=url, insecure=True) for url in urls),
+            AuthorizerOptions(url=urls[0]),
+        ]
+
+
+async def cancelled_connect(options, seconds):
+    connection = None
+    with anyio.move_on_after(seconds), contextlib.suppress(ConnectFailed):
+        connection = await GrpcConnector(options.target).connect(1)
+    if connection is not None:
+        await connection.close(0)
+
+
+async def connect_out_of_time(options, seconds):
+    with contextlib.suppress(ConnectFailed):
+        connection = await GrpcConnector(options.target).connect(seconds)
+        await connection.close(0)
+
+
+async def cancelled_calls(options, seconds):
+    with anyio.move_on_after(1), contextlib.suppress(ConnectFailed):
+        connection = await GrpcConnector(options.target).connect(0.02)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(5):
+                tasks.start_soon(connection.probe, 5)
+            await anyio.sleep(seconds)
+            tasks.cancel_scope.cancel()
+        await connection.close(0)
+
+
+@contextlib.asynccontextmanager
+async def used_pool(options):
+    pool = ConnectionPool(min_connections=3, max_connections=3, eager_init=False)
+    pool.configure(options)
+
+    async def ask():
+        with contextlib.suppress(PoolError, ConnectionLost):
+            async with pool.acquire() as connection:
+                await connection.info()
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(ask)
+        yield pool
+        tasks.cancel_scope.cancel()
+
+
+async def closed_pool(options, seconds):
+    async with used_pool(options) as pool:
+        await anyio.sleep(seconds)
+        await pool.close(0)
+
+
+async def pool_left_open(options, seconds):
+    async with used_pool(options):
+        await anyio.sleep(seconds)
+
+
+@pytest.mark.filterwarnings("ignore:the pool was not closed:ResourceWarning")
+# anyio says so of a task that asyncio.run cancels before its first step.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.parametrize(
+    "work",
+    [
+        cancelled_connect,
+        connect_out_of_time,
+        cancelled_calls,
+        closed_pool,
+        pool_left_open,
+    ],
+)
+@backends
+def test_nothing_is_reported_to_a_closed_loop(caplog, ports, backend, work):
+    # Less and more than all that takes, in steps of 0.2 ms.
+    for step, options in zip(range(30), itertools.cycle(ports), strict=False):
+        anyio.run(work, options, 0.0002 * (1 + step), backend=backend)
+    # A loop passes on what is left of others before it can do this.
+    anyio.run(connect_out_of_time, ports[0], 5, backend=backend)
+    logged = [record for record in caplog.records if record.name == "asyncio"]
+    wrong = [record for record in logged if record.levelno >= logging.ERROR]
+    assert [str(record.exc_info) for record in wrong] == []
+
+
+@asyncio_only
+async def test_the_report_is_waited_for_however_often_that_is_cancelled():
+    operation = asyncio.get_running_loop().create_future()
+    waiting = asyncio.ensure_future(until_reported(operation))
+    for _ in range(3):
+        await anyio.sleep(LAST_CALLS / 10)
+        waiting.cancel()
+    await anyio.sleep(LAST_CALLS / 10)
+    assert not waiting.done()
+    operation.set_result(None)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+@asyncio_only
+async def test_the_report_is_not_waited_for_without_an_end():
+    operation = asyncio.get_running_loop().create_future()
+    began = anyio.current_time()
+    await until_reported(operation)
+    assert anyio.current_time() - began == pytest.approx(LAST_CALLS)
+    assert not operation.done()
+
+
+# anyio cancels in each turn of the loop, so a virtual clock would never move.
+@asyncio_only
+@pytest.mark.real_clock
+async def test_the_report_is_waited_for_in_a_cancelled_scope():
+    operation = asyncio.get_running_loop().create_future()
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        asyncio.get_running_loop().call_later(LAST_CALLS / 10, operation.set_result, 1)
+        await until_reported(operation)
+    assert scope.cancelled_caught
+    assert operation.done()

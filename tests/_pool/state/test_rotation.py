@@ -1,0 +1,278 @@
+"""Which connections are replaced, when, and that it is one after the other."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastapi_topaz._pool.state.rotation import RESPREAD, Rotation
+from fastapi_topaz._pool.state.slot import Claim, Slot
+from fastapi_topaz.exceptions import ConnectFailed
+from kit.states import make_state, open_one, taken
+
+
+def make_rotation(random=0.5, *, spreads=True):
+    return Rotation(lambda: random, spreads=spreads)
+
+
+def reasons(rotation, slots, now):
+    """Return why each of the *slots* that has expired by *now* did."""
+    rotation.expire(slots, now)
+    return [rotation.reason(e) for e in slots if e in rotation._expired]
+
+
+def make_rotating(*, keeps_minimum=True, **options):
+    state = make_state(random=lambda: 0.5, **options)
+    state.keeps_minimum = keeps_minimum
+    return state
+
+
+def wanted(state, now=0.0):
+    return state.shortfall(len(state.waiting) + state.in_use, now)
+
+
+def drain(state):
+    state.rotation.drain(state.open)
+    state.retire_expired()
+
+
+# -- lifetimes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("random, lifetime", [(0.0, 100.0), (0.5, 95.0), (1.0, 90.0)])
+def test_lifetimes_are_shortened_by_up_to_a_tenth(random, lifetime):
+    rotation, slot = make_rotation(random), Slot()
+    rotation.begin(slot, 100.0, 7.0)
+    assert slot.expires_at == pytest.approx(7.0 + lifetime)
+    assert rotation.next_at([slot]) == slot.expires_at
+    assert reasons(rotation, [slot], 7.0 + lifetime - 0.1) == []
+    assert reasons(rotation, [slot], 7.0 + lifetime) == ["lifetime"]
+
+
+def test_max_lifetime_0_is_for_ever():
+    rotation, slot = make_rotation(), Slot()
+    rotation.begin(slot, 0.0, 7.0)
+    assert rotation.next_at([slot]) == float("inf")
+    assert reasons(rotation, [slot], 1e9) == []
+
+
+def test_what_has_expired_already_is_not_waited_for():
+    rotation, first, second = make_rotation(), Slot(), Slot()
+    first.expires_at, second.expires_at = 10.0, 20.0
+    assert rotation.next_at([first, second]) == 10.0
+    rotation.expire([first, second], 10.0)
+    assert rotation.next_at([first, second]) == 20.0
+    assert rotation.next() is first
+
+
+def test_the_first_reason_to_be_replaced_is_the_one_that_counts():
+    rotation, slot = make_rotation(), Slot(expires_at=10.0)
+    rotation.drain([slot])
+    assert reasons(rotation, [slot], 10.0) == ["drain"]
+
+
+def test_a_retired_connection_needs_no_replacement():
+    rotation, first, second = make_rotation(), Slot(), Slot()
+    rotation.drain([first, second])
+    assert rotation.is_idle()
+    first.retired = "drain"
+    assert rotation.next() is second
+    assert not rotation.is_idle(), "it waits for its last lease"
+    rotation.forget(first)
+    rotation.forget(second)
+    assert rotation.is_idle()
+    assert rotation.next() is None
+
+
+# -- spreading after a loss ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("random, share", [(0.0, 0.75), (0.5, 1.0), (1.0, 1.25)])
+def test_after_a_loss_connections_spread_anew_three_times_each_jittered(random, share):
+    rotation, slot = make_rotation(random), Slot()
+    rotation.lost(100.0)
+    for delay in (2.0, 8.0, 32.0):
+        then = 100.0 + delay * share
+        assert rotation.next_at([slot]) == pytest.approx(then)
+        assert reasons(rotation, [slot], then - 0.01) == []
+        assert reasons(rotation, [slot], then) == ["spread"]
+        rotation.forget(slot)
+    assert rotation.next_at([slot]) == float("inf")
+
+
+def test_connections_to_one_server_are_not_spread():
+    rotation, slot = make_rotation(spreads=False), Slot()
+    rotation.lost(100.0)
+    assert rotation.next_at([slot]) == float("inf")
+    assert reasons(rotation, [slot], 1e9) == []
+
+
+def test_one_more_loss_begins_the_spreading_anew():
+    rotation, slot = make_rotation(), Slot()
+    rotation.lost(100.0)
+    rotation.expire([slot], 102.0)
+    rotation.lost(103.0)
+    assert rotation.next_at([slot]) == 105.0
+
+
+def test_spreading_that_was_slept_through_is_made_up_for_once():
+    rotation, slot = make_rotation(), Slot()
+    rotation.lost(100.0)
+    assert reasons(rotation, [slot], 1e9) == ["spread"]
+    assert rotation.next_at([slot]) == float("inf")
+
+
+def test_connections_made_since_are_spread_the_next_time_only():
+    rotation, old, new = make_rotation(), Slot(), Slot()
+    rotation.lost(100.0)
+    rotation.expire([old], 102.0)
+    assert reasons(rotation, [old, new], 103.0) == ["spread"]
+    assert reasons(rotation, [old, new], 108.0) == ["spread", "spread"]
+
+
+def test_a_lost_connection_spreads_the_others():
+    state = make_rotating(spreads=True)
+    lost, _other = open_one(state, 50.0), open_one(state, 50.0)
+    state.lost(lost, "lost", 100.0)
+    assert state.rotation.next_at(state.open) == 100.0 + RESPREAD[0]
+    assert reasons(state.rotation, state.open, 102.0) == ["spread"]
+
+
+def test_the_end_of_an_outage_spreads_because_servers_come_back_one_by_one():
+    state = make_rotating(spreads=True, max_lifetime=0)
+    state.connect_failed(state.attempts.begin(60.0), ConnectFailed("no"), 60.0)
+    open_one(state, 100.0)
+    assert state.rotation.next_at(state.open) == 100.0 + RESPREAD[0]
+
+
+def test_an_attempt_that_fails_while_others_serve_spreads_nothing():
+    state = make_rotating(spreads=True, max_lifetime=0)
+    open_one(state, 50.0)
+    state.connect_failed(state.attempts.begin(60.0), ConnectFailed("no"), 60.0)
+    open_one(state, 100.0)
+    assert state.rotation.next_at(state.open) == float("inf")
+
+
+def test_a_connection_that_was_only_closed_spreads_nothing():
+    state = make_rotating(spreads=True, max_lifetime=0)
+    state.retire(open_one(state), "idle")
+    assert state.rotation.next_at(state.open) == float("inf")
+
+
+# -- replacing, one at a time -------------------------------------------------------
+
+
+def test_an_expired_connection_serves_until_its_replacement_is_there():
+    state = make_rotating(min_connections=1, max_lifetime=10.0)
+    old = open_one(state)
+    state.rotation.expire(state.open, 10.0)
+    state.retire_expired()
+    assert state.to_close == []
+    assert wanted(state, 10.0) == 1
+    claim = taken(state, 10.0)
+    assert claim.slot is old
+    new = open_one(state, 10.0)
+    assert old.retired == "lifetime"
+    assert list(state.open) == [old, new]
+    state.give_back(claim, 11.0)
+    assert state.to_close == [old]
+
+
+def test_connections_are_replaced_one_at_a_time():
+    state = make_rotating(min_connections=3)
+    slots = [open_one(state) for _ in range(3)]
+    drain(state)
+    for gone in slots:
+        assert wanted(state) == 1
+        attempt = state.attempts.begin(0.0)
+        assert wanted(state) == 0, "one is under way"
+        state.connected(attempt, object(), 0.0)
+        assert state.to_close.pop() is gone
+        assert state.to_close == []
+        state.closed(gone)
+        state.retire_expired()
+    assert wanted(state) == 0
+    assert len(state.open) == 3
+
+
+def test_an_expired_connection_stays_while_no_other_can_be_made():
+    state = make_rotating(min_connections=1)
+    slot = open_one(state)
+    drain(state)
+    for now in (1.0, 2.0, 3.0):
+        state.connect_failed(state.attempts.begin(now), ConnectFailed("no"), now)
+        state.retire_expired()
+    assert taken(state).slot is slot
+
+
+def test_a_full_pool_makes_room_before_it_replaces():
+    state = make_rotating(min_connections=2, max_connections=2)
+    first, second = open_one(state), open_one(state)
+    drain(state)
+    assert state.to_close == [first]
+    state.retire_expired()
+    assert second.retired is None, "one at a time"
+    state.closed(first)
+    assert wanted(state) == 1
+    open_one(state)
+    assert second.retired == "drain"
+
+
+def test_in_a_full_pool_one_leased_connection_at_a_time_takes_no_more_leases():
+    state = make_rotating(max_connections=3, streams_per_connection=2)
+    slots = [open_one(state) for _ in range(3)]
+    leases = [taken(state) for _ in range(6)]
+    drain(state)
+    state.retire_expired()
+    first = next(slot for slot in slots if slot.retired)
+    assert [slot.retired for slot in slots].count("drain") == 1
+    for claim in [claim for claim in leases if claim.slot is first]:
+        state.give_back(claim, 1.0)
+    assert state.to_close == [first]
+    state.retire_expired()
+    assert len(state.open) == 2, "not while there is no replacement"
+    state.closed(first)
+    state.retire_expired()
+    assert wanted(state) == 1
+    open_one(state)
+    assert sum(slot.retired is not None for slot in state.open) == 1
+
+
+def test_an_idle_connection_makes_room_while_a_leased_one_waits_for_its_last_lease():
+    state = make_rotating(min_connections=2, max_connections=2)
+    open_one(state)
+    open_one(state)
+    leased = taken(state).slot
+    idle = next(slot for slot in state.open if slot is not leased)
+    state.rotation.drain([leased, idle])
+    state.retire_expired()
+    assert state.to_close == [idle], "it closes at once"
+    state.retire_expired()
+    assert leased.retired is None, "one at a time"
+
+
+def test_a_surplus_idle_connection_is_drained_without_a_replacement():
+    state = make_rotating(min_connections=1)
+    first, second = open_one(state), open_one(state)
+    drain(state)
+    assert state.to_close == [first]
+    state.closed(first)
+    state.retire_expired()
+    assert second.retired is None, "the last one is the minimum"
+    assert wanted(state) == 1
+
+
+def test_no_idle_connection_is_surplus_while_somebody_waits():
+    state = make_rotating(max_connections=2)
+    slot = open_one(state)
+    state.enqueue(Claim())
+    drain(state)
+    assert slot.retired is None
+    assert wanted(state) == 1
+
+
+def test_a_pool_that_is_not_used_yet_drains_without_replacements():
+    state = make_rotating(min_connections=1, keeps_minimum=False)
+    slot = open_one(state)
+    drain(state)
+    assert state.to_close == [slot]
+    assert wanted(state) == 0

@@ -1,0 +1,440 @@
+"""Clocks that jump, stand still or are coarse make no wait of the pool longer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+
+import anyio
+import anyio.lowlevel
+import grpc
+import pytest
+import trio
+import trio.testing
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from starlette.requests import Request
+
+from fastapi_topaz import (
+    AuthorizerOptions,
+    ConnectFailed,
+    ConnectionPool,
+    Identity,
+    IdentityType,
+    PoolTimeout,
+    TopazConfig,
+)
+from fastapi_topaz._grpcio import call as _call
+from fastapi_topaz._grpcio.failures import in_time
+from fastapi_topaz._pool.clock import Clock
+from fastapi_topaz._pool.owner_loop import OwnerLoop
+from fastapi_topaz.testing import FakeConnector, fail, hang
+from kit.autojump import jump
+from kit.pools import make_pool
+
+
+LONGEST_PAUSE = 2.0
+"""Seconds. The longest backoff of the pool."""
+
+BACK = [-0.4, -1000.0, -1e6]
+
+
+async def wake(pool):
+    """Use *pool* once: that is when it sees that its clock has jumped."""
+    with contextlib.suppress(PoolTimeout):
+        async with pool.acquire(timeout=0):
+            pass
+
+
+# -- the event loop's clock jumps -----------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [*BACK, 1000.0])
+async def test_after_a_failed_attempt_and_a_jump_the_next_one_is_not_later(seconds):
+    async with make_pool(FakeConnector([fail()]), max_retries=0) as pool:
+        with pytest.raises(ConnectFailed):
+            await pool.acquire()
+        jump(seconds)
+        began = anyio.current_time()
+        async with pool.acquire(timeout=60):
+            assert anyio.current_time() - began <= LONGEST_PAUSE
+
+
+@pytest.mark.parametrize("seconds", BACK)
+async def test_after_brief_connections_and_a_jump_the_next_one_is_not_later(seconds):
+    connector = FakeConnector()
+    async with make_pool(connector) as pool:
+        for _ in range(4):
+            async with pool.acquire():
+                connector.connections[-1].hung_up = True
+        jump(seconds)
+        began = anyio.current_time()
+        async with pool.acquire(timeout=60):
+            assert anyio.current_time() - began <= LONGEST_PAUSE
+
+
+async def test_a_clock_that_went_far_ahead_and_came_back_delays_nothing():
+    connector = FakeConnector([fail()])
+    async with make_pool(connector, max_retries=0) as pool:
+        jump(1.7e6)
+        with pytest.raises(ConnectFailed):
+            await pool.acquire()
+        jump(-1.7e6)
+        began = anyio.current_time()
+        async with pool.acquire(timeout=60):
+            assert anyio.current_time() - began <= LONGEST_PAUSE
+
+
+@pytest.mark.parametrize("seconds", BACK)
+async def test_an_attempt_that_hangs_ends_in_its_time_after_a_jump(seconds):
+    connector = FakeConnector([hang()])
+    pool = make_pool(connector, max_connections=1, connection_timeout=10)
+    async with pool:
+        await wake(pool)
+        await anyio.sleep(0.5)
+        jump(seconds)
+        began = anyio.current_time()
+        with pytest.raises(ConnectFailed, match="connection_timeout=10"):
+            await pool.acquire(timeout=60)
+        assert anyio.current_time() - began <= 10 + 1e-5
+
+
+@pytest.mark.parametrize("seconds", BACK)
+@pytest.mark.parametrize(
+    "timeouts", [(5, 5), (50, 5)], ids=["in order", "out of order"]
+)
+async def test_a_caller_that_waits_is_sent_away_in_its_time_after_a_jump(
+    seconds, timeouts
+):
+    waited = {}
+
+    async def wait(name, timeout):
+        with pytest.raises(PoolTimeout):
+            await pool.acquire(timeout=timeout)
+        waited[name] = anyio.current_time()
+
+    async with make_pool(max_connections=1) as pool, pool.acquire():
+        async with anyio.create_task_group() as tasks:
+            for name, timeout in enumerate(timeouts):
+                tasks.start_soon(wait, name, timeout)
+                await anyio.sleep(0.5)
+            jump(seconds)
+            await wake(pool)
+            began = anyio.current_time()
+        for name, timeout in enumerate(timeouts):
+            assert waited[name] - began <= timeout + 1e-5
+
+
+@pytest.mark.parametrize("seconds", BACK)
+@pytest.mark.parametrize("before", [False, True], ids=["under it", "before it"])
+async def test_a_refused_connection_is_probed_in_its_time_after_a_jump(seconds, before):
+    connector = FakeConnector(answer=lambda _method, request: request)
+    async with make_pool(connector, max_connections=1) as pool:
+        await wake(pool)
+        await anyio.sleep(1)
+        (connection,) = connector.connections
+        connection.refuses, probe = "503", connection.probe
+
+        async def refused_once(_timeout):
+            connection.refuses, connection.probe = "", probe
+            raise ConnectionRefusedError
+
+        connection.probe = refused_once
+        if before:
+            jump(seconds)
+        async with pool.acquire() as conn:
+            with pytest.raises(ConnectionRefusedError):
+                await conn.call("/a/b", b"?")
+        if not before:
+            jump(seconds)
+        began = anyio.current_time()
+        async with pool.acquire(timeout=60):
+            assert anyio.current_time() - began <= LONGEST_PAUSE
+            assert connection.probes == 1
+
+
+@pytest.mark.parametrize("seconds", BACK)
+async def test_idle_connections_are_reaped_in_their_time_after_a_jump(seconds):
+    connector = FakeConnector()
+    async with make_pool(connector, max_idle_time=100, idle_check_interval=10) as pool:
+        await wake(pool)
+        await anyio.sleep(50)
+        jump(seconds)
+        async with pool.acquire(timeout=60):
+            pass
+        await anyio.sleep(111)
+        assert not connector.open
+
+
+@pytest.mark.parametrize("seconds", BACK)
+async def test_connections_expire_and_are_probed_in_their_time_after_a_jump(seconds):
+    connector = FakeConnector()
+    options = {"max_lifetime": 100, "health_check_interval": 10, "max_idle_time": 0}
+    async with make_pool(connector, min_connections=1, **options) as pool:
+        await wake(pool)
+        await anyio.sleep(50)
+        (connection,) = connector.open
+        connection.probes = 0
+        jump(seconds)
+        async with pool.acquire(timeout=60):
+            pass
+        await anyio.sleep(21)
+        assert connection.probes >= 1
+        await anyio.sleep(81)
+        assert connection not in connector.open
+
+
+@pytest.mark.parametrize("seconds", BACK)
+async def test_a_late_lease_is_reported_in_its_time_after_a_jump(seconds, caplog):
+    async with make_pool(leak_threshold=100, max_connections=2) as pool, pool.acquire():
+        await anyio.sleep(50)
+        jump(seconds)
+        async with pool.acquire():
+            pass
+        await anyio.sleep(101)
+        assert pool._counters.leaked == 1
+
+
+@pytest.mark.parametrize("seconds", [*BACK, 1000.0])
+async def test_a_jump_under_a_lease_makes_a_check_no_longer(seconds):
+    timeouts = []
+
+    class Slow(FakeConnector):
+        async def connect(self, timeout, /):
+            made = await super().connect(timeout)
+            call = made.call
+
+            async def jumping(*args, timeout, **options):
+                timeouts.append(timeout)
+                if len(timeouts) == 1:
+                    jump(seconds)
+                    raise grpc.aio.AioRpcError(
+                        grpc.StatusCode.UNAVAILABLE,
+                        grpc.aio.Metadata(),
+                        grpc.aio.Metadata(),
+                    )
+                return await call(*args, timeout=timeout, **options)
+
+            made.call = jumping
+            return made
+
+    connector = Slow(answer=lambda _method, _request: b"")
+    config = TopazConfig(
+        authorizer_options=AuthorizerOptions(url="unused:1"),
+        policy_path_root="myapp",
+        identity_provider=lambda _request: Identity(IdentityType.NONE),
+        connection_pool=make_pool(connector),
+        check_timeout=3,
+    )
+    request = Request({"type": "http", "path_params": {}, "headers": []})
+    async with config.connection_pool:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await config.is_allowed(request, "myapp.GET.a")
+        assert all(timeout <= 3 for timeout in timeouts)
+        assert len(timeouts) == (2 if seconds < 0 else 1)
+
+
+@pytest.mark.parametrize("seconds", [1000.0, -1000.0, 1.7e6])
+async def test_the_clock_of_the_loop_is_looked_up_at_each_read(seconds, monkeypatch):
+    """As freezegun with `real_asyncio=True` replaces it, in an open pool."""
+    async with make_pool(max_connections=1) as pool, pool.acquire():
+        await anyio.sleep(1)
+        loop = type(asyncio.get_running_loop()) if _on_asyncio() else None
+        kind, name = (
+            (loop, "time") if loop else (trio.testing.MockClock, "current_time")
+        )
+        before = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self: before(self) + seconds)
+        began = anyio.current_time()
+        with pytest.raises(PoolTimeout):
+            await pool.acquire(timeout=0.3)
+        assert anyio.current_time() - began == pytest.approx(0.3, abs=1e-5)
+
+
+def _on_asyncio():
+    try:
+        return bool(asyncio.get_running_loop())
+    except RuntimeError:
+        return False
+
+
+# -- the clock itself -----------------------------------------------------------------
+
+
+class Source:
+    at = 100.0
+
+    def time(self):
+        return self.at
+
+
+def test_it_goes_on_with_the_loop_and_never_back():
+    source = Source()
+    clock = Clock(source)
+    seen = [clock.now()]
+    assert seen == [source.at]
+    for step in (5, -1000, 2, -0.5, 3, 1e9, -2e9, 1):
+        source.at += step
+        peeked = clock.peek()
+        seen.append(clock.now())
+        assert peeked == seen[-1]
+    assert seen == sorted(seen)
+    assert seen[1] - seen[0] == 5
+    assert seen[3] - seen[2] == 2
+    assert seen[-1] - seen[-2] == pytest.approx(1)
+
+
+async def test_a_scope_keeps_the_time_it_has_left():
+    clock = OwnerLoop().clock
+    end = clock.now() + 5
+    with clock.deadline(end) as scope:
+        assert scope.deadline == end
+        await anyio.sleep(2)
+        clock.now()
+        jump(-1000)
+        clock.now()
+        began = anyio.current_time()
+        await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    assert anyio.current_time() - began == pytest.approx(3, abs=1e-5)
+    with clock.deadline(math.inf), anyio.move_on_after(1):
+        jump(-1000)
+        clock.now()
+        await anyio.sleep_forever()
+
+
+# -- durations ------------------------------------------------------------------------
+
+
+def sums(reader):
+    """Return the sum of each histogram by its name."""
+    (resource,) = reader.get_metrics_data().resource_metrics
+    (scope,) = resource.scope_metrics
+    return {
+        metric.name: metric.data.data_points[0].sum
+        for metric in scope.metrics
+        if hasattr(metric.data.data_points[0], "sum")
+    }
+
+
+class CoarseLoop(asyncio.SelectorEventLoop):
+    """Its clock moves in steps of a minute."""
+
+    def time(self):
+        return super().time() // 60 * 60
+
+
+class CoarseClock(trio.abc.Clock):
+    """Its clock moves in steps of a minute."""
+
+    def start_clock(self):
+        pass
+
+    def current_time(self):
+        return time.perf_counter() // 60 * 60
+
+    def deadline_to_sleep_time(self, deadline):
+        return max(0, deadline - self.current_time())
+
+
+@pytest.mark.parametrize(
+    "backend, options",
+    [
+        ("asyncio", {"loop_factory": CoarseLoop}),
+        ("trio", {"clock": CoarseClock()}),
+    ],
+)
+def test_durations_are_exact_where_the_clock_of_the_loop_is_coarse(backend, options):
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader])
+    busy = 0.003
+
+    def work():
+        end = time.perf_counter() + busy
+        while time.perf_counter() < end:
+            pass
+
+    class Working(FakeConnector):
+        async def connect(self, timeout, /):
+            work()
+            return await super().connect(timeout)
+
+    async def main():
+        pool = make_pool(Working(), meter_provider=provider, max_connections=1)
+        async with pool:
+            async with pool.acquire() as conn:
+                assert conn.waited >= busy
+                work()
+            return sums(reader)
+
+    began = time.perf_counter()
+    found = anyio.run(main, backend=backend, backend_options=options)
+    took = time.perf_counter() - began
+    provider.shutdown()
+    for name in ("acquire_latency", "hold_time", "connect_time"):
+        assert busy <= found[f"topaz_pool_{name}"] <= took
+
+
+# -- the wall clock -------------------------------------------------------------------
+
+
+class WallClock:
+    """A replacement for `time.time` that stands still, and may be set."""
+
+    def __init__(self, now):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture(params=[0.0, 1e9, 4e9], ids=["1970", "2001", "2096"])
+def wall_clock(request, monkeypatch):
+    clock = WallClock(request.param)
+    monkeypatch.setattr(time, "time", clock)
+    return clock
+
+
+@pytest.fixture(params=[_call.DirectCall, _call.TaskCall])
+def _kind(request, monkeypatch):
+    monkeypatch.setattr(_call, "_call_class", request.param)
+
+
+@pytest.mark.real_clock
+@pytest.mark.usefixtures("_kind")
+async def test_a_wall_clock_that_lies_changes_no_deadline(
+    embedded_authorizer, wall_clock
+):
+    pool = ConnectionPool(min_connections=0)
+    pool.configure(embedded_authorizer.options)
+    async with pool, pool.acquire() as conn:
+        assert (await conn.info(timeout=20)).version
+        embedded_authorizer.freeze()
+        began = time.monotonic()
+
+        async def ask():
+            with anyio.fail_after(20), pytest.raises(grpc.aio.AioRpcError) as caught:
+                await conn.info(timeout=0.3)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert time.monotonic() - began >= 0.3
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            await anyio.sleep(0.1)
+            wall_clock.now -= 86400
+        embedded_authorizer.thaw()
+
+
+@pytest.mark.usefixtures("wall_clock")
+def test_a_stream_reset_at_its_deadline_is_silence_whatever_the_wall_clock_says():
+    reset = grpc.aio.AioRpcError(
+        grpc.StatusCode.CANCELLED,
+        grpc.aio.Metadata(),
+        grpc.aio.Metadata(),
+        details="Received RST_STREAM with error code 8",
+    )
+    late = in_time(reset, time.clock_gettime(time.CLOCK_MONOTONIC) - 1)
+    assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert in_time(reset, time.clock_gettime(time.CLOCK_MONOTONIC) + 60) is reset

@@ -1,0 +1,327 @@
+"""One connection's life: its attempt, its probes, and how it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from fastapi_topaz import ConnectFailed, PoolError
+from fastapi_topaz._pool.connector import Verdict
+from fastapi_topaz.testing import FakeConnection, FakeConnector, fail, slow
+from kit.pools import Making, MakingAny, make_pool
+
+
+pytestmark = pytest.mark.usefixtures("host_survives")
+
+
+class Recorded:
+    """A connection that fails its calls, and says when it was probed and closed."""
+
+    made = None
+
+    def __init__(self):
+        self.probed, self.closed, self.arguments = [], [], []
+        type(self).made = self
+
+    async def call(self, method, request, **options):
+        raise ZeroDivisionError
+
+    def judge(self, error, /):
+        return Verdict.UNAVAILABLE
+
+    async def probe(self, timeout, /):
+        self.arguments.append(("probe", timeout))
+        self.probed.append(anyio.current_time())
+        await self.answer()
+
+    async def answer(self):
+        pass
+
+    async def close(self, grace, /):
+        self.arguments.append(("close", grace))
+        self.closed.append(anyio.current_time())
+
+
+async def accuse(conn):
+    """Let a call fail on *conn*, so that it has to answer a probe."""
+    with pytest.raises(ZeroDivisionError):
+        await conn.call("/a.B/C", b"")
+
+
+# -- what others are given ------------------------------------------------------------
+
+
+async def test_a_connector_and_its_connections_are_told_how_long_they_have():
+    connector = MakingAny(Recorded)
+    options = {"connection_timeout": 7, "health_check_timeout": 3}
+    async with make_pool(connector, **options) as pool, pool.acquire() as conn:
+        await accuse(conn)
+        await anyio.sleep(0.1)
+    assert connector.timeouts == [7]
+    assert Recorded.made.arguments == [("probe", 3), ("close", 0.0)]
+
+
+async def test_a_connection_is_observed_for_as_long_as_it_took_to_make():
+    observed = []
+
+    class Observer:
+        def connected(self, took):
+            observed.append(took)
+
+        def acquired(self, waited):
+            pass
+
+        released = acquired
+
+    async with make_pool(FakeConnector(default=slow(3))) as pool:
+        await anyio.sleep(50)
+        pool._open_pool.observer = Observer()
+        async with pool.acquire():
+            pass
+    assert observed == [pytest.approx(3)]
+
+
+# -- attempts that fail ---------------------------------------------------------------
+
+
+async def test_a_connector_that_returns_nothing_is_not_asked_again():
+    connector = MakingAny(lambda: None)
+    async with make_pool(connector) as pool:
+        with pytest.raises(ConnectFailed) as caught:
+            await pool.acquire()
+        assert caught.value.permanent
+        assert len(connector.timeouts) == 1
+
+
+async def test_a_process_that_was_forked_stays_so_and_is_not_tried_again():
+    connector = FakeConnector(default=fail(PoolError("this process was forked")))
+    async with make_pool(connector) as pool:
+        with pytest.raises(ConnectFailed, match="forked") as caught:
+            await pool.acquire()
+        assert caught.value.permanent
+        assert connector.attempts == 1
+
+
+class AlikeError(Exception):
+    """Has what a `ConnectFailed` has, and means something else by it."""
+
+    reason = "CERTIFICATE_VERIFY_FAILED"
+    permanent = True
+
+
+class Uninitialised(ConnectFailed):
+    def __init__(self):
+        OSError.__init__(self, "half made")
+
+
+class WithoutPermanent(Uninitialised):
+    reason = "tls"
+
+
+class WithoutReason(Uninitialised):
+    permanent = True
+
+
+class Unreadable(Uninitialised):
+    @property
+    def reason(self):
+        raise LookupError
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [OSError, AlikeError, Uninitialised, WithoutPermanent, WithoutReason, Unreadable],
+)
+async def test_only_a_whole_connect_failed_is_believed(kind):
+    connector = FakeConnector(default=fail(kind()))
+    async with make_pool(connector, max_retries=1) as pool:
+        with pytest.raises(ConnectFailed, match="cannot connect to fake") as caught:
+            await pool.acquire()
+        assert (caught.value.reason, caught.value.permanent) == ("other", False)
+        assert connector.attempts == 2
+        assert pool._counters.connect_failures == {"other": 2}
+
+
+# -- probes ---------------------------------------------------------------------------
+
+
+async def test_a_connection_that_answers_nothing_has_two_probes_and_both_count(caplog):
+    class Silent(Recorded):
+        async def answer(self):
+            await anyio.sleep_forever()
+
+    options = {"health_check_interval": 10, "health_check_timeout": 2}
+    async with make_pool(MakingAny(Silent), **options) as pool:
+        async with pool.acquire():
+            pass
+        await anyio.sleep(30)
+        first = Silent.made.probed[0]
+        assert Silent.made.probed == [pytest.approx(first), pytest.approx(first + 2)]
+        assert Silent.made.closed == [pytest.approx(first + 4)]
+        assert pool._counters.probe_failures == 2
+        assert pool._counters.closes == {"unhealthy": 1}
+    assert [r for r in caplog.records if "its last error" in r.getMessage()]
+
+
+async def test_a_connection_is_not_probed_twice_at_once():
+    under_way = anyio.Event()
+
+    class Slow(Recorded):
+        async def answer(self):
+            under_way.set()
+            await anyio.sleep(3)
+
+    options = {"health_check_interval": 10, "health_check_timeout": 5}
+    async with make_pool(MakingAny(Slow), **options) as pool, pool.acquire() as conn:
+        await under_way.wait()
+        await accuse(conn)
+        assert pool.status().suspect == 1
+        await anyio.sleep(4)
+        assert len(Slow.made.probed) == 1
+        assert pool.status().suspect == 0
+
+
+async def test_a_connection_on_its_way_out_is_not_probed():
+    async with make_pool(MakingAny(Recorded)) as pool:
+        first, second = [await pool.acquire() for _ in range(2)]
+        await accuse(first)
+        pool.resize(0, 1)
+        await anyio.sleep(1)
+        assert pool.connections()[0].condition == "leaving"
+        assert first.connection.probed == []
+        for conn in (first, second):
+            await pool.release(conn)
+
+
+async def test_a_round_of_health_checks_closes_what_hung_up_without_a_probe():
+    connector = FakeConnector()
+    async with make_pool(connector, health_check_interval=0.5) as pool:
+        async with pool.acquire():
+            pass
+        await anyio.sleep(0.3)
+        (connection,) = connector.connections
+        probes = connection.probes
+        connection.hung_up = True
+        await anyio.sleep(0.5)  # before anybody looks out for it
+        assert (connection.probes, connection.closed) == (probes, 1)
+        assert pool._counters.closes == {"lost": 1}
+
+
+class Late(Recorded):
+    """A connection whose probes end, as on a loop that was blocked, far too late."""
+
+    times = 1
+
+    async def answer(self):
+        if len(self.probed) <= self.times:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(4)
+            raise OSError
+
+
+async def test_a_suspect_whose_probe_ended_too_late_to_prove_anything_has_another():
+    pool = make_pool(MakingAny(Late), health_check_timeout=2)
+    async with pool, pool.acquire() as conn:
+        await accuse(conn)
+        await anyio.sleep(5)
+        assert len(Late.made.probed) == 2
+        assert pool.connections()[0].condition == "busy"
+        assert pool._counters.probe_failures == 0
+
+
+async def test_a_probe_is_excused_once():
+    class Always(Late):
+        times = 10
+
+    pool = make_pool(MakingAny(Always), health_check_timeout=2)
+    async with pool:
+        async with pool.acquire() as conn:
+            await accuse(conn)
+            await anyio.sleep(10)
+            assert len(Always.made.probed) == 2
+            assert pool.connections()[0].condition == "leaving"
+        await anyio.sleep(1)
+        assert pool._counters.closes == {"unhealthy": 1}
+        assert pool._counters.probe_failures == 1
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "Connection timed out"),
+        (TimeoutError("no route in 3 s"), "no route in 3 s"),
+        (TimeoutError(), "not established within connection_timeout=10 s"),
+    ],
+)
+async def test_a_timeout_of_the_connector_is_told_in_its_own_words(error, told):
+    connector = FakeConnector([fail(error)])
+    async with make_pool(connector, max_retries=0) as pool:
+        with pytest.raises(ConnectFailed) as caught:
+            await pool.acquire()
+        assert told in str(caught.value)
+        assert ("connection_timeout" in str(caught.value)) == (not str(error))
+        assert caught.value.reason == "timeout"
+
+
+# -- cancellations of one's own -----------------------------------------------------
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_a_cancellation_of_ones_own_after_the_deadline_is_a_timeout():
+    """Not one that has the scope's as its context, which anyio would know."""
+
+    class Late(FakeConnector):
+        async def connect(self, timeout):
+            with contextlib.suppress(asyncio.CancelledError):
+                await anyio.sleep_forever()
+            raise asyncio.CancelledError
+
+    async with make_pool(Late(), connection_timeout=2, max_retries=0) as pool:
+        with pytest.raises(ConnectFailed, match="not established within") as caught:
+            await pool.acquire()
+        assert caught.value.reason == "timeout"
+        assert repr(pool).startswith("<ConnectionPool open")
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)
+async def test_a_cancellation_of_asyncio_is_a_failure_on_trio():
+    class Bridged(FakeConnector):
+        async def connect(self, timeout):
+            raise asyncio.CancelledError
+
+    async with make_pool(Bridged(), max_retries=0) as pool:
+        with pytest.raises(ConnectFailed, match="was cancelled on asyncio"):
+            await pool.acquire()
+        assert repr(pool).startswith("<ConnectionPool open")
+
+
+# -- connections that cannot tell ---------------------------------------------------
+
+
+async def test_a_connection_that_cannot_say_whether_it_is_lost_serves():
+    class Untold(FakeConnection):
+        @property
+        def is_lost(self):
+            raise RuntimeError("ask somebody else")
+
+    async with make_pool(Making(Untold)) as pool:
+        async with pool.acquire() as conn:
+            assert await conn.call("/a/b", b"works") == b"works"
+        assert pool.status().idle == 1
+
+
+async def test_a_connection_that_cannot_say_where_it_leads_is_shown_without():
+    class Nowhere(FakeConnection):
+        @property
+        def peer(self):
+            raise RuntimeError("nobody knows")
+
+    async with make_pool(Making(Nowhere)) as pool:
+        async with pool.acquire():
+            (told,) = pool.connections()
+        assert (told.peer, told.condition) == (None, "busy")

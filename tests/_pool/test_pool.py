@@ -1,0 +1,334 @@
+"""How a pool is configured, opens and closes, and what it tells meanwhile."""
+
+from __future__ import annotations
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from fastapi_topaz import (
+    AuthorizerOptions,
+    ConnectFailed,
+    ConnectionPool,
+    PoolClosed,
+    PoolError,
+    PoolStatus,
+    PoolTimeout,
+    _fork,
+)
+from fastapi_topaz.testing import FakeConnection, FakeConnector, fail, hang, ok
+from kit.configs import TOPAZ
+from kit.pools import Lingering, Making, make_pool
+
+
+pytestmark = pytest.mark.usefixtures("host_survives")
+
+
+def closed_status(*, failing=False):
+    return PoolStatus(
+        total=0,
+        idle=0,
+        busy=0,
+        healthy_connections=0,
+        max_connections=7,
+        min_connections=2,
+        streams_max=21,
+        failing=failing,
+    )
+
+
+# -- what a pool tells while it is not open -------------------------------------------
+
+
+async def test_a_pool_that_is_not_open_tells_its_limits_and_nothing_else():
+    options = {"min_connections": 2, "max_connections": 7}
+    pool = make_pool(**options, streams_per_connection=3)
+    assert pool.status() == closed_status()
+    assert pool.connections() == ()
+    async with pool, pool.acquire():
+        assert pool.status() != closed_status()
+        assert pool.connections()[0].condition == "busy"
+    assert pool.status() == closed_status()
+    assert pool.connections() == ()
+
+
+async def test_in_a_forked_child_an_open_pool_fails_and_has_no_connections():
+    options = {"min_connections": 2, "max_connections": 7}
+    async with make_pool(**options, streams_per_connection=3) as pool, pool.acquire():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_fork.current, "pid", -1)
+            assert pool.status() == closed_status(failing=True)
+            assert not pool.status().healthy
+            assert pool.connections() == ()
+            for use in (pool.initialize, pool.close, pool.acquire):
+                with pytest.raises(PoolError, match="forked"):
+                    await use()
+        assert pool.status().busy == 1
+
+
+@pytest.mark.parametrize("name, told", [(None, "the pool"), ("main", "pool 'main'")])
+async def test_a_pool_is_told_by_its_name_if_it_has_one(name, told):
+    pool = make_pool(name=name)
+    await pool.close()
+    with pytest.raises(PoolClosed, match=f"^{told} is closed "):
+        await pool.acquire()
+
+
+async def test_a_wrong_grace_is_told_by_its_name():
+    with pytest.raises(ValueError, match="grace must be at least 0 seconds"):
+        await make_pool().close(-1)
+
+
+# -- how it opens ---------------------------------------------------------------------
+
+
+async def test_of_those_who_wait_for_a_close_to_open_it_again_one_does():
+    connector = Making(Lingering)
+    pool = make_pool(connector, min_connections=1, eager_init=True)
+    await pool.initialize()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(pool.close)
+        await anyio.sleep(0.5)
+        for _ in range(3):
+            tasks.start_soon(pool.initialize)
+    assert pool.status().total == len(connector.open) == 1
+    await pool.close()
+    assert connector.open == []
+
+
+async def test_of_those_who_wait_for_the_end_of_a_cancelled_start_one_opens_the_pool():
+    connector = Making(Lingering, script=[ok(), hang()])
+    pool = make_pool(connector, min_connections=2, eager_init=True)
+    with anyio.move_on_after(1):
+        await pool.initialize()
+    assert repr(pool).startswith("<ConnectionPool closing")
+    leases = []
+
+    async def caller():
+        leases.append(await pool.acquire())
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(caller)
+    assert pool.status().streams_in_use == 3
+    for conn in leases:
+        await pool.release(conn)
+    await pool.close()
+    assert connector.open == []
+
+
+async def test_each_who_gives_up_waiting_for_the_end_of_a_start_is_counted():
+    pool = make_pool(
+        Making(Lingering, script=[ok(), hang()]), min_connections=2, eager_init=True
+    )
+    with anyio.move_on_after(1):
+        await pool.initialize()
+    for _ in range(3):
+        with anyio.move_on_after(0.1):
+            await pool.acquire()
+    assert pool._counters.cancelled == 3
+    await pool.close()
+
+
+# -- what the host does ---------------------------------------------------------------
+
+
+async def test_each_second_another_connection_is_looked_at_closely():
+    looked = []
+
+    class Watched(FakeConnection):
+        def refresh_liveness(self):
+            looked.append(self.number)
+
+    async with make_pool(Making(Watched)) as pool:
+        for conn in [await pool.acquire() for _ in range(2)]:
+            await pool.release(conn)
+        await anyio.sleep(4.5)
+    assert looked in ([1, 2, 1, 2], [2, 1, 2, 1])
+
+
+async def test_where_the_only_attempt_hangs_callers_fail_at_once():
+    options = {"max_connections": 1, "acquire_timeout": 5, "connection_timeout": 10}
+    async with make_pool(FakeConnector(default=hang()), **options) as pool:
+        with pytest.raises(PoolTimeout):
+            await pool.acquire()
+        # The first attempt has failed, and the next one takes too long already.
+        await anyio.sleep(10)
+        began = anyio.current_time()
+        with pytest.raises(ConnectFailed, match="not established within"):
+            await pool.acquire()
+        assert anyio.current_time() == began
+
+
+# -- how it ends ----------------------------------------------------------------------
+
+
+async def test_a_lease_is_cut_off_after_the_grace_though_another_close_hangs():
+    closed = {}
+
+    class Slow(FakeConnection):
+        async def close(self, grace, /):
+            closed[self.number] = anyio.current_time()
+            await anyio.sleep_forever()
+
+    pool = make_pool(Making(Slow))
+    first, second = [await pool.acquire() for _ in range(2)]
+    await pool.release(first)
+    began = anyio.current_time()
+    await pool.close(grace=2)
+    assert closed == {1: pytest.approx(began), 2: pytest.approx(began + 2)}
+    assert anyio.current_time() == pytest.approx(began + 7)
+    await pool.release(second)
+
+
+@pytest.mark.parametrize("count, leases", [(1, "a lease"), (2, "2 leases")])
+def test_a_loop_that_ends_under_leases_tells_how_many(caplog, count, leases):
+    async def main():
+        held.extend([await pool.acquire() for _ in range(count)])
+
+    for backend in ("asyncio", "trio"):
+        held = []
+        pool = make_pool()
+        caplog.clear()
+        with pytest.warns(ResourceWarning, match=f"with {leases} out"):
+            anyio.run(main, backend=backend)
+        told = [record.getMessage() for record in caplog.records]
+        assert f"the pool: closed with {leases} still out" in told
+
+
+async def test_a_cancelled_close_waits_until_all_is_closed():
+    connector = Making(Lingering)
+    pool = make_pool(connector)
+    async with pool.acquire():
+        pass
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await pool.close()
+    assert scope.cancelled_caught
+    assert connector.open == []
+
+
+async def test_a_cancelled_close_does_not_wait_for_who_will_not_be_cancelled():
+    class Stubborn(FakeConnection):
+        async def close(self, grace, /):
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(60)
+
+    pool = make_pool(Making(Stubborn))
+    async with pool.acquire():
+        pass
+    began = anyio.current_time()
+    with anyio.move_on_after(3):
+        await pool.close()
+    assert anyio.current_time() == pytest.approx(began + 3 + 10)
+    await pool.close()
+    assert anyio.current_time() == pytest.approx(began + 60)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_who_closes_a_pool_whose_host_was_cancelled_before_it_began_is_woken():
+    """asyncio.run cancels all tasks at its end, also those that had no turn yet."""
+    pool = make_pool()
+    await pool.initialize()
+    pool._open_pool.owner._task.cancel()
+    with anyio.fail_after(30):
+        await pool.close()
+    assert repr(pool).startswith("<ConnectionPool closed")
+
+
+# -- how it is configured -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["connector", "meter_provider"])
+def test_what_cannot_be_that_is_refused_by_its_name(name):
+    with pytest.raises(TypeError, match=f"{name} must .* got 'text'"):
+        ConnectionPool(**{name: "text"})
+
+
+def test_a_truth_that_is_none_is_refused():
+    with pytest.raises(TypeError, match="semantic_conventions must be"):
+        ConnectionPool(semantic_conventions=1)
+
+
+async def test_an_open_pool_cannot_be_led_elsewhere():
+    pool = ConnectionPool(min_connections=0)
+    pool.configure(TOPAZ)
+    async with pool:
+        pool.configure(TOPAZ)
+        with pytest.raises(PoolError, match="is open; close\\(\\) it to configure it"):
+            pool.configure(AuthorizerOptions(url="elsewhere:8282"))
+        assert pool.authorizer_options == TOPAZ
+    pool.configure(AuthorizerOptions(url="elsewhere:8282"))
+    assert pool.authorizer_options.url == "elsewhere:8282"
+
+
+async def test_a_pool_with_a_connector_of_its_own_is_not_led_elsewhere():
+    connector = FakeConnector()
+    pool = make_pool(connector)
+    pool.configure(TOPAZ)
+    assert pool.authorizer_options is None
+    async with pool, pool.acquire() as conn:
+        assert conn.connection in connector.connections
+
+
+def test_what_cannot_even_be_shown_is_refused_by_its_class():
+    class Unseen:
+        def __repr__(self):
+            raise RuntimeError("do not look")
+
+    with pytest.raises(TypeError, match="got a Unseen that cannot be shown"):
+        ConnectionPool(connector=Unseen())
+
+
+def test_a_pool_that_is_not_open_has_nothing_to_drain():
+    pool = make_pool()
+    pool.drain()
+    assert pool.status().total == 0
+    assert repr(pool).startswith("<ConnectionPool new")
+
+
+async def cancelled_start(pool):
+    """Open *pool* and give that up, so that it closes again, which takes a second."""
+    with anyio.move_on_after(1):
+        await pool.initialize()
+    assert repr(pool).startswith("<ConnectionPool closing")
+
+
+async def test_who_waits_for_the_end_of_a_cancelled_start_may_give_up():
+    script = Making(Lingering, script=[ok(), hang()])
+    pool = make_pool(script, min_connections=2, eager_init=True)
+    await cancelled_start(pool)
+    with anyio.move_on_after(0.5) as scope:
+        await pool.acquire()
+    assert scope.cancelled_caught
+    assert pool._counters.cancelled == 1
+    async with pool.acquire() as conn:
+        assert await conn.call("/a/b", b"works") == b"works"
+    await pool.close()
+    assert script.open == []
+
+
+async def test_who_waits_for_the_end_of_a_cancelled_start_may_find_it_closed():
+    script = Making(Lingering, script=[ok(), hang()])
+    pool = make_pool(script, min_connections=2, eager_init=True)
+    await cancelled_start(pool)
+    await pool.close()
+    with pytest.raises(PoolClosed, match="is closed"):
+        await pool.acquire()
+
+
+# -- its start ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("minimum", [0, 2])
+async def test_a_start_that_went_well_warns_of_nothing(caplog, minimum):
+    async with make_pool(min_connections=minimum, eager_init=True) as pool:
+        assert pool.status().total == minimum
+        assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+async def test_a_start_that_no_retry_can_mend_ends_at_once_and_warns_of_it(caplog):
+    connector = FakeConnector(default=fail(ConnectFailed("never", permanent=True)))
+    async with make_pool(connector, min_connections=1, eager_init=True) as pool:
+        assert pool.status().total == 0
+        assert [r for r in caplog.records if "at startup" in r.getMessage()]

@@ -1,0 +1,112 @@
+"""What the errors of acquire() say."""
+
+from __future__ import annotations
+
+import re
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from fastapi_topaz import ConnectFailed, PoolClosed, PoolTimeout
+from fastapi_topaz.testing import FakeConnector, fail, hang, slow
+from kit.pools import make_pool, queued
+
+
+async def test_whose_time_is_over_is_told_of_the_last_failure():
+    connector = FakeConnector(default=fail("nobody there"))
+    async with make_pool(connector, acquire_timeout=0) as pool:
+        with pytest.raises(PoolTimeout) as caught:
+            await pool.acquire()
+        assert caught.value.__cause__ is None
+        assert "failed" not in str(caught.value)
+        await anyio.sleep(0.01)
+        with pytest.raises(PoolTimeout, match="nobody there") as caught:
+            await pool.acquire()
+        assert str(caught.value.__cause__) == "nobody there"
+
+
+async def test_whose_time_is_over_is_told_if_all_leases_are_out_and_only_then():
+    connector = FakeConnector(default=slow(2))
+    async with make_pool(connector, max_connections=2) as pool, pool.acquire():
+        with pytest.raises(PoolTimeout) as caught:
+            await pool.acquire(timeout=1)
+        assert "leases are out" not in str(caught.value)
+        async with pool.acquire():
+            with pytest.raises(PoolTimeout, match="all 2 leases are out"):
+                await pool.acquire(timeout=1)
+
+
+async def test_who_fails_is_told_what_the_attempt_said():
+    error = ConnectFailed("no", reason="tls", permanent=True)
+    async with make_pool(FakeConnector(default=fail(error))) as pool:
+        with pytest.raises(ConnectFailed) as caught:
+            await pool.acquire()
+        assert (caught.value.reason, caught.value.permanent) == ("tls", True)
+        assert caught.value.__cause__ is error
+
+
+async def test_an_attempt_that_ended_otherwise_is_not_permanent():
+    connector = FakeConnector(default=hang())
+    async with make_pool(connector, max_retries=0, connection_timeout=1) as pool:
+        with pytest.raises(ConnectFailed) as caught:
+            await pool.acquire()
+        assert (caught.value.reason, caught.value.permanent) == ("timeout", False)
+
+
+async def test_what_is_told_ends_with_the_counts():
+    async with make_pool(max_connections=2, connector=FakeConnector([slow(2)])) as pool:
+        with pytest.raises(PoolTimeout) as caught:
+            await pool.acquire(timeout=1)
+        assert str(caught.value).endswith("connecting=1)")
+    connector = FakeConnector(default=fail("no"))
+    async with make_pool(connector, max_retries=0) as pool:
+        with pytest.raises(ConnectFailed) as caught:
+            await pool.acquire()
+        assert re.search(r": no \(total=0 .*\)$", str(caught.value))
+    async with make_pool(max_connections=1) as pool, anyio.create_task_group() as tasks:
+        held = await pool.acquire()
+
+        async def caller():
+            with pytest.raises(PoolClosed) as caught:
+                await pool.acquire()
+            assert "closed while waiting (total=" in str(caught.value)
+
+        tasks.start_soon(caller)
+        await queued(pool, 1)
+        await pool.close(0)
+        await pool.release(held)
+
+
+async def test_a_failure_that_tells_nothing_of_itself_is_not_permanent():
+    async with make_pool() as pool:
+        error = pool._open_pool._refusals.failed(OSError("no"))
+        assert (error.reason, error.permanent) == ("other", False)
+
+
+class Nameless:
+    """A connector that does not say where it connects to."""
+
+    async def connect(self, timeout, /):
+        return await FakeConnector().connect(timeout)
+
+    def __repr__(self):
+        return "somewhere"
+
+
+class Unspeakable(Nameless):
+    def __repr__(self):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    "connector, target", [(Nameless(), "somewhere"), (Unspeakable(), "Unspeakable")]
+)
+async def test_a_connector_without_a_target_is_named_by_what_it_is(connector, target):
+    async with make_pool(connector) as pool, pool.acquire() as conn:
+        assert repr(conn) == f"<PooledConnection to {target} leased>"
+
+
+async def test_a_wrong_timeout_is_told_by_its_name():
+    with pytest.raises(ValueError, match="timeout must be at least 0 seconds"):
+        make_pool().acquire(timeout=-1)

@@ -1,0 +1,433 @@
+"""One span for each check, its context on the wire, and nobody's secrets in it."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import subprocess
+import sys
+import textwrap
+
+import anyio
+import grpc
+import httpx
+import pytest
+from fastapi import Depends, FastAPI, Request
+from opentelemetry import baggage, context, propagate, trace
+from opentelemetry.propagators.textmap import TextMapPropagator
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.trace import SpanKind, StatusCode
+
+from fastapi_topaz import (
+    ConnectionPool,
+    Identity,
+    IdentityType,
+    PoolTimeout,
+    TopazConfig,
+    require_policy_allowed,
+)
+from fastapi_topaz._cli.demo import serving
+from kit.waiting import eventually
+
+
+pytestmark = pytest.mark.real_clock
+
+PATH = "myapp.GET.documents"
+SECRET = "hunter2"
+
+
+class Traced:
+    """A configuration whose spans are kept, and a request to ask with."""
+
+    def __init__(self, authorizer, *, processor=None, sampler=None, **options):
+        self.exporter = InMemorySpanExporter()
+        self.provider = TracerProvider(sampler=sampler)
+        self.provider.add_span_processor(
+            processor or SimpleSpanProcessor(self.exporter)
+        )
+        self.pool = ConnectionPool(min_connections=0, **options.pop("pool", {}))
+        self.config = TopazConfig(
+            authorizer_options=authorizer.options,
+            policy_path_root="myapp",
+            identity_provider=lambda _request: Identity(IdentityType.MANUAL, SECRET),
+            resource_context_provider=lambda _request: {"card": SECRET},
+            connection_pool=self.pool,
+            tracer_provider=self.provider,
+            **options,
+        )
+
+    async def ask(self, path=PATH):
+        request = Request({"type": "http", "path_params": {"id": SECRET}})
+        return await self.config.is_allowed(request, path)
+
+    @property
+    def span(self):
+        (span,) = self.exporter.get_finished_spans()
+        self.exporter.clear()
+        return span
+
+
+@pytest.fixture
+def authorizer(embedded_authorizer):
+    embedded_authorizer.policies = {PATH: True, "myapp.GET.others": False}
+    return embedded_authorizer
+
+
+def parent_of(check):
+    """Return trace and span that the authorizer was told of, and whether sampled."""
+    parts = check.metadata["traceparent"].split("-")
+    _, trace_id, span_id, flags = (int(part, 16) for part in parts)
+    return trace_id, span_id, bool(flags & 1)
+
+
+def recorded(authorizer):
+    """Let everything pass, and return a list of what was asked."""
+    asked = []
+    authorizer.policies = lambda check: asked.append(check) or True
+    return asked
+
+
+# -- the span -----------------------------------------------------------------------
+
+
+async def test_a_check_is_one_span_with_its_outcome(authorizer):
+    traced = Traced(authorizer, pool={"name": "main"})
+    async with traced.pool:
+        await traced.ask()
+        traced.exporter.clear()
+        assert await traced.ask() is True
+        span = traced.span
+        assert span.name == "topaz.check"
+        assert span.kind is SpanKind.CLIENT
+        assert span.instrumentation_scope.name == "fastapi_topaz"
+        assert dict(span.attributes) == {
+            "topaz.policy_path": PATH,
+            "topaz.decision": "allowed",
+            "topaz.pool": "main",
+            "topaz.outcome": "allowed",
+        }
+        assert span.status.status_code is StatusCode.UNSET
+        assert not span.events, "it did not wait"
+        assert await traced.ask("myapp.GET.others") is False
+        assert traced.span.attributes["topaz.outcome"] == "denied"
+
+
+async def test_a_check_that_fails_says_with_what_and_no_more(authorizer):
+    traced = Traced(authorizer)
+    async with traced.pool:
+        authorizer.fail(
+            grpc.StatusCode.INTERNAL, f"no {SECRET} here", times=1, methods=["Is"]
+        )
+        with pytest.raises(grpc.aio.AioRpcError):
+            await traced.ask()
+        span = traced.span
+        assert span.attributes["topaz.outcome"] == "error"
+        assert span.attributes["error.type"] == "INTERNAL"
+        assert span.status.status_code is StatusCode.ERROR
+        assert SECRET not in span.to_json()
+
+
+async def test_a_check_without_a_lease_says_so(authorizer):
+    traced = Traced(authorizer, pool={"max_connections": 1, "acquire_timeout": 0.01})
+    async with traced.pool, traced.pool.acquire(timeout=10):
+        with pytest.raises(PoolTimeout):
+            await traced.ask()
+    assert traced.span.attributes["error.type"] == "PoolTimeout"
+
+
+async def test_the_wait_for_a_lease_is_an_event_if_there_was_one(authorizer):
+    traced = Traced(authorizer, pool={"max_connections": 1})
+    async with traced.pool, anyio.create_task_group() as tasks:
+        async with traced.pool.acquire():
+            tasks.start_soon(traced.ask)
+            await eventually(lambda: traced.pool.status().waiting)
+        await eventually(traced.exporter.get_finished_spans)
+        (event,) = traced.span.events
+        assert event.name == "topaz.waited"
+        assert event.attributes["topaz.wait"] > 0
+
+
+async def test_a_check_asked_once_more_is_one_span_that_says_so(authorizer):
+    traced = Traced(authorizer)
+    async with traced.pool:
+        await traced.ask()
+        traced.exporter.clear()
+        authorizer.fail(grpc.StatusCode.UNAVAILABLE, SECRET, times=1, methods=["Is"])
+        assert await traced.ask() is True
+        span = traced.span
+        retry = next(event for event in span.events if event.name == "topaz.retry")
+        assert dict(retry.attributes) == {"error.type": "UNAVAILABLE"}
+        assert span.attributes["topaz.outcome"] == "allowed"
+        assert traced.pool._counters.retries == 1
+
+
+async def test_a_cancelled_check_ends_its_span(authorizer):
+    traced = Traced(authorizer)
+    async with traced.pool:
+        async with traced.pool.acquire():
+            pass
+        authorizer.delay = 30
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(traced.ask)
+            await eventually(lambda: traced.pool.status().streams_in_use)
+            tasks.cancel_scope.cancel()
+        assert traced.span.attributes["topaz.outcome"] == "cancelled"
+
+
+async def test_the_span_is_that_of_the_task_only_while_it_asks(authorizer):
+    traced = Traced(authorizer)
+    tracer = traced.provider.get_tracer("application")
+    async with traced.pool:
+        with tracer.start_as_current_span("request") as request:
+            await traced.ask()
+            assert trace.get_current_span() is request
+    span, _ = traced.exporter.get_finished_spans()
+    assert span.parent.span_id == request.get_span_context().span_id
+
+
+# -- on the wire --------------------------------------------------------------------
+
+
+async def test_the_authorizer_is_told_of_the_span(authorizer):
+    asked = recorded(authorizer)
+    traced = Traced(authorizer)
+    async with traced.pool:
+        await traced.ask()
+    span = traced.span
+    assert parent_of(asked[0]) == (span.context.trace_id, span.context.span_id, True)
+
+
+async def test_that_a_trace_is_not_sampled_is_passed_on(authorizer):
+    asked = recorded(authorizer)
+    traced = Traced(authorizer, sampler=ALWAYS_OFF)
+    async with traced.pool:
+        await traced.ask()
+    assert parent_of(asked[0])[2] is False
+    assert not traced.exporter.get_finished_spans()
+
+
+async def test_calls_on_a_lease_of_ones_own_carry_the_callers_context(authorizer):
+    asked = recorded(authorizer)
+    traced = Traced(authorizer)
+    tracer = traced.provider.get_tracer("application")
+    async with traced.pool, traced.pool.acquire() as conn:
+        with tracer.start_as_current_span("request") as span:
+            token = context.attach(baggage.set_baggage("tenant", "t1"))
+            await conn.decisions(policy_path=PATH)
+            context.detach(token)
+        await conn.decisions(policy_path=PATH)
+    assert parent_of(asked[0])[1] == span.get_span_context().span_id
+    assert asked[0].metadata["baggage"] == "tenant=t1"
+    assert "traceparent" not in asked[1].metadata
+
+
+async def test_metadata_of_the_caller_wins(authorizer):
+    given = f"00-{1:032x}-{2:016x}-01"
+    sent = []
+
+    class Recording:
+        async def call(self, method, request, *, timeout, metadata):
+            sent.append(list(metadata))
+            return b""
+
+        async def probe(self, timeout): ...
+
+        async def close(self, grace): ...
+
+    class Connector:
+        async def connect(self, timeout):
+            return Recording()
+
+    tracer = TracerProvider().get_tracer("application")
+    async with ConnectionPool(connector=Connector()) as pool, pool.acquire() as conn:
+        with tracer.start_as_current_span("request"):
+            await conn.call("/a.B/C", b"", metadata=[("traceparent", given)])
+    assert sent == [[("traceparent", given)]]
+
+
+class Odd(TextMapPropagator):
+    """Puts into the carrier what gRPC would not send."""
+
+    fields = frozenset()
+
+    def extract(self, carrier, context=None, getter=None): ...
+
+    def inject(self, carrier, context=None, setter=None):
+        carrier.update(
+            {"X-Trace": "1", "Größe": "2", "x-a": "3\n4", "x-b": "ü", "x-c": 5}
+        )
+        carrier.update({"y-bin": "6"})
+
+
+class Raising(Odd):
+    def inject(self, carrier, context=None, setter=None):
+        raise OSError("no propagation")
+
+
+@pytest.mark.parametrize("propagator", [Odd(), Raising()])
+async def test_a_propagator_cannot_break_a_check(
+    propagator, authorizer, monkeypatch, caplog
+):
+    monkeypatch.setattr(propagate, "inject", propagator.inject)
+    monkeypatch.setattr("fastapi_topaz._telemetry.tracing._broken", set())
+    asked = recorded(authorizer)
+    traced = Traced(authorizer)
+    async with traced.pool:
+        for _ in range(3):
+            assert await traced.ask() is True
+    odd = {key for key in asked[0].metadata if key[:2] in {"x-", "y-", "gr"}}
+    assert odd <= {"x-trace", "grpc-accept-encoding"}
+    assert ("x-trace" in asked[0].metadata) == (type(propagator) is Odd)
+    failed = sum("propagating" in record.message for record in caplog.records)
+    assert failed == (type(propagator) is Raising)
+
+
+# -- what breaks, or is not there -----------------------------------------------------
+
+
+class Broken(SpanProcessor):
+    def __init__(self, moment):
+        self.moment = moment
+
+    def on_start(self, span, parent_context=None):
+        if self.moment == "start":
+            raise OSError("no collector")
+        if self.moment == "event":
+            span.add_event = self.on_end
+            span.set_attribute = self.on_end
+
+    def on_end(self, *_args):
+        if self.moment != "start":
+            raise OSError("no collector")
+
+
+@pytest.mark.parametrize("moment", ["start", "event", "end"])
+async def test_tracing_that_raises_fails_no_check(
+    moment, authorizer, monkeypatch, caplog
+):
+    monkeypatch.setattr("fastapi_topaz._telemetry.tracing._broken", set())
+    traced = Traced(authorizer, processor=Broken(moment))
+    async with traced.pool:
+        authorizer.fail(grpc.StatusCode.UNAVAILABLE, "gone", times=1, methods=["Is"])
+        for _ in range(3):
+            assert await traced.ask() is True
+        assert trace.get_current_span() is trace.INVALID_SPAN
+    assert any("checks go on without" in r.message for r in caplog.records)
+
+
+async def test_what_the_authorizer_said_is_not_in_the_traceback_of_that(
+    authorizer, monkeypatch, caplog
+):
+    monkeypatch.setattr("fastapi_topaz._telemetry.tracing._broken", set())
+    traced = Traced(authorizer, processor=Broken("end"))
+    async with traced.pool:
+        authorizer.fail(grpc.StatusCode.INTERNAL, f"no {SECRET} here")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await traced.ask()
+    assert "OSError: no collector" in caplog.text
+    assert SECRET not in caplog.text
+
+
+async def test_a_check_that_is_garbage_ends_its_span_without_a_word(authorizer, caplog):
+    authorizer.delay = 30
+    traced = Traced(authorizer)
+    async with traced.pool:
+        check = traced.ask()
+
+        class Never:
+            def __await__(self):
+                yield from check.__await__()
+
+        # Run to its first wait, as a task would that nobody holds, then destroyed.
+        step = Never().__await__()
+        with contextlib.suppress(BaseException):
+            contextvars.Context().run(step.send, None)
+        step.close()
+        check.close()
+    assert "Failed to detach" not in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_provider_that_is_set_late_is_found(backend, authorizer):
+    program = f"""
+        import anyio
+        from fastapi import Request
+        from fastapi_topaz import *
+        from opentelemetry import trace
+
+        config = TopazConfig(
+            authorizer_options=AuthorizerOptions(
+                url={authorizer.url!r}, insecure=True
+            ),
+            policy_path_root="myapp",
+            identity_provider=lambda request: Identity(IdentityType.NONE),
+        )
+        request = Request({{"type": "http", "path_params": {{}}}})
+
+        async def main():
+            async with config.connection_pool:
+                assert await config.is_allowed(request, {PATH!r})
+
+                from opentelemetry.sdk.trace import TracerProvider
+                from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+                from opentelemetry.sdk.trace.export.in_memory_span_exporter import (
+                    InMemorySpanExporter,
+                )
+
+                exporter = InMemorySpanExporter()
+                provider = TracerProvider()
+                provider.add_span_processor(SimpleSpanProcessor(exporter))
+                trace.set_tracer_provider(provider)
+                assert await config.is_allowed(request, {PATH!r})
+                print([span.name for span in exporter.get_finished_spans()])
+
+        anyio.run(main, backend={backend!r})
+    """
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.stdout.strip() == "['topaz.check']", result.stderr
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_span_of_a_request_is_the_parent_of_its_check(backend, authorizer):
+    asked = recorded(authorizer)
+    traced = Traced(authorizer)
+    app = FastAPI(lifespan=traced.config.lifespan)
+    tracer = traced.provider.get_tracer("application")
+
+    async def traced_request():
+        # What an instrumentation of FastAPI does around it all.
+        with tracer.start_as_current_span("request"):
+            yield
+
+    guard = Depends(require_policy_allowed(traced.config, PATH))
+
+    @app.get("/", dependencies=[Depends(traced_request), guard])
+    async def index(): ...
+
+    with serving(app, backend) as url:
+        for _ in range(3):
+            assert httpx.get(url).status_code == 200
+    spans = traced.exporter.get_finished_spans()
+    checks = [span for span in spans if span.name == "topaz.check"]
+    requests = {span.context.span_id for span in spans if span.name == "request"}
+    assert {span.parent.span_id for span in checks} == requests
+    assert len(requests) == 3
+    assert [parent_of(check)[1] for check in asked] == [
+        span.context.span_id for span in checks
+    ]
+
+
+def test_a_wrong_provider_is_refused(authorizer):
+    with pytest.raises(TypeError, match="tracer_provider must be a TracerProvider"):
+        TopazConfig(
+            authorizer_options=authorizer.options,
+            policy_path_root="myapp",
+            identity_provider=lambda _request: Identity(IdentityType.NONE),
+            tracer_provider=object(),
+        )

@@ -1,0 +1,9 @@
+"""Which backends a test runs on, if it starts the loop itself."""
+
+from __future__ import annotations
+
+import pytest
+
+
+backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)

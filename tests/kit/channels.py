@@ -1,0 +1,68 @@
+"""Connections and channels of gRPC without a pool."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import anyio
+import grpc
+import grpc.aio
+import pytest
+
+from fastapi_topaz import ConnectFailed
+from fastapi_topaz._grpcio.connector import GrpcConnector
+
+
+INFO = "/aserto.authorizer.v2.Authorizer/Info"
+
+
+# Longer than any test: who gets an answer was not cancelled.
+NEVER = 60.0
+
+
+async def ask(connection, method=INFO, *, timeout=NEVER):
+    """Make one call, by default one that any authorizer answers."""
+    return await connection.call(method, b"", timeout=timeout, metadata=())
+
+
+@contextlib.asynccontextmanager
+async def bare(authorizer):
+    """Give what a program without this package would call."""
+    async with grpc.aio.insecure_channel(authorizer.url) as channel:
+        await channel.channel_ready()
+        method = channel.unary_unary(INFO)
+
+        async def call():
+            return await method(b"", timeout=NEVER)
+
+        yield call
+
+
+@contextlib.asynccontextmanager
+async def connected(options, timeout=10.0):
+    """Connect to the server of *options*, and close the connection at the end."""
+    connection = await GrpcConnector(options.target).connect(timeout)
+    try:
+        yield connection
+    finally:
+        with anyio.CancelScope(shield=True):
+            await connection.close(0)
+
+
+# Seconds that a busy machine may take on top of a timeout.
+PATIENCE = 10.0
+
+
+def threads():
+    """All but those in which trio waits when it is a guest, as it is in tests."""
+    every = threading.enumerate()
+    return {thread for thread in every if not thread.name.startswith("Trio thread")}
+
+
+async def refused_by(options, timeout=5.0):
+    """Return why a connect failed, which must not take much longer than *timeout*."""
+    with anyio.fail_after(timeout + PATIENCE), pytest.raises(ConnectFailed) as caught:
+        await GrpcConnector(options.target).connect(timeout)
+    assert options.url in str(caught.value)
+    return caught.value

@@ -1,0 +1,32 @@
+"""Configurations of an application, and a request of one."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+
+from fastapi_topaz import AuthorizerOptions, Identity, IdentityType, TopazConfig
+
+
+POLICY = "app.GET.documents"
+REQUEST = Request({"type": "http", "headers": [], "path_params": {}})
+TOPAZ = AuthorizerOptions(url="topaz.test:8282", insecure=True)
+"""Leads nowhere."""
+
+
+def user(connection):
+    """Return the identity that the header `user` of a request names."""
+    return Identity(IdentityType.SUB, connection.headers.get("user", "nobody"))
+
+
+def config_of(pool, options=None, **settings):
+    """Return a configuration whose callers are anonymous unless *settings* differ."""
+    options = options or pool.authorizer_options or AuthorizerOptions(insecure=True)
+    return TopazConfig(
+        **{
+            "authorizer_options": options,
+            "policy_path_root": "app",
+            "identity_provider": lambda _request: Identity(IdentityType.NONE),
+            "connection_pool": pool,
+            **settings,
+        }
+    )

@@ -1,0 +1,40 @@
+"""Servers that tests in several folders request."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastapi_topaz.testing import EmbeddedAuthorizer
+
+from .faultkit.frames import FrameServer, answer
+from .faultkit.http2 import Http2Server
+from .secrets import KEY
+
+
+@pytest.fixture
+def frame_server():
+    """A server that writes single frames; by default it allows each check."""
+    with FrameServer(answer()) as running:
+        yield running
+
+
+@pytest.fixture
+def http2_server():
+    """A scripted server whose clients keep to the protocol."""
+    with Http2Server() as running:
+        yield running
+        assert running.errors == []
+
+
+@pytest.fixture
+def lenient_http2_server():
+    """A scripted server whose own answers may break the protocol."""
+    with Http2Server() as running:
+        yield running
+
+
+@pytest.fixture
+def keyed_authorizer():
+    """An authorizer that asks for the key, which is a secret."""
+    with EmbeddedAuthorizer(lambda _check: True, api_key=KEY) as running:
+        yield running

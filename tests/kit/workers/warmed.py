@@ -1,0 +1,18 @@
+"""The same application by somebody who asks at import time, and tidies up."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kit.workers.app import app, config
+
+
+async def ask() -> object:
+    async with config.connection_pool as pool, pool.acquire() as conn:
+        await conn.info()
+        return conn.connection
+
+
+asyncio.run(ask())
+
+__all__ = ["app"]

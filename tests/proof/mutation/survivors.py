@@ -1,0 +1,278 @@
+"""
+Mutate the modules of the pool, and compare the mutants that live with the known ones.
+
+    python tests/proof/mutation/survivors.py
+
+changes the state, which takes minutes. Arguments of it:
+
+    parts        its clock and its checks: minutes
+    pool         the pool around it: longer
+    state pool   several of them
+    --list       print the survivors as the list does
+
+mutmut makes the mutants; a plugin of pytest, `forks`, runs the tests. Nothing is left
+in the work tree. It fails if a mutant lives that is not in `survivors.txt`, or if no
+more than 95 % of those of the state die.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import attrs
+
+
+# ruff: noqa: T201  (a script)
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent.parent
+KNOWN = HERE / "survivors.txt"
+PARTED = " || "
+LEAST = {"pool_state": 95.0}
+"""Per cent of the mutants of a module of which more have to die."""
+
+QUICK = """
+(not real_clock or test_options)
+and not trio and not asyncio+eager and not asyncio+shuffled and not random_cancellation
+and not for_ever and not rate_of_attempts and not however_long and not keeps_idle
+and not never_closed and not outage_do_not_grow and not finds_and_one_is_given
+and not in_any_thread and not fail_fast_with_the_cause and not half_a_second
+and not faster_than_failed and not warned_in_that_line
+"""
+"""
+One backend, no gRPC, which does not survive a fork, no test that takes a second, and
+none that counts frames, since mutants have frames of their own.
+"""
+
+
+VIRTUAL = ["-m", "not slow and not soak", "-k", " ".join(QUICK.split())]
+
+WORDS = [r"logger\.", r'^\s+f?"', r'raise \w+\(f?"', r"^\s+\*\("]
+"""What a log or an error says in words, and what a repr() shows."""
+
+
+@attrs.frozen
+class Group:
+    """Modules, and the tests that have to notice their mutants."""
+
+    modules: list[str]
+    tests: list[str]
+    options: list[str] = attrs.field(factory=list)
+    unmutated: list[str] = attrs.field(factory=list)
+
+
+GROUPS = {
+    # Without the random scripts of test_model_state: what they find is luck, and
+    # what a rule forbids is to have a test that says so.
+    "state": Group(
+        modules=[
+            *("_pool/state/pool_state", "_pool/state/outage", "_pool/state/attempts"),
+            *("_pool/state/rotation", "_pool/state/backoff", "_pool/state/slot"),
+            "_pool/state/snapshot",
+        ],
+        tests=["_pool/state", "_pool/test_readiness.py"],
+        options=["-k", "not trio and not asyncio"],  # the state alone
+    ),
+    # Not `interrupts`, which works on trio only.
+    "parts": Group(
+        modules=["_pool/clock", "_pool/conformity", "_pool/readiness"],
+        tests=[
+            *("_pool/test_clocks.py", "_pool/test_connection_kinds.py"),
+            "_pool/test_readiness.py",
+        ],
+        options=VIRTUAL,
+        unmutated=WORDS,
+    ),
+    "pool": Group(
+        modules=[
+            *("_pool/refusals", "_pool/leaks", "_pool/open_pool", "_pool/connections"),
+            *("_pool/owner_loop", "_pool/background", "_pool/handle"),
+            *("_pool/acquire", "_pool/pool"),
+        ],
+        tests=[
+            *("_pool/test_acquire.py", "_pool/test_background.py"),
+            *("_pool/test_clocks.py", "_pool/test_connection_kinds.py"),
+            *("_pool/test_connections.py", "_pool/test_handle.py"),
+            *("_pool/test_leaks.py", "_pool/test_misuse.py", "_pool/test_open_pool.py"),
+            *("_pool/test_owner_loop.py", "_pool/test_pool.py"),
+            *("_pool/test_readiness.py", "_pool/test_refusals.py"),
+            *("_pool/state/test_options.py", "_pool/state/test_snapshot.py"),
+            *("behaviour/test_deadlines.py", "behaviour/test_foreign_code.py"),
+            *("behaviour/test_health.py", "behaviour/test_leaks.py"),
+            *("behaviour/test_logs.py", "behaviour/test_maintenance.py"),
+            *("behaviour/test_parameters.py", "behaviour/test_pool_acquire.py"),
+            *("behaviour/test_pool_lifecycle.py", "behaviour/test_pool_reopening.py"),
+            *("behaviour/test_recovery.py", "behaviour/test_refusals.py"),
+            "behaviour/test_streams.py",
+            *("proof/test_cancel_everywhere.py", "proof/test_cancel_outcomes.py"),
+            "proof/test_pool_cancellation.py",
+            "_telemetry/test_metrics.py",
+        ],
+        options=VIRTUAL,
+        unmutated=WORDS,
+    ),
+}
+
+
+@attrs.frozen
+class Mutant:
+    """One change of one function, named by what it changes."""
+
+    module: str
+    function: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return PARTED.join((f"{self.module}.{self.function}", self.old, self.new))
+
+
+def stem(module: str) -> str:
+    """Return the name of *module* without its folders."""
+    return module.rpartition("/")[2]
+
+
+def mutate(module: str, scratch: Path) -> dict[str, Mutant]:
+    """Put all mutants of *module* into its copy, and return them by mutmut's names."""
+    from mutmut.mutation.file_mutation import mutate_file_contents
+
+    file = scratch / "fastapi_topaz" / f"{module}.py"
+    mutated = mutate_file_contents(str(file), file.read_text())
+    file.write_text(mutated.code)
+    lines = mutated.code.splitlines()
+    sources = {
+        node.name: [line.strip() for line in lines[node.lineno - 1 : node.end_lineno]]
+        for node in ast.walk(ast.parse(mutated.code))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    mutants = {}
+    for name in mutated.mutant_names:
+        plain = name.rpartition(".")[2]
+        mangled = plain.rpartition("__mutmut_")[0]
+        was, now = (
+            # Without the names, in which the two always differ.
+            [head.partition("(")[2], *body]
+            for head, *body in (sources[f"{mangled}__mutmut_orig"], sources[plain])
+        )
+        changes = [line for line in difflib.ndiff(was, now) if line[0] in "-+"]
+        mutants[f"fastapi_topaz.{module.replace('/', '.')}.{plain}"] = Mutant(
+            stem(module),
+            mangled.removeprefix("x_").removeprefix("xǁ").replace("ǁ", "."),
+            *(
+                " ".join(line[2:] for line in changes if line[0] == sign)
+                for sign in "-+"
+            ),
+        )
+    return mutants
+
+
+def fates_of(group: Group, scratch: Path) -> dict[str, list[tuple[Mutant, str]]]:
+    """Return what becomes of each mutant, by module."""
+    from mutmut.configuration import config
+
+    for part in ("fastapi_topaz", "tests"):
+        shutil.copytree(
+            ROOT / part, scratch / part, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    shutil.copy(ROOT / "pyproject.toml", scratch)
+    (scratch / "setup.cfg").write_text("[mutmut]\nsource_paths=fastapi_topaz\n")
+    os.chdir(scratch)  # where mutmut looks for its configuration
+    config().do_not_mutate_patterns = group.unmutated
+    mutants = {}
+    for module in group.modules:
+        mutants |= mutate(module, scratch)
+    file = scratch / "mutants.json"
+    file.write_text(json.dumps(list(mutants)))
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-n0", "-q", "-p", "forks"),
+            # No other timer than that of `forks`.
+            *("-p", "no:cacheprovider", "-o", "timeout=0", *group.options),
+            *(f"tests/{test}" for test in group.tests),
+        ],
+        check=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (scratch, HERE))),
+            "MUTANTS": str(file),
+            "SHUFFLE_SEED": "1",
+        },
+    )
+    fates = json.loads(file.read_text())
+    return {
+        module: [
+            (mutant, fates[name])
+            for name, mutant in mutants.items()
+            if mutant.module == module
+        ]
+        for module in map(stem, group.modules)
+    }
+
+
+def known() -> dict[str, str]:
+    """Return why each known survivor lives."""
+    listed = {}
+    for line in KNOWN.read_text().splitlines():
+        if line and not line.startswith("#"):
+            mutant, _, reason = line.rpartition(PARTED)
+            listed[mutant] = reason
+    return listed
+
+
+def main() -> int:
+    """Return 1 if the mutants show that tests are missing."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("groups", nargs="*", help=f"some of {', '.join(GROUPS)}")
+    parser.add_argument("--modules", nargs="+", help="only these, as outage")
+    parser.add_argument("--list", action="store_true", help="print all survivors")
+    arguments = parser.parse_args()
+    if not GROUPS.keys() >= set(arguments.groups):
+        parser.error(f"no such group among {arguments.groups}")
+    listed = known()
+    began = time.monotonic()
+    fates = {}
+    for name in arguments.groups or ["state"]:
+        group = GROUPS[name]
+        if arguments.modules:
+            modules = [
+                each for each in group.modules if stem(each) in arguments.modules
+            ]
+            group = attrs.evolve(group, modules=modules)
+        with tempfile.TemporaryDirectory() as scratch:
+            fates |= fates_of(group, Path(scratch).resolve())
+            os.chdir(ROOT)
+    failed = False
+    met = set()
+    for module, outcomes in fates.items():
+        alive = [str(m) for m, fate in outcomes if fate in {"survived", "unreached"}]
+        late = sum(fate == "late" for _, fate in outcomes)
+        score = 100 * (1 - len(alive) / len(outcomes))
+        print(
+            f"{module}: {score:.1f} % of {len(outcomes)} mutants died "
+            f"({late} of them by never ending), {len(alive)} live"
+        )
+        failed |= score <= LEAST.get(module, 0.0)
+        met |= {*alive}
+        for mutant in alive:
+            if mutant not in listed or arguments.list:
+                print(f"{mutant}{PARTED}{listed.get(mutant, '?')}")
+        failed |= any(mutant not in listed for mutant in alive)
+    for mutant in listed:
+        if mutant.partition(".")[0] in fates and mutant not in met:
+            print(f"listed, and dead: {mutant}")
+    print(f"it took {time.monotonic() - began:.0f} s")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""The models find bugs: each of these is planted, and caught by an invariant."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from fastapi_topaz._pool import pool as _pool
+from fastapi_topaz._pool.open_pool import OpenPool
+from fastapi_topaz._pool.state.pool_state import PoolState
+from kit.invariants import Broken
+from proof.test_model_pool import OnTrioMachine, PoolMachine
+from proof.test_model_state import StateMachine
+
+
+FIXED = settings(
+    max_examples=80,
+    stateful_step_count=50,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    # What fails is not made simpler: that takes most of the time, and nobody reads it.
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_log(caplog):
+    caplog.set_level(logging.CRITICAL + 1, logger="fastapi_topaz")
+
+
+class CountsTwice(PoolState):
+    """Double count on release."""
+
+    def give_back(self, claim, now):
+        super().give_back(claim, now)
+        self.in_use -= 1
+
+
+class TakesTwice(PoolState):
+    """A stream is counted back twice."""
+
+    def give_back(self, claim, now):
+        slot = claim.slot
+        super().give_back(claim, now)
+        slot.leases -= 1
+
+
+class ForgetsToOffer(PoolState):
+    """Lost wake-up: a stream that came back is offered to nobody."""
+
+    def give_back(self, claim, now):
+        slot = claim.slot
+        super().give_back(claim, now)
+        if self.waiting:
+            self.ready.pop(slot, None)
+
+
+class ServesTheLastFirst(PoolState):
+    """Newcomer overtaking: the queue is a stack."""
+
+    def enqueue(self, claim):
+        super().enqueue(claim)
+        self.waiting.move_to_end(claim, last=False)
+
+
+class ServesTheNewcomer(PoolState):
+    """Newcomer overtaking: what was given back waits for whoever looks first."""
+
+    def serve(self, tokens, now):
+        served = []
+        while self.waiting and self.in_use < tokens and (slot := self._pick(now)):
+            claim, _ = self.waiting.popitem()
+            self._assign(claim, slot)
+            served.append(claim)
+        return served
+
+
+class ReapsWhatIsLeased(PoolState):
+    """Reaper closing a leased one: it looks at the time and not at the leases."""
+
+    def reap(self, now):
+        for slot in list(self.open):
+            if slot.leases and now - slot.last_used_at >= self.options.max_idle_time:
+                slot.retired = "idle"
+                self.ready.pop(slot, None)
+                self._close(slot)
+
+
+class OpensWhileClosing(PoolState):
+    """Close that forgets a connecting one: it opens after the end."""
+
+    def connected(self, slot, connection, now):
+        shut, self.shut = self.shut, False
+        super().connected(slot, connection, now)
+        self.shut = shut
+
+
+class LeasesTheRefused(PoolState):
+    """What was refused is leased again before a probe was answered."""
+
+    def refused(self, slot, now):
+        super().refused(slot, now)
+        if slot in self.outage.refused and slot.leases < self.streams:
+            self.ready.setdefault(slot)
+
+
+class ForgetsTheRefused(PoolState):
+    """What was refused is probed by nobody."""
+
+    def _doubt(self, slot, refusals, now):
+        super()._doubt(slot, refusals, now)
+        self.outage.forget(slot)
+
+
+class ClosesTheRefused(PoolState):
+    """A refused probe is taken for none: the connection is closed."""
+
+    def probe_refused(self, slot, error, began, now):
+        self.unanswered(slot, now)
+        return False
+
+
+class HasAnOutageOfOne(PoolState):
+    """One refused connection makes an outage."""
+
+    def probe_refused(self, slot, error, began, now):
+        super().probe_refused(slot, error, began, now)
+        self.outage.declared = True
+        return True
+
+
+class BlamesOrderlyEnds(PoolState):
+    """A connection that answered and ended counts as a failed attempt."""
+
+    def _failure(self, slot, reason, now):
+        before = slot.answered, slot.broken
+        slot.answered, slot.broken = False, True
+        failure = super()._failure(slot, reason, now)
+        slot.answered, slot.broken = before
+        return failure
+
+
+class ProbesWithoutPause(PoolState):
+    """An outage is probed as fast as answers come."""
+
+    def probe_refused(self, slot, error, began, now):
+        begins = super().probe_refused(slot, error, began, now)
+        self.outage._pause_until = slot.probe_at = now + 0.05
+        return begins
+
+
+class KeepsTheToken(OpenPool):
+    """Lost token on cancel."""
+
+    def _withdraw(self, claim):
+        if not claim.dismissed and claim.failure is None:
+            claim.has_token = False
+        super()._withdraw(claim)
+
+
+class WakesNobody(OpenPool):
+    """Lost wake-up: who is served sleeps on."""
+
+    def _serve(self, now):
+        self.state.serve(self.tokens(), now)
+        return self.state.in_use < self.tokens()
+
+
+class ServesNobodyOnRelease(OpenPool):
+    """Lost wake-up: the stream is there, and nobody looks."""
+
+    def release(self, claim):
+        waiting, self.state.waiting = self.state.waiting, type(self.state.waiting)()
+        super().release(claim)
+        self.state.waiting = waiting
+
+
+class ForgetsTheConnecting(OpenPool):
+    """Close that forgets a connecting one: the attempt goes on."""
+
+    def begin_close(self, grace):
+        attempts, self.attempts = self.attempts, set()
+        super().begin_close(grace)
+        self.attempts = attempts
+
+
+OF_THE_STATE = [
+    (CountsTwice, "leases_are_counted_once"),
+    (TakesTwice, "each_connection_counts_its_leases"),
+    (ForgetsToOffer, "what_may_be_leased_is_ready"),
+    (ServesTheLastFirst, "the_queue_is_those_who_wait"),
+    (ServesTheNewcomer, "nobody_is_overtaken"),
+    (ReapsWhatIsLeased, "none_is_closed_under_a_lease"),
+    (LeasesTheRefused, "a_refused_one_waits_for_its_probe"),
+    (ForgetsTheRefused, "a_suspect_is_probed"),
+    (ClosesTheRefused, "none_is_closed_for_a_refusal"),
+    (HasAnOutageOfOne, "an_outage_is_one_of_all"),
+    (BlamesOrderlyEnds, "only_what_never_answered_fails"),
+    # A pool cancels the attempts, so the state of one hardly ever gets there.
+    (OpensWhileClosing, "what_is_too_much_is_on_its_way_out"),
+]
+# What a pool has settled before its model looks, or shows by another invariant.
+ELSEWHERE = {
+    *(OpensWhileClosing, ServesTheNewcomer, ClosesTheRefused, BlamesOrderlyEnds),
+    HasAnOutageOfOne,
+}
+OF_THE_POOL = [
+    *[x for x in OF_THE_STATE if x[0] not in ELSEWHERE],
+    (ClosesTheRefused, "a_connection_that_answers_is_kept"),
+    # Without the silence of all, it is probed as if it was none.
+    (HasAnOutageOfOne, "an_outage_is_one_of_all an_outage_is_probed_rarely"),
+    (ProbesWithoutPause, "an_outage_is_probed_rarely"),
+    # Or it gets a stream without a token, and then neither waits nor has anything.
+    (ServesTheNewcomer, "nobody_is_overtaken the_queue_is_those_who_wait"),
+    # Later it shows in other numbers, too: whatever is looked at first.
+    (KeepsTheToken, "tokens_are_lent_to_those_in_front leases_are_counted_once"),
+    (WakesNobody, "leases_are_counted_once"),
+    (ServesNobodyOnRelease, "nobody_who_may_be_served_waits"),
+    (ForgetsTheConnecting, "closing_ends_all_waiting"),
+]
+
+
+# Found late here; the other model, or another test, finds them sooner.
+LATE = [pytest.mark.slow, pytest.mark.timeout(600)]
+LATE_IN_THE_STATE = {ReapsWhatIsLeased, LeasesTheRefused, ClosesTheRefused}
+LATE_IN_THE_POOL = {HasAnOutageOfOne, ServesNobodyOnRelease}
+
+
+def planted(bugs, late):
+    return [pytest.param(*each, marks=LATE if each[0] in late else []) for each in bugs]
+
+
+def broken(machine):
+    """Return the invariants that fail first."""
+    with pytest.raises(Broken) as caught:
+        # Which examples come first depends on the constants in all files imported.
+        run_state_machine_as_test(machine, settings=settings(FIXED, max_examples=3000))
+    return caught.value.names
+
+
+@pytest.mark.parametrize("bug, invariant", planted(OF_THE_STATE, LATE_IN_THE_STATE))
+def test_the_model_of_the_state_finds(bug, invariant):
+    class Machine(StateMachine):
+        make_state = bug
+
+    assert broken(Machine).intersection(invariant.split())
+
+
+# The bugs are none of a backend, so one is enough each time.
+BACKENDS = [PoolMachine, pytest.param(OnTrioMachine, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("machine", BACKENDS)
+@pytest.mark.parametrize("bug, invariant", planted(OF_THE_POOL, LATE_IN_THE_POOL))
+def test_the_model_of_the_pool_finds(bug, invariant, machine, monkeypatch):
+    if issubclass(bug, OpenPool):
+        monkeypatch.setattr(_pool, "OpenPool", bug)
+    else:
+        monkeypatch.setattr("fastapi_topaz._pool.open_pool.PoolState", bug)
+    assert broken(machine).intersection(invariant.split())
+
+
+# By default the models themselves show that, with other examples.
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", [StateMachine, *BACKENDS])
+def test_without_a_bug_nothing_is_found(machine):
+    run_state_machine_as_test(machine, settings=FIXED)

@@ -1,0 +1,140 @@
+"""What is public, at run time and for type checkers, is one list."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import fastapi_topaz
+from fastapi_topaz import exceptions, testing
+from kit.examples import ROOT
+
+
+PUBLIC = [
+    "AuthorizerOptions",
+    "ConnectFailed",
+    "ConnectionLost",
+    "ConnectionPool",
+    "ConnectionStatus",
+    "Connector",
+    "Decision",
+    "GrpcConnector",
+    "Identity",
+    "IdentityType",
+    "PoolClosed",
+    "PoolError",
+    "PoolMisuse",
+    "PoolSaturated",
+    "PoolStatus",
+    "PoolTimeout",
+    "PooledConnection",
+    "Target",
+    "TopazConfig",
+    "TopazError",
+    "Verdict",
+    "require_policy_allowed",
+    "require_policy_auto",
+]
+
+
+def test_the_public_names_are_these():
+    assert fastapi_topaz.__all__ == PUBLIC
+    for name in PUBLIC:
+        assert getattr(fastapi_topaz, name).__doc__
+
+
+@pytest.mark.parametrize("module", [fastapi_topaz, testing])
+def test_all_is_sorted_and_true(module):
+    assert sorted(module.__all__) == sorted(set(module.__all__))
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_the_errors_form_the_tree_that_is_documented():
+    tree = {
+        "PoolError": (exceptions.TopazError,),
+        "PoolTimeout": (exceptions.PoolError, TimeoutError),
+        "PoolClosed": (exceptions.PoolError, RuntimeError),
+        "PoolMisuse": (exceptions.PoolError, RuntimeError),
+        "PoolSaturated": (exceptions.PoolError,),
+        "ConnectFailed": (exceptions.PoolError, ConnectionError),
+        "ConnectionLost": (exceptions.PoolError, ConnectionError),
+    }
+    for name, bases in tree.items():
+        assert getattr(exceptions, name).__bases__ == bases
+
+
+@pytest.mark.parametrize(
+    "cls", [fastapi_topaz.ConnectionPool, fastapi_topaz.PooledConnection]
+)
+def test_every_public_method_is_documented(cls):
+    for name, member in inspect.getmembers(cls, callable):
+        if not name.startswith("_"):
+            assert inspect.getdoc(member), name
+
+
+def test_every_parameter_of_the_pool_is_documented_with_its_default():
+    doc = inspect.getdoc(fastapi_topaz.ConnectionPool)
+    for name in inspect.signature(fastapi_topaz.ConnectionPool).parameters:
+        assert f"{name}: " in doc, name
+
+
+def test_the_package_is_typed():
+    assert (ROOT / "fastapi_topaz" / "py.typed").exists()
+
+
+def test_importing_needs_no_extra():
+    """Neither trio nor what only tests and the demo need."""
+    program = """
+import sys
+blocked = {"trio", "trustme", "pytest", "typer", "rich", "httpx", "uvicorn",
+           "hypercorn"}
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import fastapi_topaz, fastapi_topaz.testing
+from fastapi_topaz.testing import EmbeddedAuthorizer
+import asyncio
+
+async def main():
+    with EmbeddedAuthorizer({"p": True}) as authorizer:
+        pool = fastapi_topaz.ConnectionPool()
+        pool.configure(authorizer.options)
+        async with pool, pool.acquire() as conn:
+            print(await conn.decisions(policy_path="p"))
+
+asyncio.run(main())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "{'allowed': True}\n", result.stderr
+
+
+def test_fastapi_is_imported_where_it_is_needed():
+    """It takes longer to import than all else; a program without it uses pools, too."""
+    program = """
+import sys
+import fastapi_topaz
+print({"fastapi", "starlette", "pydantic"} & sys.modules.keys())
+from fastapi_topaz import require_policy_allowed, require_policy_auto
+print("fastapi" in sys.modules)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "set()\nTrue\n", result.stderr
+    assert set(fastapi_topaz.__all__) <= set(dir(fastapi_topaz))
+    with pytest.raises(AttributeError, match="'fastapi_topaz' has no attribute 'no'"):
+        fastapi_topaz.no  # noqa: B018
+
+
+def test_the_changelog_knows_the_version():
+    version = importlib.metadata.version("fastapi-topaz-pool")
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert "## [Unreleased]" in text or f"## [{version}]" in text

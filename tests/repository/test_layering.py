@@ -1,0 +1,154 @@
+"""A folder of the package imports only the folders below it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+
+TESTS = Path(__file__).parent.parent
+PACKAGE = TESTS.parent / "fastapi_topaz"
+
+# From the ground up. The modules beside the folders are the ground, but for the
+# entrances: they import what they like.
+FOLDERS = {
+    ".": set(),
+    "_pool/state": set(),
+    "_pool": {"anyio", "trio"},
+    "_rpc": {"grpc"},
+    "_telemetry": {"opentelemetry"},
+    "_grpcio": {"anyio", "grpc", "trio"},
+    "_authorizer": {"anyio", "aserto", "google", "grpc", "opentelemetry"},
+    "_app": {"anyio", "fastapi", "grpc", "opentelemetry", "starlette"},
+    "testing": {"anyio", "aserto", "google", "grpc", "pytest", "trustme"},
+    "_cli": None,
+    "entrances": None,
+}
+"""Each folder with the libraries that it may import; None is any."""
+
+ENTRANCES = {"__init__.py", "__main__.py", "cli.py"}
+PRIVATE = 8
+"""Private modules that may stand beside the folders."""
+
+
+def module_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+each_module = pytest.mark.parametrize("module", MODULES)
+
+
+def package_of(module):
+    """Return the names that a relative import of *module* begins with."""
+    return list(MODULES[module].relative_to(PACKAGE.parent).parent.parts)
+
+
+def folder_of(module):
+    path = MODULES[module].relative_to(PACKAGE)
+    entrance = path.name in ENTRANCES and path.parent == Path()
+    return "entrances" if entrance else path.parent.as_posix()
+
+
+def imports(module):
+    """Yield what *module* imports, also for type checkers only."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = package_of(module)[: 1 - node.level or None] if node.level else []
+            base = ".".join([*package, *filter(None, [node.module])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield inner if inner in MODULES else base
+
+
+@each_module
+def test_imports_go_downwards(module):
+    order = list(FOLDERS)
+    own = order.index(folder_of(module))
+    for name in imports(module):
+        if name in MODULES:
+            assert order.index(folder_of(name)) <= own, f"{name} is above {module}"
+
+
+def test_no_imports_go_in_a_circle():
+    graph = {module: set(imports(module)) & MODULES.keys() for module in MODULES}
+    TopologicalSorter(graph).prepare()
+
+
+@each_module
+def test_each_folder_knows_only_its_own_libraries(module):
+    allowed = FOLDERS[folder_of(module)]
+    known = {"fastapi_topaz", "attrs", *sys.stdlib_module_names}
+    used = {name.partition(".")[0] for name in imports(module)} - known
+    assert allowed is None or used <= allowed
+
+
+@pytest.mark.parametrize(
+    "module", [module for module in MODULES if folder_of(module) == "_pool/state"]
+)
+def test_the_state_has_no_coroutines_and_no_clock(module):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        assert not isinstance(node, ast.AsyncFunctionDef | ast.Await)
+    assert not {"time", "asyncio", "threading", "random"} & set(imports(module))
+
+
+def test_few_private_modules_stand_beside_the_folders():
+    private = [path.name for path in PACKAGE.glob("_*.py") if path.name[1] != "_"]
+    assert len(private) <= PRIVATE, private
+
+
+@each_module
+def test_a_module_has_at_most_600_lines(module):
+    assert len(MODULES[module].read_text().splitlines()) <= 600
+
+
+@each_module
+def test_a_function_has_at_most_60_lines_of_code(module):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            if body:
+                length = (body[-1].end_lineno or 0) - body[0].lineno + 1
+                assert length <= 60, f"{node.name} has {length} lines"
+
+
+def test_each_folder_of_internals_has_its_tests_under_the_same_name():
+    mirrors = {path.name for path in TESTS.iterdir() if path.name.startswith("_")}
+    mirrors.discard("__pycache__")
+    assert all((PACKAGE / name).is_dir() for name in mirrors)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((TESTS / "behaviour").rglob("*.py")), ids=lambda path: path.stem
+)
+def test_tests_of_behaviour_import_nothing_private(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            assert not name.startswith("fastapi_topaz") or "._" not in name, name
+
+
+def test_a_file_of_tests_has_at_most_600_lines():
+    lengths = {path: len(path.read_text().splitlines()) for path in TESTS.rglob("*.py")}
+    assert not [path for path, length in lengths.items() if length > 600]
+
+
+def test_no_helper_of_tests_is_written_twice():
+    """What several files of tests use is in `tests/kit`."""
+    found = {}
+    for path in TESTS.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.setdefault(ast.dump(node), []).append((path.name, node.name))
+    assert not [places for places in found.values() if len(places) > 1]

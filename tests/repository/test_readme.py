@@ -1,0 +1,231 @@
+"""What the README and the pages say is true: commands, code, tables."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import textwrap
+from typing import get_args
+
+import anyio
+import httpx
+import pytest
+import yaml
+from fastapi import FastAPI
+
+from fastapi_topaz import ConnectionPool, Identity, IdentityType, TopazConfig
+from fastapi_topaz._cli.demo import serving
+from fastapi_topaz._pool.state.status import CloseReason
+from fastapi_topaz._telemetry.instruments import BOUNDARIES, TOPAZ
+from fastapi_topaz._telemetry.semconv import DB_CLIENT
+from fastapi_topaz.exceptions import FailureReason
+from kit.examples import ROOT
+
+
+pytestmark = pytest.mark.real_clock
+
+README = (ROOT / "README.md").read_text()
+OBSERVABILITY = (ROOT / "docs" / "observability.md").read_text()
+READINESS = (ROOT / "docs" / "readiness.md").read_text()
+PARAMETERS = (ROOT / "docs" / "parameters.md").read_text()
+FASTAPI = (ROOT / "docs" / "fastapi.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", FASTAPI, re.DOTALL)
+QUICKSTART = ROOT / "examples" / "quickstart"
+
+
+def blocks_of(text, language):
+    """Return the code blocks of a page, also those of a list."""
+    found = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return [textwrap.dedent(block) for block in found]
+
+
+def test_the_readme_has_at_most_120_lines():
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_quickstart_is_that_of_the_examples():
+    (app,) = blocks_of(README, "python")
+    assert (QUICKSTART / "main.py").read_text().partition('"""\n\n')[2].replace(
+        "from __future__ import annotations\n\n", ""
+    ) == app
+    (policy,) = blocks_of(README, "rego")
+    assert (QUICKSTART / "policies" / "document.rego").read_text() == policy
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_quickstart_answers_as_it_says(backend, embedded_authorizer):
+    embedded_authorizer.policies = {
+        "myapp.GET.documents.__id": lambda check: check.identity.value == "alice"
+    }
+    (code,) = blocks_of(README, "python")
+    asking = code.replace("127.0.0.1:8282", embedded_authorizer.url)
+    names = {}
+    exec(compile(asking, "README.md", "exec", dont_inherit=True), names)
+    with serving(names["app"], backend) as url, httpx.Client(base_url=url) as client:
+        _, _, dialogue = blocks_of(README, "console")
+        lines = dialogue.splitlines()
+        for command, answer in zip(lines[::2], lines[1::2], strict=True):
+            user, path = re.search(r"x-user: (\w+)' \S+8000(\S+)", command).groups()
+            assert client.get(path, headers={"x-user": user}).text == answer
+
+
+def test_each_link_of_the_pages_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_ci_runs_the_test_command_word_for_word():
+    demo, tests = blocks_of(README, "console")[0].splitlines()
+    assert demo.endswith("fastapi-topaz-pool demo")
+    assert tests in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_application_of_the_page_runs(backend, embedded_authorizer):
+    embedded_authorizer.policies = {
+        "myapp.GET.documents.__id": lambda check: (
+            check.identity.value == "alice" and check.resource["id"] == "7"
+        )
+    }
+    names = {"options": embedded_authorizer.options}
+    code = BLOCKS[0].replace('AuthorizerOptions(url="localhost:8282")', "options")
+    exec(compile(code, "fastapi.md", "exec", dont_inherit=True), names)
+    with serving(names["app"], backend) as url, httpx.Client(base_url=url) as client:
+        alice = {"user": "alice"}
+        assert client.get("/documents/7", headers=alice).json() == {"id": "7"}
+        assert client.get("/documents/8", headers=alice).status_code == 403
+        assert client.get("/documents/7").status_code == 403
+        assert client.get("/health").json()["status"] == "ok"
+
+
+async def test_the_program_without_fastapi_runs(embedded_authorizer):
+    embedded_authorizer.policies = {"myapp.GET.documents": True}
+    code = BLOCKS[1].replace(
+        'AuthorizerOptions(url="localhost:8282", insecure=True)', "options"
+    )
+    body = textwrap.indent(code, "    ")
+    names = {"ConnectionPool": ConnectionPool, "options": embedded_authorizer.options}
+    source = f"async def program():\n{body}\n    return allowed\n"
+    exec(compile(source, "README.md", "exec", dont_inherit=True), names)
+    with anyio.fail_after(30):
+        assert await names["program"]() is True
+
+
+def test_the_test_of_the_page_runs():
+    names = {"pool": ConnectionPool()}
+    exec(compile(BLOCKS[2], "README.md", "exec", dont_inherit=True), names)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_probes_of_the_page_on_readiness_run(backend, embedded_authorizer):
+    config = TopazConfig(
+        authorizer_options=embedded_authorizer.options,
+        policy_path_root="myapp",
+        identity_provider=lambda _request: Identity(IdentityType.NONE),
+        # One connection, so that no second one answers at a moment of its own.
+        connection_pool=ConnectionPool(min_connections=0),
+    )
+    app = FastAPI(lifespan=config.lifespan)
+    (code,) = re.findall(r"```python\n(.*?)```", READINESS, re.DOTALL)
+    names = {"app": app, "config": config}
+    exec(compile(code, "readiness.md", "exec", dont_inherit=True), names)
+    with serving(app, backend) as url, httpx.Client(base_url=url) as client:
+
+        def probe(path):
+            response = client.get(path)
+            return response.status_code, response.json()
+
+        assert probe("/readyz") == (200, {"ready": True})
+        embedded_authorizer.freeze()
+        for entry in config.connection_pool._open_pool.state.open:
+            entry.proven_at -= 1  # as if it had answered so long ago
+        assert probe("/readyz") == (503, {"ready": False})
+        assert probe("/livez") == (200, {"status": "ok"})
+        embedded_authorizer.thaw()
+        assert probe("/readyz") == (200, {"ready": True})
+    assert not config.connection_pool.status().ready
+
+
+def test_the_manifest_of_the_page_on_readiness_fits_its_routes_and_the_default():
+    (manifest,) = re.findall(r"```yaml\n(.*?)```", READINESS, re.DOTALL)
+    probes = yaml.safe_load(manifest)
+    paths = {probe["httpGet"]["path"] for probe in probes.values()}
+    assert paths == set(re.findall(r'@app.get\("(.*)"\)', READINESS))
+    timeout = inspect.signature(TopazConfig.is_ready).parameters["timeout"].default
+    assert f"is_ready(timeout={timeout})" in READINESS
+    assert probes["readinessProbe"]["timeoutSeconds"] > timeout
+
+
+def test_every_parameter_is_in_the_table_with_its_default():
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PARAMETERS, re.MULTILINE))
+    parameters = inspect.signature(ConnectionPool).parameters
+    assert {name: str(p.default) for name, p in parameters.items()} == rows
+
+
+def test_the_metrics_are_in_the_table_as_the_code_has_them():
+    kinds = (TOPAZ.levels, "gauge", ""), (TOPAZ.events, "counter", "_total")
+    expected = [
+        (
+            instrument.name + suffix,
+            instrument.label,
+            kind,
+            instrument.description,
+        )
+        for instruments, kind, suffix in kinds
+        for instrument in instruments
+    ]
+    expected += [
+        (f"{duration.name}_seconds", "", "histogram", duration.description)
+        for duration in TOPAZ.durations
+    ]
+    row = r"^\| `(topaz_pool_\w+)(?:\{(\w+)[^}]*\})?` \| (\w+) \| (.+) \|$"
+    assert re.findall(row, OBSERVABILITY, re.MULTILINE) == expected
+
+
+def test_every_reason_is_told():
+    for reasons in (CloseReason, FailureReason):
+        for reason in get_args(reasons):
+            assert f"`{reason}`" in OBSERVABILITY
+    listed = ", ".join(f"{boundary:g}" for boundary in BOUNDARIES)
+    assert listed.replace(", 10", " and 10") in OBSERVABILITY
+
+
+def test_every_name_of_opentelemetry_is_told():
+    for instrument in (*DB_CLIENT.levels, *DB_CLIENT.events, *DB_CLIENT.durations):
+        short = instrument.name.removeprefix("db.client.connection")
+        assert f"`{short}`" in OBSERVABILITY or f"`{instrument.name}`" in OBSERVABILITY
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_application_that_is_scraped_runs(backend, embedded_authorizer):
+    """In a process of its own, since it sets the global provider."""
+    (code,) = re.findall(r"```python\n(.*?)```", OBSERVABILITY, re.DOTALL)
+    program = f"""
+import httpx
+from fastapi import Depends
+from fastapi_topaz import *
+from fastapi_topaz._cli.demo import serving
+real = AuthorizerOptions(url={embedded_authorizer.url!r}, insecure=True)
+get_identity = lambda request: Identity(IdentityType.NONE)
+{code.replace('AuthorizerOptions(url="localhost:8282")', "real")}
+guard = Depends(require_policy_allowed(config, "myapp.GET.documents"))
+app.get("/documents", dependencies=[guard])(lambda: 1)
+with serving(app, {backend!r}) as url:
+    assert httpx.get(url + "/documents").status_code == 200
+    print(httpx.get(url + "/metrics", follow_redirects=True).text)
+"""
+    embedded_authorizer.policies = {"myapp.GET.documents": True}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    line = r'^topaz_pool_acquisitions_total\{.*pool="main"\} 1\.0$'
+    assert re.search(line, result.stdout, re.MULTILINE)
