@@ -99,7 +99,7 @@ async def _leave_nothing(open_pool: OpenPool) -> None:
                 closings.start_soon(connections.close, open_pool, slot)
     if state.in_use:
         logger.warning(
-            "%s: closed while %s not released", open_pool.label, _leases_out(open_pool)
+            "%s: closed before %s came back", open_pool.label, _leases_out(open_pool)
         )
     open_pool.owner.stop_watching()
     open_pool.done.set()

@@ -77,9 +77,8 @@ class OpenPool:
     ) -> None:
         self.label = label
         # The server's name in messages, and in metrics (series). If the connector has
-        # no `target`, messages show its repr() and metrics its class name. A repr()
-        # contains a memory address, which is new at each start. So the metrics would
-        # get a new series.
+        # no `target`, messages show its repr(). Metrics show its class name, because
+        # the memory address in a repr() would make a new series at each start.
         self.target = self.series = type(connector).__name__
         try:
             named = getattr(connector, "target", None)
@@ -122,9 +121,8 @@ class OpenPool:
         self.alarm = math.inf
         self.earlier = anyio.Event()
         self._latest = 0.0
-        # The dismissed callers whose tasks have not run since. A dismissed caller keeps
-        # a token until its task runs. If its task is cancelled at the same moment, it
-        # has no token.
+        # The dismissed callers whose tasks have not run since. Each keeps a token until
+        # then, unless its task is cancelled at the same moment.
         self._dismissed = 0
         self._count_nested = count_nested
         self._refusals = Refusals(label, self.target, self.state, self.nested_leases)

@@ -195,8 +195,8 @@ class _Instruments:
                     known[convention.pool] = cls(meter, convention)
                 except AttributeError as error:
                     raise TypeError(
-                        "meter_provider must be a MeterProvider; what its get_meter() "
-                        f"returned has no instruments: {error}"
+                        "meter_provider must be a MeterProvider; the object that "
+                        f"its get_meter() returned has no instruments: {error}"
                     ) from error
             return known[convention.pool]
 

@@ -105,8 +105,8 @@ class Question:
             if not _RULE.fullmatch(rule := f"{context.path}.{decision}"):
                 raise Refusal(
                     _INVALID,
-                    f"invalid query: data.{rule} is no reference to a rule: what is no "
-                    'identifier must be written as ["my-docs"]',
+                    f"invalid query: data.{rule} is not a reference to a rule: write "
+                    'a part that is not an identifier as ["my-docs"]',
                 )
 
     def need_identity(self) -> None:

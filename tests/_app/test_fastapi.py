@@ -134,7 +134,10 @@ def test_a_decision_that_was_not_made_never_allows(
     with TestClient(application(configured(embedded_authorizer))) as client:
         assert client.get("/documents/7").status_code == status
     if "allowed" in decisions:
-        assert "INTERNAL (it failed, or its answer is wrong or lacks" in caplog.text
+        assert (
+            "INTERNAL (it failed, its answer is wrong, or the answer lacks"
+            in caplog.text
+        )
 
 
 @pytest.mark.parametrize(

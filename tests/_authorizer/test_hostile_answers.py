@@ -198,7 +198,7 @@ def test_only_what_was_asked_for_is_told_and_all_of_it():
         "allowed": True,
     }
     assert decisions_of(answer, ()) == {}
-    with pytest.raises(grpc.aio.AioRpcError, match="no clear decision 'denied'"):
+    with pytest.raises(grpc.aio.AioRpcError, match="requested decision 'denied'"):
         decisions_of(answer, ("allowed", "denied"))
 
 

@@ -87,7 +87,7 @@ async def test_a_core_that_says_of_a_call_that_goes_on_that_it_ended_is_found_ou
     await asyncio.sleep(0)
     waits = asyncio.Future()
     assert ended == [call]
-    with pytest.raises(RuntimeError, match="of a call that goes on"):
+    with pytest.raises(RuntimeError, match="of a call that has not ended"):
         call.outcome()
 
 

@@ -85,7 +85,7 @@ SPEAK_TLS = {
     ),
     "signed by no CA": (
         lambda: tls(Certificate(issuer=NO_CA), NO_CA),
-        "not acceptable to gRPC",
+        "gRPC refuses the server's certificate",
     ),
     "for clients only": (
         lambda: signed(extensions=[CLIENT_AUTH]),

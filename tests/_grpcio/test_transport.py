@@ -145,7 +145,7 @@ async def test_the_first_probe_of_a_server_without_the_authorizer_is_permanent(
         plaintext.fail("PERMISSION_DENIED", methods=["Info"])
         await connection.greet(5)
         plaintext.fail("UNIMPLEMENTED", methods=["Info"])
-        with pytest.raises(ConnectFailed, match=r"no authorizer.*8282") as caught:
+        with pytest.raises(ConnectFailed, match=r"not an authorizer.*8282") as caught:
             await connection.greet(5)
         assert caught.value.permanent
         assert caught.value.reason == "other"

@@ -24,7 +24,7 @@ async def test_a_lease_that_gets_lost_as_the_pool_ends_is_not_given_back(caplog)
         """Drops the lease in the last moment: garbage is collected at any."""
 
         def emit(self, record):
-            if "still out" in record.getMessage():
+            if "closed before" in record.getMessage():
                 leases.clear()
 
     handler = Drops()

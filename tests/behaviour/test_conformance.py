@@ -187,7 +187,7 @@ async def test_all_calls_through_the_pool(conn):
 async def test_an_answer_without_the_decision_is_an_error_in_the_pool(conn):
     # Topaz answers so if a decision is not a boolean.
     for names in (("allowed",), ("visible", "allowed")):
-        with pytest.raises(grpc.aio.AioRpcError, match="no clear decision") as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match="requested decision") as caught:
             await conn.decisions(policy_path="conformance.odd", decisions=names)
         assert caught.value.code() is grpc.StatusCode.INTERNAL
     visible = await conn.decisions(policy_path="conformance.odd", decisions=["visible"])

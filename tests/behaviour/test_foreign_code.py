@@ -136,7 +136,7 @@ async def test_a_connection_whose_probe_and_close_hang_is_given_up_on(caplog):
             await anyio.sleep(1)
             assert await checked(config), "the others serve meanwhile"
         assert pool._counters.closes == {"unhealthy": 1}
-        assert sum("given up" in line for line in lines(caplog)) == 1
+        assert sum("stops waiting for it" in line for line in lines(caplog)) == 1
         await assert_whole(pool, twice=True)
 
 

@@ -174,7 +174,7 @@ async def test_a_late_lease_that_comes_back_is_told_of(caplog):
         caplog.clear()
         await pool.release(first)
         (line,) = lines_of(caplog, logging.INFO)
-        assert "came back after 15.0 s (still late: 1)" in line
+        assert "came back after 15.0 s (others still late: 1)" in line
         await pool.release(second)
         async with pool.acquire():
             pass

@@ -53,7 +53,7 @@ async def test_an_outage_has_a_first_and_a_last_line(caplog):
     told = [r.getMessage() for r in caplog.records if r.levelno >= logging.INFO]
     assert "opened, to fake" in told[0]
     assert "out of order" in told[1]
-    assert "the outage is over (failed rounds: 3)" in told[2]
+    assert "the outage is over (failed rounds of attempts: 3)" in told[2]
     assert "closing, with 5 s of grace" in told[3]
 
 
@@ -66,7 +66,9 @@ async def test_what_changes_is_told_with_the_counts_before_and_after(caplog):
     (resized,) = lines(caplog, logging.INFO, part="resized")
     assert "(total=3 busy=3 waiting=0 connecting=0 -> total=3 busy=3" in resized
     (reaped,) = lines(
-        caplog, logging.DEBUG, part="reaping what was idle for max_idle_time=10 s"
+        caplog,
+        logging.DEBUG,
+        part="closing connections that were idle for max_idle_time=10 s",
     )
     assert "(total=3 busy=0 waiting=0 connecting=0 -> total=0 busy=0" in reaped
     assert (

@@ -348,7 +348,7 @@ async def test_one_more_than_max_waiting_is_refused_at_once():
             with pytest.raises(PoolSaturated) as caught:
                 await pool.acquire()
             assert anyio.current_time() == began
-            assert "max_waiting=2" in str(caught.value)
+            assert "2 callers (max_waiting)" in str(caught.value)
             assert "busy=1 waiting=2" in str(caught.value)
             await pool.release(held)
         async with pool.acquire():

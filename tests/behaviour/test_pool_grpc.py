@@ -363,7 +363,7 @@ def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
     )
     unclosed, late = result.stderr.splitlines()
     assert "was not closed before its event loop ended, with a lease out" in unclosed
-    assert late == "the pool: closed with a lease still out"
+    assert late == "the pool: closed before a lease came back"
     assert result.returncode == 0
     assert result.stdout.strip() == "[]"
 

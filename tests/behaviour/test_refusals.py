@@ -400,7 +400,7 @@ async def test_connections_that_end_before_they_answer_count_as_failed_attempts(
         failures = pool._counters.connect_failures
         assert failures == {"unanswered": 2}
         (line,) = lines(caplog)
-        assert "ended before anything was answered" in line
+        assert "closed it before or together with its first answer" in line
         await anyio.sleep(3)
         assert pool.status().total == 2
 

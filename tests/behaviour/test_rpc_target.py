@@ -34,7 +34,7 @@ SECRET = "a key that nobody may see"
         ({"metadata": [("key",)]}, "metadata must be pairs"),
         ({"metadata": [("Key", SECRET)]}, "metadata keys must be"),
         ({"metadata": [("key", SECRET + "\n")]}, "must be printable ASCII"),
-        ({"metadata": [("key", SECRET.encode())]}, "must be a str"),
+        ({"metadata": [("key", SECRET.encode())]}, "otherwise a str"),
     ],
 )
 def test_a_wrong_target_is_refused_and_no_error_shows_a_secret(wrong, error):

@@ -146,8 +146,8 @@ def test_the_last_fail_counts_and_outlives_a_restart(authorizer):
     "arguments, text",
     [
         ({"code": "NOPE"}, "gRPC status"),
-        ({"code": "OK"}, "no failure"),
-        ({"code": grpc.StatusCode.OK}, "no failure"),
+        ({"code": "OK"}, "not a failure"),
+        ({"code": grpc.StatusCode.OK}, "not a failure"),
         ({"code": "ABORTED", "times": 0}, "times"),
         ({"code": "ABORTED", "methods": ["is"]}, "methods"),
     ],

@@ -187,7 +187,7 @@ def test_query_and_compile_refuse_the_rest(authorizer, stub, kind, fields, text)
 
 @pytest.mark.parametrize("kind", [QueryRequest, CompileRequest])
 @pytest.mark.parametrize(
-    "text, problem", [("{", "is no JSON"), ("[]", "must be a JSON object")]
+    "text, problem", [("{", "is not JSON"), ("[]", "must be a JSON object")]
 )
 def test_an_input_that_is_no_object_is_internal_as_in_topaz(stub, kind, text, problem):
     call = stub.Query if kind is QueryRequest else stub.Compile

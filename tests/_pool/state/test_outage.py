@@ -233,8 +233,8 @@ def test_the_error_names_no_more_than_is_known():
     slot.answered = False
     state.lost(slot, "lost", 0.0)
     assert str(state.attempts.error) == (
-        "cannot connect to the server: a connection was made, and ended before "
-        "anything was answered on it, or with the first answer"
+        "cannot connect to the server: the server accepted the connection, and "
+        "closed it before or together with its first answer"
     )
 
 

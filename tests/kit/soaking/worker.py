@@ -51,10 +51,10 @@ PATH = "soak.even"
 EXPECTED = re.compile(
     r"cannot connect|failed its health check|health check failed: .* more in"
     r"|took back a lease|lease garbage-collected: .* more in|is out for"
-    r"|is suspect and gets no calls|suspect: silent: .* more in"
+    r"|is suspect and gets no lease|suspect: silent: .* more in"
     r"|its server is not available|refused: .* more in|a probe was refused"
     r"|unanswered: .* more in"
-    r"|closed with .* still out|no connection to .* at startup"
+    r"|closed before .* came back|no connection to .* at startup"
 )
 ENDS = {PoolTimeout: "timeouts", PoolSaturated: "rejected"}
 ENDS |= {ConnectFailed: "failed", PoolClosed: "closed"}
