@@ -55,14 +55,16 @@ class OpenPool:
     Strictly private.
     """
 
-    # The calls of initialize() under way.
-    initializing = 0
-    # Set once an initialize() succeeded or another caller used the pool. Before that, a
-    # cancelled initialize() closes the pool again.
-    adopted = False
-    # The result of the last search for nested leases, and its time.
-    _nested = (0, 0)
-    _nested_at = -math.inf
+    # Slots, because beyond 30 attributes an instance loses its fast lookup (3.11).
+    __slots__ = (
+        *("_close_at", "_close_changed", "_count_nested", "_dismissed"),
+        *("_latest", "_nested", "_nested_at", "_refusals"),
+        *("adopted", "alarm", "answered_probes", "attempts", "clock"),
+        *("connector", "coroutines", "counters", "done", "earlier"),
+        *("initializing", "label", "leaks", "limiter", "log_limit", "now"),
+        *("observer", "owner", "perf_counter", "progress", "readiness", "series"),
+        *("state", "suspicion", "target", "work"),
+    )
 
     def __init__(
         self,
@@ -76,18 +78,12 @@ class OpenPool:
         count_nested: Callable[[Iterator[object], OpenPool], int],
     ) -> None:
         self.label = label
-        # The server's name in messages, and in metrics (series). If the connector has
-        # no `target`, messages show its repr(). Metrics show its class name, because
-        # the memory address in a repr() would make a new series at each start.
-        self.target = self.series = type(connector).__name__
-        try:
-            named = getattr(connector, "target", None)
-            self.target = str(connector if named is None else named)
-            self.series = self.series if named is None else self.target
-        except Exception:  # noqa: BLE001  (a connector may raise anything)
-            logger.debug(
-                "%s: cannot read the attribute `target` of its connector", label
-            )
+        # The calls of initialize() under way.
+        self.initializing = 0
+        # Set once an initialize() succeeded or another caller used the pool. Before
+        # that, a cancelled initialize() closes the pool again.
+        self.adopted = False
+        self.target, self.series = _names_of(connector, label)
         self.connector = connector
         self.counters = counters
         self.observer = observer
@@ -125,6 +121,8 @@ class OpenPool:
         # then, unless its task is cancelled at the same moment.
         self._dismissed = 0
         self._count_nested = count_nested
+        # The result of the last search for nested leases, and its time.
+        self._nested, self._nested_at = (0, 0), -math.inf
         self._refusals = Refusals(label, self.target, self.state, self.nested_leases)
         self.leaks: Leaks | None = None
         if 0 < options.leak_threshold < math.inf:
@@ -533,3 +531,21 @@ class OpenPool:
             self._close_changed = anyio.Event()
             with self.clock.deadline(self._close_at):
                 await self._close_changed.wait()
+
+
+def _names_of(connector: Connector, label: str) -> tuple[str, str]:
+    """
+    Return the name of the server in messages, and in metrics (the series).
+
+    If the connector has no `target`, messages show its repr(). Metrics show its class
+    name, because the memory address in a repr() would make a new series at each start.
+    """
+    series = type(connector).__name__
+    try:
+        target = getattr(connector, "target", None)
+        if target is not None:
+            return str(target), str(target)
+        return str(connector), series
+    except Exception:  # noqa: BLE001  (a connector may raise anything)
+        logger.debug("%s: cannot read the attribute `target` of its connector", label)
+        return series, series

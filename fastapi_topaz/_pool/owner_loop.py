@@ -69,29 +69,34 @@ class OwnerLoop:
     Attributes:
         clock: The clock of the loop. It is faster than `anyio.current_time()`, which
             looks up the backend in each call.
+        current: Returns the running event loop, as `native`; raises RuntimeError if
+            there is none of this backend.
+        native: The event loop of asyncio, or the token of trio's run.
+        pid: The process ID.
+        thread: The identifier of the loop's thread.
     """
 
     __slots__ = (
-        *("_current", "_native", "_pid", "_task", "_thread", "_timer", "_where"),
-        "clock",
+        *("_task", "_timer", "_where"),
+        *("clock", "current", "native", "pid", "thread"),
     )
 
     def __init__(self) -> None:
-        self._native: Any = current_token().native_token
-        self._pid = process.pid
-        self._thread = get_ident()
+        self.native: Any = current_token().native_token
+        self.pid = process.pid
+        self.thread = get_ident()
         self._where = current_thread().name
         self._task: Any = None
         self._timer: weakref.ref[asyncio.TimerHandle] | None = None
-        self._current: Callable[[], object]
-        if isinstance(self._native, asyncio.AbstractEventLoop):
-            self._current = asyncio.get_running_loop
-            self.clock = Clock(self._native)
+        self.current: Callable[[], object]
+        if isinstance(self.native, asyncio.AbstractEventLoop):
+            self.current = asyncio.get_running_loop
+            self.clock = Clock(self.native)
         else:
             # Imported here, because applications on asyncio do not need trio.
             import trio  # noqa: PLC0415
 
-            self._current = trio.lowlevel.current_trio_token
+            self.current = trio.lowlevel.current_trio_token
             self.clock = Clock(_TrioTime(trio.lowlevel.current_clock()))
 
     def check(self, pool: object) -> None:
@@ -107,22 +112,13 @@ class OwnerLoop:
     def is_current_loop(self) -> bool:
         """Return whether the caller is in the pool's process and on its event loop."""
         try:
-            return self._current() is self._native and self._pid == process.pid
+            return self.current() is self.native and self.pid == process.pid
         except RuntimeError:  # no running loop, or a loop of the other backend
             return False
 
-    def is_current_thread(self) -> bool:
-        """
-        Return whether the caller is in the pool's process and thread.
-
-        Code that never waits needs no more. This costs half as much as
-        `is_current_loop`.
-        """
-        return get_ident() == self._thread and self._pid == process.pid
-
     def is_forked(self) -> bool:
         """Return whether this process was forked from the process of the pool."""
-        return bool(self._pid != process.pid)
+        return bool(self.pid != process.pid)
 
     def is_closed(self) -> bool:
         """
@@ -132,13 +128,13 @@ class OwnerLoop:
         """
         return (
             not self.is_forked()
-            and isinstance(self._native, asyncio.AbstractEventLoop)
-            and self._native.is_closed()
+            and isinstance(self.native, asyncio.AbstractEventLoop)
+            and self.native.is_closed()
         )
 
     def coroutine(self) -> object:
         """Return the coroutine of the running task."""
-        if isinstance(self._native, asyncio.AbstractEventLoop):
+        if isinstance(self.native, asyncio.AbstractEventLoop):
             task = asyncio.current_task()
             return None if task is None else task.get_coro()
         import trio  # noqa: PLC0415
@@ -153,12 +149,12 @@ class OwnerLoop:
         exception would end the run.
         """
         try:
-            if isinstance(self._native, asyncio.AbstractEventLoop):
+            if isinstance(self.native, asyncio.AbstractEventLoop):
                 # An empty context: otherwise *function* runs in the caller's context.
                 context = contextvars.Context()
-                self._native.call_soon_threadsafe(function, context=context)
+                self.native.call_soon_threadsafe(function, context=context)
             else:
-                self._native.run_sync_soon(function)
+                self.native.run_sync_soon(function)
         except RuntimeError:
             pass
 
@@ -180,18 +176,18 @@ class OwnerLoop:
             on_loop_closed: Called if the loop is closed before the task has ended,
                 in the thread that closes the loop.
         """
-        if isinstance(self._native, asyncio.AbstractEventLoop):
+        if isinstance(self.native, asyncio.AbstractEventLoop):
             # A reference is kept, because the loop keeps only weak references to tasks.
             # The empty context is needed, because the task lives longer than the
             # request that opened the pool, and would keep its context alive.
-            self._task = self._native.create_task(
+            self._task = self.native.create_task(
                 function(),
                 name="fastapi_topaz pool",
                 context=contextvars.Context(),
             )
             # A loop that is closed drops its timers. There is no other signal that a
             # loop was closed, so the destruction of this timer is the signal.
-            timer = self._native.call_later(
+            timer = self.native.call_later(
                 NEVER, _Destroyed(on_loop_closed), context=contextvars.Context()
             )
             # A weak reference, because a strong one would keep the callback alive after
@@ -226,7 +222,7 @@ class OwnerLoop:
     def _strange(self, pool: object) -> PoolMisuse:
         if self.is_forked():
             return PoolMisuse(
-                f"{pool} was opened in process {self._pid} and is used in process "
+                f"{pool} was opened in process {self.pid} and is used in process "
                 f"{process.pid}, which was forked from it; gRPC connections do "
                 "not survive a fork, so open the pool in each worker, in the lifespan "
                 "or a startup hook"
@@ -236,7 +232,7 @@ class OwnerLoop:
         except RuntimeError:
             here = "no event loop"
         return PoolMisuse(
-            f"{pool} is open on {_described(self._native, self._where)} and is used "
+            f"{pool} is open on {_described(self.native, self._where)} and is used "
             f"on {here}; close the pool on its own loop first, or give each loop a "
             "pool of its own (a TestClient without `with` has a loop for each request)"
         )

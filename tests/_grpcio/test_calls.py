@@ -253,8 +253,8 @@ def test_where_grpc_has_another_inside_its_own_calls_are_used(
     assert not _call.is_direct()
     assert [r.message for r in caplog.records] == [
         (
-            f"gRPC {grpc.__version__} is not known from inside: the slower public calls of "
-            "grpc.aio are used"
+            f"gRPC {grpc.__version__} is not known from inside: "
+            "the slower public calls of grpc.aio are used"
         )
     ]
 
