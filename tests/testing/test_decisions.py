@@ -229,8 +229,8 @@ def without(request, field):
             "INVALID_ARGUMENT",
             "undefined results: data.app.GET.x.allowed data.app.GET.x.nope",
         ),
-        (is_request("my-docs"), "INVALID_ARGUMENT", "data.my-docs.allowed is no "),
-        (is_request("app.GET.x", "*"), "INVALID_ARGUMENT", "data.app.GET.x.* is no "),
+        (is_request("my-docs"), "INVALID_ARGUMENT", "data.my-docs.allowed is not "),
+        (is_request("app.GET.x", "*"), "INVALID_ARGUMENT", "data.app.GET.x.* is not "),
     ],
 )
 def test_is_refuses_as_topaz_does(authorizer, stub, request_, code, text):
