@@ -1,4 +1,4 @@
-"""The backends every behaviour is tested on."""
+"""Backends, virtual time and ports for all tests."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ from kit.autojump import AutojumpLoop  # noqa: E402
 from kit.shuffled import shuffled_loop  # noqa: E402
 
 
-# Even where Python is told to keep no bytecode: each of the many programs that tests
-# start would compile the whole package.
+# Even if Python is told to write no bytecode. Otherwise each of the many programs that
+# tests start would compile the whole package.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# Begun in the background by a shell, this ignores Ctrl-C, and so would programs that
-# tests start and stop by it.
+# A process that a shell starts in the background ignores Ctrl-C. Programs that tests
+# start and stop with Ctrl-C would inherit this.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["fastapi_topaz.testing.fixtures", "kit.fixtures"]
 
-# By default the same examples each time. How long one takes says how busy the machine
-# is.
+# By default the same examples each time. The time of one example depends on how busy
+# the machine is.
 hypothesis.settings.register_profile(
     "unhurried",
     parent=hypothesis.settings(),
     deadline=None,
     derandomize=True,
     database=None,
-    max_examples=50,  # `nox -s model` tries others, and many more
+    max_examples=50,  # `nox -s model` tries other examples, and many more
 )
 hypothesis.settings.load_profile("unhurried")
 hypothesis.settings.register_profile(
     "deep",
     parent=hypothesis.settings.get_profile("unhurried"),
     derandomize=False,
-    max_examples=2000,  # the models multiply theirs by a hundredth of this
+    max_examples=2000,  # the models run a hundredth of this times their own number
     print_blob=True,
 )
 
-# Which tests run on a shuffled loop by default: those of the pool's own tasks.
+# Tests that run on a shuffled loop by default: tests of the pool's own tasks.
 SHUFFLED = {
     "test_cancel_everywhere",
     "test_foreign_code",
@@ -86,7 +86,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # By default the same seed each time. In the environment, where the workers of
+    # By default the same seed each time. It is in the environment, where the workers of
     # pytest-xdist find it.
     chosen = config.getoption("--shuffle") is not None
     seed = random.SystemRandom().randrange(10**6) if chosen else 1
@@ -98,7 +98,7 @@ def pytest_report_header():
 
 
 def shuffled_names(metafunc):
-    """Return the backends that shuffle: their seeds are in the ids of the tests."""
+    """Return the shuffled backends. Their seeds are in the ids of the tests."""
     count = metafunc.config.getoption("--shuffle")
     if count is None:
         count = int(metafunc.module.__name__.rpartition(".")[2] in SHUFFLED)
@@ -110,14 +110,14 @@ def pytest_generate_tests(metafunc):
     """
     Run each async test on asyncio and trio.
 
-    In virtual time, unless the test is marked `real_clock`: a socket or a thread at
-    work looks idle to a virtual clock, which then runs away.
+    Tests run in virtual time, unless they are marked `real_clock`. While only a socket
+    or a thread works, a virtual clock sees an idle loop and jumps ahead.
     """
     if "anyio_backend" not in metafunc.fixturenames:
         return
     marks = metafunc.definition.iter_markers("parametrize")
     if any("anyio_backend" in mark.args[0] for mark in marks):
-        return  # the test names its own
+        return  # the test names its own backend
     names = ["asyncio", "trio"]
     if metafunc.definition.get_closest_marker("real_clock"):
         # Where the loop could make a difference: in the transport itself.
@@ -132,7 +132,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)
 def _durations_in_virtual_time(request, monkeypatch):
-    """Count durations by the clock that a test in virtual time moves."""
+    """Measure durations by the clock that a test in virtual time moves."""
     if "anyio_backend" not in request.fixturenames:
         return
     if request.node.get_closest_marker("real_clock") is None:
@@ -173,14 +173,14 @@ def eager_loop():
 
 @contextlib.contextmanager
 def _block_of_ports():
-    """Yield ports that no other process with these tests uses, in turn, without end."""
-    # Below those that the system gives away.
+    """Yield ports, without end, that no other process with these tests uses."""
+    # Below the ports that the system assigns.
     blocks = [range(first, first + 500) for first in range(12_000, 32_000, 500)]
     for block in blocks:
         path = Path(tempfile.gettempdir(), f"fastapi_topaz-ports-{block.start}")
         try:
             lock = path.open("w")
-        except OSError:  # another user's
+        except OSError:  # a port of another user
             continue
         with lock:
             try:
@@ -197,9 +197,9 @@ def _ports_of_ones_own():
     """
     Let no other process get the port of a server that is stopped and started again.
 
-    Whoever asks the system for any free port might get it, and other tests do so at
-    the same time. Hence servers get ports that the system does not give away, and
-    those of each process are others.
+    A process that asks the system for any free port might get it, and other tests do so
+    at the same time. So servers use ports that the system does not assign, and each
+    process has a different range.
     """
     create_server = socket.create_server
 
@@ -222,7 +222,7 @@ def _ports_of_ones_own():
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_garbage():
-    """Let a socket that a file of tests left behind warn there, not in the next."""
+    """Make a socket that a test file left open warn there, not in the next file."""
     yield
     gc.collect()
 
@@ -234,7 +234,7 @@ def _quiet_outages(caplog):
 
 @pytest.fixture
 def host_survives(caplog):
-    """A pool whose host task fails opens again, which can look as if all was well."""
+    """Fail if the host task failed: the pool reopens, which can look like success."""
     yield
     records = caplog.get_records("call")
     assert not [r for r in records if r.levelno >= logging.CRITICAL]

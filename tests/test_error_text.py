@@ -1,4 +1,4 @@
-"""How errors are shown in messages."""
+"""How messages show errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastapi_topaz import _error_text
 
 
 class Sullen(Exception):  # noqa: N818
-    """Says nothing of itself."""
+    """An error with no text of its own."""
 
     def __str__(self):
         raise RuntimeError("ask somebody else")
@@ -16,6 +16,6 @@ class Sullen(Exception):  # noqa: N818
         raise RuntimeError("ask somebody else")
 
 
-def test_an_error_that_cannot_be_asked_is_called_by_its_class():
+def test_an_error_with_a_str_that_raises_is_shown_by_its_class_name():
     assert _error_text.safe_text(Sullen()) == "Sullen"
     assert _error_text.error_kind(Sullen()) == "Sullen"

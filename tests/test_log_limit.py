@@ -1,4 +1,4 @@
-"""The log volume is bounded: the first event of a reason at once, then counts."""
+"""The log volume is limited: the first event of a reason is logged, then counts."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ ALLOWED = b"\n\x0b\n\x07allowed\x10\x01"
 
 
 class Limited(logging.Handler):
-    """A limit with a clock and a log of its own."""
+    """A limit with its own clock and its own log."""
 
     def __init__(self, level=logging.DEBUG):
         super().__init__()
         self.now = 1000.0
         self.records = []
-        logger = logging.Logger("limited", level)  # noqa: LOG001  (of its own)
+        logger = logging.Logger("limited", level)  # noqa: LOG001  (its own logger)
         logger.addHandler(self)
         self.limit = LogLimit(logger, "the label", lambda: self.now)
 
@@ -56,10 +56,10 @@ class Limited(logging.Handler):
 
 
 def events_in(lines):
-    """Return of how many events *lines* tell."""
+    """Return the number of events that *lines* report."""
     total = 0
     for line in lines:
-        # A line that reports only a count is about no event of its own.
+        # A line that reports only a count has no event of its own.
         total += re.match(r"(the label|the pool|checks): [^(]*: \d+ more", line) is None
         total += sum(map(int, re.findall(r"(\d+) more in the last", line)))
         total += sum(map(int, re.findall(r"[a-z:] \((\d+)\)", line)))
@@ -83,7 +83,7 @@ def test_the_first_event_is_logged_at_once_and_then_one_line_every_10_s():
     assert events_in(log.lines) == 240
 
 
-def test_reasons_are_counted_apart():
+def test_each_reason_is_counted_separately():
     log = Limited()
     for _ in range(5):
         log.event("refused")
@@ -91,7 +91,7 @@ def test_reasons_are_counted_apart():
     assert log.lines == ["event of refused", "event of tls"]
     log.now += 10
     log.event("tls")
-    # The counts of other reasons are told by the next line, whatever it is about.
+    # The next line reports the counts of other reasons, whatever its subject.
     assert log.lines[2:] == [
         "event of tls",
         "the label: refused: 4 more in the last 10 s",
@@ -107,7 +107,7 @@ def test_after_a_quiet_interval_an_event_is_logged_at_once():
     assert log.lines == ["event of refused"] * 3
 
 
-def test_an_event_after_a_while_tells_since_when_the_others_were_held():
+def test_a_later_line_says_since_when_events_were_suppressed():
     log = Limited()
     for pause in (1, 1, 42):
         log.event()
@@ -116,7 +116,7 @@ def test_an_event_after_a_while_tells_since_when_the_others_were_held():
     assert log.lines[-1] == "event of refused (and 2 more in the last 44 s)"
 
 
-def test_what_is_kept_of_10_000_reasons_is_bounded_and_no_event_is_lost():
+def test_the_memory_for_10_000_reasons_is_bounded_and_no_event_is_lost():
     log = Limited()
     for number in range(10_000):
         log.event(f"reason {number}")
@@ -129,17 +129,17 @@ def test_what_is_kept_of_10_000_reasons_is_bounded_and_no_event_is_lost():
     assert log.limit.held == 0
 
 
-def test_reasons_that_are_quiet_make_room_for_others():
+def test_quiet_reasons_make_room_for_new_ones():
     log = Limited()
     for number in range(1000):
         log.event(f"reason {number}")
         log.now += 1
-    # Never more than 10 at a time, so that each had a line of its own.
+    # Never more than 10 at a time, so that each reason had its own line.
     assert log.lines == [f"event of reason {number}" for number in range(1000)]
     assert len(log.limit._reasons) <= MOST_REASONS
 
 
-def test_a_reason_with_a_count_makes_room_when_the_count_is_told():
+def test_a_reason_with_a_count_makes_room_once_its_count_is_logged():
     log = Limited()
     for number, _ in itertools.product(range(MOST_REASONS), range(3)):
         log.event(f"reason {number}")
@@ -163,7 +163,7 @@ def test_a_reason_with_a_count_makes_room_when_the_count_is_told():
         max_size=200,
     )
 )
-def test_counts_add_up_and_lines_of_a_reason_are_10_s_apart(events):
+def test_counts_add_up_and_lines_of_one_reason_are_10_s_apart(events):
     log = Limited()
     for number, pause, then in events:
         log.event(f"r{number}")
@@ -174,7 +174,7 @@ def test_counts_add_up_and_lines_of_a_reason_are_10_s_apart(events):
         assert len(log.limit._reasons) <= MOST_REASONS
     told_at = {}
     for when, record in log.records:
-        # Those that share OTHER are told by the text of the event.
+        # Reasons that share OTHER are identified by the text of the event.
         name = re.search(r"r\d+|other reasons", record.getMessage())[0]
         if int(name[1:]) < MOST_REASONS - 1 if name[1:].isdigit() else True:
             assert when - told_at.get(name, -100) >= INTERVAL or OTHER in told_at
@@ -184,7 +184,7 @@ def test_counts_add_up_and_lines_of_a_reason_are_10_s_apart(events):
     assert events_in(log.lines) == len(events)
 
 
-def test_debug_lines_are_not_limited_and_lines_that_are_off_are_not_counted():
+def test_debug_lines_are_not_limited_and_disabled_lines_are_not_counted():
     log = Limited()
     for _ in range(3):
         log.event(level=logging.DEBUG)
@@ -197,7 +197,7 @@ def test_debug_lines_are_not_limited_and_lines_that_are_off_are_not_counted():
 
 
 @pytest.mark.parametrize("clock", [500.0, -500.0, 1e12])
-def test_a_clock_that_is_set_does_not_silence_a_reason(clock):
+def test_a_clock_that_is_set_back_does_not_silence_a_reason(clock):
     log = Limited()
     log.event()
     log.event()
@@ -208,7 +208,7 @@ def test_a_clock_that_is_set_does_not_silence_a_reason(clock):
     assert events_in(log.lines) == 3
 
 
-def test_one_line_can_tell_all_counts():
+def test_one_line_can_report_all_counts():
     log = Limited()
     for reason in ("lost", "refused", "lost", "lost", "refused"):
         log.event(reason)
@@ -220,7 +220,7 @@ def test_one_line_can_tell_all_counts():
     assert events_in(log.lines) == 6
 
 
-def test_a_line_is_that_of_its_caller_and_formatted_late():
+def test_a_record_names_the_calling_line_and_is_formatted_lazily():
     log = Limited()
     error = ValueError("x")
     log.event(exc_info=error)
@@ -230,7 +230,7 @@ def test_a_line_is_that_of_its_caller_and_formatted_late():
     assert record.exc_info[1] is error
 
 
-def test_the_clock_is_the_monotonic_one(monkeypatch):
+def test_the_limit_uses_the_monotonic_clock(monkeypatch):
     log = Limited()
     log.limit.clock = None
     for now in (50.0, 59.9, 60.0):
@@ -243,7 +243,7 @@ def test_the_clock_is_the_monotonic_one(monkeypatch):
 
 
 class Checks:
-    """Checks of an application whose log is limited in the time of the test."""
+    """Checks of an application with a log limit that uses the virtual time."""
 
     def __init__(self, connector, **options):
         options = {"min_connections": 0, "acquire_timeout": 1, **options}
@@ -281,7 +281,7 @@ class Checks:
 
 
 def answers(code):
-    """Return a connector whose calls end with the status *code*."""
+    """Return a connector of connections that end calls with the status *code*."""
 
     def answer(_method, _request):
         empty = grpc.aio.Metadata()
@@ -291,7 +291,7 @@ def answers(code):
 
 
 class Dying(FakeConnection):
-    """A connection that is lost by its first call."""
+    """A connection that its first call loses."""
 
     async def call(self, *_args, **_options):
         self.hung_up = True
@@ -310,7 +310,7 @@ OUTAGES = {
 
 @pytest.mark.parametrize("callers", [60, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("outage", list(OUTAGES))
-async def test_8_s_of_outage_for_many_callers_are_a_handful_of_lines(
+async def test_an_outage_of_8_s_with_many_callers_logs_a_handful_of_lines(
     outage, callers, caplog
 ):
     checks = Checks(OUTAGES[outage]())
@@ -325,19 +325,19 @@ async def test_8_s_of_outage_for_many_callers_are_a_handful_of_lines(
     assert events_in(of_checks) == checks.statuses[503]
 
 
-async def test_a_minute_of_outage_has_a_line_every_10_s(caplog):
+async def test_an_outage_of_a_minute_logs_a_line_every_10_s(caplog):
     checks = Checks(OUTAGES["refused"]())
     async with checks.config.lifespan(None):
         await checks.run(5, 60, pause=0.5)
     told = lines(caplog, logging.INFO, logger="fastapi_topaz.fastapi")
-    # At 0, 10, 20, 30, 40 and 50 s, and what was left at the end.
+    # At 0, 10, 20, 30, 40 and 50 s, and the rest at the end.
     assert len(told) == 7
     for line in told[1:-1]:
         assert re.search(r"\(and \d+ more in the last 1[01] s\)", line)
     assert events_in(told) == checks.statuses[503]
 
 
-async def test_checks_that_are_decided_again_tell_the_count(caplog):
+async def test_checks_without_a_decision_are_logged_with_a_count(caplog):
     connector = FakeConnector(default=fail(), answer=lambda _method, _request: ALLOWED)
     checks = Checks(connector)
     async with checks.config.lifespan(None):
@@ -354,11 +354,11 @@ async def test_checks_that_are_decided_again_tell_the_count(caplog):
     assert events_in(told) == failed
 
 
-async def test_connections_that_end_together_are_one_line_and_a_count(caplog):
+async def test_connections_that_end_together_log_one_line_and_a_count(caplog):
     connector = FakeConnector()
     pool = ConnectionPool(connector=connector, min_connections=10, eager_init=True)
     async with pool:
-        # Idle for longer than a connection that ends because the server is not well.
+        # Idle for longer than a connection that ends because the server is unhealthy.
         await anyio.sleep(3)
         for conn in connector.open:
             conn.hung_up = True
@@ -376,7 +376,7 @@ async def test_connections_that_end_together_are_one_line_and_a_count(caplog):
     assert "not logged meanwhile: closing: lost (9)" in over
 
 
-async def test_health_checks_that_fail_together_are_one_line_and_a_count(caplog):
+async def test_health_checks_that_fail_together_log_one_line_and_a_count(caplog):
     connector = FakeConnector()
     pool = ConnectionPool(
         connector=connector,
@@ -394,7 +394,7 @@ async def test_health_checks_that_fail_together_are_one_line_and_a_count(caplog)
             if "failed its health check" in line
         ]
         assert len(failed) == 1
-        # The next rounds tell the rest, though nothing else happens.
+        # The next rounds report the rest, even without other events.
         await anyio.sleep(20)
         assert any(
             re.search(r"health check failed: ConnectionLost: 9 more", line)
@@ -402,7 +402,7 @@ async def test_health_checks_that_fail_together_are_one_line_and_a_count(caplog)
         )
 
 
-async def test_a_pool_that_closes_tells_what_it_has_not(caplog):
+async def test_closing_a_pool_logs_the_suppressed_counts(caplog):
     connector = FakeConnector()
     pool = ConnectionPool(connector=connector, min_connections=3, eager_init=True)
     async with pool:
@@ -417,10 +417,10 @@ async def test_a_pool_that_closes_tells_what_it_has_not(caplog):
 
 
 class Fatal(BaseException):
-    """Of the kind that ends the host task."""
+    """An error of a kind that ends the host task."""
 
 
-async def test_a_pool_whose_host_fails_at_each_use_does_not_flood_the_log(caplog):
+async def test_a_host_task_that_fails_at_each_use_does_not_flood_the_log(caplog):
     class Broken(FakeConnector):
         async def connect(self, _timeout):
             await anyio.lowlevel.checkpoint()
@@ -435,7 +435,7 @@ async def test_a_pool_whose_host_fails_at_each_use_does_not_flood_the_log(caplog
     await pool.close()
 
 
-async def test_a_judge_that_always_fails_is_one_line(caplog):
+async def test_a_judge_method_that_always_fails_logs_one_line(caplog):
     class Unjust(FakeConnection):
         def judge(self, _error):
             raise RuntimeError("no verdict")

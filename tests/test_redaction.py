@@ -1,4 +1,4 @@
-"""No identity, resource context or key in the frames of errors, nor in the errors."""
+"""Frames of errors, and errors, contain no identity, resource context or key."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from kit.secrets import (
 )
 
 
-# -- looking for secrets --------------------------------------------------------------
+# -- searching for secrets ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["decisions", "decision_tree", "query", "compile"])
-async def test_the_search_finds_what_the_boundary_deletes(name):
+async def test_the_secret_search_finds_the_frames_that_the_boundary_clears(name):
     unguarded = getattr(PooledConnection, name).__wrapped__
     arguments = {**QUESTION, "policy_path": 3}
     if name in {"query", "compile"}:
@@ -48,7 +48,7 @@ async def test_the_search_finds_what_the_boundary_deletes(name):
     assert found == {IDENTITY, RESOURCE}
 
 
-def test_each_public_coroutine_of_a_lease_is_a_boundary():
+def test_each_public_coroutine_of_a_lease_clears_frames():
     methods = {
         name: method
         for name, method in inspect.getmembers(PooledConnection)
@@ -64,13 +64,13 @@ def test_each_public_coroutine_of_a_lease_is_a_boundary():
 
 
 def code_of_the_package(source):
-    """Run *source* as a module of this package, and return its names."""
+    """Run *source* as a module of this package, and return its namespace."""
     names = {"__name__": "fastapi_topaz._made_up"}
     exec(textwrap.dedent(source), names)
     return names
 
 
-async def test_a_coroutine_that_caught_the_error_and_goes_on_is_not_disturbed():
+async def test_a_coroutine_that_caught_the_error_keeps_running():
     made = code_of_the_package("""
         async def raises(secret):
             raise KeyError("shared")
@@ -110,7 +110,7 @@ async def test_a_coroutine_that_caught_the_error_and_goes_on_is_not_disturbed():
                 with contextlib.suppress(KeyError):
                     made["raises_again"](error)
             clear_frames(error)
-            # No longer does the error lead to those that go on.
+            # The error no longer leads to the running coroutines.
             named = [frame.f_code.co_name for frame in frames(error)]
             assert not {"keeps", "generates"} & set(named)
             assert_clean(error)
@@ -121,7 +121,7 @@ async def test_a_coroutine_that_caught_the_error_and_goes_on_is_not_disturbed():
         assert not any(IDENTITY in f.f_locals.values() for f in frames(error))
 
 
-def test_members_causes_and_contexts_are_cleared_and_circles_end():
+def test_group_members_causes_and_contexts_are_cleared_without_endless_loops():
     made = code_of_the_package("""
         def fails(secret, cause=None):
             raise LookupError("x") from cause
@@ -150,8 +150,8 @@ def test_members_causes_and_contexts_are_cleared_and_circles_end():
         ("<string>", False),
     ],
 )
-def test_constructors_that_attrs_wrote_belong_to_their_class(filename, cleared):
-    # Before attrs 25 they run in globals without a name.
+def test_constructors_generated_by_attrs_belong_to_their_class(filename, cleared):
+    # Before attrs 25 they run in globals without a module name.
     names = {}
     exec(compile("def init(secret): raise LookupError", filename, "exec"), names)
     with pytest.raises(LookupError) as caught:
@@ -161,7 +161,7 @@ def test_constructors_that_attrs_wrote_belong_to_their_class(filename, cleared):
     assert made.f_locals == ({} if cleared else {"secret": IDENTITY})
 
 
-def test_frames_that_run_keep_their_variables():
+def test_running_frames_keep_their_variables():
     made = code_of_the_package("""
         def outer(secret, clear):
             try:
@@ -173,7 +173,7 @@ def test_frames_that_run_keep_their_variables():
     assert made["outer"](IDENTITY, clear_frames) == IDENTITY
 
 
-def test_a_boundary_passes_on_what_it_is_given():
+def test_a_boundary_returns_values_and_reraises_errors_unchanged():
     def plain(one, *, two=2):
         """Say what it is."""
         return one, two
@@ -315,7 +315,7 @@ def run_program(tmp_path, backend, *arguments, status):
 
 @backends
 @pytest.mark.real_clock
-def test_sentry_gets_no_secret(backend, tmp_path):
+def test_sentry_receives_no_secret(backend, tmp_path):
     pytest.importorskip("sentry_sdk", reason="sentry-sdk is not installed")
     program = textwrap.dedent(PROGRAM) + textwrap.dedent(SENTRY)
     (tmp_path / "program.py").write_text(program)
@@ -330,7 +330,9 @@ def test_sentry_gets_no_secret(backend, tmp_path):
         ]
         ours = [frame for frame in shown if frame["module"].startswith("fastapi_topaz")]
         assert ours
-        assert any(frame["vars"] for frame in shown), "or this shows nothing"
+        assert any(frame["vars"] for frame in shown), (
+            "otherwise this test proves nothing"
+        )
         assert not secrets_in(json.dumps(event))
 
 
@@ -354,5 +356,5 @@ def test_pytest_shows_no_secret(backend, tmp_path):
     )
     assert "4 failed" in shown
     assert "fastapi_topaz/_authorizer/pool.py" in shown
-    assert "prepare    = " in shown, "or no variable is shown"
+    assert "prepare    = " in shown, "otherwise no variable is shown"
     assert not secrets_in(shown)

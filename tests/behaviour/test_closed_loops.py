@@ -1,4 +1,4 @@
-"""Event loops that are closed without an end of their tasks leave nothing open."""
+"""Event loops that are closed before their tasks ended leave no resource open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kit.waiting import eventually, until
 
 
 pytestmark = [
-    # Both of asyncio and of the pool: that is what these tests are about.
+    # Warnings of both asyncio and the pool: these tests are about them.
     pytest.mark.filterwarnings("ignore:.*was not closed:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:.*garbage-collected:ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -35,7 +35,7 @@ def loops():
 
 
 async def used(pool):
-    """Use it and give everything back."""
+    """Use the pool and release every lease."""
     async with pool.acquire() as conn:
         await conn.info()
 
@@ -62,7 +62,7 @@ async def in_flight(pool):
 
 
 async def connecting(pool):
-    """Leave attempts to connect under way."""
+    """Leave connection attempts unfinished."""
     tasks = [asyncio.create_task(pool.acquire().__aenter__()) for _ in range(5)]
     for _ in range(3):
         await asyncio.sleep(0)
@@ -79,7 +79,7 @@ async def greeting(pool):
 
 
 async def waiting(pool):
-    """Leave callers that wait."""
+    """Leave waiting callers."""
     pool.leases = [await pool.acquire() for _ in range(pool.options.max_connections)]
     pool.tasks = [asyncio.create_task(used(pool)) for _ in range(3)]
     await asyncio.sleep(0)
@@ -99,7 +99,7 @@ JOBS = [used, leased, in_flight, connecting, greeting, waiting]
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
 @pytest.mark.parametrize("shared", [False, True], ids=["own pools", "one pool"])
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_closed_loops_leave_no_socket_and_no_descriptor(
+def test_a_closed_loop_leaves_no_open_socket_or_file_descriptor(
     embedded_authorizer, make_loop, job, shared, count
 ):
     process = psutil.Process()
@@ -118,7 +118,7 @@ def test_closed_loops_leave_no_socket_and_no_descriptor(
             embedded_authorizer.heal()
         gc.collect()
 
-    # What gRPC opens once in a process, and keeps.
+    # gRPC opens these once for each process, and keeps them.
     rounds(3)
     until(lambda: embedded_authorizer.connections_open == 0)
     before = process.num_fds()
@@ -128,7 +128,7 @@ def test_closed_loops_leave_no_socket_and_no_descriptor(
 
 
 @pytest.mark.parametrize("make_loop", list(loops()))
-def test_grpc_works_on_the_next_loop_after_one_closed_under_a_call(
+def test_grpc_works_on_a_new_loop_after_a_loop_closed_during_a_call(
     embedded_authorizer, make_loop, caplog
 ):
     caplog.set_level(logging.WARNING, logger="asyncio")
@@ -150,7 +150,7 @@ def test_grpc_works_on_the_next_loop_after_one_closed_under_a_call(
 
 
 class Abandoning(FakeConnection):
-    """Closes at once where it is told to."""
+    """Closes at once in `abandon()`."""
 
     abandoned = 0
 
@@ -159,7 +159,7 @@ class Abandoning(FakeConnection):
         self.closed += 1
 
 
-def test_a_connection_is_abandoned_once_and_the_pool_says_that_it_was_not_closed():
+def test_a_closed_loop_abandons_connections_once_and_logs_the_missing_close():
     connector = Making(Abandoning)
     pool = ConnectionPool(connector=connector, min_connections=0, name="main")
 
@@ -175,7 +175,7 @@ def test_a_connection_is_abandoned_once_and_the_pool_says_that_it_was_not_closed
     assert not connector.open
     assert repr(pool).startswith("<ConnectionPool 'main' new")
     assert pool._counters.closes == {"close": 2}
-    # It can be opened again, on another loop.
+    # The pool can be opened again, on another loop.
     asyncio.run(used_and_closed(pool))
 
 
@@ -184,7 +184,7 @@ async def used_and_closed(pool):
         pass
 
 
-def test_a_connection_that_cannot_be_abandoned_is_at_least_kept_by_nobody():
+def test_a_connection_without_abandon_is_garbage_after_its_loop_closed():
     connector = FakeConnector()
     pool = ConnectionPool(connector=connector, min_connections=0)
 
@@ -198,7 +198,7 @@ def test_a_connection_that_cannot_be_abandoned_is_at_least_kept_by_nobody():
     assert gone() is None
 
 
-def test_an_attempt_under_way_is_ended_so_that_it_frees_what_it_holds():
+def test_a_closed_loop_ends_a_pending_connect_and_frees_its_resources():
     ended = []
 
     class Slow(FakeConnector):
@@ -220,7 +220,7 @@ def test_an_attempt_under_way_is_ended_so_that_it_frees_what_it_holds():
     assert ended == ["attempt"]
 
 
-def test_what_abandon_raises_keeps_no_other_connection_open(caplog):
+def test_an_error_in_abandon_does_not_keep_other_connections_open(caplog):
     class Broken(Abandoning):
         def abandon(self):
             super().abandon()
@@ -238,7 +238,7 @@ def test_what_abandon_raises_keeps_no_other_connection_open(caplog):
     assert "abandon() of a connection failed" in caplog.text
 
 
-def test_a_pool_that_was_closed_is_left_alone(caplog):
+def test_a_closed_loop_does_not_abandon_a_pool_that_was_closed(caplog):
     connector = Making(Abandoning)
     pool = ConnectionPool(connector=connector, min_connections=0)
     run(asyncio.new_event_loop, used_and_closed, pool)
@@ -246,7 +246,7 @@ def test_a_pool_that_was_closed_is_left_alone(caplog):
     assert "was not closed" not in caplog.text
 
 
-def test_a_lease_of_a_closed_loop_is_given_back_in_silence():
+def test_releasing_a_lease_of_a_closed_loop_is_silent():
     connector = FakeConnector()
     pool = ConnectionPool(connector=connector, min_connections=0)
     held = []
@@ -265,7 +265,7 @@ def test_a_lease_of_a_closed_loop_is_given_back_in_silence():
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
-async def test_a_loop_that_runs_on_keeps_its_pool():
+async def test_a_running_loop_keeps_its_pool_open():
     connector = Making(Abandoning)
     async with ConnectionPool(connector=connector, min_connections=0) as pool:
         async with pool.acquire():

@@ -38,7 +38,7 @@ REQUESTS = {
 
 @pytest.fixture(scope="module", params=["embedded", *(["topaz"] if REAL else [])])
 def options(request, tmp_path_factory):
-    """Where the authorizer is that answers."""
+    """Where the authorizer that answers is."""
     if request.param == "embedded":
         with EmbeddedAuthorizer(TWINS, identities=()) as authorizer:
             yield authorizer.options
@@ -67,7 +67,7 @@ def decided(response):
     return [(item.decision, getattr(item, "is")) for item in response.decisions]
 
 
-def test_topaz_takes_part(tmp_path):
+def test_the_conformance_suite_runs_against_topaz(tmp_path):
     if not REAL:
         pytest.skip(MISSING)
     with Topazd([REAL], tmp_path) as server:
@@ -83,7 +83,7 @@ def test_decisions(stub, case):
 
 
 @cases(conformance.REFUSED)
-def test_what_is_refused(stub, case):
+def test_invalid_requests_are_refused(stub, case):
     with pytest.raises(grpc.RpcError) as caught:
         send(stub, case.request)
     assert caught.value.code().name == case.code
@@ -91,13 +91,13 @@ def test_what_is_refused(stub, case):
 
 
 @cases(conformance.TREES)
-def test_trees(stub, case):
+def test_decision_trees(stub, case):
     response = send(stub, case.request)
     assert response.path_root == case.request.policy_context.path
     assert MessageToDict(response.path) == case.path
 
 
-def test_a_tree_with_slashes(stub):
+def test_a_decision_tree_with_slashes_as_separators(stub):
     request = DecisionTreeRequest()
     request.CopyFrom(conformance.tree("tree.POST"))
     slash = PathSeparator.PATH_SEPARATOR_SLASH
@@ -144,7 +144,7 @@ def test_info(stub):
     assert info.arch in {"amd64", "arm64"}
 
 
-def test_health_is_served_elsewhere(options):
+def test_the_health_service_is_not_on_the_authorizer_port(options):
     with grpc.insecure_channel(options.url) as channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check")
         with pytest.raises(grpc.RpcError) as caught:
@@ -163,7 +163,7 @@ async def conn(options, anyio_backend):
         yield lease
 
 
-async def test_all_calls_through_the_pool(conn):
+async def test_all_calls_work_through_the_pool(conn):
     alice = Identity(IdentityType.MANUAL, "alice")
     assert await conn.decisions(policy_path="conformance.identity", identity=alice) == {
         "allowed": True
@@ -185,7 +185,7 @@ async def test_all_calls_through_the_pool(conn):
 
 
 async def test_an_answer_without_the_decision_is_an_error_in_the_pool(conn):
-    # Topaz answers so if a decision is not a boolean.
+    # Topaz returns this if a decision is not a boolean.
     for names in (("allowed",), ("visible", "allowed")):
         with pytest.raises(grpc.aio.AioRpcError, match="requested decision") as caught:
             await conn.decisions(policy_path="conformance.odd", decisions=names)
@@ -211,20 +211,21 @@ async def test_an_answer_without_the_decision_is_an_error_in_the_pool(conn):
         ),
     ],
 )
-async def test_statuses_through_the_pool(conn, question, code):
+async def test_error_statuses_are_raised_through_the_pool(conn, question, code):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await conn.decisions(**question)
     assert caught.value.code().name == code
-    # They are answers: the connection is as good as before.
+    # Error statuses are answers: the connection stays usable.
     assert (await conn.decisions(policy_path="conformance.allow"))["allowed"] is True
 
 
-# -- the bundle and its twin ----------------------------------------------------------
+# -- the bundle and its Python counterpart --------------------------------------------
 
 
-def test_each_package_of_the_bundle_has_a_twin_in_python():
+def test_each_package_of_the_bundle_has_a_python_counterpart():
     texts = [path.read_text() for path in POLICIES.rglob("*.rego")]
     packages = {re.search(r"^package (\S+)$", text, re.MULTILINE)[1] for text in texts}
     assert packages == TWINS.keys() == {f"conformance.{name}" for name in PACKAGES}
-    # Understood by OPA before and after 1.0, whichever a release of Topaz has in it.
+    # OPA before and after 1.0 accepts this, whichever version a release of Topaz
+    # contains.
     assert all("\nimport rego.v1\n" in text for text in texts)

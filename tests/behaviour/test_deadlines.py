@@ -1,4 +1,4 @@
-"""Callers wait exactly as long as they said, however many of them wait."""
+"""Callers wait exactly as long as their timeout, whatever their number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ make_single = partial(make_pool, max_connections=1)
 
 
 async def timed_out_after(pool, timeout):
-    """Return how long it took until acquire() raised PoolTimeout."""
+    """Return how long acquire() took until it raised PoolTimeout."""
     began = anyio.current_time()
     with pytest.raises(PoolTimeout, match=f"within {timeout:g} s"):
         await pool.acquire(timeout=timeout)
@@ -26,7 +26,7 @@ async def timed_out_after(pool, timeout):
 
 
 async def all_timed_out(pool, timeouts, pause=0.0):
-    """Let callers with these *timeouts* come one after the other; check each."""
+    """Start callers with these *timeouts* one after the other, and check each."""
     took = {}
 
     async def wait(number, timeout):
@@ -53,20 +53,20 @@ async def all_timed_out(pool, timeouts, pause=0.0):
     ids=["one", "rising", "falling", "mixed", "one_long_before_many"],
 )
 @pytest.mark.parametrize("pause", [0.0, 0.3])
-async def test_each_times_out_at_its_own_time(timeouts, pause):
+async def test_each_caller_times_out_at_its_own_deadline(timeouts, pause):
     async with make_single() as pool, pool.acquire():
         await all_timed_out(pool, timeouts, pause)
         assert pool.status().waiting == 0
 
 
-async def test_those_who_wait_for_a_connection_time_out_at_their_own_time():
+async def test_callers_waiting_for_a_connect_time_out_at_their_own_deadlines():
     async with make_single(
         FakeConnector([slow(1000)] * 9), connection_timeout=2000
     ) as pool:
         await all_timed_out(pool, [3.0, 5.0, 4.0, 5.0])
 
 
-async def test_those_with_a_token_and_those_without_time_out_together():
+async def test_callers_with_and_without_a_token_time_out_together():
     connector = FakeConnector([ok(), *[slow(1000)] * 9])
     options = {"max_connections": 3, "connection_timeout": 2000}
     async with make_single(connector, **options) as pool, pool.acquire():
@@ -74,7 +74,7 @@ async def test_those_with_a_token_and_those_without_time_out_together():
         assert pool._open_pool.limiter.borrowed_tokens == 1
 
 
-async def test_a_pool_that_was_quiet_for_long_keeps_the_next_deadline():
+async def test_a_pool_that_was_idle_for_long_keeps_the_next_deadline():
     async with make_single() as pool:
         async with pool.acquire():
             await all_timed_out(pool, [5.0, 5.0])
@@ -83,8 +83,8 @@ async def test_a_pool_that_was_quiet_for_long_keeps_the_next_deadline():
             await all_timed_out(pool, [2.0, 5.0])
 
 
-async def test_a_timeout_serves_nobody_else_too_early():
-    """Who is sent away is lent a token for a moment; nobody may profit from that."""
+async def test_a_timeout_does_not_serve_another_caller_early():
+    """A refused caller borrows a token briefly. No other caller may profit from it."""
     async with make_single(max_connections=2) as pool:
         held = [await pool.acquire() for _ in range(2)]
         served = []
@@ -110,7 +110,7 @@ async def test_a_timeout_serves_nobody_else_too_early():
         assert sorted(served) == [("c", pytest.approx(5)), ("e", pytest.approx(5))]
 
 
-async def test_a_stream_handed_over_in_the_tick_of_the_deadline_is_used_or_goes_on():
+async def test_a_stream_given_in_the_tick_of_the_deadline_is_used_or_passed_on():
     for _ in range(20):
         async with make_single() as pool:
             held = await pool.acquire()
@@ -136,7 +136,7 @@ async def test_a_stream_handed_over_in_the_tick_of_the_deadline_is_used_or_goes_
             assert pool._open_pool.limiter.borrowed_tokens == 0
 
 
-async def test_a_closing_pool_and_a_failing_one_tell_before_the_deadline():
+async def test_waiting_callers_fail_before_the_deadline_on_close_or_failure():
     async with make_single(acquire_timeout=50) as pool:
         _held = await pool.acquire()
         async with anyio.create_task_group() as callers:
@@ -161,7 +161,9 @@ async def test_a_closing_pool_and_a_failing_one_tell_before_the_deadline():
     "seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 8))]
 )
 async def test_random_deadlines_cancellations_and_releases(seed):
-    """Served in time, cancelled, or timed out to the moment: nothing else happens."""
+    """
+    Each caller is served in time, cancelled, or timed out exactly at its deadline.
+    """
     rng = random.Random(seed)
     streams = rng.choice([1, 3])
     options = {"max_connections": 2, "streams_per_connection": streams}

@@ -1,4 +1,4 @@
-"""What the pool makes of a name that is unknown, silent, moved, or many addresses."""
+"""DNS names that are unknown, change, have many addresses, or get no DNS answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kit.waiting import eventually
 
 pytestmark = pytest.mark.real_clock
 
-# Far beyond what a test takes: who waits so long got no answer.
+# Far longer than a test takes. A caller that waits this long got no answer.
 PATIENCE = 20.0
 NAME = "topaz.test"
 
@@ -45,7 +45,7 @@ def names(http2_server):
 
 @asynccontextmanager
 async def opened(names, http2_server, **options):
-    """Open a pool to the name, and make none of its connections before their use."""
+    """Open a pool to the name; no connection is opened before its first use."""
     pool = ConnectionPool(
         **{"min_connections": 0, "acquire_timeout": PATIENCE, **options}
     )
@@ -57,7 +57,7 @@ async def opened(names, http2_server, **options):
 
 
 async def check(pool):
-    """Make one check as an application does."""
+    """Send one check, as an application does."""
     return await config_of(pool, check_timeout=PATIENCE).is_allowed(
         REQUEST, "app.GET.documents"
     )
@@ -65,7 +65,7 @@ async def check(pool):
 
 @asynccontextmanager
 async def users(pool, count):
-    """Have *count* users make one check after the other, and yield the answers."""
+    """Run *count* users that send one check after the other, and yield the answers."""
     answers = []
     stopped = False
 
@@ -91,7 +91,7 @@ def address(http2_server):
 
 
 def peers(pool):
-    """Return how many connections lead where, of those that tell."""
+    """Count the connections by address, for connections that know it."""
     told = (connection.peer for connection in pool.connections())
     return Counter(peer for peer in told if peer is not None)
 
@@ -100,24 +100,22 @@ def peers(pool):
 
 
 @pytest.mark.parametrize("addresses", [None, []], ids=["unknown", "empty"])
-async def test_a_name_without_an_address_fails_after_a_few_attempts(
+async def test_a_host_name_without_an_address_fails_after_a_few_attempts(
     http2_server, names, addresses
 ):
-    # The caller is told the reason, and so is whoever looks at the metrics.
+    # The caller and the metrics both get the reason.
     names.set(NAME, addresses)
     async with opened(names, http2_server, max_retries=2) as pool:
         with pytest.raises(ConnectFailed, match="name cannot be resolved") as caught:
             await pool.acquire()
         assert (caught.value.reason, caught.value.permanent) == ("resolve", False)
         assert pool._counters.connect_failures == {"resolve": 3}
-        assert names.queries[NAME] >= 3, "each attempt asks anew"
+        assert names.queries[NAME] >= 3, "each attempt sends a new query"
         assert not pool.status().healthy
 
 
-async def test_many_callers_make_no_more_attempts_to_resolve_than_one(
-    http2_server, names
-):
-    # Two are begun at once, and after the first failure one follows each pause.
+async def test_many_callers_cause_no_more_lookups_than_one_caller(http2_server, names):
+    # Two attempts start at once. After the first failure, one follows each pause.
     names.set(NAME, None)
     reasons = []
 
@@ -137,10 +135,10 @@ async def test_many_callers_make_no_more_attempts_to_resolve_than_one(
 
 
 @pytest.mark.parametrize("addresses", [None, []], ids=["unknown", "empty"])
-async def test_the_pool_recovers_by_itself_once_the_name_resolves(
+async def test_the_pool_recovers_without_callers_once_the_name_resolves(
     http2_server, names, addresses
 ):
-    # Nobody has to ask again: attempts go on after the callers were sent away.
+    # No caller has to ask again: attempts continue after callers got their errors.
     names.set(NAME, addresses)
     async with opened(names, http2_server, min_connections=1, max_retries=0) as pool:
         with pytest.raises(ConnectFailed):
@@ -153,8 +151,10 @@ async def test_the_pool_recovers_by_itself_once_the_name_resolves(
         assert not pool.status().failing
 
 
-async def test_who_waits_is_served_when_the_name_resolves_in_time(http2_server, names):
-    # It took more than one attempt, and the caller has seen none of that.
+async def test_a_waiting_caller_is_served_if_the_name_resolves_in_time(
+    http2_server, names
+):
+    # It took several attempts, and the caller sees none of the failures.
     names.set(NAME, None)
     answers = []
 
@@ -172,12 +172,12 @@ async def test_who_waits_is_served_when_the_name_resolves_in_time(http2_server, 
         await eventually(lambda: answers == [True], PATIENCE)
 
 
-async def test_a_silent_name_server_costs_an_attempt_its_time(http2_server, names):
+async def test_a_silent_name_server_makes_an_attempt_time_out(http2_server, names):
     """
     The reason is then "timeout", and not "resolve".
 
-    gRPC gives up on a silent name server after 12 seconds, which is later than the
-    default `connection_timeout` of 10: nobody has heard of a reason by then.
+    gRPC gives up on a silent name server after 12 seconds. This is later than the
+    default `connection_timeout` of 10, so the pool has not received a reason by then.
     """
     names.silent()
     options = {"connection_timeout": 0.2, "min_connections": 1, "max_retries": 1}
@@ -192,11 +192,9 @@ async def test_a_silent_name_server_costs_an_attempt_its_time(http2_server, name
 
 
 @pytest.mark.parametrize("end", ["unknown", "empty", "silent"])
-async def test_a_name_that_is_lost_takes_no_open_connection_along(
-    http2_server, names, end
-):
-    # Those that are to be replaced serve until there is something better, as long as
-    # they are no more than the minimum and there is room for another one.
+async def test_a_removed_name_does_not_close_open_connections(http2_server, names, end):
+    # Connections to be replaced serve until a better one is open, if they are within
+    # the minimum and there is room for another connection.
     options = {"min_connections": 2, "connection_timeout": 0.5}
     async with opened(names, http2_server, **options) as pool:
         await fill(pool, 2)
@@ -219,10 +217,10 @@ async def test_a_name_that_is_lost_takes_no_open_connection_along(
 # -- another address -----------------------------------------------------------------
 
 
-async def test_a_drained_pool_follows_its_name_to_another_address(
+async def test_a_drained_pool_reconnects_to_the_new_address_of_its_name(
     http2_server, names, others
 ):
-    # Without the drain it stays where it is, and no check fails on the way.
+    # Without the drain, connections stay where they are. No check fails meanwhile.
     other, _ = others
     async with opened(names, http2_server, max_connections=4) as pool:
         await fill(pool, 4)
@@ -239,10 +237,10 @@ async def test_a_drained_pool_follows_its_name_to_another_address(
         assert (http2_server.accepted, pool._counters.failed) == (4, 0)
 
 
-async def test_what_is_lost_is_replaced_at_the_address_the_name_has_then(
+async def test_a_lost_connection_is_replaced_at_the_current_address(
     http2_server, names, others
 ):
-    # The old server says goodbye with GOAWAY, and no check fails on the way.
+    # The old server closes with GOAWAY, and no check fails meanwhile.
     other, _ = others
     async with opened(names, http2_server, max_connections=4) as pool:
         await fill(pool, 4)
@@ -259,13 +257,13 @@ async def test_what_is_lost_is_replaced_at_the_address_the_name_has_then(
 # -- several addresses ---------------------------------------------------------------
 
 
-async def test_the_connections_of_a_pool_land_on_all_addresses_of_its_name(
+async def test_connections_spread_over_all_addresses_of_the_name(
     http2_server, names, others
 ):
-    # Where each one landed is what `connections()` says.
+    # `connections()` reports the address of each connection.
     servers = [http2_server, *others]
     names.set(NAME, [each.host for each in servers])
-    for _ in range(5):  # 20 random choices leave one out once in a thousand times
+    for _ in range(5):  # 20 random choices miss one address once in a thousand times
         async with opened(names, http2_server, max_connections=20) as pool:
             leases = [await pool.acquire() for _ in range(20)]
             await eventually(lambda: sum(each.open for each in servers) == 20, PATIENCE)
@@ -281,8 +279,8 @@ async def test_the_connections_of_a_pool_land_on_all_addresses_of_its_name(
     assert len(+landed) == 3
 
 
-async def test_addresses_where_nobody_listens_are_passed_over(http2_server, names):
-    # That is no failed attempt, and no caller notices.
+async def test_addresses_that_refuse_connections_are_skipped(http2_server, names):
+    # This is not a failed attempt, and no caller notices it.
     names.set(NAME, ["127.0.0.2", http2_server.host, "127.0.0.3"])
     async with opened(names, http2_server, max_connections=20) as pool:
         await fill(pool, 20)

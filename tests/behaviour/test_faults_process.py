@@ -1,4 +1,4 @@
-"""What a process survives: an end without a close, and the end of its descriptors."""
+"""A process that ends without closing its pool, or has no file descriptors left."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(program, *options):
 
 
 def left_open(url, *ends):
-    """A program that leaves three leases out; an end is a backend, or rude."""
+    """Return a program that leaves three leases open; *end* is a backend, or rude."""
     return f"""
         import anyio, asyncio, threading
         from fastapi_topaz import AuthorizerOptions, ConnectionPool
@@ -73,26 +73,26 @@ def assert_ended_well(result):
 
 
 @pytest.mark.parametrize("action", ["always", "error"])
-def test_a_run_that_ends_with_leases_out_is_warned_of_with_their_number(action, url):
+def test_a_run_that_ends_with_open_leases_logs_a_warning_with_their_count(action, url):
     program = left_open(url, "asyncio", "trio")
     result = run(program, "-W", f"{action}::ResourceWarning")
     assert_ended_well(result)
     for backend in ("asyncio", "trio"):
         unclosed = f"pool {backend!r} was not closed before its event loop ended, with "
         assert result.stderr.count(unclosed + "3 leases out") == 1
-    # Made an error, it is logged instead: raised, it would end trio's whole run.
+    # A warning raised as an error is logged instead: it would end trio's whole run.
     assert ("ResourceWarning" in result.stderr) == (action == "always")
 
 
-def test_a_loop_that_is_closed_under_an_open_pool_ends_without_a_traceback(url):
+def test_closing_the_loop_of_an_open_pool_prints_no_traceback(url):
     assert_ended_well(run(left_open(url, "loop.close"), "-W", "always"))
 
 
-# -- F31: no file descriptor is left --------------------------------------------------
+# -- F31: no file descriptors left ----------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_without_file_descriptors_a_pool_serves_what_it_has_and_says_what_is_missing(
+def test_without_file_descriptors_open_connections_serve_and_the_error_says_why(
     backend, url
 ):
     program = f"""
@@ -178,7 +178,7 @@ def test_without_file_descriptors_a_pool_serves_what_it_has_and_says_what_is_mis
         ["warm", "other", "False"],
     ]
     for line in refused:
-        # Python says the one, and what the pool makes of gRPC's text is the other.
+        # Python's error says one, and the pool's reading of gRPC's text says the other.
         assert "Too many open files" in line or "no file descriptor left" in line
     assert reasons == "reasons other"
     assert threads == "[]"

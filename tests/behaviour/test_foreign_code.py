@@ -1,4 +1,4 @@
-"""Code of others that fails: providers, metrics, connectors."""
+"""Application code that fails: providers, metrics and connectors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROVIDERS = ("identity_provider", "resource_context_provider")
 @pytest.mark.parametrize(
     "error", [ZeroDivisionError("mine"), ConnectionLost("mine")], ids=repr
 )
-async def test_what_a_provider_raises_reaches_the_caller_and_costs_nothing(
+async def test_an_error_in_a_provider_reaches_the_caller_and_loses_no_capacity(
     name, is_async, error
 ):
     calls = []
@@ -57,7 +57,7 @@ async def test_what_a_provider_raises_reaches_the_caller_and_costs_nothing(
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
-async def test_a_provider_that_hangs_holds_no_connection_and_can_be_cancelled(name):
+async def test_a_hanging_provider_holds_no_connection_and_can_be_cancelled(name):
     async def hang(_request):
         await anyio.sleep_forever()
 
@@ -72,7 +72,7 @@ async def test_a_provider_that_hangs_holds_no_connection_and_can_be_cancelled(na
         tasks.cancel_scope.cancel()
 
 
-async def test_metrics_that_raise_are_logged_once_and_stop_nobody(caplog):
+async def test_errors_in_metrics_are_logged_once_and_callers_are_served(caplog):
     class Histogram(NoOpHistogram):
         def record(self, *_args, **_kwargs):
             raise OSError("no collector")
@@ -94,7 +94,7 @@ async def test_metrics_that_raise_are_logged_once_and_stop_nobody(caplog):
     assert sum("metric" in line for line in lines(caplog)) == 1
 
 
-async def test_a_connection_whose_probe_and_close_raise_is_replaced_all_the_same(
+async def test_a_connection_with_failing_probe_and_close_is_replaced(
     caplog,
 ):
     async def broken(_seconds):
@@ -119,7 +119,7 @@ async def test_a_connection_whose_probe_and_close_raise_is_replaced_all_the_same
     assert [conn.closed for conn in connector.connections] == [1, 0, 1, 1]
 
 
-async def test_a_connection_whose_probe_and_close_hang_is_given_up_on(caplog):
+async def test_a_connection_with_hanging_probe_and_close_is_abandoned(caplog):
     async def hang(_seconds):
         await anyio.sleep_forever()
 
@@ -131,20 +131,20 @@ async def test_a_connection_whose_probe_and_close_hang_is_given_up_on(caplog):
         await assert_whole(pool, twice=True)
         victim = connector.connections[1]
         victim.probe = victim.close = hang
-        # A round, 3 s for each of two probes, 5 s for the close.
+        # A health check round, 3 s for each of two probes, 5 s for the close.
         for _ in range(22):
             await anyio.sleep(1)
-            assert await checked(config), "the others serve meanwhile"
+            assert await checked(config), "other connections serve meanwhile"
         assert pool._counters.closes == {"unhealthy": 1}
         assert sum("stops waiting for it" in line for line in lines(caplog)) == 1
         await assert_whole(pool, twice=True)
 
 
-# -- other people's code ------------------------------------------------------------
+# -- connectors, metrics and tasks that misbehave -----------------------------------
 
 
 class Odd(FakeConnector):
-    """Cancels itself where it is told to, as code over bare grpc.aio does."""
+    """Cancels itself on request, like code over bare grpc.aio does."""
 
     where = ""
 
@@ -177,7 +177,7 @@ class Odd(FakeConnector):
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("where", ["connect", "probe", "close"])
-async def test_a_cancellation_that_nobody_asked_for_does_not_end_the_pool(where):
+async def test_an_unexpected_cancelled_error_does_not_end_the_pool(where):
     connector = Odd()
     pool = make_pool(connector, max_connections=3, health_check_interval=5)
     async with pool:
@@ -199,8 +199,8 @@ async def test_a_cancellation_that_nobody_asked_for_does_not_end_the_pool(where)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_deadline_answered_with_a_cancellation_is_a_timeout():
-    """What bare grpc.aio does: its own CancelledError in place of the scope's."""
+async def test_a_cancelled_error_at_the_deadline_is_a_timeout():
+    """Like bare grpc.aio: it raises its own CancelledError in place of the scope's."""
     import asyncio
 
     class Grpc(FakeConnector):
@@ -217,7 +217,7 @@ async def test_a_deadline_answered_with_a_cancellation_is_a_timeout():
         assert caught.value.reason == "timeout"
 
 
-async def test_a_connector_that_returns_nothing_is_a_failure_that_says_so():
+async def test_a_connector_that_returns_none_is_a_connect_error_that_says_so():
     class Nothing(FakeConnector):
         async def connect(self, timeout):
             return None
@@ -227,7 +227,7 @@ async def test_a_connector_that_returns_nothing_is_a_failure_that_says_so():
             await pool.acquire()
 
 
-async def test_metrics_that_raise_cost_no_capacity(caplog):
+async def test_errors_in_metrics_lose_no_capacity(caplog):
     class Broken:
         def record(self, *_args):
             raise OSError("no collector")
@@ -242,7 +242,7 @@ async def test_metrics_that_raise_cost_no_capacity(caplog):
     assert sum("metric" in line for line in lines(caplog)) == 1
 
 
-async def test_an_acquire_that_two_tasks_enter_loses_no_lease():
+async def test_entering_one_acquire_in_two_tasks_loses_no_lease():
     async with make_pool(max_connections=1) as pool:
         acquire = pool.acquire()
         errors = []
@@ -264,7 +264,7 @@ async def test_an_acquire_that_two_tasks_enter_loses_no_lease():
             pass
 
 
-async def test_connections_that_will_not_close_are_given_up_together():
+async def test_connections_with_a_hanging_close_are_abandoned_at_the_same_time():
     class Conn:
         async def probe(self, _timeout):
             pass
@@ -285,8 +285,8 @@ async def test_connections_that_will_not_close_are_given_up_together():
     assert anyio.current_time() - began == pytest.approx(5)
 
 
-def test_the_status_may_be_asked_for_in_any_thread():
-    """Metrics are collected in threads of their own."""
+def test_the_status_can_be_read_in_any_thread():
+    """Metrics are collected in separate threads."""
     pool = make_pool(max_connections=50, max_idle_time=0.001, idle_check_interval=0.001)
     stop = threading.Event()
     errors = []

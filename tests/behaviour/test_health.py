@@ -1,4 +1,4 @@
-"""Health in virtual time: who is suspected, probed, cleared and evicted, and when."""
+"""Suspicion, probes and eviction of connections, at exact times in virtual time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def ask(conn):
 # -- one failure and two ------------------------------------------------------------
 
 
-async def test_one_failed_probe_is_a_suspicion_and_an_answer_ends_it(caplog):
+async def test_one_failed_probe_makes_suspect_and_an_answer_clears_it(caplog):
     connector = FakeConnector()
     async with make_pool(connector, health_check_interval=10) as pool:
         await fill(pool, 3)
@@ -43,7 +43,7 @@ async def test_one_failed_probe_is_a_suspicion_and_an_answer_ends_it(caplog):
         assert not lines(caplog)
 
 
-async def test_a_second_failed_probe_evicts(caplog):
+async def test_a_second_failed_probe_closes_the_connection(caplog):
     connector = FakeConnector()
     async with make_pool(connector, health_check_interval=10) as pool:
         await fill(pool, 3)
@@ -57,7 +57,7 @@ async def test_a_second_failed_probe_evicts(caplog):
         assert "is dead" in line
 
 
-async def test_the_only_connection_under_suspicion_does_not_make_the_pool_unhealthy():
+async def test_a_pool_with_one_connection_that_is_suspect_stays_healthy():
     connector = FakeConnector()
     options = {"max_connections": 1, "health_check_timeout": 3}
     async with make_pool(connector, health_check_interval=10, **options) as pool:
@@ -66,13 +66,13 @@ async def test_the_only_connection_under_suspicion_does_not_make_the_pool_unheal
         await anyio.sleep(13.5)
         status = pool.status()
         assert (status.total, status.suspect, status.healthy_connections) == (1, 1, 0)
-        assert status.healthy, "no verdict yet"
+        assert status.healthy, "the result is not known yet"
         connector.default = hang()
         await anyio.sleep(3)
         assert pool.status().total == 0
 
 
-async def test_connections_that_answered_since_the_last_round_are_not_probed():
+async def test_connections_that_answered_since_the_last_check_are_not_probed():
     connector = FakeConnector()
     async with make_pool(connector, health_check_interval=10) as pool:
         await fill(pool, 2)
@@ -84,7 +84,7 @@ async def test_connections_that_answered_since_the_last_round_are_not_probed():
         assert (first, second) == (4, 0)
 
 
-async def test_an_error_that_the_server_sent_is_an_answer(embedded_answers):
+async def test_an_error_status_from_the_server_counts_as_an_answer(embedded_answers):
     connector, pool = embedded_answers
     async with pool:
         for _ in range(4):
@@ -97,7 +97,7 @@ async def test_an_error_that_the_server_sent_is_an_answer(embedded_answers):
 
 @pytest.fixture
 def embedded_answers():
-    """A connector whose every call ends with an error of the application."""
+    """A connector of connections that answer every call with an application error."""
     from fastapi_topaz import Verdict
 
     def refuse(_method, _request):
@@ -113,7 +113,7 @@ def embedded_answers():
     return connector, make_pool(connector, health_check_interval=10)
 
 
-async def test_a_round_probes_a_few_at_once_and_the_next_one_does_not_pile_up():
+async def test_a_health_check_limits_concurrent_probes_and_rounds_do_not_overlap():
     connector = FakeConnector()
     running = most = 0
 
@@ -133,7 +133,7 @@ async def test_a_round_probes_a_few_at_once_and_the_next_one_does_not_pile_up():
         assert pool.status().healthy_connections == 10
 
 
-async def test_a_probe_keeps_nobody_waiting_who_could_be_served():
+async def test_a_probe_does_not_delay_a_caller_that_could_be_served():
     connector = FakeConnector()
     options = {"health_check_interval": 10, "health_check_timeout": 5}
     async with make_pool(connector, max_connections=1, **options) as pool:
@@ -148,10 +148,10 @@ async def test_a_probe_keeps_nobody_waiting_who_could_be_served():
             await ask(conn)
 
 
-# -- what calls tell ----------------------------------------------------------------
+# -- results of calls ---------------------------------------------------------------
 
 
-async def test_a_broken_call_makes_the_siblings_prove_themselves_before_their_lease():
+async def test_after_a_broken_call_other_connections_are_probed_before_a_lease():
     connector = FakeConnector()
     async with make_pool(connector, max_connections=4) as pool:
         leases = [await pool.acquire() for _ in range(4)]
@@ -162,7 +162,7 @@ async def test_a_broken_call_makes_the_siblings_prove_themselves_before_their_le
             await ask(leases[0])
         for conn in leases:
             await pool.release(conn)
-        # All lead to dead ends but the fourth, and nobody has to find that out.
+        # All connections but the fourth are dead, and no caller has to discover that.
         for _ in range(8):
             async with pool.acquire() as conn:
                 assert conn.connection.number >= 4
@@ -171,7 +171,7 @@ async def test_a_broken_call_makes_the_siblings_prove_themselves_before_their_le
         assert connector.connections[3].probes == 1
 
 
-async def test_many_broken_calls_on_one_connection_are_one_alarm():
+async def test_many_broken_calls_on_one_connection_cause_one_round_of_probes():
     connector = FakeConnector()
     async with make_pool(
         connector, streams_per_connection=20, max_connections=2
@@ -192,7 +192,7 @@ async def test_many_broken_calls_on_one_connection_are_one_alarm():
             await pool.release(conn)
 
 
-async def test_two_calls_in_a_row_without_an_answer_make_suspect():
+async def test_two_timeouts_in_a_row_make_a_connection_suspect():
     connector = FakeConnector()
     async with make_pool(connector, max_connections=1, health_check_timeout=1) as pool:
 
@@ -210,7 +210,7 @@ async def test_two_calls_in_a_row_without_an_answer_make_suspect():
         assert connector.connections[0].closed == 1
 
 
-async def test_a_late_answer_between_timeouts_clears_the_record():
+async def test_an_answer_between_two_timeouts_resets_their_count():
     connector = FakeConnector()
     async with make_pool(connector, max_connections=1) as pool, pool.acquire() as conn:
         answer = conn.connection._answer
@@ -230,7 +230,7 @@ async def test_a_late_answer_between_timeouts_clears_the_record():
         assert conn.connection.probes == 0
 
 
-async def test_while_all_are_suspect_the_first_to_answer_serves_who_waits():
+async def test_if_all_are_suspect_the_first_to_answer_serves_the_waiting_caller():
     connector = FakeConnector([ok(), ok(), ok()], default=hang())
     async with make_pool(connector, max_connections=3, health_check_timeout=30) as pool:
         leases = [await pool.acquire() for _ in range(3)]
@@ -254,10 +254,10 @@ async def test_while_all_are_suspect_the_first_to_answer_serves_who_waits():
         assert anyio.current_time() - began == pytest.approx(3)
 
 
-# -- what the connection itself tells -------------------------------------------------
+# -- state of the connection itself ---------------------------------------------------
 
 
-async def test_a_connection_that_hung_up_is_leased_to_nobody():
+async def test_a_connection_closed_by_the_server_is_not_leased():
     connector = FakeConnector()
     async with make_pool(connector) as pool:
         await fill(pool, 3)
@@ -269,7 +269,7 @@ async def test_a_connection_that_hung_up_is_leased_to_nobody():
         assert pool._counters.closes == {"lost": 2}
 
 
-async def test_an_unused_pool_notices_within_a_second_that_its_server_is_gone():
+async def test_an_unused_pool_detects_a_dead_server_within_a_second():
     connector = FakeConnector()
     async with make_pool(connector, min_connections=2, eager_init=True) as pool:
         await anyio.sleep(50)
@@ -280,7 +280,7 @@ async def test_an_unused_pool_notices_within_a_second_that_its_server_is_gone():
         assert pool.status().total == 2
 
 
-async def test_a_lease_on_a_connection_that_hung_up_may_finish_what_it_does():
+async def test_a_lease_on_a_connection_closed_by_the_server_can_finish():
     connector = FakeConnector()
     async with make_pool(connector) as pool:
         async with pool.acquire() as conn:
@@ -293,7 +293,7 @@ async def test_a_lease_on_a_connection_that_hung_up_may_finish_what_it_does():
         assert connector.connections[0].closed == 1
 
 
-async def test_a_server_that_accepts_and_hangs_up_is_not_connected_to_without_a_pause():
+async def test_a_server_that_accepts_and_closes_is_retried_only_after_a_pause():
     class Revolving(FakeConnector):
         async def connect(self, timeout):
             conn = await super().connect(timeout)
@@ -313,15 +313,15 @@ async def test_a_server_that_accepts_and_hangs_up_is_not_connected_to_without_a_
             async with anyio.create_task_group() as tasks:
                 for _ in range(50):
                     tasks.start_soon(caller)
-    # One or two for each pause, which is full jitter below 0.5 s.
+    # One or two attempts for each pause, which is full jitter below 0.5 s.
     assert connector.attempts < 60 * 10
 
 
 # -- clocks ---------------------------------------------------------------------------
 
 
-async def test_after_the_clock_jumped_idle_connections_answer_before_they_serve():
-    """As when a machine wakes up: no probe was made when its time had come."""
+async def test_after_a_clock_jump_idle_connections_are_probed_before_a_lease():
+    """As after a machine wakes up: no probe was made at its scheduled time."""
     connector = FakeConnector()
     options = {"max_connections": 3, "max_idle_time": 0, "max_lifetime": 0}
     async with make_pool(connector, **options) as pool:
@@ -338,7 +338,7 @@ async def test_after_the_clock_jumped_idle_connections_answer_before_they_serve(
         await pool.release(leases[2])
 
 
-async def test_with_health_checks_off_no_connection_ever_goes_stale():
+async def test_without_health_checks_no_connection_becomes_stale():
     connector = FakeConnector()
     options = {"health_check_interval": 0, "max_idle_time": 0, "max_lifetime": 0}
     async with make_pool(connector, **options) as pool:
@@ -348,8 +348,8 @@ async def test_with_health_checks_off_no_connection_ever_goes_stale():
             assert conn.connection.number == 1
 
 
-async def test_a_blocked_event_loop_evicts_no_healthy_connection():
-    """Each probe is answered while the loop is blocked, and its deadline is over."""
+async def test_a_blocked_event_loop_closes_no_healthy_connection():
+    """Each probe is answered while the loop is blocked, after its deadline."""
     connector = FakeConnector()
     options = {"health_check_interval": 10, "health_check_timeout": 2}
     async with make_pool(connector, **options) as pool:
@@ -370,7 +370,7 @@ async def test_a_blocked_event_loop_evicts_no_healthy_connection():
         assert [conn.closed for conn in connector.connections] == [0, 0]
 
 
-async def test_a_probe_that_is_always_late_is_excused_once_only():
+async def test_a_late_probe_is_excused_only_once():
     connector = FakeConnector()
     options = {"health_check_interval": 10, "health_check_timeout": 2}
     async with make_pool(connector, max_connections=1, **options) as pool:
@@ -386,10 +386,10 @@ async def test_a_probe_that_is_always_late_is_excused_once_only():
         assert connector.connections[0].closed == 1
 
 
-# -- what it looks like ---------------------------------------------------------------
+# -- what connections() reports -------------------------------------------------------
 
 
-async def test_each_connection_tells_its_peer_age_streams_and_last_error():
+async def test_each_connection_reports_peer_age_streams_and_last_error():
     connector = FakeConnector()
     pool = make_pool(connector, streams_per_connection=2, name="main")
     assert pool.connections() == ()
@@ -421,7 +421,7 @@ async def test_each_connection_tells_its_peer_age_streams_and_last_error():
     assert pool.connections() == ()
 
 
-async def test_a_caller_gives_up_on_suspects_when_its_time_is_over():
+async def test_a_caller_waiting_for_suspect_connections_times_out_in_time():
     connector = FakeConnector([ok()], default=hang())
     async with make_pool(connector, max_connections=1, health_check_timeout=60) as pool:
         async with pool.acquire() as conn:
@@ -433,7 +433,7 @@ async def test_a_caller_gives_up_on_suspects_when_its_time_is_over():
             await pool.acquire(timeout=2)
 
 
-async def test_who_does_not_wait_gets_the_next_connection_if_the_first_is_lost():
+async def test_with_timeout_0_a_lost_connection_is_skipped_for_the_next_one():
     connector = FakeConnector()
     async with make_pool(connector, min_connections=2, eager_init=True) as pool:
         async with pool.acquire() as conn:
@@ -444,7 +444,7 @@ async def test_who_does_not_wait_gets_the_next_connection_if_the_first_is_lost()
         assert pool._counters.closes == {"lost": 1}
 
 
-async def test_a_connection_whose_helpers_raise_serves_all_the_same(caplog):
+async def test_a_connection_with_optional_methods_that_raise_still_serves(caplog):
     class Careless(FakeConnector):
         async def connect(self, timeout):
             conn = await super().connect(timeout)

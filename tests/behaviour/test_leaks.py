@@ -1,4 +1,4 @@
-"""Leases that are late are told of; those that are garbage are taken back."""
+"""Late leases are reported, and garbage-collected leases return to the pool."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from kit.pools import make_pool
 
 
 async def drop(pool):
-    """Take a lease and lose it, which has to warn."""
+    """Take a lease and drop it, which has to warn."""
     conn = await pool.acquire()
     with pytest.warns(ResourceWarning, match="garbage-collected and not released"):
         del conn
-    # The pool takes it back in a step of its own.
+    # The pool takes it back in a separate step.
     await anyio.lowlevel.checkpoint()
     await anyio.lowlevel.checkpoint()
 
 
-# -- late ---------------------------------------------------------------------------
+# -- late leases --------------------------------------------------------------------
 
 
-async def test_a_lease_held_too_long_is_warned_of_once_with_its_place(caplog):
+async def test_a_lease_held_too_long_logs_one_warning_with_its_code_location(caplog):
     pool = make_pool(leak_threshold=10, name="main")
     async with pool:
         conn = await pool.acquire()
@@ -60,8 +60,10 @@ async def test_a_lease_held_too_long_is_warned_of_once_with_its_place(caplog):
 
 
 @pytest.mark.real_clock
-async def test_the_place_of_a_check_is_outside_the_package(caplog, embedded_authorizer):
-    """The frames of the application layer would fill the lines there are."""
+async def test_the_reported_code_location_of_a_check_is_outside_the_package(
+    caplog, embedded_authorizer
+):
+    """The frames of the application layer would fill the limited number of lines."""
     embedded_authorizer.policies = {"myapp.GET.x": True}
     embedded_authorizer.delay = 0.3
     config = TopazConfig(
@@ -79,7 +81,7 @@ async def test_the_place_of_a_check_is_outside_the_package(caplog, embedded_auth
     assert "_authorizer" not in line
 
 
-async def test_a_lease_that_had_to_wait_is_told_of_with_its_place(caplog):
+async def test_a_late_lease_that_had_to_wait_is_reported_with_its_code_location(caplog):
     pool = make_pool(leak_threshold=10, max_connections=1)
     async with pool:
         async with anyio.create_task_group() as tasks:
@@ -98,7 +100,7 @@ async def test_a_lease_that_had_to_wait_is_told_of_with_its_place(caplog):
         await pool.release(conn)
 
 
-async def test_a_leak_is_found_whenever_it_was_taken(caplog):
+async def test_a_leaked_lease_is_reported_whenever_it_was_acquired(caplog):
     pool = make_pool(leak_threshold=10)
     async with pool:
         first = await pool.acquire()
@@ -112,7 +114,7 @@ async def test_a_leak_is_found_whenever_it_was_taken(caplog):
         await pool.release(second)
 
 
-async def test_many_that_are_late_are_told_of_once_each_and_in_order(caplog):
+async def test_many_late_leases_are_reported_once_each_and_in_order(caplog):
     async with make_pool(leak_threshold=10, streams_per_connection=50) as pool:
         leases = []
         for _ in range(100):
@@ -141,7 +143,7 @@ async def test_a_tiny_threshold_does_not_keep_the_loop_busy():
     assert looks <= 21
 
 
-def test_a_lease_that_no_task_takes_is_not_lost():
+def test_a_lease_acquired_without_a_current_task_can_be_released():
     async def main():
         pool = make_pool(leak_threshold=10, max_connections=1)
         async with pool:
@@ -159,7 +161,7 @@ def test_a_lease_that_no_task_takes_is_not_lost():
     anyio.run(main)
 
 
-async def test_leases_that_come_back_in_time_are_not_warned_of(caplog):
+async def test_leases_released_in_time_log_no_warning(caplog):
     async with make_pool(leak_threshold=10) as pool:
         for _ in range(50):
             async with pool.acquire():
@@ -167,7 +169,7 @@ async def test_leases_that_come_back_in_time_are_not_warned_of(caplog):
     assert not lines_of(caplog, logging.WARNING)
 
 
-async def test_a_late_lease_that_comes_back_is_told_of(caplog):
+async def test_the_release_of_a_late_lease_is_logged(caplog):
     async with make_pool(leak_threshold=10) as pool:
         first, second = await pool.acquire(), await pool.acquire()
         await anyio.sleep(15)
@@ -178,13 +180,13 @@ async def test_a_late_lease_that_comes_back_is_told_of(caplog):
         await pool.release(second)
         async with pool.acquire():
             pass
-        assert len(lines_of(caplog, logging.INFO)) == 2, "only those that were late"
+        assert len(lines_of(caplog, logging.INFO)) == 2, "only the late leases"
 
 
-# -- garbage ------------------------------------------------------------------------
+# -- garbage-collected leases -------------------------------------------------------
 
 
-async def test_a_lease_that_is_dropped_gives_its_stream_back(caplog):
+async def test_a_garbage_collected_lease_returns_its_stream(caplog):
     async with make_pool(max_connections=1, acquire_timeout=1) as pool:
         for count in (1, 2, 3):
             await drop(pool)
@@ -201,7 +203,7 @@ async def test_a_lease_that_is_dropped_gives_its_stream_back(caplog):
     assert "(and 2 more in the last 10 s)" in second
 
 
-async def test_a_dropped_lease_serves_who_waits():
+async def test_a_garbage_collected_lease_serves_a_waiting_caller():
     async with make_pool(max_connections=1) as pool, anyio.create_task_group() as tasks:
         conn = await pool.acquire()
         served = []
@@ -218,14 +220,14 @@ async def test_a_dropped_lease_serves_who_waits():
         assert served
 
 
-async def test_the_place_is_told_where_it_is_known(caplog):
+async def test_the_warning_names_the_code_location_if_it_is_known(caplog):
     async with make_pool(leak_threshold=100) as pool:
         await drop(pool)
     (line,) = lines_of(caplog, logging.WARNING)
     assert "conn = await pool.acquire()" in line
 
 
-async def test_a_lease_in_a_circle_is_found_by_the_collector():
+async def test_a_lease_in_a_reference_cycle_is_found_by_the_garbage_collector():
     async with make_pool(max_connections=1) as pool:
         circle = [await pool.acquire()]
         circle.append(circle)
@@ -236,7 +238,7 @@ async def test_a_lease_in_a_circle_is_found_by_the_collector():
             pass
 
 
-async def test_garbage_that_another_thread_collects_is_given_back_at_home():
+async def test_a_lease_collected_in_another_thread_returns_on_its_own_loop():
     async with make_pool(max_connections=1) as pool:
         box = [await pool.acquire()]
 
@@ -248,13 +250,14 @@ async def test_garbage_that_another_thread_collects_is_given_back_at_home():
         thread = threading.Thread(target=collect)
         thread.start()
         thread.join()
-        # Only seen here once the loop has had its turn: no thread changes the state.
+        # Visible only after a step of the loop, because threads do not change the
+        # state.
         assert pool.status().streams_in_use == 1
         async with pool.acquire(timeout=1):
             pass
 
 
-async def test_a_warning_made_an_error_loses_nothing():
+async def test_a_resource_warning_raised_as_an_error_loses_no_capacity():
     async with make_pool(max_connections=1) as pool:
         conn = await pool.acquire()
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
@@ -265,8 +268,8 @@ async def test_a_warning_made_an_error_loses_nothing():
             pass
 
 
-async def test_a_block_that_is_destroyed_gives_back_in_the_turn_of_the_loop():
-    # As a task that is garbage is, at any moment: in the midst of what the pool does.
+async def test_a_destroyed_block_returns_its_lease_in_a_step_of_the_loop():
+    # A task can become garbage at any moment, even in the middle of the pool's code.
     async with make_pool(max_connections=1) as pool:
 
         async def hold():
@@ -285,7 +288,7 @@ async def test_a_block_that_is_destroyed_gives_back_in_the_turn_of_the_loop():
     assert pool._counters.reclaimed == 0
 
 
-async def test_an_asynchronous_generator_that_is_closed_gives_back():
+async def test_closing_an_async_generator_returns_its_lease():
     async with make_pool(max_connections=1) as pool:
 
         async def connections():
@@ -300,7 +303,7 @@ async def test_an_asynchronous_generator_that_is_closed_gives_back():
                 pass
 
 
-async def test_a_released_lease_and_one_of_a_closed_pool_are_dropped_in_silence(caplog):
+async def test_dropping_a_released_lease_or_one_of_a_closed_pool_is_silent(caplog):
     pool = make_pool()
     async with pool:
         conn = await pool.acquire()
@@ -315,7 +318,7 @@ async def test_a_released_lease_and_one_of_a_closed_pool_are_dropped_in_silence(
     assert pool._counters.reclaimed == 0
 
 
-async def test_dropping_the_lease_of_an_earlier_opening_changes_nothing():
+async def test_dropping_a_lease_from_before_a_reopening_changes_nothing():
     pool = make_pool(max_connections=1)
     async with pool:
         kept = await pool.acquire()
@@ -326,11 +329,12 @@ async def test_dropping_the_lease_of_an_earlier_opening_changes_nothing():
         assert pool.status().streams_in_use == 1
 
 
-async def test_the_children_of_a_fork_give_nothing_back():
+async def test_a_forked_child_does_not_return_the_leases_of_its_parent():
     async with make_pool(max_connections=1) as pool:
         conn = await pool.acquire()
         with warnings.catch_warnings():
-            # Of Python 3.12 and newer, about threads that other tests may have left.
+            # A warning of Python 3.12 and newer about threads that other tests may have
+            # left.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if not child:
@@ -343,14 +347,16 @@ async def test_the_children_of_a_fork_give_nothing_back():
 
 
 async def test_a_lease_cannot_be_copied():
-    # The copy, when destroyed, would give back what the original still uses.
+    # When destroyed, the copy would return the stream that the original still uses.
     async with make_pool() as pool, pool.acquire() as conn:
         for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(TypeError, match="acquire"):
                 duplicate(conn)
 
 
-def test_a_lease_outlives_the_loop_it_was_taken_on(anyio_backend_names):
+def test_a_lease_dropped_after_its_event_loop_ended_logs_no_warning(
+    anyio_backend_names,
+):
     for backend in anyio_backend_names:
         kept = []
 
@@ -369,6 +375,6 @@ def anyio_backend_names():
     return ["asyncio", "trio"]
 
 
-def test_a_handle_that_was_never_made_ends_in_silence():
-    # A library that mocks or copies may make one so.
+def test_destroying_a_handle_without_init_is_silent():
+    # A library that mocks or copies objects may create one this way.
     assert PooledConnection.__new__(PooledConnection) is not None

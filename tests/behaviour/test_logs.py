@@ -1,4 +1,4 @@
-"""What the log tells an operator, and what it keeps to itself."""
+"""What the log tells an operator, and the secrets that it must not contain."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from kit.pools import make_pool
 COUNTS = r"\(total=\d+ busy=\d+ waiting=\d+ connecting=\d+"
 
 
-async def test_all_comes_from_one_tree_and_is_formatted_late(caplog):
+async def test_all_records_share_one_logger_tree_and_are_formatted_lazily(caplog):
     pool = make_pool(FakeConnector([fail()]), name="main", leak_threshold=1)
     async with pool:
         async with pool.acquire():
@@ -46,7 +46,7 @@ async def test_all_comes_from_one_tree_and_is_formatted_late(caplog):
         assert "pool 'main'" in record.getMessage()
 
 
-async def test_an_outage_has_a_first_and_a_last_line(caplog):
+async def test_an_outage_logs_a_line_at_its_start_and_at_its_end(caplog):
     pool = make_pool(FakeConnector([fail("out of order")] * 3))
     async with pool, pool.acquire(timeout=60):
         pass
@@ -57,7 +57,7 @@ async def test_an_outage_has_a_first_and_a_last_line(caplog):
     assert "closing, with 5 s of grace" in told[3]
 
 
-async def test_what_changes_is_told_with_the_counts_before_and_after(caplog):
+async def test_each_change_is_logged_with_the_counts_before_and_after(caplog):
     pool = make_pool(max_idle_time=10, idle_check_interval=1)
     async with pool:
         async with pool.acquire(), pool.acquire(), pool.acquire():
@@ -84,7 +84,7 @@ async def test_what_changes_is_told_with_the_counts_before_and_after(caplog):
     assert len(lines(caplog, logging.DEBUG, part=": idle (left: total=0")) == 3
 
 
-async def test_a_connection_that_is_lost_is_news_and_one_that_is_reaped_is_not(caplog):
+async def test_a_lost_connection_is_logged_at_info_and_a_reaped_one_at_debug(caplog):
     connector = FakeConnector()
     pool = make_pool(connector, max_idle_time=10, idle_check_interval=1)
     async with pool:
@@ -97,7 +97,7 @@ async def test_a_connection_that_is_lost_is_news_and_one_that_is_reaped_is_not(c
     assert ": lost (left: total=1" in line
 
 
-async def test_a_connection_that_falls_silent_and_recovers_leaves_a_line_each(caplog):
+async def test_a_connection_that_becomes_suspect_and_recovers_logs_two_lines(caplog):
     connector = FakeConnector()
     pool = make_pool(connector, health_check_interval=0, health_check_timeout=3)
     async with pool:
@@ -125,7 +125,7 @@ async def test_a_connection_that_falls_silent_and_recovers_leaves_a_line_each(ca
         assert len(lines(caplog, logging.DEBUG, part="is suspect")) == 1
 
 
-async def test_a_connection_that_fails_a_probe_leaves_the_limit_in_the_log(caplog):
+async def test_a_failed_probe_is_logged_with_the_health_check_timeout(caplog):
     connector = FakeConnector()
     pool = make_pool(connector, health_check_interval=10, health_check_timeout=3)
     async with pool:
@@ -147,7 +147,7 @@ IDENTITY, RESOURCE, KEY, TENANT = "swordfish", "hunter2", "open-sesame", "t-0815
 
 
 def everything_that_happens(config, authorizer, backend):
-    """Ask through an application while all goes wrong that can."""
+    """Send checks through an application while everything that can fail does fail."""
     app = FastAPI(lifespan=config.lifespan)
     guard = Depends(require_policy_allowed(config, "myapp.GET.documents"))
 
@@ -175,7 +175,7 @@ def everything_that_happens(config, authorizer, backend):
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_no_identity_resource_or_key_is_told_to_anybody(backend, monkeypatch):
+def test_no_identity_resource_or_key_is_logged(backend, monkeypatch):
     spans = InMemorySpanExporter()
     tracer_provider = TracerProvider()
     tracer_provider.add_span_processor(SimpleSpanProcessor(spans))

@@ -1,4 +1,4 @@
-"""The loops that keep a pool in shape, in virtual time: exact counts and moments."""
+"""The maintenance loops of a pool in virtual time: exact counts and times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def test_idle_connections_are_reaped_at_the_next_check_down_to_the_minimum
     async with pool:
         await fill(pool, 5)
         await anyio.sleep(39.9)
-        assert pool.status().total == 5, "idle for 30 s, but not looked at"
+        assert pool.status().total == 5, "idle for 30 s, but not checked yet"
         await anyio.sleep(0.2)
         assert pool.status().total == 2
         await anyio.sleep(1000)
@@ -42,7 +42,7 @@ async def test_max_idle_time_0_keeps_idle_connections():
         assert pool.status().total == 5
 
 
-async def test_idle_check_interval_0_never_looks():
+async def test_idle_check_interval_0_turns_reaping_off():
     pool = make_unprobed(max_idle_time=1, idle_check_interval=0, max_lifetime=0)
     async with pool:
         await fill(pool, 5)
@@ -59,7 +59,7 @@ async def test_a_connection_in_use_is_not_reaped():
         assert conn.connection.closed == 0
 
 
-async def test_the_surplus_of_a_burst_is_reaped_while_the_rest_stays_in_use():
+async def test_surplus_connections_of_a_burst_are_reaped_while_others_are_in_use():
     connector = FakeConnector()
     pool = make_unprobed(connector, max_idle_time=30, idle_check_interval=10)
     async with pool:
@@ -85,7 +85,7 @@ async def test_connections_are_probed_at_each_interval():
         assert all(conn.probes >= 3 for conn in connector.connections)
 
 
-async def test_a_connection_that_answered_a_call_is_not_probed_in_that_round():
+async def test_a_connection_that_answered_a_call_skips_the_next_probe():
     connector = FakeConnector()
     pool = make_unprobed(connector, health_check_interval=30)
     async with pool:
@@ -129,7 +129,7 @@ async def test_a_connection_that_does_not_answer_in_time_is_closed():
         assert connector.connections[0].probes == 2
 
 
-async def test_a_lost_call_makes_its_connection_suspect_and_probed_at_once():
+async def test_a_lost_call_makes_its_connection_suspect_and_probes_it_at_once():
     connector = FakeConnector()
     pool = make_unprobed(connector)
     async with pool:
@@ -146,7 +146,7 @@ async def test_a_lost_call_makes_its_connection_suspect_and_probed_at_once():
         assert connector.connections[0].closed == 1
 
 
-async def test_a_suspect_that_answers_serves_again():
+async def test_a_suspect_connection_that_answers_its_probe_serves_again():
     connector = FakeConnector()
     pool = make_unprobed(connector, max_connections=1)
     async with pool:
@@ -160,7 +160,7 @@ async def test_a_suspect_that_answers_serves_again():
         assert connector.connections[0].probes == 1
 
 
-async def test_an_error_of_the_application_makes_nobody_suspect():
+async def test_an_application_error_does_not_make_a_connection_suspect():
     def refuse(_method, _request):
         raise KeyError("no such policy")
 
@@ -186,7 +186,7 @@ async def test_a_leased_connection_that_fails_its_check_closes_on_release():
 # -- lifetime ---------------------------------------------------------------------
 
 
-async def test_a_connection_is_replaced_before_it_is_closed_when_its_life_is_over():
+async def test_an_expired_connection_is_replaced_before_it_is_closed():
     connector = FakeConnector(default=slow(1.0))
     pool = make_unprobed(
         connector, min_connections=1, eager_init=True, max_lifetime=100
@@ -195,12 +195,12 @@ async def test_a_connection_is_replaced_before_it_is_closed_when_its_life_is_ove
         await anyio.sleep(102)
         assert len(connector.connections) == 2
         assert connector.connections[0].closed == 1
-        assert connector.peak == 2, "make before break"
+        assert connector.peak == 2, "the replacement is opened first"
         async with pool.acquire(timeout=0) as conn:
             assert conn.connection.number == 2
 
 
-async def test_lifetimes_differ_by_up_to_a_tenth():
+async def test_connection_lifetimes_vary_by_up_to_10_percent():
     connector = FakeConnector()
     pool = make_unprobed(
         connector, min_connections=10, eager_init=True, max_lifetime=100
@@ -214,10 +214,10 @@ async def test_lifetimes_differ_by_up_to_a_tenth():
             closed_at.add(sum(conn.closed for conn in connector.connections))
         assert len(connector.open) == 10
         assert sum(conn.closed for conn in connector.connections) >= 10
-        assert len(closed_at) > 3, "not all at once"
+        assert len(closed_at) > 3, "not all at the same time"
 
 
-async def test_max_lifetime_0_is_for_ever():
+async def test_max_lifetime_0_means_connections_never_expire():
     connector = FakeConnector()
     pool = make_unprobed(connector, min_connections=1, eager_init=True, max_lifetime=0)
     async with pool:
@@ -226,7 +226,7 @@ async def test_max_lifetime_0_is_for_ever():
         assert len(connector.connections) == 1
 
 
-async def test_drain_replaces_every_connection_and_no_lease_is_cut_short():
+async def test_drain_replaces_every_connection_and_ends_no_lease():
     connector = FakeConnector()
     pool = make_unprobed(connector, min_connections=3, eager_init=True)
     async with pool:
@@ -252,7 +252,7 @@ async def test_drain_of_a_full_pool_never_exceeds_the_maximum():
         assert [conn.number for conn in connector.open] == [4, 5, 6]
 
 
-async def test_a_drain_that_cannot_connect_keeps_what_serves():
+async def test_a_drain_that_cannot_connect_keeps_the_old_connections():
     connector = FakeConnector([ok()])
     pool = make_unprobed(connector, min_connections=1, eager_init=True)
     async with pool:
@@ -270,7 +270,7 @@ async def test_a_drain_that_cannot_connect_keeps_what_serves():
 # -- resizing ---------------------------------------------------------------------
 
 
-async def test_a_raised_maximum_serves_those_who_wait_at_once():
+async def test_raising_the_maximum_serves_waiting_callers_at_once():
     pool = make_unprobed(max_connections=1, acquire_timeout=50)
     async with pool, pool.acquire():
         served = []
@@ -289,7 +289,7 @@ async def test_a_raised_maximum_serves_those_who_wait_at_once():
         assert served == [now, now]
 
 
-async def test_a_lowered_maximum_closes_what_is_idle_and_spares_leases():
+async def test_lowering_the_maximum_closes_idle_connections_and_ends_no_lease():
     connector = FakeConnector()
     pool = make_unprobed(connector, max_connections=4)
     async with pool:
@@ -323,7 +323,7 @@ async def test_a_pool_can_be_resized_before_it_is_open():
 # -- outages ----------------------------------------------------------------------
 
 
-async def test_attempts_during_an_outage_do_not_grow_with_the_callers():
+async def test_attempts_in_an_outage_do_not_grow_with_the_number_of_callers():
     connector = FakeConnector(default=fail())
     pool = make_unprobed(connector, min_connections=2)
     async with pool:
@@ -337,11 +337,11 @@ async def test_attempts_during_an_outage_do_not_grow_with_the_callers():
             async with anyio.create_task_group() as tasks:
                 for _ in range(30):
                     tasks.start_soon(caller)
-        # Full jitter below 0.5 s while somebody waits: four a second on average.
+        # Full jitter below 0.5 s while a caller waits: four a second on average.
         assert 180 < connector.attempts < 330
 
 
-async def test_one_outage_is_one_warning(caplog):
+async def test_one_outage_logs_one_warning(caplog):
     connector = FakeConnector(default=fail("out of order"))
     pool = make_unprobed(connector, min_connections=1)
     async with pool:
@@ -351,10 +351,10 @@ async def test_one_outage_is_one_warning(caplog):
     assert sum("out of order" in line for line in lines(caplog)) == 1
 
 
-# -- what hangs ------------------------------------------------------------------
+# -- hanging probes and long leases ----------------------------------------------
 
 
-async def test_one_hanging_probe_keeps_no_other_suspect_out_of_service():
+async def test_a_hanging_probe_does_not_keep_other_suspects_from_serving():
     connector = FakeConnector()
     pool = make_unprobed(connector, max_connections=5, health_check_timeout=100)
     async with pool:
@@ -370,7 +370,7 @@ async def test_one_hanging_probe_keeps_no_other_suspect_out_of_service():
             pass
 
 
-async def test_a_lease_that_stays_out_does_not_keep_others_from_being_replaced():
+async def test_a_long_lease_does_not_stop_the_replacement_of_other_connections():
     connector = FakeConnector()
     pool = make_unprobed(
         connector, min_connections=3, eager_init=True, max_lifetime=100

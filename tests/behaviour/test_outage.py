@@ -1,4 +1,4 @@
-"""Topaz goes away under traffic, and comes back: sockets, and the real clock."""
+"""Topaz stops under traffic and comes back: real sockets and the real clock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ CALLERS = 20
 @pytest.mark.parametrize(
     "seconds", [1, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(120)])]
 )
-async def test_an_outage_costs_little_and_ends_at_once(embedded_authorizer, seconds):
+async def test_an_outage_costs_little_cpu_and_recovery_is_fast(
+    embedded_authorizer, seconds
+):
     authorizer = embedded_authorizer
     authorizer.policies = lambda check: True
     pool = ConnectionPool(max_connections=10)
@@ -34,7 +36,7 @@ async def test_an_outage_costs_little_and_ends_at_once(embedded_authorizer, seco
                     assert await conn.decisions(policy_path="myapp.GET.documents")
                 answered += 1
                 await anyio.sleep(0.005)
-            except Exception as error:  # noqa: BLE001  (looked at below)
+            except Exception as error:  # noqa: BLE001  (checked below)
                 failures.append(error)
 
     async def flows(checks=100):
@@ -49,7 +51,7 @@ async def test_an_outage_costs_little_and_ends_at_once(embedded_authorizer, seco
         assert failures == []
 
         await run_sync(authorizer.stop)
-        # What was under way was lost; all that follows is told why, and soon.
+        # Calls in flight were lost. All later callers get the reason, and quickly.
         await eventually(lambda: pool.status().failing)
         under_way = len(failures)
         assert under_way <= 2 * CALLERS
@@ -61,7 +63,7 @@ async def test_an_outage_costs_little_and_ends_at_once(embedded_authorizer, seco
         attempts = pool._counters.connect_failures["refused"] - attempts
         assert answered == before
         assert 1 <= attempts <= 20 * took
-        # A hot loop would use all of it; the callers' errors need a few hundredths.
+        # A busy loop would use a whole core. The callers' errors need a few hundredths.
         assert time.process_time() - cpu < 0.5 * took
         told = [error for error in failures if isinstance(error, ConnectFailed)]
         assert len(told) >= CALLERS

@@ -1,4 +1,4 @@
-"""Each parameter of the guide acts: one test that fails if it is ignored."""
+"""Each pool parameter of the guide has an effect: one test fails if it is ignored."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ async def test_health_check_timeout(value):
     async with make_default(connector, health_check_timeout=value, **options) as pool:
         await fill(pool, 1)
         connector.connections[0].frozen = True
-        # Twice, because one failed probe is only a suspicion.
+        # Twice, because one failed probe only makes a connection suspect.
         await anyio.sleep(30 + 2 * value - 0.5)
         assert connector.connections[0].closed == 0
         await anyio.sleep(1)
@@ -139,7 +139,7 @@ async def test_max_retries(value):
         assert connector.attempts == 1 + value
 
 
-async def test_max_retries_bounds_a_demand_and_not_the_refill():
+async def test_max_retries_limits_attempts_for_callers_but_not_the_refill():
     connector = FakeConnector(default=fail())
     async with make_default(connector, max_retries=0, min_connections=1) as pool:
         with pytest.raises(ConnectFailed):

@@ -1,4 +1,4 @@
-"""Acquire and release, on a scripted connector in virtual time."""
+"""Acquire and release, with a scripted connector in virtual time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_an_error_in_the_block_returns_the_connection():
         assert counts(pool) == (1, 1, 0)
 
 
-async def test_releasing_inside_the_block_is_enough():
+async def test_a_release_inside_the_block_is_not_repeated_at_its_end():
     async with make_pool() as pool:
         async with pool.acquire() as conn:
             await pool.release(conn)
@@ -58,23 +58,23 @@ async def test_releasing_inside_the_block_is_enough():
         assert counts(pool) == (1, 1, 0)
 
 
-async def test_a_pool_that_nobody_initialized_opens_on_first_use():
+async def test_the_first_use_opens_a_pool_that_was_not_initialized():
     pool = make_pool()
     async with pool.acquire() as conn:
         assert conn.connection.number == 1
     await pool.close()
 
 
-async def test_the_guides_flowchart():
-    """Idle one, else a new one below the maximum, else wait for a release."""
+async def test_acquire_follows_the_flowchart_of_the_guide():
+    """An idle connection, else a new one below the maximum, else wait for a release."""
     connector = FakeConnector()
     async with make_pool(connector, max_connections=2) as pool:
         first = await pool.acquire()
         await pool.release(first)
         second = await pool.acquire()
-        assert second.connection.number == 1, "the idle one"
+        assert second.connection.number == 1, "the idle connection"
         third = await pool.acquire()
-        assert third.connection.number == 2, "a new one"
+        assert third.connection.number == 2, "a new connection"
         got = []
 
         async def wait():
@@ -85,12 +85,12 @@ async def test_the_guides_flowchart():
             tasks.start_soon(wait)
             await queued(pool, 1)
             await pool.release(third)
-        assert got == [2], "the released one"
+        assert got == [2], "the released connection"
         assert connector.attempts == 2
         await pool.release(second)
 
 
-async def test_an_uncontended_acquire_and_release_never_suspend():
+async def test_an_uncontended_acquire_and_release_do_not_suspend():
     async with make_pool() as pool:
         async with pool.acquire():
             pass
@@ -114,7 +114,7 @@ async def test_an_uncontended_acquire_and_release_never_suspend():
             tasks.cancel_scope.cancel()
 
 
-async def test_callers_are_served_in_the_order_they_came():
+async def test_callers_are_served_in_the_order_of_arrival():
     async with make_pool(max_connections=3, acquire_timeout=100) as pool:
         held = [await pool.acquire() for _ in range(3)]
         order = []
@@ -122,7 +122,8 @@ async def test_callers_are_served_in_the_order_they_came():
         async def caller(number):
             async with pool.acquire():
                 order.append(number)
-                # No two release at the same time: trio runs those in any order.
+                # No two callers release at the same time: trio runs such tasks in any
+                # order.
                 await anyio.sleep(1 + number / 1000)
 
         async with anyio.create_task_group() as tasks:
@@ -136,7 +137,7 @@ async def test_callers_are_served_in_the_order_they_came():
         assert order == list(range(50))
 
 
-async def test_callers_on_a_cold_pool_are_served_in_the_order_they_came():
+async def test_callers_on_a_cold_pool_are_served_in_the_order_of_arrival():
     connector = FakeConnector([slow(1.0), slow(1.1), slow(1.2), slow(1.3)])
     async with make_pool(connector, max_connections=4, acquire_timeout=100) as pool:
         order = []
@@ -154,7 +155,7 @@ async def test_callers_on_a_cold_pool_are_served_in_the_order_they_came():
         assert connector.peak == 4
 
 
-async def test_a_newcomer_does_not_overtake_even_if_a_stream_is_free_for_a_moment():
+async def test_a_new_caller_does_not_overtake_while_a_stream_is_briefly_free():
     async with make_pool(max_connections=1) as pool:
         held = await pool.acquire()
         order = []
@@ -172,7 +173,7 @@ async def test_a_newcomer_does_not_overtake_even_if_a_stream_is_free_for_a_momen
         assert order == ["waiter", "newcomer"]
 
 
-async def test_never_more_connections_than_the_maximum():
+async def test_the_pool_never_opens_more_than_the_maximum():
     connector = FakeConnector(default=slow(0.5))
     async with make_pool(connector, max_connections=5, acquire_timeout=1000) as pool:
 
@@ -184,12 +185,12 @@ async def test_never_more_connections_than_the_maximum():
             for _ in range(100):
                 tasks.start_soon(caller)
             await anyio.sleep(0.1)
-            assert pool.status().connecting == 2, "attempts are ramped"
+            assert pool.status().connecting == 2, "attempts start in a ramp"
         assert connector.peak == 5
         assert connector.attempts == 5
 
 
-async def test_streams_multiply_the_capacity_and_not_the_connections():
+async def test_streams_multiply_the_capacity_but_not_the_connections():
     connector = FakeConnector()
     async with make_pool(
         connector, max_connections=2, streams_per_connection=5
@@ -205,7 +206,7 @@ async def test_streams_multiply_the_capacity_and_not_the_connections():
         assert counts(pool) == (2, 2, 0)
 
 
-async def test_one_connection_is_enough_for_its_streams():
+async def test_one_connection_serves_as_many_leases_as_it_has_streams():
     connector = FakeConnector(default=slow(1.0))
     async with make_pool(
         connector, max_connections=10, streams_per_connection=8
@@ -242,7 +243,7 @@ async def test_a_caller_waits_exactly_for_the_acquire_timeout():
             pass
 
 
-async def test_the_timeout_of_one_call_goes_before_the_pools():
+async def test_a_timeout_of_acquire_overrides_the_timeout_of_the_pool():
     async with make_pool(max_connections=1) as pool, pool.acquire():
         began = anyio.current_time()
         with pytest.raises(PoolTimeout, match="within 2 s"):
@@ -262,7 +263,7 @@ async def test_a_timeout_of_0_does_not_wait():
             pass
 
 
-async def test_an_infinite_timeout_waits_until_served():
+async def test_an_infinite_timeout_waits_until_a_connection_is_free():
     async with make_pool(max_connections=1) as pool:
         held = await pool.acquire()
 
@@ -276,7 +277,7 @@ async def test_an_infinite_timeout_waits_until_served():
                 assert anyio.current_time() >= 1_000
 
 
-async def test_the_timeout_covers_queueing_and_connecting_together():
+async def test_the_timeout_covers_waiting_and_connecting_together():
     connector = FakeConnector([ok(), slow(100.0)])
     pool = make_pool(
         connector, max_connections=1, acquire_timeout=5, connection_timeout=200
@@ -297,7 +298,7 @@ async def test_the_timeout_covers_queueing_and_connecting_together():
         assert anyio.current_time() - began == pytest.approx(5)
 
 
-async def test_a_connect_that_outlives_its_caller_serves_the_next():
+async def test_a_connect_that_finishes_after_its_caller_left_serves_the_next():
     connector = FakeConnector([slow(3.0)])
     async with make_pool(connector, acquire_timeout=1) as pool:
         with pytest.raises(PoolTimeout) as caught:
@@ -309,7 +310,7 @@ async def test_a_connect_that_outlives_its_caller_serves_the_next():
         assert connector.attempts == 1
 
 
-async def test_a_released_connection_serves_before_the_one_being_made():
+async def test_a_released_connection_serves_a_caller_that_waits_for_a_connect():
     connector = FakeConnector([ok(), slow(100.0)])
     async with make_pool(connector, max_connections=2, connection_timeout=200) as pool:
         first = await pool.acquire()
@@ -332,7 +333,7 @@ async def test_a_released_connection_serves_before_the_one_being_made():
 # -- saturation -------------------------------------------------------------------
 
 
-async def test_one_more_than_max_waiting_is_refused_at_once():
+async def test_a_caller_beyond_max_waiting_is_refused_at_once():
     async with make_pool(max_connections=1, max_waiting=2) as pool:
         held = await pool.acquire()
 
@@ -355,7 +356,7 @@ async def test_one_more_than_max_waiting_is_refused_at_once():
             pass
 
 
-async def test_those_who_wait_for_a_connection_and_not_for_capacity_are_not_refused():
+async def test_callers_that_wait_for_a_connect_do_not_count_for_max_waiting():
     connector = FakeConnector(default=slow(1.0))
     async with make_pool(connector, max_waiting=0) as pool, pool.acquire() as conn:
         assert conn.connection.number == 1
@@ -364,7 +365,7 @@ async def test_those_who_wait_for_a_connection_and_not_for_capacity_are_not_refu
 # -- failures ---------------------------------------------------------------------
 
 
-async def test_a_caller_gets_the_cause_once_all_retries_failed():
+async def test_after_all_retries_failed_the_caller_gets_the_cause():
     connector = FakeConnector(default=fail("nobody there"))
     async with make_pool(connector, max_retries=2) as pool:
         with pytest.raises(ConnectFailed) as caught:
@@ -376,7 +377,7 @@ async def test_a_caller_gets_the_cause_once_all_retries_failed():
         assert isinstance(caught.value, ConnectionError)
 
 
-async def test_everybody_who_waits_fails_together_and_each_with_an_error_of_his_own():
+async def test_all_waiting_callers_fail_together_each_with_a_separate_error():
     connector = FakeConnector(default=fail())
     async with make_pool(connector, max_connections=2, retry_on_failure=False) as pool:
         errors = []
@@ -408,7 +409,7 @@ async def test_a_pool_recovers_when_the_server_does():
         assert pool.status().healthy
 
 
-async def test_a_failure_to_grow_fails_nobody_while_a_connection_is_open():
+async def test_a_failed_connect_fails_no_caller_while_a_connection_is_open():
     connector = FakeConnector([ok()], default=fail())
     async with make_pool(connector, max_connections=2, max_retries=0) as pool:
         first = await pool.acquire()
@@ -443,7 +444,7 @@ async def test_a_permanent_failure_is_not_retried():
         assert caught.value.reason == "tls"
 
 
-async def test_a_connector_may_raise_anything():
+async def test_any_exception_of_a_connector_is_a_connect_error():
     connector = FakeConnector(default=fail(KeyError("whatever")))
     async with make_pool(connector, max_retries=0) as pool:
         with pytest.raises(ConnectFailed, match="whatever") as caught:
@@ -469,7 +470,7 @@ async def test_a_lease_released_twice_is_an_error_and_counts_once():
                 await pool.acquire(timeout=0)
 
 
-async def test_a_lease_of_another_pool_is_an_error_that_names_both():
+async def test_releasing_a_lease_of_another_pool_is_an_error_that_names_both():
     async with make_pool(name="ours") as ours, make_pool(name="theirs") as theirs:
         conn = await theirs.acquire()
         with pytest.raises(ValueError) as caught:
@@ -488,7 +489,7 @@ async def test_releasing_something_else_is_an_error(foreign):
         assert repr(foreign) in str(caught.value)
 
 
-async def test_a_released_lease_raises_on_every_use():
+async def test_every_use_of_a_released_lease_raises():
     async with make_pool() as pool:
         conn = await pool.acquire()
         assert repr(conn) == "<PooledConnection to fake leased>"
@@ -500,7 +501,7 @@ async def test_a_released_lease_raises_on_every_use():
             await conn.call("/a/b", b"")
 
 
-async def test_each_acquire_gives_a_lease_of_its_own():
+async def test_each_acquire_returns_a_separate_lease():
     async with make_pool(max_connections=1) as pool:
         first = await pool.acquire()
         connection = first.connection
@@ -525,7 +526,7 @@ async def test_an_acquire_cannot_be_entered_twice_at_once():
 
 
 @pytest.mark.parametrize("timeout", [-1, math.nan, True, "5"])
-async def test_a_wrong_timeout_is_refused_by_name_and_value(timeout):
+async def test_an_invalid_timeout_is_refused_with_its_name_and_value(timeout):
     async with make_pool() as pool:
         with pytest.raises((TypeError, ValueError)) as caught:
             pool.acquire(timeout=timeout)
@@ -542,7 +543,7 @@ async def test_acquire_on_a_closed_pool_is_refused():
     assert "initialize" in str(caught.value)
 
 
-async def test_a_pool_without_an_authorizer_says_what_is_missing():
+async def test_acquire_without_an_authorizer_says_what_is_missing():
     pool = ConnectionPool()
     with pytest.raises(PoolError, match="TopazConfig"):
         await pool.acquire()

@@ -1,4 +1,4 @@
-"""The pool over real sockets: counted on the server's side, on every backend."""
+"""The pool over real sockets, counted at the server, on every backend."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_an_eager_pool_opens_its_minimum(authorizer):
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_10_leases_are_10_sockets_and_the_11th_waits_its_turn(tls):
+async def test_10_leases_use_10_sockets_and_the_11th_caller_waits(tls):
     with EmbeddedAuthorizer({ASK["policy_path"]: True}, tls=tls) as authorizer:
         pool = make_configured(authorizer, min_connections=2, eager_init=True)
         async with pool:
@@ -94,7 +94,7 @@ async def test_10_leases_are_10_sockets_and_the_11th_waits_its_turn(tls):
             assert authorizer.connections_accepted == 10
 
 
-async def test_streams_share_a_socket(authorizer):
+async def test_leases_on_streams_share_a_socket(authorizer):
     pool = make_configured(
         authorizer, min_connections=1, max_connections=1, streams_per_connection=20
     )
@@ -123,7 +123,7 @@ async def test_reaped_connections_leave_no_socket(authorizer):
         assert pool.status().total == 1
 
 
-async def test_drain_makes_new_sockets_and_fails_nobody(authorizer):
+async def test_drain_opens_new_sockets_and_fails_no_call(authorizer):
     async with make_configured(authorizer, min_connections=3, eager_init=True) as pool:
         stop = False
         answers = []
@@ -169,7 +169,7 @@ async def test_a_pool_survives_a_restart_of_its_authorizer(authorizer):
         await eventually(lambda: pool.status().healthy_connections >= 1)
 
 
-async def test_a_frozen_authorizer_is_found_by_the_health_check(authorizer):
+async def test_the_health_check_detects_a_frozen_authorizer(authorizer):
     pool = make_configured(
         authorizer,
         min_connections=1,
@@ -186,7 +186,7 @@ async def test_a_frozen_authorizer_is_found_by_the_health_check(authorizer):
         await eventually(lambda: pool.status().healthy, timeout=20)
 
 
-async def test_a_refused_caller_learns_why(authorizer):
+async def test_a_connect_error_names_the_cause(authorizer):
     authorizer.stop()
     async with make_configured(authorizer, max_retries=1) as pool:
         with pytest.raises(ConnectFailed) as caught:
@@ -199,7 +199,7 @@ async def test_a_refused_caller_learns_why(authorizer):
 # -- closing ------------------------------------------------------------------------
 
 
-async def test_close_with_a_call_in_flight_is_connection_lost(authorizer):
+async def test_closing_during_a_call_raises_connection_lost(authorizer):
     pool = make_configured(authorizer, min_connections=0)
     async with pool.acquire():
         pass
@@ -221,10 +221,10 @@ async def test_close_with_a_call_in_flight_is_connection_lost(authorizer):
     await eventually(lambda: authorizer.connections_open == 0)
 
 
-async def test_close_gives_a_call_its_grace(authorizer):
+async def test_close_lets_a_call_finish_within_the_grace(authorizer):
     pool = make_configured(authorizer, min_connections=0)
     async with pool.acquire():
-        pass  # the probe of the new connection would be delayed as well
+        pass  # this would also delay the probe of the new connection
     authorizer.delay = 0.3
     answers = []
 
@@ -239,7 +239,7 @@ async def test_close_gives_a_call_its_grace(authorizer):
     assert answers == [{"allowed": True}]
 
 
-async def test_after_close_nothing_is_left(authorizer):
+async def test_close_leaves_no_task_socket_or_thread(authorizer):
     tasks = tasks_living()
     threads = set(threading.enumerate())
     for _ in range(3):
@@ -248,16 +248,16 @@ async def test_after_close_nothing_is_left(authorizer):
             await conn.decisions(**ASK)
     await eventually(lambda: tasks_living() == tasks)
     await eventually(lambda: authorizer.connections_open == 0)
-    # The poller that all grpc.aio channels of a process share lives on with the
-    # embedded authorizer; none of ours may.
+    # All grpc.aio channels of a process share a poller, which the embedded authorizer
+    # keeps alive. No channel of the pool may remain.
     left = {thread.name for thread in set(threading.enumerate()) - threads}
     assert not {name for name in left if "fastapi_topaz" in name}
 
 
-# -- loops and backends -------------------------------------------------------------
+# -- event loops and backends -------------------------------------------------------
 
 
-def test_one_pool_object_on_one_backend_after_the_other(authorizer):
+def test_one_pool_object_works_on_one_backend_after_the_other(authorizer):
     pool = make_configured(authorizer, min_connections=2, eager_init=True)
 
     async def use():
@@ -272,7 +272,7 @@ def test_one_pool_object_on_one_backend_after_the_other(authorizer):
     assert authorizer.connections_accepted == 8
 
 
-async def test_initialize_and_close_in_different_tasks(authorizer):
+async def test_initialize_and_close_may_run_in_different_tasks(authorizer):
     pool = make_configured(authorizer, min_connections=2, eager_init=True)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(pool.initialize)
@@ -285,7 +285,7 @@ async def test_initialize_and_close_in_different_tasks(authorizer):
     await eventually(lambda: authorizer.connections_open == 0)
 
 
-def test_two_pools_on_two_backends_at_once(authorizer):
+def test_two_pools_work_on_two_backends_at_once(authorizer):
     def use(backend):
         async def main():
             async with make_configured(authorizer, min_connections=1) as pool:
@@ -320,7 +320,7 @@ def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
             await asyncio.sleep(30)
             return True
 
-        # Not `delay`, which holds up the first probe of a connection, too.
+        # Not `delay`, which would also delay the first probe of a connection.
         authorizer.policies = slow
     program = f"""
         import anyio, threading
@@ -373,7 +373,7 @@ def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
 @pytest.mark.parametrize("each", [20, pytest.param(200, marks=pytest.mark.slow)])
-async def test_thousands_of_calls_cancelled_at_random_points_leave_nothing(
+async def test_thousands_of_calls_cancelled_at_random_points_leak_nothing(
     authorizer, each
 ):
     rng = random.Random(7)
@@ -432,7 +432,7 @@ async def test_thousands_of_calls_cancelled_at_random_points_leave_nothing(
         assert authorizer.connections_accepted == sockets, "no connection was lost"
         gc.collect()
         await eventually_at_most(measure, before)
-        # gRPC has a pool of threads without Python, which grows by a few under load.
+        # gRPC has its own threads, outside Python. A few are added under load.
         assert process.num_threads() <= native + 8
 
 
@@ -442,7 +442,7 @@ async def test_thousands_of_calls_cancelled_at_random_points_leave_nothing(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("opened", [False, True])
-def test_a_pool_built_before_the_fork_works_and_one_opened_before_says_so(
+def test_after_a_fork_an_unopened_pool_works_and_an_opened_one_raises(
     backend, opened, authorizer
 ):
     program = f"""

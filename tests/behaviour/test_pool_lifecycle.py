@@ -1,4 +1,4 @@
-"""Opening and closing, on a scripted connector in virtual time."""
+"""Opening and closing a pool, with a scripted connector in virtual time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kit.pools import make_pool, queued
 # -- opening ----------------------------------------------------------------------
 
 
-def test_building_a_pool_touches_no_loop_and_no_thread():
+def test_creating_a_pool_needs_no_event_loop_and_starts_no_thread():
     threads = threading.active_count()
     connector = FakeConnector()
     pool = make_pool(connector, eager_init=True)
@@ -41,7 +41,7 @@ def test_building_a_pool_touches_no_loop_and_no_thread():
     assert pool.status().healthy
 
 
-async def test_initialize_connects_nothing_unless_it_is_eager():
+async def test_initialize_opens_no_connections_unless_the_pool_is_eager():
     connector = FakeConnector()
     pool = make_pool(connector, min_connections=2)
     await pool.initialize()
@@ -50,7 +50,7 @@ async def test_initialize_connects_nothing_unless_it_is_eager():
     await pool.close()
 
 
-async def test_an_eager_initialize_returns_with_the_minimum():
+async def test_an_eager_initialize_returns_with_the_minimum_open():
     connector = FakeConnector(default=slow(1.0))
     pool = make_pool(connector, min_connections=2, eager_init=True)
     await pool.initialize()
@@ -78,7 +78,7 @@ async def test_initialize_is_idempotent_and_may_run_twice_at_once():
     await pool.close()
 
 
-async def test_an_app_that_starts_before_its_authorizer_starts(caplog):
+async def test_an_app_starts_even_if_its_authorizer_is_not_up_yet(caplog):
     connector = FakeConnector(default=fail("nobody there yet"))
     pool = make_pool(
         connector, min_connections=2, eager_init=True, connection_timeout=3
@@ -90,7 +90,7 @@ async def test_an_app_that_starts_before_its_authorizer_starts(caplog):
     assert not pool.status().healthy
     connector.default = ok()
     await anyio.sleep(3)
-    assert pool.status().total == 2, "it went on trying"
+    assert pool.status().total == 2, "it continued to try"
     assert pool.status().healthy
     await pool.close()
 
@@ -111,7 +111,7 @@ async def test_a_slow_authorizer_delays_the_start_by_the_connection_timeout_at_m
     await pool.close()
 
 
-async def test_what_no_retry_can_mend_ends_the_start_early(caplog):
+async def test_a_permanent_failure_ends_an_eager_initialize_early(caplog):
     error = ConnectFailed("wrong CA", reason="tls", permanent=True)
     pool = make_pool(
         FakeConnector(default=fail(error)), min_connections=1, eager_init=True
@@ -123,7 +123,7 @@ async def test_what_no_retry_can_mend_ends_the_start_early(caplog):
     await pool.close()
 
 
-async def test_what_the_connector_finds_wrong_raises_from_initialize():
+async def test_a_configuration_error_of_the_connector_raises_from_initialize():
     class Checked(FakeConnector):
         def validate(self):
             raise ValueError("cert_file_path must be a readable file")
@@ -134,7 +134,7 @@ async def test_what_the_connector_finds_wrong_raises_from_initialize():
     assert repr(pool).startswith("<ConnectionPool new")
 
 
-async def test_a_cancelled_initialize_leaves_the_pool_as_it_was():
+async def test_a_cancelled_initialize_leaves_the_pool_unopened():
     connector = FakeConnector(default=hang())
     pool = make_pool(connector, min_connections=1, eager_init=True)
     with anyio.move_on_after(1):
@@ -147,7 +147,7 @@ async def test_a_cancelled_initialize_leaves_the_pool_as_it_was():
     await pool.close()
 
 
-async def test_a_cancelled_initialize_does_not_close_the_pool_under_somebody_else():
+async def test_a_cancelled_initialize_does_not_close_the_pool_for_other_callers():
     connector = FakeConnector([slow(5.0)])
     pool = make_pool(connector, min_connections=1, eager_init=True)
     served = []
@@ -164,8 +164,8 @@ async def test_a_cancelled_initialize_does_not_close_the_pool_under_somebody_els
     await pool.close()
 
 
-async def test_the_request_that_opened_the_pool_does_not_take_it_along():
-    """A cancelled caller cancels neither the host task nor the connect it wanted."""
+async def test_cancelling_the_request_that_opened_the_pool_does_not_close_it():
+    """A cancelled caller cancels neither the host task nor the connect it requested."""
     connector = FakeConnector(default=slow(2.0))
     pool = make_pool(connector)
     with anyio.move_on_after(1):
@@ -176,7 +176,7 @@ async def test_the_request_that_opened_the_pool_does_not_take_it_along():
     await pool.close()
 
 
-async def test_two_cancelled_initializes_leave_the_pool_as_it_was():
+async def test_two_cancelled_initializes_leave_the_pool_unopened():
     connector = FakeConnector(default=hang())
     pool = make_pool(connector, min_connections=1, eager_init=True)
     with anyio.move_on_after(1):
@@ -200,7 +200,7 @@ async def test_an_acquire_right_after_a_cancelled_initialize_opens_the_pool():
 # -- closing ----------------------------------------------------------------------
 
 
-async def test_close_closes_everything_exactly_once():
+async def test_close_closes_every_connection_exactly_once():
     connector = FakeConnector()
     pool = make_pool(connector, max_connections=5)
     leases = [await pool.acquire() for _ in range(5)]
@@ -213,7 +213,7 @@ async def test_close_closes_everything_exactly_once():
     assert [conn.closed for conn in connector.connections] == [1] * 5
 
 
-async def test_close_may_run_in_another_task_than_initialize_and_twice_at_once():
+async def test_close_may_run_twice_at_once_and_in_another_task_than_initialize():
     connector = FakeConnector()
     pool = make_pool(connector, min_connections=1, eager_init=True)
     async with anyio.create_task_group() as tasks:
@@ -224,7 +224,7 @@ async def test_close_may_run_in_another_task_than_initialize_and_twice_at_once()
     assert not connector.open
 
 
-async def test_those_who_wait_fail_at_once_when_the_pool_closes():
+async def test_callers_waiting_for_a_release_fail_at_once_when_the_pool_closes():
     pool = make_pool(max_connections=1, acquire_timeout=100)
     conn = await pool.acquire()
     failed = []
@@ -245,7 +245,7 @@ async def test_those_who_wait_fail_at_once_when_the_pool_closes():
         await pool.release(conn)
 
 
-async def test_those_who_wait_for_a_connection_fail_at_once_when_the_pool_closes():
+async def test_callers_waiting_for_a_connect_fail_at_once_when_the_pool_closes():
     connector = FakeConnector(default=hang())
     pool = make_pool(connector, acquire_timeout=100, connection_timeout=100)
     async with anyio.create_task_group() as tasks:
@@ -262,7 +262,7 @@ async def test_those_who_wait_for_a_connection_fail_at_once_when_the_pool_closes
         assert anyio.current_time() == began
 
 
-async def test_leases_have_the_grace_to_come_back():
+async def test_close_waits_for_leases_until_the_grace_ends():
     connector = FakeConnector()
     pool = make_pool(connector)
     conn = await pool.acquire()
@@ -277,11 +277,11 @@ async def test_leases_have_the_grace_to_come_back():
         tasks.start_soon(release_late)
         await anyio.lowlevel.checkpoint()
         await pool.close(grace=5)
-        assert anyio.current_time() - began == pytest.approx(3), "and no longer"
+        assert anyio.current_time() - began == pytest.approx(3), "and not longer"
     assert connector.connections[0].closed == 1
 
 
-async def test_after_the_grace_a_lease_is_lost_and_its_late_release_harmless():
+async def test_after_the_grace_a_lease_is_lost_and_releasing_it_is_harmless():
     connector = FakeConnector()
     pool = make_pool(connector)
     conn = await pool.acquire()
@@ -300,7 +300,7 @@ async def test_after_the_grace_a_lease_is_lost_and_its_late_release_harmless():
     await pool.close()
 
 
-async def test_a_cancelled_close_gives_up_the_grace_and_not_the_closing():
+async def test_a_cancelled_close_skips_the_grace_and_still_closes():
     connector = FakeConnector()
     pool = make_pool(connector)
     _held = await pool.acquire()
@@ -313,7 +313,7 @@ async def test_a_cancelled_close_gives_up_the_grace_and_not_the_closing():
     assert repr(pool).startswith("<ConnectionPool closed")
 
 
-async def test_a_connection_that_will_not_close_does_not_hang_the_pool(caplog):
+async def test_a_connection_with_a_hanging_close_does_not_hang_the_pool(caplog):
     class Stuck(FakeConnector):
         async def connect(self, timeout):
             conn = await super().connect(timeout)
@@ -336,7 +336,7 @@ async def test_a_connection_that_will_not_close_does_not_hang_the_pool(caplog):
     assert any("stops waiting for it" in line for line in lines(caplog))
 
 
-async def test_a_connector_whose_target_cannot_be_read_works_all_the_same():
+async def test_a_connector_with_a_target_property_that_raises_still_works():
     class Odd(FakeConnector):
         @property
         def target(self):
@@ -349,7 +349,7 @@ async def test_a_connector_whose_target_cannot_be_read_works_all_the_same():
         assert pool._open_pool.target == "Odd"
 
 
-async def test_an_error_while_closing_is_logged_and_loses_nothing(caplog):
+async def test_an_error_while_closing_is_logged_and_the_rest_is_closed(caplog):
     class Broken(FakeConnector):
         async def connect(self, timeout):
             conn = await super().connect(timeout)
@@ -375,7 +375,7 @@ async def test_an_error_while_closing_is_logged_and_loses_nothing(caplog):
     assert "closing failed: OSError: 2 more" in rest
 
 
-async def test_a_connect_under_way_is_cancelled_by_close_and_none_follows():
+async def test_close_cancels_a_pending_connect_and_starts_no_other():
     connector = FakeConnector(default=hang())
     pool = make_pool(connector, min_connections=3)
     with anyio.move_on_after(0.5):
@@ -388,7 +388,7 @@ async def test_a_connect_under_way_is_cancelled_by_close_and_none_follows():
 
 
 @pytest.mark.parametrize("grace", [-1, float("nan"), True, "5"])
-async def test_a_wrong_grace_is_refused_and_the_pool_stays_open(grace):
+async def test_an_invalid_grace_is_refused_and_the_pool_stays_open(grace):
     async with make_pool() as pool:
         with pytest.raises((TypeError, ValueError)) as caught:
             await pool.close(grace)

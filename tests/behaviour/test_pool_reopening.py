@@ -1,4 +1,4 @@
-"""A pool that opens again, or on another loop, or is never closed."""
+"""A pool that reopens, moves to another loop, or is never closed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastapi_topaz.testing import FakeConnector
 from kit.pools import make_pool
 
 
-# -- again, and elsewhere -----------------------------------------------------------
+# -- reopening, also on another loop ------------------------------------------------
 
 
 async def test_a_closed_pool_can_be_opened_again():
@@ -32,7 +32,7 @@ async def test_a_closed_pool_can_be_opened_again():
     assert not connector.open
 
 
-async def test_initialize_waits_for_a_close_under_way():
+async def test_initialize_waits_for_a_running_close():
     pool = make_pool()
     conn = await pool.acquire()
     async with anyio.create_task_group() as tasks:
@@ -65,7 +65,7 @@ def test_one_pool_serves_one_backend_after_the_other():
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_pool_whose_loop_ended_without_close_opens_again_on_the_next(backend):
+def test_a_pool_not_closed_before_its_loop_ended_reopens_on_the_next_loop(backend):
     connector = FakeConnector()
     pool = make_pool(connector)
 
@@ -79,7 +79,7 @@ def test_a_pool_whose_loop_ended_without_close_opens_again_on_the_next(backend):
         assert not connector.open, "closed with its loop"
 
 
-def test_a_pool_on_a_loop_that_was_closed_under_it_opens_again():
+def test_a_pool_reopens_on_a_new_loop_after_its_loop_was_closed():
     import asyncio
 
     pool = make_pool()
@@ -91,7 +91,7 @@ def test_a_pool_on_a_loop_that_was_closed_under_it_opens_again():
     loop = asyncio.new_event_loop()
     loop.run_until_complete(use())
     task = pool._open_pool.owner._task
-    task._log_destroy_pending = False  # this is what a test of rudeness costs
+    task._log_destroy_pending = False  # the cost of closing a loop without its tasks
     loop.close()
     anyio.run(use, backend="trio")
 
@@ -134,7 +134,7 @@ def test_an_open_pool_refuses_another_loop_and_names_both(first, second):
         thread.join()
 
 
-# -- exit ---------------------------------------------------------------------------
+# -- the end of the process ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -181,7 +181,7 @@ def test_a_pool_never_closed_leaves_no_process_and_no_traceback(backend, end):
     assert "destroyed" not in result.stderr
 
 
-async def test_no_task_is_left_after_close():
+async def test_close_leaves_no_task():
     import asyncio
 
     is_trio = "trio" in str(type(anyio.lowlevel.current_token().native_token))
@@ -195,15 +195,15 @@ async def test_no_task_is_left_after_close():
     pool = make_pool(min_connections=3, leak_threshold=1.0)
     async with pool, pool.acquire():
         assert tasks() > before
-    # The host itself ends in the step after it has told so.
+    # The host task itself ends in the step after it has signalled its end.
     await anyio.lowlevel.checkpoint()
     await anyio.lowlevel.checkpoint()
     assert tasks() == before
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_host_that_was_cancelled_before_it_began_does_not_hang_close():
-    """asyncio.run cancels all tasks at its end, also those that had no turn yet."""
+async def test_a_host_task_cancelled_before_its_first_step_does_not_hang_close():
+    """asyncio.run cancels all tasks at its end, also tasks that have not run yet."""
     import asyncio
 
     pool = make_pool(min_connections=1, eager_init=True)

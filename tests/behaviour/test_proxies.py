@@ -1,9 +1,9 @@
 """
 The pool behind nginx and HAProxy, which answer for a server that is down.
 
-A proxy holds the connection of the client while the connection to the server comes and
-goes. It limits rates, ends connections after a number of calls or when they are idle,
-and replaces its own processes under load.
+A proxy keeps the connection of the client open while the connection to the server
+comes and goes. It limits rates. It closes connections after a number of calls, or when
+they are idle. It replaces its own processes under load.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.real_clock, pytest.mark.slow]
 
 
 def needs(kind):
-    """Return the kind of proxy as a parameter that is skipped without its binary."""
+    """Return the kind of proxy as a parameter, skipped if its binary is missing."""
     reason = f"{kind.variable} does not name the binary: `nox -s proxies`"
     absent = pytest.mark.skipif(kind.variable not in os.environ, reason=reason)
     return pytest.param(kind, id=kind.variable.lower(), marks=absent)
@@ -51,10 +51,10 @@ def needs(kind):
 nginx = pytest.mark.parametrize("kind", [needs(Nginx)])
 each_kind = pytest.mark.parametrize("kind", [needs(Nginx), needs(Haproxy)])
 
-# Far beyond what a test takes. A caller that waits so long got no answer.
+# Far longer than a test takes. A caller that waits this long got no answer.
 PATIENCE = 30.0
-# The pool promises 0.5 s, but the machine may be busy. Without a sign of an outage a
-# caller waits for as long as PATIENCE.
+# The pool promises 0.5 s, but the machine may be busy. If the pool does not detect the
+# outage, a caller waits for PATIENCE.
 SOON = 5.0
 CALLERS, CONNECTIONS = 20, 10
 ALLOWED = "myapp.documents.get"
@@ -62,29 +62,29 @@ ALLOWED = "myapp.documents.get"
 
 @pytest.fixture
 def authorizers():
-    """Start authorizers that allow the one policy of these tests."""
+    """Start authorizers that allow only the policy of these tests."""
     with contextlib.ExitStack() as running:
         yield lambda: running.enter_context(EmbeddedAuthorizer({ALLOWED: True}))
 
 
 @pytest.fixture
 def doors(authorizers):
-    """Start proxies of TCP that make the authorizer behind them unreachable."""
-    # An authorizer that is stopped with calls under way lets grpc.aio call its loop
-    # when that is closed.
+    """Start TCP proxies that can make the authorizer behind them unreachable."""
+    # If an authorizer stops during calls, grpc.aio calls its loop after the loop is
+    # closed.
     with contextlib.ExitStack() as running:
         yield lambda: running.enter_context(Proxy([authorizers().port]))
 
 
 def shut(door):
-    """Refuse connections and reset those that are open, as a server that was killed."""
+    """Refuse connections and reset open ones, like a server that was killed."""
     door.refuse()
     door.cut()
 
 
 @pytest.fixture
 def proxies():
-    """Start proxies; if the test fails, pytest shows what they have logged."""
+    """Start proxies. If the test fails, pytest shows their logs."""
     started = []
     with contextlib.ExitStack() as running:
 
@@ -105,7 +105,7 @@ class Check(NamedTuple):
 
 
 class Traffic:
-    """Callers that send one check after the other, and how each one ended."""
+    """Callers that send one check after the other, with the result of each check."""
 
     def __init__(self, pool):
         self.pool = pool
@@ -140,7 +140,7 @@ class Traffic:
             await anyio.sleep(0.02 if error else pause)
 
     def since(self, moment):
-        """Return the checks that began at this moment or later."""
+        """Return the checks that began at or after this time."""
         return [check for check in self.checks if check.began >= moment]
 
     def answered(self, moment=0.0):
@@ -150,7 +150,7 @@ class Traffic:
         return [check for check in self.since(moment) if check.error is not None]
 
     async def flows(self, count=5 * CALLERS):
-        """Wait until so many more checks are answered."""
+        """Wait until *count* more checks are answered."""
         goal = len(self.answered()) + count
         await eventually(lambda: len(self.answered()) >= goal, PATIENCE)
 
@@ -171,7 +171,7 @@ async def opened(options, **settings):
 
 @asynccontextmanager
 async def traffic(options, callers=CALLERS, pause=0.0, **settings):
-    """Open a pool, and let callers send checks until the end of the block."""
+    """Open a pool, and run callers that send checks until the block ends."""
     async with opened(options, **settings) as pool, anyio.create_task_group() as tasks:
         flow = Traffic(pool)
         for _ in range(callers):
@@ -182,7 +182,7 @@ async def traffic(options, callers=CALLERS, pause=0.0, **settings):
 
 
 def ports(proxy, method=None):
-    """Return the connections that carried a call (of this method)."""
+    """Return the connections that carried a call, or a call of this method."""
     return {call.port for call in proxy.calls if method in {None, call.method}}
 
 
@@ -191,7 +191,7 @@ def count(proxy, method):
 
 
 def assert_untouched(pool, proxy):
-    """All connections that the pool has made are open."""
+    """Check that all connections that the pool has made are open."""
     assert pool._counters.closes == {}
     assert pool._counters.connect_failures == {}
     assert pool._counters.connects == pool.status().total <= CONNECTIONS
@@ -202,7 +202,7 @@ def assert_untouched(pool, proxy):
 
 
 async def assert_an_outage(proxy, begin, end, text, caplog):
-    """See that all callers get the proxy's text, and that no connection ends."""
+    """Check that all callers get the proxy's text, and that no connection ends."""
     async with traffic(proxy.options) as flow:
         status = flow.pool.status
         await eventually(lambda: status().total == CONNECTIONS)
@@ -213,7 +213,7 @@ async def assert_an_outage(proxy, begin, end, text, caplog):
         probes = count(proxy, "Info")
         await eventually(lambda: len(flow.failed(noticed)) > 10 * CALLERS, PATIENCE)
         assert not status().healthy
-        # Slower machines probe less often, never more. One is under way at the start.
+        # A slower machine probes less often, never more. One probe runs at the start.
         probes = count(proxy, "Info") - probes
         assert probes <= 4 * (anyio.current_time() - noticed) + 2
         for check in flow.since(noticed):
@@ -239,9 +239,7 @@ async def assert_an_outage(proxy, begin, end, text, caplog):
 
 
 @each_kind
-async def test_a_server_that_is_down_behind_a_proxy_is_an_outage(
-    kind, doors, proxies, caplog
-):
+async def test_a_dead_server_behind_a_proxy_is_an_outage(kind, doors, proxies, caplog):
     door = doors()
     proxy = proxies(kind, door)
     text = {Nginx: "502", Haproxy: "503"}[kind]
@@ -249,11 +247,11 @@ async def test_a_server_that_is_down_behind_a_proxy_is_an_outage(
 
 
 @nginx
-async def test_a_server_that_is_down_is_an_outage_if_nginx_says_so_in_grpc(
+async def test_a_dead_server_is_an_outage_if_nginx_answers_with_a_grpc_status(
     kind, doors, proxies, caplog
 ):
     door = doors()
-    # As in nginx's own example of a gateway for gRPC.
+    # As in nginx's own example of a gRPC gateway.
     server = """
         error_page 502 = @unavailable;
         location @unavailable {
@@ -279,7 +277,7 @@ async def test_a_proxy_that_refuses_all_calls_is_an_outage(
 
 
 @nginx
-async def test_if_one_proxy_of_several_refuses_only_its_connections_get_no_leases(
+async def test_if_one_proxy_of_several_refuses_only_its_connections_are_avoided(
     kind, doors, authorizers, proxies
 ):
     door = doors()
@@ -302,7 +300,7 @@ async def test_if_one_proxy_of_several_refuses_only_its_connections_get_no_lease
         assert conditions(cut_off) == {"suspect"}
         assert "suspect" not in conditions(well)
         assert flow.failed(moment) == []
-        # A check fails only if it is refused on two connections in a row.
+        # A check fails only if two connections in a row refuse it.
         assert len(flow.failed()) <= CONNECTIONS
         assert all(flow.healthy)
 
@@ -314,12 +312,12 @@ async def test_if_one_proxy_of_several_refuses_only_its_connections_get_no_lease
         assert flow.pool._counters.connects == flow.pool.status().total
 
 
-# -- a proxy that limits ---------------------------------------------------------------
+# -- a proxy with limits ---------------------------------------------------------------
 
 
 @nginx
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_rate_limit_ends_no_connection_and_leaves_the_pool_healthy(
+async def test_a_rate_limit_closes_no_connection_and_the_pool_stays_healthy(
     status, kind, authorizers, proxies, caplog
 ):
     http = f"""
@@ -345,11 +343,11 @@ async def test_a_rate_limit_ends_no_connection_and_leaves_the_pool_healthy(
 @pytest.mark.parametrize(
     "requests, streams", [(10, 1), (10, 5), (100, 1), (100, 5), (1000, 5)]
 )
-async def test_connections_that_end_after_some_requests_are_replaced_without_a_pause(
+async def test_connections_closed_after_n_requests_are_replaced_without_a_pause(
     requests, streams, kind, authorizers, proxies, caplog
 ):
     authorizer = authorizers()
-    # To make a connection takes less time than the calls that it carries.
+    # Opening a connection takes less time than the calls that it carries.
     authorizer.delay = 0.005 if requests == 10 else 0.0
     proxy = proxies(kind, authorizer, http=f"keepalive_requests {requests};")
     async with traffic(proxy.options, streams_per_connection=streams) as flow:
@@ -358,12 +356,12 @@ async def test_connections_that_end_after_some_requests_are_replaced_without_a_p
         await eventually(lambda: counters.closes.get("lost", 0) >= needed, PATIENCE)
         await flow.flows(1000)
         assert flow.failed() == []
-        # After some seconds the pool spreads the new connections over the addresses.
+        # After some seconds the pool spreads new connections over the addresses.
         assert {"lost"} <= set(counters.closes) <= {"lost", "spread"}
         assert counters.connect_failures == {}
         assert counters.connect_retries == 0
-        # Connections that are being replaced are missing. With a pause before each
-        # new connection there would be two of ten.
+        # Connections that are being replaced are missing. If the pool paused before
+        # each new connection, two of ten would be missing.
         used = sum(flow.busy) / len(flow.busy)
         assert used > 0.6 * needed, f"{used:.1f} of {needed} connections in use"
         assert lines(caplog, logger="fastapi_topaz") == []
@@ -371,7 +369,9 @@ async def test_connections_that_end_after_some_requests_are_replaced_without_a_p
 
 
 @each_kind
-async def test_reloads_under_100_callers_fail_no_check(kind, authorizers, proxies):
+async def test_proxy_reloads_under_100_callers_fail_no_check(
+    kind, authorizers, proxies
+):
     proxy = proxies(kind, authorizers(), authorizers())
     async with traffic(proxy.options, 100, streams_per_connection=10) as flow:
         for _ in range(10):
@@ -387,14 +387,14 @@ IDLE = {
 
 
 @each_kind
-async def test_idle_timeouts_of_a_second_fail_no_check_and_are_no_outage(
+async def test_idle_timeouts_of_a_second_fail_no_check_and_cause_no_outage(
     kind, authorizers, proxies, caplog
 ):
     authorizer = authorizers()
     together = asyncio.Barrier(CONNECTIONS)
 
     async def answer_together(_check):
-        # So that each connection carries a call before it is idle.
+        # So that each connection carries a call before it becomes idle.
         await together.wait()
         return True
 
@@ -406,14 +406,15 @@ async def test_idle_timeouts_of_a_second_fail_no_check_and_are_no_outage(
         async def caller(number):
             for step in range(5):
                 await flow.check()
-                # About when the proxy ends the connection: before, after, just then.
+                # Around the time when the proxy closes the connection: before, after,
+                # or exactly then.
                 await anyio.sleep(0.98 + number / 300 + step / 1000)
 
         async with anyio.create_task_group() as tasks:
             for number in range(CONNECTIONS):
                 tasks.start_soon(caller, number)
         assert flow.failed() == []
-        # A call on a connection that just ends makes it suspect, and a probe closes it.
+        # A call on a connection that is ending makes it suspect, and a probe closes it.
         assert "lost" in pool._counters.closes
         assert pool._counters.closes.keys() <= {"lost", "spread", "unhealthy"}
         assert pool._counters.connect_failures == {}
@@ -422,12 +423,12 @@ async def test_idle_timeouts_of_a_second_fail_no_check_and_are_no_outage(
         assert all(flow.healthy)
 
 
-# -- a proxy that ends -----------------------------------------------------------------
+# -- a proxy that stops ----------------------------------------------------------------
 
 
 @each_kind
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-async def test_a_proxy_that_ends_and_returns_fails_checks_only_while_it_is_away(
+async def test_a_proxy_restart_fails_checks_only_while_the_proxy_is_down(
     end, kind, authorizers, proxies
 ):
     proxy = proxies(kind, authorizers())

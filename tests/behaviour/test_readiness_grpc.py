@@ -1,4 +1,4 @@
-"""What `is_ready()` says of servers that answer, and that do not: real sockets."""
+"""`is_ready()` over real sockets, with servers that answer and servers that do not."""
 
 from __future__ import annotations
 
@@ -36,19 +36,21 @@ def authorizer(embedded_authorizer):
 
 
 def age(config):
-    """Make each answer so old that it is asked for again, without waiting so long."""
+    """
+    Make each answer old enough that the pool asks again, without waiting that long.
+    """
     for slot in config.connection_pool._open_pool.state.open:
         slot.proven_at -= 1.0
 
 
 async def recovers(config):
-    """Ask until what was under way before the server came back has ended, too."""
+    """Check until the requests sent before the server came back have ended too."""
     with anyio.fail_after(PATIENCE):
         while not await config.is_ready(PATIENCE):
             await anyio.lowlevel.checkpoint()
 
 
-async def test_a_server_that_answers_is_ready_and_is_asked_once_a_second(authorizer):
+async def test_a_server_that_answers_is_ready_and_is_probed_once_a_second(authorizer):
     config = config_to(authorizer.options)
     pool = config.connection_pool
     assert not pool.status().ready
@@ -65,7 +67,7 @@ async def test_a_server_that_answers_is_ready_and_is_asked_once_a_second(authori
         async with pool.acquire() as conn:
             await conn.decisions(policy_path=POLICY)
         assert await config.is_ready()
-        assert authorizer.calls["Info"] == 2, "the check is an answer as well"
+        assert authorizer.calls["Info"] == 2, "the check counts as an answer too"
     finally:
         await pool.close()
     assert await config.is_ready() is False
@@ -73,7 +75,9 @@ async def test_a_server_that_answers_is_ready_and_is_asked_once_a_second(authori
     await eventually(lambda: authorizer.connections_open == 0)
 
 
-async def test_a_hundred_at_once_share_a_connection_and_a_call(authorizer):
+async def test_100_concurrent_readiness_checks_share_one_connection_and_one_call(
+    authorizer,
+):
     config, answers = config_to(authorizer.options), []
 
     async def ask():
@@ -91,14 +95,15 @@ async def test_a_hundred_at_once_share_a_connection_and_a_call(authorizer):
 
 
 @pytest.mark.parametrize("warm", [False, True])
-async def test_a_server_that_is_down_is_not_ready_until_it_is_back(authorizer, warm):
+async def test_a_dead_server_is_not_ready_until_it_is_back(authorizer, warm):
     config = config_to(authorizer.options)
     async with config.connection_pool as pool:
         if warm:
             assert await config.is_ready(PATIENCE)
         await run_sync(authorizer.stop)
         if warm:
-            # Until the sockets are seen to be closed, the last answer is recent.
+            # Until the pool sees that the sockets are closed, the last answer is
+            # recent.
             await eventually(
                 lambda: all(e.is_gone() for e in pool._open_pool.state.open)
             )
@@ -111,7 +116,9 @@ async def test_a_server_that_is_down_is_not_ready_until_it_is_back(authorizer, w
         assert pool.status().ready
 
 
-async def test_a_frozen_server_is_not_ready_in_time_and_ready_once_it_thaws(authorizer):
+async def test_a_frozen_server_is_not_ready_and_is_ready_again_once_it_resumes(
+    authorizer,
+):
     config = config_to(authorizer.options)
     async with config.connection_pool as pool:
         assert await config.is_ready(PATIENCE)
@@ -125,7 +132,7 @@ async def test_a_frozen_server_is_not_ready_in_time_and_ready_once_it_thaws(auth
         await recovers(config)
 
 
-async def test_a_server_that_accepts_and_says_nothing_is_not_ready(authorizer):
+async def test_a_server_that_accepts_and_stays_silent_is_not_ready(authorizer):
     authorizer.freeze()
     config = config_to(authorizer.options)
     async with config.connection_pool as pool:
@@ -152,7 +159,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("name", ANSWERS)
-async def test_an_answer_without_a_status_of_the_authorizer_is_not_ready(
+async def test_an_answer_without_a_grpc_status_is_not_ready(
     lenient_http2_server, name, warm
 ):
     config = config_to(lenient_http2_server.options)
@@ -171,7 +178,7 @@ async def test_an_answer_without_a_status_of_the_authorizer_is_not_ready(
 
 
 @pytest.mark.parametrize("code", [2, 7])
-async def test_a_call_whose_stream_is_reset_is_no_answer(lenient_http2_server, code):
+async def test_a_reset_stream_does_not_count_as_an_answer(lenient_http2_server, code):
     config = config_to(lenient_http2_server.options)
     async with config.connection_pool as pool:
         assert await config.is_ready(PATIENCE)
@@ -185,7 +192,7 @@ async def test_a_call_whose_stream_is_reset_is_no_answer(lenient_http2_server, c
 
 
 @pytest.mark.parametrize("code", [7, 16, 13, 5])
-async def test_an_error_status_of_the_authorizer_is_an_answer(
+async def test_an_error_status_of_the_authorizer_counts_as_an_answer(
     lenient_http2_server, code
 ):
     lenient_http2_server._script(lambda call: call.fail(code, "no"), None)
@@ -196,14 +203,16 @@ async def test_an_error_status_of_the_authorizer_is_an_answer(
         assert await config.is_ready(PATIENCE)
 
 
-async def test_a_server_that_is_no_authorizer_is_not_ready(lenient_http2_server):
+async def test_a_server_without_the_authorizer_service_is_not_ready(
+    lenient_http2_server,
+):
     lenient_http2_server._script(lambda call: call.fail(12, "unknown service"), None)
     config = config_to(lenient_http2_server.options)
     async with config.connection_pool:
         assert await config.is_ready(PATIENCE) is False
 
 
-async def test_a_saturated_pool_is_asked_without_a_lease(authorizer):
+async def test_the_readiness_check_of_a_saturated_pool_needs_no_lease(authorizer):
     config = config_to(authorizer.options, max_connections=1)
     async with config.connection_pool as pool, pool.acquire():
         age(config)
@@ -216,7 +225,7 @@ async def test_a_saturated_pool_is_asked_without_a_lease(authorizer):
         authorizer.thaw()
 
 
-async def test_a_cancelled_call_leaves_nothing(authorizer):
+async def test_a_cancelled_readiness_check_leaks_nothing(authorizer):
     config = config_to(authorizer.options)
     async with config.connection_pool as pool:
         assert await config.is_ready(PATIENCE)
@@ -231,8 +240,8 @@ async def test_a_cancelled_call_leaves_nothing(authorizer):
     await eventually(lambda: authorizer.connections_open == 0)
 
 
-def test_a_task_that_asyncio_cancels_is_cancelled():
-    """By `Task.cancel()`, which no scope of anyio knows."""
+def test_a_readiness_check_in_a_task_cancelled_by_asyncio_is_cancelled():
+    """Cancel with `Task.cancel()`, which is not visible to anyio's scopes."""
 
     async def main(authorizer):
         config = config_to(authorizer.options)
@@ -252,7 +261,7 @@ def test_a_task_that_asyncio_cancels_is_cancelled():
         asyncio.run(main(authorizer))
 
 
-async def test_on_another_event_loop_it_is_not_ready_and_the_log_says_why(
+async def test_on_another_event_loop_is_ready_is_false_and_the_log_says_why(
     authorizer, caplog
 ):
     config, answers = config_to(authorizer.options), []
@@ -271,7 +280,9 @@ async def test_on_another_event_loop_it_is_not_ready_and_the_log_says_why(
     )
 
 
-async def test_a_certificate_that_is_missing_is_not_ready(tmp_path, authorizer):
+async def test_with_a_missing_certificate_file_the_pool_is_not_ready(
+    tmp_path, authorizer
+):
     path = str(tmp_path / "none.pem")
     config = config_to(AuthorizerOptions(url=authorizer.url, cert_file_path=path))
     try:

@@ -1,4 +1,4 @@
-"""Outages and recovery in virtual time: who waits how long, and who tries how often."""
+"""Outages and recovery in virtual time: waiting times and rates of attempts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kit.waiting import eventually
 
 
 def go_down(connector, default):
-    """End all connections, and let new ones go as *default*."""
+    """Close all connections, and give new attempts the outcome *default*."""
     connector.default = default
     for conn in connector.connections:
         conn.hung_up = True
 
 
 class Timed(FakeConnector):
-    """Remembers when each attempt was begun."""
+    """Records when each attempt began."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -56,7 +56,8 @@ async def test_while_the_server_is_down_callers_fail_fast_with_the_cause():
             async with anyio.create_task_group() as tasks:
                 for _ in range(20):
                     tasks.start_soon(caller)
-        # Those who saw it begin had three more attempts: pauses of .1, .2 and .4 s.
+        # Callers at the start of the outage got three more attempts, after pauses of
+        # .1, .2 and .4 s.
         assert max(took[:20]) <= 0.8
         assert max(took[20:]) <= 0.5
 
@@ -82,7 +83,7 @@ async def test_the_rate_of_attempts_is_bounded_and_does_not_grow_with_callers(ca
     assert 60 < len(connector.begun) < 200
 
 
-async def test_without_callers_attempts_go_on_for_ever_about_once_a_second():
+async def test_without_callers_attempts_never_stop_and_come_about_once_a_second():
     connector = Timed(default=fail())
     async with make_pool(connector, min_connections=2, eager_init=True) as pool:
         await anyio.sleep(900)
@@ -91,7 +92,7 @@ async def test_without_callers_attempts_go_on_for_ever_about_once_a_second():
         assert not pool.status().healthy
 
 
-async def test_a_server_that_hangs_makes_callers_fail_fast_once_that_is_known():
+async def test_callers_fail_fast_once_a_connect_to_a_hanging_server_is_overdue():
     connector = Timed()
     options = {"acquire_timeout": 5, "connection_timeout": 10}
     async with make_pool(connector, **options) as pool:
@@ -104,25 +105,25 @@ async def test_a_server_that_hangs_makes_callers_fail_fast_once_that_is_known():
             began = anyio.current_time()
             with pytest.raises(ConnectFailed, match="not established within"):
                 await pool.acquire()
-            assert anyio.current_time() - began <= 2.5, "one attempt that is overdue"
+            assert anyio.current_time() - began <= 2.5, "one overdue attempt"
             await anyio.sleep(1)
         assert connector.peak <= 10
 
 
-async def test_a_pool_that_keeps_no_connections_finds_out_that_an_outage_is_over():
+async def test_a_pool_with_minimum_0_detects_the_end_of_an_outage():
     connector = FakeConnector([fail()] * 5)
     pool = make_pool(connector, min_connections=0, max_retries=0)
     async with pool:
         with pytest.raises(ConnectFailed):
             await pool.acquire()
         assert not pool.status().healthy
-        # Nobody asks any more: who routes by its health sends no requests.
+        # No more callers: a load balancer that uses the health sends no requests.
         await anyio.sleep(20)
         assert pool.status().healthy
         assert connector.attempts == 6
 
 
-async def test_an_old_failure_to_grow_is_no_part_of_an_outage_that_comes_later(caplog):
+async def test_an_old_connect_failure_does_not_count_for_a_later_outage(caplog):
     connector = FakeConnector([ok(), fail("the limit"), fail("a hiccup")])
     options = {"min_connections": 0, "acquire_timeout": 1, "max_retries": 3}
     async with make_pool(connector, max_connections=2, **options) as pool:
@@ -139,38 +140,38 @@ async def test_an_old_failure_to_grow_is_no_part_of_an_outage_that_comes_later(c
     ]
 
 
-async def test_a_leased_one_that_is_found_lost_is_replaced_before_it_is_given_back():
+async def test_a_lost_connection_is_replaced_before_its_lease_is_released():
     connector = FakeConnector()
     options = {"min_connections": 2, "max_connections": 3, "streams_per_connection": 2}
     pool = make_pool(connector, **options, eager_init=True)
     async with pool, pool.acquire() as lost:
-        await anyio.sleep(0.1)  # the pool's own tasks have nothing to do any more
+        await anyio.sleep(0.1)  # the pool's own tasks have no more work
         lost.connection.hung_up = True
         async with pool.acquire() as other:
             assert other.connection is not lost.connection
-            # Before anybody looks whether connections are lost.
+            # Before the pool checks whether connections are lost.
             await anyio.sleep(0.7)
             assert pool.status().healthy_connections == 2
             assert connector.attempts == 3
 
 
-async def test_who_does_not_wait_has_one_made_after_the_pause_that_a_loss_brings():
+async def test_acquire_with_timeout_0_starts_a_connect_after_the_pause_of_a_loss():
     connector = FakeConnector()
     async with make_pool(connector, streams_per_connection=2) as pool, pool.acquire():
-        # So soon after it was made that the next one has to wait a little; and as it is
-        # leased, nothing is closed that would bring the matter up again.
+        # So soon after it was opened that the next attempt has to wait a little.
+        # Because it is leased, no close triggers the replacement later.
         connector.connections[0].hung_up = True
         with pytest.raises(PoolTimeout):
             await pool.acquire(timeout=0)
         assert connector.attempts == 1
-        # Before anybody looks whether connections are lost.
+        # Before the pool checks whether connections are lost.
         await anyio.sleep(0.9)
         assert connector.attempts == 2
         async with pool.acquire(timeout=0):
             pass
 
 
-async def test_an_attempt_that_hangs_keeps_nobody_from_another_server():
+async def test_a_hanging_attempt_does_not_block_attempts_to_other_servers():
     """Behind one address, one of several servers accepts and stays silent."""
     connector = FakeConnector([hang()])
     async with make_pool(connector, connection_timeout=10) as pool:
@@ -179,7 +180,7 @@ async def test_an_attempt_that_hangs_keeps_nobody_from_another_server():
             assert anyio.current_time() - began == pytest.approx(2)
 
 
-async def test_who_waits_for_a_connection_takes_a_released_one_if_that_is_first():
+async def test_a_caller_waiting_for_a_connect_takes_a_connection_released_first():
     connector = FakeConnector([ok()], default=slow(3))
     async with make_pool(connector) as pool:
         held = await pool.acquire()
@@ -195,7 +196,9 @@ async def test_who_waits_for_a_connection_takes_a_released_one_if_that_is_first(
                 assert conn.connection.number == 1
             assert anyio.current_time() - began == pytest.approx(1)
         await anyio.sleep(3)
-        assert pool.status().total == 2, "the connect went on and serves the next"
+        assert pool.status().total == 2, (
+            "the connect continued and serves the next caller"
+        )
 
 
 # -- recovery -------------------------------------------------------------------------
@@ -204,7 +207,7 @@ async def test_who_waits_for_a_connection_takes_a_released_one_if_that_is_first(
 @pytest.mark.parametrize(
     "outage", [3, 30, 300, pytest.param(3600, marks=pytest.mark.slow)]
 )
-async def test_recovery_takes_a_moment_however_long_the_outage_was(outage):
+async def test_recovery_is_fast_whatever_the_length_of_the_outage(outage):
     connector = FakeConnector()
     async with make_pool(connector, min_connections=5, eager_init=True) as pool:
         go_down(connector, fail())
@@ -212,12 +215,12 @@ async def test_recovery_takes_a_moment_however_long_the_outage_was(outage):
         connector.default = slow(0.01)
         back = anyio.current_time()
         await eventually(lambda: pool.status().total == 5)
-        # Nobody waited, so the next attempt was at most 2 s away.
+        # No caller waited, so the next attempt was at most 2 s away.
         assert anyio.current_time() - back <= 2.2
 
 
 @pytest.mark.parametrize("outage", [3, 20])
-async def test_who_waits_when_the_server_is_back_is_served_within_half_a_second(outage):
+async def test_a_waiting_caller_is_served_within_half_a_second_of_recovery(outage):
     connector = FakeConnector()
     async with make_pool(connector, max_connections=10) as pool:
         await fill(pool, 10)
@@ -246,7 +249,7 @@ async def test_who_waits_when_the_server_is_back_is_served_within_half_a_second(
         assert full - back <= 1.0
 
 
-async def test_one_success_resets_all_backoff():
+async def test_one_successful_connect_resets_the_backoff():
     connector = Timed(default=fail())
     async with make_pool(connector, min_connections=1, eager_init=True) as pool:
         await anyio.sleep(100)
@@ -260,7 +263,7 @@ async def test_one_success_resets_all_backoff():
         assert len(connector.begun) - known >= 2, "pauses are .1 and .2 s again"
 
 
-async def test_the_pool_refills_to_its_minimum_for_as_long_as_it_is_open():
+async def test_an_open_pool_always_refills_to_its_minimum():
     connector = FakeConnector()
     async with make_pool(connector, min_connections=3, eager_init=True) as pool:
         for _ in range(20):
@@ -270,17 +273,17 @@ async def test_the_pool_refills_to_its_minimum_for_as_long_as_it_is_open():
             assert pool.status().total == 3
 
 
-# -- the first connects ---------------------------------------------------------------
+# -- the first connections ------------------------------------------------------------
 
 
-async def test_a_thousand_callers_on_a_cold_pool_are_served_in_order_of_arrival():
+async def test_1000_callers_on_a_cold_pool_are_served_in_order_of_arrival():
     connector = FakeConnector(default=slow(0.05))
     async with make_pool(connector, max_connections=7, acquire_timeout=1000) as pool:
         served, connecting = {}, []
 
         async def caller(number):
             async with pool.acquire():
-                # The moment, because tasks that wake together run in any order.
+                # At the same time, because tasks that wake together run in any order.
                 served[number] = anyio.current_time()
                 await anyio.sleep(0.01)
 
@@ -301,7 +304,7 @@ async def test_a_thousand_callers_on_a_cold_pool_are_served_in_order_of_arrival(
         assert all(attempts <= max(2, total) for attempts, total in connecting)
 
 
-async def test_with_streams_a_thousand_callers_need_few_connections():
+async def test_with_streams_1000_callers_need_few_connections():
     connector = FakeConnector(default=slow(0.05))
     options = {"streams_per_connection": 50, "acquire_timeout": 1000}
     async with make_pool(connector, max_connections=10, **options) as pool:
@@ -321,10 +324,10 @@ async def test_with_streams_a_thousand_callers_need_few_connections():
         assert connector.attempts == 10
 
 
-# -- spreading anew -------------------------------------------------------------------
+# -- spreading connections over servers -----------------------------------------------
 
 
-async def test_after_a_loss_all_connections_are_made_anew_to_reach_who_came_back():
+async def test_after_a_loss_all_connections_are_replaced_to_reach_all_servers():
     connector = FakeConnector()
     connector.spreads = True
     async with make_pool(connector, min_connections=4, eager_init=True) as pool:
@@ -339,10 +342,10 @@ async def test_after_a_loss_all_connections_are_made_anew_to_reach_who_came_back
             assert connector.attempts == attempts
             assert pool.status().total == 4
         assert pool._counters.closes == {"lost": 1, "spread": 12}
-        assert connector.peak <= 6, "one at a time, and the old one closes"
+        assert connector.peak <= 6, "one at a time, and the old connection closes"
 
 
-async def test_a_connector_that_leads_to_one_server_only_is_left_alone():
+async def test_connections_of_a_connector_with_one_server_are_not_spread():
     connector = FakeConnector()
     async with make_pool(connector, min_connections=4, eager_init=True):
         connector.connections[0].hung_up = True
@@ -350,11 +353,11 @@ async def test_a_connector_that_leads_to_one_server_only_is_left_alone():
         assert connector.attempts == 5
 
 
-# -- reaping, exactly -----------------------------------------------------------------
+# -- reaping at exact times -----------------------------------------------------------
 
 
-async def test_a_schedule_of_leases_is_reaped_at_exact_moments():
-    """Checked every 10 s; idle for 25 s goes, the minimum of 2 stays."""
+async def test_idle_connections_are_reaped_at_exact_times():
+    """Checks come every 10 s. Connections idle for 25 s close, to the minimum of 2."""
     connector = FakeConnector()
     options = {"min_connections": 2, "max_idle_time": 25, "idle_check_interval": 10}
     async with make_pool(connector, **options) as pool:
@@ -380,11 +383,11 @@ async def test_a_schedule_of_leases_is_reaped_at_exact_moments():
             (2, 6, 6),
             (9, 6, 3),
             (17, 6, 1),
-            (29, 6, 1),  # those of 3 s have been idle for 26.5 s, and for 17 at 20 s
-            (31, 4, 1),  # both gone at 30 s
+            (29, 6, 1),  # of 3 s: idle 26.5 s now, 17 s at 20 s
+            (31, 4, 1),  # both are closed at 30 s
             (39, 4, 1),
-            (41, 3, 1),  # that of 8 s; at 33 s the last used was leased again
-            (51, 2, 1),  # one of those of 16 s, idle for 34 s; the other was used
+            (41, 3, 1),  # of 8 s; the last used one is leased at 33 s
+            (51, 2, 1),  # of 16 s: one idle for 34 s, one used
             (59, 2, 0),
             (61, 2, 0),  # the minimum
             (79, 2, 0),
@@ -394,7 +397,9 @@ async def test_a_schedule_of_leases_is_reaped_at_exact_moments():
         ]
 
 
-async def test_lifetimes_end_at_exact_moments_and_the_new_one_comes_first(monkeypatch):
+async def test_lifetimes_end_at_exact_times_and_the_replacement_opens_first(
+    monkeypatch,
+):
     monkeypatch.setattr(random, "random", lambda: 0.5)
     connector = FakeConnector(default=slow(1))
     options = {"min_connections": 2, "eager_init": True, "max_lifetime": 100}
@@ -405,7 +410,7 @@ async def test_lifetimes_end_at_exact_moments_and_the_new_one_comes_first(monkey
             await anyio.sleep(began + moment - anyio.current_time())
             status = pool.status()
             seen.append((moment, status.total, status.connecting, connector.attempts))
-        # 100 s less half of the tenth at random; one after the other.
+        # 100 s less half of the random tenth, one after the other.
         assert seen == [
             (0, 2, 0, 2),
             (94, 2, 0, 2),
@@ -418,7 +423,7 @@ async def test_lifetimes_end_at_exact_moments_and_the_new_one_comes_first(monkey
         ]
 
 
-async def test_a_loss_that_needs_no_replacement_spreads_the_others_all_the_same():
+async def test_a_loss_without_a_replacement_still_spreads_the_connections():
     connector = FakeConnector()
     connector.spreads = True
     async with make_pool(connector, min_connections=2, eager_init=True) as pool:
@@ -430,7 +435,7 @@ async def test_a_loss_that_needs_no_replacement_spreads_the_others_all_the_same(
 
 
 @pytest.mark.parametrize("lives", [0.01, 0.1, 1.0])
-async def test_connections_that_are_lost_soon_are_not_made_faster_than_failed_ones(
+async def test_connections_lost_early_are_not_made_faster_than_failed_ones(
     lives,
 ):
     class Brief(Timed):
@@ -456,7 +461,7 @@ async def test_connections_that_are_lost_soon_are_not_made_faster_than_failed_on
 
 
 @pytest.mark.parametrize("goes_wrong", [fail(), hang()], ids=["refused", "hangs"])
-async def test_a_replica_that_stays_sick_does_not_keep_the_others_rotating(goes_wrong):
+async def test_a_replica_that_stays_down_does_not_keep_the_others_rotating(goes_wrong):
     class EveryThird(FakeConnector):
         spreads = True
 
@@ -474,7 +479,7 @@ async def test_a_replica_that_stays_sick_does_not_keep_the_others_rotating(goes_
         attempts = connector.attempts
         connector.connections[0].hung_up = True
         await anyio.sleep(900)
-        # One in its stead, and three times ten, of which each third goes wrong.
+        # One replacement, and three times ten attempts, of which each third fails.
         assert connector.attempts - attempts <= 50
 
 
@@ -492,7 +497,7 @@ async def test_draining_a_full_pool_replaces_the_idle_connections_first():
         assert [conn.closed for conn in connector.connections[:3]] == [1, 1, 1]
 
 
-async def test_a_check_on_a_silent_connection_ends_with_its_budget():
+async def test_a_check_on_a_silent_connection_ends_at_its_timeout():
     from starlette.requests import Request
 
     from fastapi_topaz import AuthorizerOptions, Identity, IdentityType, TopazConfig
@@ -515,7 +520,7 @@ async def test_a_check_on_a_silent_connection_ends_with_its_budget():
         assert anyio.current_time() - began == pytest.approx(3)
 
 
-async def test_who_waits_after_a_brief_connection_is_served_after_its_pause():
+async def test_after_a_short_lived_connection_a_waiting_caller_waits_for_the_pause():
     pool = make_pool(FakeConnector(), streams_per_connection=5)
     async with pool, pool.acquire() as conn:
         await anyio.sleep(0.5)

@@ -19,7 +19,9 @@ CALL = 0.01
 
 
 class Proxy(FakeConnector):
-    """Refuses on all connections, also on new ones, while it has a text to answer."""
+    """
+    Refuses calls on all connections, also new ones, while it has a text to answer.
+    """
 
     def __init__(self, text="", **options):
         super().__init__(answer=self._served, **options)
@@ -50,7 +52,7 @@ class Proxy(FakeConnector):
 
 
 async def fill_answered(pool, count):
-    """Have *count* connections open and idle, each of which has answered."""
+    """Open *count* connections that are idle and have each answered."""
     leases = [await pool.acquire() for _ in range(count)]
     for conn in leases:
         await conn.call("/a/b", b"?")
@@ -63,7 +65,7 @@ async def ask(pool, **options):
 
 
 class Callers:
-    """Ask one question after the other, and remember how each one ended, and when."""
+    """Send one call after the other, and record the outcome and time of each."""
 
     def __init__(self, pool, count):
         self.pool, self.count = pool, count
@@ -98,7 +100,7 @@ class Callers:
 
 
 @pytest.mark.parametrize("streams", [1, 5])
-async def test_a_server_that_is_refused_by_its_proxy_is_an_outage(caplog, streams):
+async def test_refusals_by_a_proxy_on_all_connections_are_an_outage(caplog, streams):
     connector = Proxy()
     options = {"streams_per_connection": streams, "max_connections": 4}
     async with make_pool(connector, **options) as pool, Callers(pool, 21) as callers:
@@ -146,7 +148,7 @@ async def test_a_server_that_is_refused_by_its_proxy_is_an_outage(caplog, stream
         assert over.levelname == "INFO"
 
 
-async def test_one_refused_call_shows_an_outage_though_all_others_are_idle():
+async def test_one_refused_call_detects_an_outage_while_other_connections_are_idle():
     connector = Proxy()
     async with make_pool(connector) as pool:
         await fill_answered(pool, 10)
@@ -166,10 +168,12 @@ async def test_one_refused_call_shows_an_outage_though_all_others_are_idle():
         assert await ask(pool) == b"?"
         assert anyio.current_time() - began <= 0.4
         await anyio.sleep(0.01)
-        assert pool.status().healthy_connections == 10, "each was probed at once"
+        assert pool.status().healthy_connections == 10, (
+            "each connection was probed at once"
+        )
 
 
-async def test_a_health_check_finds_an_outage_that_no_call_met(caplog):
+async def test_a_health_check_detects_an_outage_without_calls(caplog):
     connector = Proxy()
     async with make_pool(connector, health_check_interval=10) as pool:
         await fill_answered(pool, 3)
@@ -183,7 +187,7 @@ async def test_a_health_check_finds_an_outage_that_no_call_met(caplog):
         assert not any(conn.closed for conn in connector.connections)
 
 
-async def test_a_pool_that_opens_in_an_outage_makes_few_connections_and_keeps_them(
+async def test_a_pool_opened_in_an_outage_opens_few_connections_and_keeps_them(
     caplog,
 ):
     connector = Proxy(TEXT)
@@ -208,7 +212,7 @@ async def test_a_pool_that_opens_in_an_outage_makes_few_connections_and_keeps_th
         )
 
 
-async def test_an_outage_without_callers_keeps_its_connections_and_finds_the_end():
+async def test_in_an_outage_without_callers_connections_stay_and_its_end_is_detected():
     connector = Proxy()
     options = {"max_idle_time": 5, "idle_check_interval": 1, "max_lifetime": 20}
     async with make_pool(connector, **options) as pool:
@@ -224,7 +228,7 @@ async def test_an_outage_without_callers_keeps_its_connections_and_finds_the_end
         assert pool.status().healthy
 
 
-async def test_a_proxy_that_ends_connections_in_an_outage_ends_no_outage(caplog):
+async def test_connections_closed_by_the_proxy_do_not_end_an_outage(caplog):
     connector = Proxy()
     async with make_pool(connector) as pool, Callers(pool, 5) as callers:
         await anyio.sleep(1)
@@ -244,7 +248,7 @@ async def test_a_proxy_that_ends_connections_in_an_outage_ends_no_outage(caplog)
         assert all(error is None for _, _, error in callers.since(moment + 0.5))
 
 
-async def test_who_waits_less_than_an_outage_takes_to_show_is_told_the_refusal():
+async def test_a_caller_that_times_out_before_the_outage_is_known_gets_the_refusal():
     connector = Proxy()
     async with make_pool(connector, max_connections=1) as pool:
         await fill_answered(pool, 1)
@@ -256,7 +260,7 @@ async def test_who_waits_less_than_an_outage_takes_to_show_is_told_the_refusal()
         assert TEXT in str(caught.value.__cause__)
 
 
-async def test_a_probe_that_hangs_in_an_outage_closes_its_connection():
+async def test_a_hanging_probe_in_an_outage_closes_its_connection():
     connector = Proxy()
     async with make_pool(connector, max_connections=2, health_check_timeout=3) as pool:
         await fill_answered(pool, 2)
@@ -272,7 +276,7 @@ async def test_a_probe_that_hangs_in_an_outage_closes_its_connection():
 # -- one proxy of several -------------------------------------------------------------
 
 
-async def test_if_one_proxy_of_several_refuses_only_its_connections_get_no_leases():
+async def test_if_one_proxy_of_several_refuses_only_its_connections_are_avoided():
     connector = Proxy()
     async with make_pool(connector) as pool, Callers(pool, 10) as callers:
         await anyio.sleep(1)
@@ -294,11 +298,11 @@ async def test_if_one_proxy_of_several_refuses_only_its_connections_get_no_lease
         assert pool.status().healthy_connections == 10
 
 
-async def test_another_connection_is_made_while_all_are_refused():
+async def test_another_connection_is_opened_while_all_are_refused():
     connector = Proxy()
     async with make_pool(connector, max_connections=5) as pool:
         await fill_answered(pool, 2)
-        # The next one leads to another proxy, which is well.
+        # The next connection leads to another proxy, which works.
         connector.refuse(connections=connector.connections)
         for _ in range(2):
             with pytest.raises(ConnectionRefusedError):
@@ -311,11 +315,13 @@ async def test_another_connection_is_made_while_all_are_refused():
         assert pool.status().healthy
 
 
-# -- a share of the calls -------------------------------------------------------------
+# -- refusals of some calls -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("connections, streams", [(10, 1), (2, 1), (4, 5)])
-async def test_a_rate_limit_costs_no_connection_and_little_time(connections, streams):
+async def test_a_rate_limit_closes_no_connection_and_causes_little_delay(
+    connections, streams
+):
     connector = Proxy()
     options = {"max_connections": connections, "streams_per_connection": streams}
     async with make_pool(connector, **options) as pool:
@@ -366,7 +372,7 @@ async def test_after_one_refused_call_the_next_one_goes_to_another_connection():
         assert connector.attempts == 2
 
 
-async def test_an_answer_to_a_call_makes_up_for_a_refused_probe():
+async def test_an_answered_call_clears_a_refused_probe():
     connector = Proxy()
     options = {"max_connections": 1, "streams_per_connection": 3}
     async with make_pool(connector, **options) as pool, pool.acquire() as conn:
@@ -390,7 +396,7 @@ async def test_an_answer_to_a_call_makes_up_for_a_refused_probe():
 # -- connections that never answer ----------------------------------------------------
 
 
-async def test_connections_that_end_before_they_answer_count_as_failed_attempts(caplog):
+async def test_connections_that_end_before_an_answer_count_as_failed_attempts(caplog):
     connector = FakeConnector()
     pool = make_pool(connector, min_connections=2, eager_init=True)
     async with pool:
@@ -406,12 +412,12 @@ async def test_connections_that_end_before_they_answer_count_as_failed_attempts(
 
 
 @pytest.mark.parametrize("answers", [False, True])
-async def test_a_call_in_flight_on_a_connection_that_never_answered_is_a_failure(
+async def test_a_connection_lost_during_its_first_call_counts_as_a_failure(
     answers,
 ):
     connector = FakeConnector()
     async with make_pool(connector, max_connections=1) as pool, pool.acquire() as conn:
-        await anyio.sleep(20)  # so that it is old, before any health check
+        await anyio.sleep(20)  # so that it is old before any health check
         if answers:
             await conn.call("/a/b", b"?")
         conn.connection.alive = False
@@ -421,7 +427,7 @@ async def test_a_call_in_flight_on_a_connection_that_never_answered_is_a_failure
         assert pool._counters.connect_failures == ({} if answers else {"unanswered": 1})
 
 
-async def test_an_idle_connection_that_a_proxy_closes_later_is_no_failure():
+async def test_an_idle_connection_closed_by_a_proxy_is_not_a_failure():
     connector = FakeConnector()
     pool = make_pool(connector, min_connections=1, eager_init=True)
     async with pool:
@@ -433,7 +439,7 @@ async def test_an_idle_connection_that_a_proxy_closes_later_is_no_failure():
         assert pool._counters.closes == {"lost": 1}
 
 
-async def test_while_no_connection_answers_the_pool_is_failing_and_says_so_once(caplog):
+async def test_if_no_connection_answers_the_pool_is_failing_and_logs_it_once(caplog):
     connector = FakeConnector()
     async with make_pool(connector, max_connections=2) as pool:
 
@@ -456,10 +462,10 @@ async def test_while_no_connection_answers_the_pool_is_failing_and_says_so_once(
         assert status.healthy == (status.healthy_connections > 0)
 
 
-# -- an orderly end -------------------------------------------------------------------
+# -- connections closed in an orderly way ---------------------------------------------
 
 
-async def test_connections_that_end_after_they_answered_are_replaced_without_a_pause():
+async def test_connections_that_end_after_an_answer_are_replaced_without_a_pause():
     connector = FakeConnector()
     async with make_pool(connector) as pool:
         answered, stopped = 0, False

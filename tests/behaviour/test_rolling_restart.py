@@ -19,13 +19,13 @@ from kit.waiting import eventually
 pytestmark = pytest.mark.real_clock
 
 CONNECTIONS = 20
-# Seconds that a replica takes for an answer, so that calls are in flight at any time.
+# Seconds that a replica takes to answer, so that calls are always in flight.
 THINKING = 0.15
 
 
 @pytest.fixture(params=[20, pytest.param(200, marks=pytest.mark.slow)])
 def users(request):
-    """How many ask at once; they fill the pool."""
+    """How many users ask at once. They fill the pool."""
     return request.param
 
 
@@ -41,7 +41,7 @@ def replicas():
 
 
 class Traffic:
-    """Users who ask one question after the other."""
+    """Users that send one check after the other."""
 
     def __init__(self, config, users):
         self.config = config
@@ -57,14 +57,14 @@ class Traffic:
                 assert await self.config.is_allowed(
                     Request(scope | {"path_params": {}}), "myapp.GET.documents"
                 )
-            except Exception as error:  # noqa: BLE001  (counted, whatever it is)
+            except Exception as error:  # noqa: BLE001  (counted, whatever the error is)
                 self.failures.append(error)
                 await anyio.sleep(0.01)
             else:
                 self.answered += 1
 
     async def flows(self, rounds=1):
-        """Wait until so many more checks are answered for each user."""
+        """Wait until *count* more checks are answered for each user."""
         goal = self.answered + rounds * self.users
         await eventually(lambda: self.answered >= goal, timeout=30)
 
@@ -94,7 +94,7 @@ async def traffic(options, users, **settings):
 
 
 async def all_serve(replicas):
-    """Wait until each replica has answered another check."""
+    """Wait until each replica has answered one more check."""
     before = [replicas.calls(i)["Is"] for i in range(3)]
     await eventually(
         lambda: all(replicas.calls(i)["Is"] > before[i] for i in range(3)),
@@ -125,7 +125,7 @@ async def test_a_rolling_restart_behind_one_address_fails_no_check(
     assert flow.failures == []
 
 
-async def test_a_rolling_restart_of_replicas_with_their_own_addresses(replicas, users):
+async def test_a_rolling_restart_of_replicas_with_separate_addresses(replicas, users):
     async with traffic(replicas.addressed_options, users) as flow:
         # Connections go to random addresses.
         await eventually(lambda: replicas.serving() == {0, 1, 2})
@@ -140,16 +140,14 @@ async def test_a_rolling_restart_of_replicas_with_their_own_addresses(replicas, 
     assert flow.failures == []
 
 
-async def test_a_frozen_replica_fails_only_what_it_holds_and_nothing_after_that(
-    replicas, users
-):
+async def test_a_frozen_replica_fails_only_the_calls_in_flight_on_it(replicas, users):
     async with traffic(replicas.options, users, check_timeout=1.5) as flow:
         pool = flow.config.connection_pool
-        # One that was still connecting would be lost otherwise than by its health.
+        # A connection that is still connecting would not fail by its health.
         await eventually(lambda: pool.status().total == CONNECTIONS)
         replicas[1].freeze()
         frozen = replicas.proxy.open_by_backend()[replicas[1].port]
-        # Some of them may not have answered their first probe yet: failed attempts.
+        # Some connections may not have answered their first probe: failed attempts.
         counters = pool._counters
         await eventually(
             lambda: (
@@ -162,7 +160,7 @@ async def test_a_frozen_replica_fails_only_what_it_holds_and_nothing_after_that(
         for error in flow.failures:
             assert isinstance(error, grpc.aio.AioRpcError)
             assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        # All it held at first, and what came in between two deadlines.
+        # All calls that it held at first, and calls that came between two deadlines.
         assert 0 < len(flow.failures) <= 2 * frozen * users // CONNECTIONS
         failed = len(flow.failures)
         await flow.flows(5)

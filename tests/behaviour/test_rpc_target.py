@@ -1,4 +1,4 @@
-"""A pool for any gRPC service: its target is checked, and its own probe is sent."""
+"""A pool for any gRPC service: its target is validated, and its own probe is sent."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ SECRET = "a key that nobody may see"
         ({"metadata": [("key", SECRET.encode())]}, "otherwise a str"),
     ],
 )
-def test_a_wrong_target_is_refused_and_no_error_shows_a_secret(wrong, error):
+def test_an_invalid_target_is_refused_and_the_error_shows_no_secret(wrong, error):
     with pytest.raises((TypeError, ValueError), match=error) as caught:
         Target(**{"url": "localhost:1"} | wrong)
     assert SECRET not in str(caught.value)
 
 
-def test_a_target_shows_no_metadata_and_names_the_service_of_its_probe():
+def test_the_repr_of_a_target_hides_metadata_and_names_the_probed_service():
     target = Target(url="localhost:1", metadata=[("authorization", SECRET)])
     assert SECRET not in repr(target)
     assert target.metadata == (("authorization", SECRET),)
@@ -53,12 +53,12 @@ def test_a_target_shows_no_metadata_and_names_the_service_of_its_probe():
 
 
 @pytest.mark.parametrize("wrong", ["localhost:1", None, object()])
-def test_a_connector_takes_a_target_and_nothing_else(wrong):
+def test_a_connector_accepts_only_a_target(wrong):
     with pytest.raises(TypeError, match="target must be a Target"):
         GrpcConnector(wrong)
 
 
-async def test_the_probe_of_the_target_is_sent_and_then_its_calls(frame_server):
+async def test_the_probe_of_the_target_is_sent_before_its_calls(frame_server):
     target = Target(url=frame_server.url, insecure=True, probe="/stock.v1.Stock/Ping")
     async with ConnectionPool(connector=GrpcConnector(target)) as pool:
         assert pool.authorizer_options is None
@@ -69,7 +69,7 @@ async def test_the_probe_of_the_target_is_sent_and_then_its_calls(frame_server):
     assert frame_server.calls["Count"] == 1
 
 
-async def test_a_server_without_the_service_is_a_failure_that_no_retry_mends(
+async def test_a_server_without_the_service_is_a_permanent_failure(
     frame_server,
 ):
     unimplemented = str(grpc.StatusCode.UNIMPLEMENTED.value[0])

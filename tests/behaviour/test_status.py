@@ -1,4 +1,4 @@
-"""A status is data: routes return it, and it becomes JSON wherever it stands."""
+"""A status is plain data: routes can return it, and it is encoded as JSON anywhere."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class Report(pydantic.BaseModel):
     connections: list[ConnectionStatus]
 
 
-def test_a_status_is_a_dict_of_what_it_tells():
+def test_a_status_is_a_dict_of_its_attributes():
     assert pool_status().as_dict() == {**COUNTS, "healthy": True}
     assert connection_status().as_dict() == CONNECTION
     for status in (pool_status(), connection_status()):
         assert json.loads(json.dumps(status.as_dict())) == status.as_dict()
 
 
-async def test_what_a_pool_tells_of_itself_is_a_dict_as_well():
+async def test_the_status_of_a_pool_is_a_dict():
     pool = ConnectionPool(connector=FakeConnector(), min_connections=0)
     async with pool, pool.acquire():
         told = pool.status().as_dict()
@@ -73,12 +73,12 @@ async def test_what_a_pool_tells_of_itself_is_a_dict_as_well():
         assert json.dumps(connection.as_dict())
 
 
-def test_a_status_with_the_names_of_the_guide_alone_is_not_ready():
+def test_a_status_with_only_the_fields_of_the_guide_is_not_ready():
     names = ["total", "idle", "busy", "healthy_connections", "max_connections"]
     assert PoolStatus(**{name: COUNTS[name] for name in names}).ready is False
 
 
-def test_healthy_is_derived_and_cannot_be_passed_or_changed():
+def test_healthy_is_computed_and_cannot_be_passed_or_changed():
     with pytest.raises(TypeError, match="healthy"):
         PoolStatus(**COUNTS, healthy=True)
     for name in ("healthy", "ready"):
@@ -145,14 +145,14 @@ TOGETHER = {"pool": ALONE, "connections": [CONNECTION]}
         ("/report", TOGETHER),
     ],
 )
-def test_a_route_returns_a_status(backend, path, expected):
+def test_a_route_can_return_a_status(backend, path, expected):
     with TestClient(app, backend=backend) as client:
         response = client.get(path)
     assert response.status_code == 200
     assert response.json() == expected
 
 
-def test_the_schema_of_an_application_describes_a_status():
+def test_the_openapi_schema_describes_a_status():
     with TestClient(app) as client:
         schemas = client.get("/openapi.json").json()["components"]["schemas"]
     assert schemas["PoolStatus"]["properties"].keys() == ALONE.keys()

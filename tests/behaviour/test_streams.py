@@ -1,4 +1,4 @@
-"""Many leases on few connections, and what happens to those who are too many."""
+"""Leases on connections with several streams, and callers beyond the capacity."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def told(pool):
 # -- filling connections ------------------------------------------------------------
 
 
-async def test_the_status_tells_of_streams_and_of_connections_at_each_step():
+async def test_the_status_counts_streams_and_connections_at_each_step():
     async with make_pool(max_connections=2, streams_per_connection=3) as pool:
         leases = []
         for in_use, total in [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]:
@@ -66,7 +66,7 @@ async def test_the_status_tells_of_streams_and_of_connections_at_each_step():
             }
         with pytest.raises(PoolTimeout):
             await pool.acquire(timeout=0)
-        # The three of the first connection, then those of the second.
+        # Three leases of the first connection, then the leases of the second.
         for in_use, busy in [(5, 2), (4, 2), (3, 1), (2, 1), (1, 1), (0, 0)]:
             await pool.release(leases.pop(0))
             assert told(pool) == {
@@ -87,13 +87,13 @@ async def test_another_connection_is_opened_only_when_the_open_ones_are_full():
         leases = []
         for count in range(1, 21):
             leases += await leased(pool, 1)
-            await anyio.sleep(1)  # whatever else the pool would like to open
+            await anyio.sleep(1)  # whatever other connections the pool wants to open
             assert connector.attempts == -(-count // 5)
         assert load(pool) == [5, 5, 5, 5]
         await give_back(pool, leases)
 
 
-async def test_the_minimum_is_opened_although_one_connection_would_do():
+async def test_the_minimum_is_opened_even_if_one_connection_is_enough():
     connector = FakeConnector()
     options = {"min_connections": 3, "streams_per_connection": 10}
     async with make_pool(connector, **options) as pool:
@@ -108,7 +108,7 @@ async def test_the_minimum_is_opened_although_one_connection_would_do():
 
 
 @pytest.mark.parametrize("streams", [1, 7, 50, 100])
-async def test_500_callers_on_a_cold_pool_never_overfill_a_fresh_connection(streams):
+async def test_500_callers_on_a_cold_pool_never_overfill_a_new_connection(streams):
     connector = FakeConnector(default=slow(0.1))
     gauge = Gauge()
     options = {"max_connections": 10, "streams_per_connection": streams}
@@ -129,7 +129,7 @@ async def test_500_callers_on_a_cold_pool_never_overfill_a_fresh_connection(stre
         assert told(pool)["in use"] == 0
 
 
-async def test_callers_are_served_in_the_order_they_came_over_all_streams():
+async def test_callers_are_served_in_the_order_of_arrival_over_all_streams():
     options = {"max_connections": 3, "streams_per_connection": 4}
     async with make_pool(acquire_timeout=1000, **options) as pool:
         rng = random.Random(1)
@@ -139,7 +139,8 @@ async def test_callers_are_served_in_the_order_they_came_over_all_streams():
         async def caller(number):
             async with pool.acquire():
                 order.append(number)
-                # No two release at the same time: trio runs those in any order.
+                # No two callers release at the same time: trio runs such tasks in any
+                # order.
                 await anyio.sleep(1 + rng.random())
 
         async with anyio.create_task_group() as tasks:
@@ -157,8 +158,8 @@ async def test_callers_are_served_in_the_order_they_came_over_all_streams():
 # -- keeping few connections busy -----------------------------------------------------
 
 
-async def test_a_small_load_after_a_burst_is_kept_on_few_connections():
-    """30 leases that come and go move to 3 connections; the rest is reaped."""
+async def test_after_a_burst_a_small_load_uses_few_connections():
+    """30 leases that come and go move to 3 connections, and the rest is reaped."""
     rng = random.Random(2)
     connector = FakeConnector()
     pool = make_pool(
@@ -173,7 +174,7 @@ async def test_a_small_load_after_a_burst_is_kept_on_few_connections():
     async with pool:
         burst = await leased(pool, 100)
         assert load(pool) == [10] * 10
-        # What stays at first is spread over all connections.
+        # The long leases are spread over all connections at first.
         rng.shuffle(burst)
         rest, burst = burst[:30], burst[30:]
         await give_back(pool, burst)
@@ -192,8 +193,8 @@ async def test_a_small_load_after_a_burst_is_kept_on_few_connections():
             for conn in rest:
                 tasks.start_soon(caller, conn)
             await anyio.sleep(200)
-            # One more than needed: between a release and the next lease there may
-            # be a place less on the three than callers.
+            # One more than needed: between a release and the next lease, the three
+            # connections may have one place less than there are callers.
             assert told(pool)["total"] == len(connector.open) <= 4
             assert told(pool)["in use"] == 30
             assert load(pool)[:2] == [10, 10]
@@ -201,10 +202,10 @@ async def test_a_small_load_after_a_burst_is_kept_on_few_connections():
         assert told(pool)["in use"] == 0
         await anyio.sleep(100)
         assert told(pool)["total"] == told(pool)["idle"] == len(connector.open) == 2
-        assert connector.attempts == 10, "none was closed to be made again"
+        assert connector.attempts == 10, "no connection was closed and opened again"
 
 
-async def test_leases_that_stay_are_moved_by_nobody_and_keep_their_connections():
+async def test_long_leases_are_not_moved_and_keep_their_connections_open():
     connector = FakeConnector()
     pool = make_pool(
         connector,
@@ -228,7 +229,7 @@ async def test_leases_that_stay_are_moved_by_nobody_and_keep_their_connections()
 # -- resize, suspicion ----------------------------------------------------------------
 
 
-async def test_a_raised_maximum_serves_as_many_as_its_streams_at_once():
+async def test_raising_the_maximum_serves_as_many_callers_as_new_streams():
     options = {"max_connections": 1, "streams_per_connection": 4}
     async with make_pool(acquire_timeout=50, **options) as pool:
         held = await leased(pool, 4)
@@ -247,7 +248,7 @@ async def test_a_raised_maximum_serves_as_many_as_its_streams_at_once():
             now = anyio.current_time()
             pool.resize(0, 3)
             await anyio.sleep(0.5)
-            # Those who are served at once run in any order on trio.
+            # Callers that are served at once run in any order on trio.
             assert sorted(served) == [(number, now) for number in range(8)]
             assert told(pool) == {
                 "total": 3,
@@ -260,7 +261,7 @@ async def test_a_raised_maximum_serves_as_many_as_its_streams_at_once():
         await give_back(pool, held)
 
 
-async def test_a_lowered_maximum_cuts_no_lease_and_lets_nobody_in_before_its_time():
+async def test_lowering_the_maximum_ends_no_lease_and_admits_no_caller_early():
     connector = FakeConnector()
     options = {"max_connections": 3, "streams_per_connection": 4}
     async with make_pool(connector, acquire_timeout=50, **options) as pool:
@@ -282,12 +283,12 @@ async def test_a_lowered_maximum_cuts_no_lease_and_lets_nobody_in_before_its_tim
                 for number, state in enumerate(pool.connections(), 1)
                 if state.condition != "leaving"
             ]
-            # First those that stay on, then the others: either is one lease less.
+            # First the long leases end, then the others. Either way one lease less.
             held.sort(key=lambda conn: conn.connection.number == stays)
             for _ in range(8):
                 await pool.release(held.pop())
                 await anyio.sleep(0.1)
-                assert served == [], "still as many as the new maximum, or more"
+                assert served == [], "still at least as many as the new maximum"
             assert len(connector.open) == 1 + len(set(numbers(held)) - {stays})
             await pool.release(held.pop())
             await anyio.sleep(0.1)
@@ -297,7 +298,7 @@ async def test_a_lowered_maximum_cuts_no_lease_and_lets_nobody_in_before_its_tim
         assert [conn.number for conn in connector.open] == [stays]
 
 
-async def test_a_suspect_with_several_leases_gets_no_new_ones_until_it_has_answered():
+async def test_a_suspect_with_several_leases_gets_no_new_lease_until_it_answers():
     options = {"max_connections": 1, "streams_per_connection": 5}
     async with make_pool(**options) as pool:
         leases = await leased(pool, 3)
@@ -307,7 +308,7 @@ async def test_a_suspect_with_several_leases_gets_no_new_ones_until_it_has_answe
         with pytest.raises(ConnectionLost):
             await leases[0].call("/a/b", b"")
         first.alive = True
-        # Nobody had a turn since, so the probe is still to come.
+        # No task has run since, so the probe has not been sent yet.
         assert pool.status().suspect == 1
         assert [conn.condition for conn in pool.connections()] == ["suspect"]
         with pytest.raises(PoolTimeout):
@@ -323,7 +324,7 @@ async def test_a_suspect_with_several_leases_gets_no_new_ones_until_it_has_answe
         await give_back(pool, leases + more)
 
 
-async def test_the_others_serve_while_a_suspect_with_several_leases_is_silent():
+async def test_other_connections_serve_while_a_suspect_with_leases_is_silent():
     connector = FakeConnector()
     options = {"max_connections": 2, "streams_per_connection": 5}
     async with make_pool(connector, health_check_timeout=3, **options) as pool:
@@ -336,12 +337,12 @@ async def test_the_others_serve_while_a_suspect_with_several_leases_is_silent():
         more = await leased(pool, 5)
         assert numbers(more) == [2] * 5
         assert told(pool)["in use"] == 8
-        # Two places are free on the suspect, and none anywhere else.
+        # Two places are free on the suspect connection, and none on any other.
         with pytest.raises(PoolTimeout):
             await pool.acquire(timeout=1)
         await anyio.sleep(5)
         assert [c.condition for c in pool.connections()] == ["leaving", "busy"]
-        assert first.closed == 0, "it has leases"
+        assert first.closed == 0, "the suspect connection has leases"
         with pytest.raises(PoolTimeout):
             await pool.acquire(timeout=1)
         await give_back(pool, leases)
@@ -355,7 +356,7 @@ async def test_the_others_serve_while_a_suspect_with_several_leases_is_silent():
 
 
 async def refused(pool):
-    """Say whether one more is refused, and that at once; leave the pool as it was."""
+    """Return whether one more caller is refused at once; leave the pool unchanged."""
     before = told(pool), anyio.current_time()
     try:
         with anyio.move_on_after(0.5):
@@ -368,7 +369,7 @@ async def refused(pool):
 
 @pytest.mark.parametrize("streams", [1, 4])
 @pytest.mark.parametrize("max_waiting", [0, 1, 3])
-async def test_max_waiting_may_wait_and_one_more_is_refused_at_once(
+async def test_max_waiting_callers_can_wait_and_one_more_is_refused_at_once(
     streams, max_waiting
 ):
     options = {"max_connections": 2, "streams_per_connection": streams}
@@ -390,7 +391,7 @@ async def test_max_waiting_may_wait_and_one_more_is_refused_at_once(
         assert not await refused(pool)
 
 
-async def test_those_who_wait_for_a_connection_are_no_overload_on_any_stream():
+async def test_callers_waiting_for_a_connect_are_not_an_overload_on_any_stream():
     connector = FakeConnector(default=slow(1.0))
     options = {"max_connections": 2, "streams_per_connection": 5, "max_waiting": 2}
     async with make_pool(connector, **options) as pool:
@@ -407,15 +408,13 @@ async def test_those_who_wait_for_a_connection_are_no_overload_on_any_stream():
                 tasks.start_soon(caller)
                 await queued(pool, number + 1)
             assert told(pool)["total"] == 0
-            assert await refused(pool), "ten wait for connections, two for capacity"
+            assert await refused(pool), "ten wait for a connect, two for capacity"
         assert len(served) == 12
 
 
 @pytest.mark.parametrize("leaves", ["served", "timed out", "cancelled"])
 @pytest.mark.parametrize("streams", [1, 3])
-async def test_when_one_who_waited_has_left_there_is_room_for_one_again(
-    leaves, streams
-):
+async def test_a_waiting_caller_that_leaves_makes_room_for_one_more(leaves, streams):
     options = {"max_connections": 1, "streams_per_connection": streams}
     async with make_pool(max_waiting=2, acquire_timeout=100, **options) as pool:
         held = await leased(pool, streams)
@@ -454,14 +453,14 @@ async def test_when_one_who_waited_has_left_there_is_room_for_one_again(
             assert outcomes == [leaves]
             tasks.start_soon(other)
             await queued(pool, 2)
-            assert await refused(pool), "for one, and not for two"
+            assert await refused(pool), "there is room for one caller, not for two"
             scope.cancel()
             await give_back(pool, held)
         assert not await refused(pool)
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_whatever_becomes_of_callers_the_counters_add_up(seed):
+async def test_the_counters_add_up_for_all_outcomes_of_acquire(seed):
     rng = random.Random(seed)
     outcomes = Counter()
     connector = FakeConnector(default=slow(0.2))
@@ -487,7 +486,7 @@ async def test_whatever_becomes_of_callers_the_counters_add_up(seed):
                 patience = rng.choice([100, 100, rng.uniform(0.01, 1)])
                 timeout = rng.choice([0.1, 1, 20])
                 tasks.start_soon(caller, timeout, patience, rng.uniform(0, 2))
-                # More come than there is room for, but not by far.
+                # Slightly more callers come than there is room for.
                 await anyio.sleep(rng.expovariate(4 * streams))
                 status = pool.status()
                 assert status.waiting <= 4 + status.streams_max - status.streams_in_use

@@ -1,4 +1,4 @@
-"""The pool in a notebook, under callers that are threads, and under Ctrl-C."""
+"""The pool in a notebook, with callers in threads, and with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def config(authorizer):
 
 
 @pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_the_cells_of_a_notebook_share_one_pool(authorizer, config, make_loop):
-    """The loop stands still between two cells, also while a lease is out."""
+def test_notebook_cells_share_one_pool(authorizer, config, make_loop):
+    """The loop stops between two cells, even while a lease is open."""
     pool = config.connection_pool
     loop = make_loop()
     try:
@@ -71,7 +71,7 @@ def test_the_cells_of_a_notebook_share_one_pool(authorizer, config, make_loop):
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_threads_ask_through_a_portal_and_each_gets_its_own_answer(config, backend):
+def test_threads_check_through_a_portal_and_each_gets_its_own_answer(config, backend):
     pool = config.connection_pool
 
     def ask(number):
@@ -89,7 +89,7 @@ def test_threads_ask_through_a_portal_and_each_gets_its_own_answer(config, backe
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_ctrl_c_in_a_script_ends_a_check_that_waits(authorizer, backend):
+def test_ctrl_c_in_a_script_ends_a_waiting_check(authorizer, backend):
     program = f"""
         import anyio
         from fastapi_topaz import AuthorizerOptions, ConnectionPool
@@ -134,7 +134,7 @@ def only_interrupts(error):
 
 
 class Presser:
-    """Presses Ctrl-C at one line of the package, as counted from the start."""
+    """Presses Ctrl-C at one line of the package, counted from the start."""
 
     def __init__(self, line):
         self.left = line
@@ -174,12 +174,12 @@ async def check_under(presser, authorizer, connected):
         pytest.param(False, 1, id="first, each line", marks=pytest.mark.slow),
     ],
 )
-def test_ctrl_c_on_trio_at_any_line_of_a_check_is_raised_and_loses_no_lease(
+def test_ctrl_c_on_trio_at_any_line_of_a_check_raises_and_loses_no_lease(
     authorizer, caplog, connected, step
 ):
-    """Trio raises KeyboardInterrupt between any two lines, also in the pool's tasks."""
+    """Trio raises KeyboardInterrupt between any two lines, in the pool's tasks too."""
     caplog.set_level(logging.WARNING)
-    # Else trio leaves the signal to this handler.
+    # Without it, trio leaves the signal to this handler.
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     for line in itertools.count(1, step):
         presser = Presser(line)
@@ -192,5 +192,5 @@ def test_ctrl_c_on_trio_at_any_line_of_a_check_is_raised_and_loses_no_lease(
             break
     assert presser.left > 0, f"Ctrl-C at line {line} had no effect"
     assert line > 200
-    # Nor does the pool warn of a lease that is still out.
+    # The pool does not warn of an open lease either.
     assert caplog.records == []

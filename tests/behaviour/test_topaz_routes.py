@@ -1,4 +1,4 @@
-"""Under prefixes and mounts the policy of the route decides, by Topaz itself."""
+"""Below prefixes and mounts, the policy of the route decides, with Topaz itself."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def documents(config):
 
 
 def application(config):
-    """Return an application that has the same two routes below many prefixes."""
+    """Return an application with the same two routes below many prefixes."""
     app = FastAPI(lifespan=config.lifespan)
     router = documents(config)
     app.include_router(router)
@@ -64,7 +64,7 @@ def application(config):
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_what_is_denied_is_403_however_public_its_neighbours_are(backend, config):
+def test_a_denied_route_returns_403_even_if_other_routes_are_public(backend, config):
     with TestClient(application(config), backend=backend) as client:
         for allowed in (
             *("/documents/7", "/user-files", "/public/documents/7"),
@@ -87,7 +87,9 @@ def test_what_is_denied_is_403_however_public_its_neighbours_are(backend, config
         ("routes.GET.admin.documents.__id", "allowed == false\n#"),
     ],
 )
-async def test_rego_from_outside_turns_no_denial_into_an_allow(path, decision, config):
+async def test_rego_in_a_request_cannot_turn_a_denial_into_an_allow(
+    path, decision, config
+):
     request = Request({"type": "http", "path_params": {}})
     async with config.connection_pool:
         with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""Servers with several workers, as users start them, each worker with its own pool."""
+"""Servers with several workers, as users start them; each worker has its own pool."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ pytestmark = pytest.mark.real_clock
 
 GUNICORN = [
     *("gunicorn", "-k", "uvicorn_worker.UvicornWorker", "-b", "127.0.0.1:0"),
-    # One for all servers of a user, in the home directory.
+    # One file for all servers of a user, in the home directory.
     "--no-control-socket",
 ]
 UVICORN = [
     *("uvicorn", "--port", "0", "--no-access-log"),
-    # A machine that is busy is no reason to kill a worker.
+    # A busy machine is not a reason to kill a worker.
     *("--timeout-worker-healthcheck", "30"),
 ]
 HYPERCORN = [
     *("hypercorn", "--worker-class", "trio", "-b", "127.0.0.1:0"),
-    # As long as the others give to requests that go on.
+    # As long as the other servers give running requests.
     *("--graceful-timeout", "30"),
 ]
 SERVERS = {
@@ -47,7 +47,9 @@ MAX_CONNECTIONS = 2
 
 
 def servers(*names, cheap=()):
-    """Run the test with each of these servers, by default only with *cheap* ones."""
+    """
+    Run the test with each of these servers, by default only with the *cheap* ones.
+    """
     return pytest.mark.parametrize(
         "server",
         [
@@ -65,7 +67,7 @@ def topaz():
 
 @pytest.fixture
 def serve(topaz, tmp_path):
-    """Start a server, by name, with as many workers; it ends with the test."""
+    """Start a server, by name, with a number of workers; it ends with the test."""
     with contextlib.ExitStack() as stack:
 
         def start(
@@ -73,7 +75,7 @@ def serve(topaz, tmp_path):
         ):
             pool = {
                 "max_connections": MAX_CONNECTIONS,
-                # Longer than anything here takes.
+                # Longer than any test here takes.
                 "acquire_timeout": check_timeout,
                 **pool,
             }
@@ -97,11 +99,11 @@ def serve(topaz, tmp_path):
 
 
 def hold(served, enough) -> list[Future[Answer]]:
-    """Send requests that have to wait for their answer, until there are *enough*()."""
+    """Send requests that wait for their answer, until *enough()* is true."""
     held: list[Future[Answer]] = []
 
     def sent():
-        # One at a time: a worker accepts all that wait at the moment.
+        # One at a time: a worker accepts all requests that wait at that moment.
         if len(held) < 100:
             held.append(ask_aside(served, "/held"))
         return enough()
@@ -112,10 +114,10 @@ def hold(served, enough) -> list[Future[Answer]]:
 
 def assert_counts_agree(served, topaz, *, but=frozenset(), lost=0):
     """
-    Each check that was asked has reached a client, each answer was a check.
+    Check that each check that was sent reached a client, and each answer was a check.
 
-    Of every worker by itself, *but* for those that were killed; *lost* is how many
-    answers may have got lost on the way to the client.
+    Compare this for every worker, except *but*, which were killed. *lost* is how many
+    answers may have been lost on the way to the client.
     """
     assert {answer.status for answer in served.answers} == {200}, served.log
     answered = served.answered()
@@ -133,18 +135,18 @@ def assert_ended_clean(served, topaz, code):
     served.until(lambda: topaz.connections_open == 0)
 
 
-# -- as many connections as are allowed, in each worker --------------------------------
+# -- the connection limit in each worker -----------------------------------------------
 
 
 @servers(*SERVERS, cheap=["gunicorn --preload"])
-def test_workers_open_no_more_connections_than_each_is_allowed(server, serve, topaz):
+def test_each_worker_opens_at_most_max_connections(server, serve, topaz):
     workers = 2 if server == "hypercorn" else 4
     most = workers * MAX_CONNECTIONS
     served = serve(server, workers)
     pids = served.workers(workers)
 
     with Load(served):
-        # Each connection carries a check, so there are as many as there can be.
+        # Each connection carries a check, so there are as many as allowed.
         held = hold(served, lambda: sum(topaz.holding.values()) == most)
         assert topaz.connections_open == topaz.peak == most
         assert topaz.holding == dict.fromkeys(pids, MAX_CONNECTIONS)
@@ -152,7 +154,7 @@ def test_workers_open_no_more_connections_than_each_is_allowed(server, serve, to
     for answer in held:
         assert answer.result().status == 200
 
-    # None but the first ones: they were never closed, nor one too many opened.
+    # Only the first ones: none was ever closed, and none opened beyond the limit.
     assert topaz.connections_open == topaz.connections_accepted == most
     assert {answer.pid for answer in served.answers} == pids
     built_in = {answer.built_in for answer in served.answers}
@@ -161,7 +163,7 @@ def test_workers_open_no_more_connections_than_each_is_allowed(server, serve, to
     assert_ended_clean(served, topaz, served.stop())
 
 
-# -- opened too early ------------------------------------------------------------------
+# -- opened before the fork ------------------------------------------------------------
 
 
 REFUSAL = (
@@ -171,10 +173,10 @@ REFUSAL = (
 )
 
 
-def test_a_pool_opened_before_the_fork_stops_the_server_as_it_starts(serve, topaz):
+def test_a_pool_opened_before_the_fork_stops_the_server_at_startup(serve, topaz):
     served = serve("gunicorn --preload", 1, app="opened:app", eager_init=True)
 
-    # Worker failed to boot: gunicorn gives up instead of trying for ever.
+    # Worker failed to boot: gunicorn gives up and does not retry forever.
     assert served.ended() == 3
     child = re.search(r"Booting worker with pid: (\d+)", served.log)[1]
     assert REFUSAL.format(parent=served.pid, child=child) in served.log
@@ -182,7 +184,7 @@ def test_a_pool_opened_before_the_fork_stops_the_server_as_it_starts(serve, topa
 
 
 @pytest.mark.slow
-def test_a_pool_opened_before_the_fork_lets_no_request_pass(serve, topaz):
+def test_a_pool_opened_before_the_fork_allows_no_request(serve, topaz):
     served = serve("gunicorn --preload", 2, app="opened:lazy", eager_init=True)
     assert served.asked_first() == Answer(500)
     for _ in range(20):
@@ -193,7 +195,7 @@ def test_a_pool_opened_before_the_fork_lets_no_request_pass(serve, topaz):
     assert refused <= children
     for child in refused:
         assert REFUSAL.format(parent=served.pid, child=child) in served.log
-    # The parent's own go on.
+    # The parent's own connections still work.
     assert topaz.connections_open == 2
     assert not topaz.asked
 
@@ -201,23 +203,21 @@ def test_a_pool_opened_before_the_fork_lets_no_request_pass(serve, topaz):
     served.until(lambda: topaz.connections_open == 0)
 
 
-def test_a_pool_that_was_open_before_the_fork_and_is_closed_works_after_it(
-    serve, topaz
-):
+def test_a_pool_closed_before_the_fork_works_after_it(serve, topaz):
     served = serve("gunicorn --preload", 2, app="warmed:app")
 
     assert len(served.workers(2)) == 2
     assert {answer.built_in for answer in served.answers} == {served.pid}
-    # One is the application's own, the others are the first probes of connections. The
-    # parent may have closed its second connection before the probe of it.
+    # One is the application's own check. The others are the first probes of
+    # connections. The parent may have closed its second connection before its probe.
     served.until(lambda: topaz.calls["Info"] - topaz.connections_accepted in {0, 1})
     assert_counts_agree(served, topaz)
     assert_ended_clean(served, topaz, served.stop())
 
 
 @pytest.mark.slow
-def test_a_closed_connection_that_is_kept_counts_as_an_open_one(serve, topaz):
-    # Else gRPC would hang in the workers, for ever and without a word.
+def test_a_closed_connection_that_is_still_referenced_counts_as_open(serve, topaz):
+    # Otherwise gRPC would hang in the workers without a message.
     served = serve("gunicorn --preload", 1, app="kept:app")
 
     assert served.asked_first() == Answer(500)
@@ -234,10 +234,10 @@ def test_a_graceful_reload_fails_no_request(server, serve, topaz):
     served = serve(server, 2)
     old = served.workers(2)
 
-    # A worker that is asked to end closes what it has accepted and not yet read from,
-    # whichever the server: uvicorn's protocols do. The client cannot know when, but it
-    # knows that it got not a byte, and may repeat what is safe to repeat. Meets both
-    # old ones in a row, at worst.
+    # On a stop request, every server's worker closes connections that it has accepted
+    # but not read from. uvicorn's protocols do this. The client cannot know when. But
+    # it got no byte, so it may repeat a safe request. At worst, it meets both old
+    # workers in a row.
     with Load(served, repeats=2) as load:
         served.send(signal.SIGHUP)
         served.until(lambda: not old & served.alive())
@@ -246,7 +246,7 @@ def test_a_graceful_reload_fails_no_request(server, serve, topaz):
     assert served.unanswered == []
     assert load.refused == []
     assert_counts_agree(served, topaz)
-    # Old and new ones side by side, for a moment.
+    # Old and new workers run side by side for a short time.
     assert topaz.peak <= 2 * 2 * MAX_CONNECTIONS
     served.until(lambda: topaz.connections_open <= 2 * MAX_CONNECTIONS)
     assert new == set(topaz.asked) - old
@@ -254,7 +254,7 @@ def test_a_graceful_reload_fails_no_request(server, serve, topaz):
 
 
 @pytest.mark.slow
-def test_workers_that_end_after_so_many_requests_fail_none(serve, topaz):
+def test_workers_that_restart_after_n_requests_fail_no_request(serve, topaz):
     served = serve("gunicorn --preload", 2, "--max-requests", "50")
     first = served.workers(2)
 
@@ -269,10 +269,8 @@ def test_workers_that_end_after_so_many_requests_fail_none(serve, topaz):
 
 
 @servers("gunicorn", "gunicorn --preload", "uvicorn")
-def test_a_killed_worker_takes_its_own_requests_along_and_no_other(
-    server, serve, topaz
-):
-    # Room for what is held, and for the load.
+def test_a_killed_worker_fails_only_its_own_requests(server, serve, topaz):
+    # Room for the held requests and for the load.
     served = serve(server, 2, streams_per_connection=50)
     pids = served.workers(2)
     victim, survivor = pids
@@ -294,7 +292,7 @@ def test_a_killed_worker_takes_its_own_requests_along_and_no_other(
     lost = [one for one in ended if isinstance(one, Unanswered)]
     assert len(lost) >= 2
     assert {one.pid for one in ended if one not in lost} <= {survivor, new}
-    # A client of the load has one request at a time, and only one victim to lose it to.
+    # A load client has one request at a time, and only one killed worker can lose it.
     unanswered = len(served.unanswered) + len(served.cut)
     assert len(lost) <= unanswered <= len(lost) + CLIENTS
     assert load.refused == []
@@ -304,25 +302,25 @@ def test_a_killed_worker_takes_its_own_requests_along_and_no_other(
     assert answered + len(lost) <= topaz.asked[victim] <= most
     assert topaz.connections_open <= 2 * MAX_CONNECTIONS
     code = served.stop()
-    if "gunicorn" in server:  # says that it lost a worker
+    if "gunicorn" in server:  # the line about the worker that it lost
         assert "SIGKILL" in served.log
     assert code == 0
     assert "Traceback" not in served.log
     served.until(lambda: topaz.connections_open == 0)
 
 
-# -- the end ---------------------------------------------------------------------------
+# -- stopping --------------------------------------------------------------------------
 
 
 def lost_at_the_end(server, served):
-    """Return how many answers a server that is asked to end may lose."""
-    # Hypercorn takes a connection for idle until a moment after the application got
-    # its request, and closes those that are idle.
+    """Return how many answers a server may lose when it stops."""
+    # Hypercorn counts a connection as idle until shortly after the application got its
+    # request. It closes idle connections.
     return len(served.unanswered) if server == "hypercorn" else 0
 
 
 @servers(*SERVERS, cheap=["gunicorn --preload"])
-def test_sigterm_under_load_answers_what_was_begun_and_leaves_nothing(
+def test_sigterm_under_load_answers_started_requests_and_leaves_no_process(
     server, serve, topaz
 ):
     served = serve(server, 2)
@@ -345,7 +343,9 @@ def test_sigterm_under_load_answers_what_was_begun_and_leaves_nothing(
 
 
 @servers("gunicorn --preload", "uvicorn", "hypercorn")
-def test_ctrl_c_under_load_is_as_clean(server, serve, topaz):
+def test_ctrl_c_under_load_answers_started_requests_and_leaves_no_process(
+    server, serve, topaz
+):
     served = serve(server, 2)
     served.workers(2)
 
@@ -360,7 +360,7 @@ def test_ctrl_c_under_load_is_as_clean(server, serve, topaz):
 
 
 @servers("gunicorn --preload", "uvicorn", "hypercorn")
-def test_sigterm_waits_no_longer_for_a_silent_authorizer_than_a_check_does(
+def test_sigterm_waits_for_a_silent_authorizer_only_until_checks_time_out(
     server, serve, topaz
 ):
     served = serve(server, 2, check_timeout=2)
@@ -370,7 +370,7 @@ def test_sigterm_waits_no_longer_for_a_silent_authorizer_than_a_check_does(
 
     code = served.stop()
 
-    # No patience of the server was used up: nothing was cancelled or killed.
+    # No timeout of the server expired: no request was cancelled, no process killed.
     ended = [future.exception() or future.result() for future in held]
     answers = [one for one in ended if isinstance(one, Answer)]
     assert len(answers) >= 2
@@ -389,8 +389,8 @@ def test_workers_keep_their_heartbeat_while_the_authorizer_is_silent(serve, topa
     topaz.freeze()
 
     with Load(served):
-        # Each client waits a second for each answer, which is twice as long as a
-        # worker may be without a heartbeat.
+        # Each client waits a second for each answer, which is twice as long as a worker
+        # may be without a heartbeat.
         enough = before + 8 * CLIENTS
         served.until(lambda: len(served.answers) >= enough)
     assert set(served.answers[before:]) == {Answer(503)}
@@ -403,7 +403,7 @@ def test_workers_keep_their_heartbeat_while_the_authorizer_is_silent(serve, topa
 
 
 @servers("gunicorn --preload", "uvicorn", "hypercorn")
-def test_workers_start_without_an_authorizer_and_serve_once_it_is_there(
+def test_workers_start_without_an_authorizer_and_serve_once_it_is_up(
     server, serve, topaz
 ):
     topaz.stop()
@@ -419,9 +419,9 @@ def test_workers_start_without_an_authorizer_and_serve_once_it_is_there(
 
 
 @servers("gunicorn", "gunicorn --preload", "uvicorn")
-def test_what_no_retry_can_mend_stops_the_server_as_it_starts(server, serve, tmp_path):
+def test_a_permanent_failure_stops_the_server_at_startup(server, serve, tmp_path):
     missing = str(tmp_path / "ca.pem")
-    # One, because what a server with several exits with is not the same each time.
+    # One worker: servers with several workers do not always exit with the same code.
     served = serve(server, 1, env={"TOPAZ_CERT": missing})
 
     assert served.ended() != 0

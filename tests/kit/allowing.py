@@ -1,4 +1,4 @@
-"""Pools in memory whose every check is allowed."""
+"""Pools in memory that allow every check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi_topaz.testing import FakeConnector
 
 
 def allowing(**options):
-    """A connector whose every check is allowed."""
+    """A connector of connections that allow every check."""
     allowed = IsResponse(decisions=[Decision(decision="allowed", **{"is": True})])
     answer = allowed.SerializeToString()
     return FakeConnector(answer=lambda _method, _request: answer, **options)

@@ -1,4 +1,4 @@
-"""What tests of calls to an authorizer share."""
+"""Helpers for tests of calls to an authorizer."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ async def status_raised(awaitable):
     return caught.value.code()
 
 
-# What a new connection is asked before it counts.
+# The probe that a new connection must answer before it is used.
 FIRST_PROBE = {"Info": 1}

@@ -23,7 +23,7 @@ class AutojumpSelector(selectors.DefaultSelector):
 
 
 class AutojumpLoop(asyncio.SelectorEventLoop):
-    """A loop whose clock starts at 0 and moves only when everybody waits."""
+    """A loop with a clock that starts at 0 and moves only when every task waits."""
 
     def __init__(self):
         self.now = 0.0
@@ -36,9 +36,11 @@ class AutojumpLoop(asyncio.SelectorEventLoop):
 
 
 def jump(seconds):
-    """Move the virtual clock of the running loop, on both backends, and no timer."""
+    """
+    Move the virtual clock of the running loop, on both backends, but fire no timer.
+    """
     try:
         asyncio.get_running_loop().now += seconds
     except RuntimeError:
-        # Not `jump()`, which moves it forwards only.
+        # Not `jump()`, which only moves it forwards.
         trio.lowlevel.current_clock()._virtual_base += seconds

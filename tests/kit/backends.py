@@ -1,4 +1,4 @@
-"""Which backends a test runs on, if it starts the loop itself."""
+"""Backends for tests that start the event loop themselves."""
 
 from __future__ import annotations
 

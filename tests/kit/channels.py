@@ -1,4 +1,4 @@
-"""Connections and channels of gRPC without a pool."""
+"""gRPC connections and channels without a pool."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastapi_topaz._grpcio.connector import GrpcConnector
 INFO = "/aserto.authorizer.v2.Authorizer/Info"
 
 
-# Longer than any test: who gets an answer was not cancelled.
+# Longer than any test: a call that gets an answer was not cancelled.
 NEVER = 60.0
 
 
@@ -28,7 +28,7 @@ async def ask(connection, method=INFO, *, timeout=NEVER):
 
 @contextlib.asynccontextmanager
 async def bare(authorizer):
-    """Give what a program without this package would call."""
+    """Yield a callable that a program without this package would use."""
     async with grpc.aio.insecure_channel(authorizer.url) as channel:
         await channel.channel_ready()
         method = channel.unary_unary(INFO)
@@ -55,7 +55,7 @@ PATIENCE = 10.0
 
 
 def threads():
-    """All but those in which trio waits when it is a guest, as it is in tests."""
+    """Return all threads except the ones that trio waits in as a guest, as in tests."""
     every = threading.enumerate()
     return {thread for thread in every if not thread.name.startswith("Trio thread")}
 

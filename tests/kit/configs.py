@@ -1,4 +1,4 @@
-"""Configurations of an application, and a request of one."""
+"""Application configurations, and a request of an application."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fastapi_topaz import AuthorizerOptions, Identity, IdentityType, TopazConfig
 POLICY = "app.GET.documents"
 REQUEST = Request({"type": "http", "headers": [], "path_params": {}})
 TOPAZ = AuthorizerOptions(url="topaz.test:8282", insecure=True)
-"""Leads nowhere."""
+"""Options of an authorizer that does not exist."""
 
 
 def user(connection):
-    """Return the identity that the header `user` of a request names."""
+    """Return the identity from the header `user` of a request."""
     return Identity(IdentityType.SUB, connection.headers.get("user", "nobody"))
 
 
 def config_of(pool, options=None, **settings):
-    """Return a configuration whose callers are anonymous unless *settings* differ."""
+    """Return a configuration with anonymous callers, unless *settings* differ."""
     options = options or pool.authorizer_options or AuthorizerOptions(insecure=True)
     return TopazConfig(
         **{

@@ -92,5 +92,5 @@ def query(stub, text, **fields):
 
 
 def is_allowed(response):
-    """Say whether the only decision of *response* is an allow."""
+    """Return whether the only decision of *response* is an allow."""
     return [getattr(d, "is") for d in response.decisions] == [True]

@@ -50,7 +50,7 @@ def is_reader(check):
     return is_owner(check) or (check.resource["id"] == "1" and is_user(check))
 
 
-# What those of examples/compose say. Another path is an error, and answered 503.
+# The policies of examples/compose. Another policy path is an error, answered with 503.
 DECISIONS = {
     "myapp.GET.documents": is_user,
     "myapp.GET.documents.__id": is_reader,
@@ -76,20 +76,20 @@ def load(name):
 
 
 def statuses(client, path="/documents"):
-    """Return what alice, mallory and nobody are answered."""
+    """Return the statuses for alice, for mallory and without a user."""
     headers = [{"x-user": "alice"}, {"x-user": "mallory"}, {}]
     return [client.get(path, headers=user).status_code for user in headers]
 
 
 def command(path):
-    """Return the command that a file names: the one line that stands indented."""
+    """Return the command in a file: its one indented line."""
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     (line,) = re.findall(r"^    (\S.*)$", docstring, re.MULTILINE)
     return line
 
 
 def program(line, *more, options=()):
-    """Return how to run *line* with this Python."""
+    """Return the command to run *line* with this Python."""
     name, *arguments = shlex.split(line)
     module = [] if name == "python" else ["-m", name]
     return [sys.executable, *options, *module, *arguments, *more]
@@ -103,9 +103,9 @@ def environment(tmp_path, **more):
 @contextlib.contextmanager
 def started(arguments, *, cwd, env, workers=0):
     """
-    Run a server: its URL, and in the end all that it has printed.
+    Run a server: yield its URL, and at the end all of its output.
 
-    It must end by itself, and well, when it is told to.
+    The server must exit by itself, without an error, when it gets the stop signal.
     """
     found = None
     printed = []
@@ -113,7 +113,7 @@ def started(arguments, *, cwd, env, workers=0):
     with subprocess.Popen(
         arguments, cwd=cwd, env=env, encoding="utf-8", start_new_session=True, **pipes
     ) as process:
-        # With all that it has started, if it hangs.
+        # With all its child processes, if it hangs.
         watchdog = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
         watchdog.start()
         try:
@@ -131,7 +131,7 @@ def started(arguments, *, cwd, env, workers=0):
             printed += process.stdout
             process.wait()
             watchdog.cancel()
-    # uvicorn ends by the signal that it was sent, after all is done.
+    # uvicorn ends by the signal that it was sent, after its cleanup.
     assert process.returncode in {0, -signal.SIGTERM}
     assert not re.search("Traceback|Exception|ERROR|WARNING", "".join(printed))
 

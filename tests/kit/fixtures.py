@@ -1,4 +1,4 @@
-"""Servers that tests in several folders request."""
+"""Fixtures of servers that tests in several folders use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def frame_server():
 
 @pytest.fixture
 def http2_server():
-    """A scripted server whose clients keep to the protocol."""
+    """A scripted server with clients that must keep to the protocol."""
     with Http2Server() as running:
         yield running
         assert running.errors == []
@@ -28,13 +28,13 @@ def http2_server():
 
 @pytest.fixture
 def lenient_http2_server():
-    """A scripted server whose own answers may break the protocol."""
+    """A scripted server that may itself break the protocol."""
     with Http2Server() as running:
         yield running
 
 
 @pytest.fixture
 def keyed_authorizer():
-    """An authorizer that asks for the key, which is a secret."""
+    """An authorizer that requires the API key, which is a secret."""
     with EmbeddedAuthorizer(lambda _check: True, api_key=KEY) as running:
         yield running

@@ -1,10 +1,11 @@
 """
-Checks of a process of its own, and what they cost it.
+Checks of a separate process, and the resources that they use.
 
     python flooded.py URL BACKEND CALLERS SECONDS
 
-asks the server at URL once for each caller, each with that many seconds, and writes how
-the checks ended, by how many MiB the memory grew, and the seconds of CPU time.
+sends one check to the server at URL for each caller, with a timeout of SECONDS. It
+prints how the checks ended, by how many MiB the memory grew, and the seconds of CPU
+time.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ async def ends_of(config, callers):
 
 
 async def main(url, callers, seconds):
-    # What a process needs once, for its first connections and calls.
+    # Resources that a process allocates once, for its first connections and calls.
     with EmbeddedAuthorizer({POLICY: True}) as authorizer:
         await ends_of(flooding_config(authorizer.options, 20.0), callers)
     config = flooding_config(AuthorizerOptions(url=url, insecure=True), seconds)
@@ -78,7 +79,7 @@ async def main(url, callers, seconds):
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    # Rather than that the machine suffers.
+    # A limit that protects the machine.
     resource.setrlimit(resource.RLIMIT_AS, (6 * GIB, 6 * GIB))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, url, backend, callers, seconds = sys.argv

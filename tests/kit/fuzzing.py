@@ -1,4 +1,4 @@
-"""Odd values, and runs in virtual time that neither hang nor spin unnoticed."""
+"""Odd values, and runs in virtual time that detect hangs and busy loops."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from kit.autojump import AutojumpLoop, AutojumpSelector
 
 HOURS = 1_000_000.0
 TURNS = 20_000
-"""Of a loop whose clock stands still."""
+"""The number of iterations of a loop while its clock stands still."""
 
 
 def examples(count):
-    # In proportion to what the profile says: 100 means *count*.
+    # In proportion to the profile: 100 means *count*.
     return settings(max_examples=max(1, count * settings.default.max_examples // 100))
 
 
@@ -34,11 +34,11 @@ def examples(count):
 
 
 class SpinningError(AssertionError):
-    """The loop runs and runs, and no time passes."""
+    """The loop runs without an end, and no time passes."""
 
 
 class _Watch(trio.abc.Instrument):
-    """Counts the turns of a loop while its clock stands still, and ends a run by it."""
+    """Counts loop iterations while the clock stands still, and can end the run."""
 
     def __init__(self):
         self.now, self.turns, self.spins = -1.0, 0, False
@@ -71,12 +71,12 @@ def _loop(watch):
 
 
 def run(backend, function, *args):
-    """Run it; fail if it hangs, spins, or leaves a task behind."""
+    """Run it; fail if it hangs, runs in a busy loop, or leaves a task behind."""
     watch = _Watch()
 
     async def main():
         before = len(anyio.get_running_tasks())
-        # There is always a next timer, so who waits for ever arrives here at once.
+        # There is always a next timer, so a run that hangs gets here at once.
         with anyio.CancelScope() as watch.scope, anyio.fail_after(HOURS):
             await function(*args)
             await anyio.wait_all_tasks_blocked()
@@ -88,8 +88,8 @@ def run(backend, function, *args):
         options = {"clock": clock, "instruments": [watch]}
     else:
         options = {"loop_factory": functools.partial(_loop, watch)}
-    # pytest keeps every line, and most of the time would go there. Bugs of the pool's
-    # own tasks still show: they are CRITICAL.
+    # pytest keeps every line, which would take most of the time. Bugs of the pool's own
+    # tasks still show: they are CRITICAL.
     logging.disable(logging.ERROR)
     try:
         anyio.run(main, backend=backend, backend_options=options)
@@ -103,11 +103,11 @@ def run(backend, function, *args):
 
 
 class OwnError(Exception):
-    """What an object of the application raises is for the application to see."""
+    """An error of an application's object, which the application must see."""
 
 
 class Text(str):
-    """As text is in many libraries: of a class of its own."""
+    """A text of a subclass of str, as many libraries have."""
 
     __slots__ = ()
 
@@ -129,14 +129,14 @@ class Small(enum.IntEnum):
 
 
 class Raises:
-    """Whatever it is asked for, it raises."""
+    """An object that raises on every access."""
 
     def __getattr__(self, name):
         raise AttributeError(name) if name.startswith("__") else OwnError(name)
 
 
 def looped(kind):
-    """A container that holds itself."""
+    """A container that contains itself."""
     value = kind()
     if kind is list:
         value.append(value)
@@ -176,7 +176,7 @@ anything = st.recursive(
 
 
 def or_odd(usual):
-    """*usual* three times of four, or one good argument would never meet another."""
+    """*usual* three times of four, or a valid argument would rarely meet another."""
     return st.one_of(usual, usual, usual, anything)
 
 
@@ -186,15 +186,15 @@ CLEAR = (TypeError, ValueError)
 
 
 def is_told(error, given):
-    """The message names an argument of those that were *given*, and value or type."""
+    """Check that the message names an argument of *given*, and its value or type."""
     message = str(error)
     return any(
         re.search(rf"\b{name}\b", message)
-        # What has no end has no place in a message.
+        # An endless value must not be in a message.
         and (
             repr(value) in message
             or f"{name} is too large" in message
-            # A long text is cut, and of a container only the type is shown.
+            # A long text is cut. For a container only its type is shown.
             or (isinstance(value, str) and repr(value)[:100] in message)
             or f"got a {type(value).__name__}" in message
         )
@@ -203,7 +203,7 @@ def is_told(error, given):
 
 
 async def assert_usable(pool, most=30):
-    """Nobody holds anything, and all can be had, up to a number that is bearable."""
+    """No caller holds a lease, and the full capacity is available, up to a limit."""
     status = pool.status()
     assert (status.waiting, status.streams_in_use) == (0, 0)
     assert pool._open_pool.limiter.borrowed_tokens == 0

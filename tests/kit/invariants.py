@@ -1,13 +1,14 @@
 """
-What holds in a pool after every step, whatever happened before: a numbered list.
+A numbered list of what holds in a pool after every step, whatever happened before.
 
-Two machines do anything in any order and look at all of it after each step, one with
-the bare state (`test_model_state`), one with a real pool (`test_model_pool`). Each
-keeps books of its own, of who came, who waits and who holds, and never asks the pool
-for what it can know itself. A check is given these books; the state is `books.state`.
+Two machines do anything in any order, and check all invariants after each step. One
+uses the bare state (`test_model_state`), one a real pool (`test_model_pool`). Each
+keeps its own books of which callers came, wait and hold leases. It never asks the pool
+for anything that it can know itself. A check gets these books; the state is
+`books.state`.
 
-Those of a real pool, which take more than a state, go on in `invariants_pool`. This
-file prints the whole list if it is run.
+Invariants that need a real pool continue in `invariants_pool`. Run this file to print
+the whole list.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from fastapi_topaz._pool.state.snapshot import connection_statuses
 
 
 EVERYWHERE = []
-"""Those that both machines check, as long as the pool is open."""
+"""Invariants that both machines check, as long as the pool is open."""
 
 OF_THE_STATE = []
-"""Those that only the machine of the bare state can check."""
+"""Invariants that only the machine of the bare state can check."""
 
 
-class Broken(AssertionError):  # noqa: N818  (what is said of an invariant)
-    """Some invariants do not hold; `names` are theirs."""
+class Broken(AssertionError):  # noqa: N818  (named after the state of an invariant)
+    """Some invariants do not hold; `names` has their names."""
 
     def __init__(self, found):
         super().__init__("\n".join(f"{held} BUT {detail}" for held, detail in found))
@@ -39,7 +40,7 @@ class Broken(AssertionError):  # noqa: N818  (what is said of an invariant)
 
 @attrs.frozen
 class Invariant:
-    """One of them; `check` returns None, or what is wrong."""
+    """One invariant; `check` returns None, or a text that says what is wrong."""
 
     number: int
     check: object
@@ -53,7 +54,7 @@ class Invariant:
 
 
 def check(books, *lists):
-    """Check all of *lists*, and raise `Broken` with those that do not hold."""
+    """Check all of *lists*, and raise `Broken` with the invariants that do not hold."""
     found = []
     for held in itertools.chain(*lists):
         detail = held.check(books)
@@ -81,12 +82,12 @@ def came(books, leases):
     return [books.came.get(claim, math.inf) for claim in leases]
 
 
-# -- connections: each has one place, and there are never too many --------------------
+# -- connections: each is in one place, and there are never too many ------------------
 
 
 @holds(1, EVERYWHERE)
 def each_connection_is_in_one_place(books):
-    """A connection is being made, open, or being closed, and only one of these."""
+    """A connection is either being made, open, or being closed."""
     state = books.state
     places = [*state.connecting, *state.open, *state.closing]
     if len(places) != len(set(places)):
@@ -96,7 +97,7 @@ def each_connection_is_in_one_place(books):
 
 @holds(2, EVERYWHERE)
 def there_are_never_too_many(books):
-    """All of them together are no more than the maximum, but for a lowered one."""
+    """All connections together are at most the maximum, except after it was lowered."""
     state, most = books.state, books.state.options.max_connections
     number = len(state.connecting) + len(state.open) + len(state.closing)
     if number > max(most, books.number_before):
@@ -106,7 +107,7 @@ def there_are_never_too_many(books):
 
 @holds(3, EVERYWHERE)
 def what_is_too_much_is_on_its_way_out(books):
-    """No more may be leased than the maximum, and none at all once it closes."""
+    """At most the maximum may be leased, and none at all once the pool closes."""
     state = books.state
     most = 0 if state.shut else state.options.max_connections
     if len(usable(state)) > most:
@@ -116,7 +117,7 @@ def what_is_too_much_is_on_its_way_out(books):
 
 @holds(4, EVERYWHERE)
 def none_is_closed_under_a_lease(books):
-    """A connection that carries a lease is not closed, but when the grace is over."""
+    """A connection that carries a lease is not closed before the grace is over."""
     if books.grace_is_over:
         return None
     closed = [x for x in books.held if x.slot not in books.state.open]
@@ -125,14 +126,16 @@ def none_is_closed_under_a_lease(books):
 
 @holds(5, EVERYWHERE)
 def one_that_is_to_go_goes_when_it_is_idle(books):
-    """An open connection that is leased no more carries a lease, or would be closed."""
+    """
+    An open connection that may no longer be leased carries a lease, or would be closed.
+    """
     late = [x for x in books.state.open if x.retired is not None and not x.leases]
     return f"{late} have no reason to stay" if late else None
 
 
 @holds(6, EVERYWHERE)
 def only_idle_ones_are_reaped(books):
-    """One that goes because it is idle carries nothing."""
+    """A connection that is retired because it is idle carries no lease."""
     state = books.state
     reaped = [x for x in (*state.open, *state.closing) if x.retired == "idle"]
     return "it carries leases" if any(x.leases for x in reaped) else None
@@ -140,7 +143,7 @@ def only_idle_ones_are_reaped(books):
 
 @holds(7, EVERYWHERE)
 def what_is_closed_is_forgotten(books):
-    """Nothing that is kept about connections is kept about those that are gone."""
+    """No data is kept about connections that are gone."""
     state = books.state
     kept = {*state.ready, *state.rotation._expired}
     return "it remembers others" if kept - state.open.keys() else None
@@ -148,7 +151,9 @@ def what_is_closed_is_forgotten(books):
 
 @holds(8, EVERYWHERE)
 def no_time_is_of_the_future(books):
-    """No connection was opened, used or proven later than now, nor used unopened."""
+    """
+    No connection was opened, used or proven after now, nor used before it was opened.
+    """
     for slot in books.state.open:
         times = (slot.opened_at, slot.last_used_at, slot.proven_at)
         if max(times) > books.now or min(times) < slot.opened_at:
@@ -161,14 +166,14 @@ def no_time_is_of_the_future(books):
 
 @holds(9, EVERYWHERE)
 def leases_are_counted_once(books):
-    """The number in use is the number of those who hold one."""
+    """The number of streams in use equals the number of callers that hold one."""
     counted, held = books.state.in_use, len(books.held)
     return f"{counted} are counted and {held} are held" if counted != held else None
 
 
 @holds(10, EVERYWHERE)
 def each_connection_counts_its_leases(books):
-    """A connection carries the leases that are held on it, no more and no less."""
+    """A connection carries exactly the leases that are held on it."""
     state, on = books.state, [claim.slot for claim in books.held]
     for slot in (*state.connecting, *state.open, *state.closing):
         if slot.leases != on.count(slot):
@@ -185,7 +190,9 @@ def no_connection_carries_too_many(books):
 
 @holds(12, EVERYWHERE)
 def nobody_waits_and_holds(books):
-    """Who waits has no connection, and who holds has one and does not wait."""
+    """
+    A waiting caller has no connection. A caller with a lease has one and does not wait.
+    """
     state = books.state
     if any(claim.slot is not None for claim in state.waiting):
         return "somebody who waits has one"
@@ -196,7 +203,7 @@ def nobody_waits_and_holds(books):
 
 @holds(13, EVERYWHERE)
 def what_may_be_leased_is_ready(books):
-    """Ready is each connection that is well, stays, and has a stream left."""
+    """Exactly the healthy connections that stay and have a free stream are ready."""
     state = books.state
     may_be = {x for x in usable(state) if not x.suspect and x.leases < state.streams}
     if state.ready.keys() != may_be:
@@ -206,17 +213,17 @@ def what_may_be_leased_is_ready(books):
 
 @holds(14, EVERYWHERE)
 def no_unfit_one_is_leased(books):
-    """Nobody gets a connection that is known to be lost, or is to go."""
+    """No caller gets a connection that is known to be lost, or is to be closed."""
     unfit = books.unfit.intersection(claim.slot for claim in books.served_now)
     return f"{unfit} was leased" if unfit else None
 
 
-# -- waiting: in order, and never in vain ---------------------------------------------
+# -- waiting: in order, and never without a reason ------------------------------------
 
 
 @holds(15, EVERYWHERE)
 def the_queue_is_those_who_wait(books):
-    """Exactly those wait who came, and were neither served nor left, in their order."""
+    """Exactly the callers wait that came and were neither served nor left, in order."""
     queue = list(books.state.waiting)
     if queue != books.queue or came(books, queue) != sorted(came(books, queue)):
         return f"{len(queue)} are in the queue, and {len(books.queue)} wait"
@@ -225,7 +232,7 @@ def the_queue_is_those_who_wait(books):
 
 @holds(16, EVERYWHERE)
 def nobody_is_overtaken(books):
-    """Whoever was served came before everybody who waits still."""
+    """Every served caller came before every caller that still waits."""
     last = max(came(books, books.served_now), default=-1)
     first = min(came(books, books.queue), default=last)
     if last > first:
@@ -235,7 +242,7 @@ def nobody_is_overtaken(books):
 
 @holds(17, EVERYWHERE)
 def tokens_are_lent_to_those_in_front(books):
-    """A token is out for each who holds, and for each who waits while there are any."""
+    """Each lease has a token, and so has each waiting caller while tokens are left."""
     state = books.state
     wanted = state.in_use + len(state.waiting)
     least = min(state.options.capacity, wanted)
@@ -246,7 +253,7 @@ def tokens_are_lent_to_those_in_front(books):
 
 @holds(18, EVERYWHERE)
 def no_more_tokens_than_capacity(books):
-    """No more tokens are out than there is capacity, but for a lowered one."""
+    """No more tokens are used than there is capacity, except after it was lowered."""
     capacity = books.state.options.capacity
     if books.tokens > max(capacity, books.tokens_before):
         return f"{books.tokens} are out, with a capacity of {capacity}"
@@ -255,7 +262,7 @@ def no_more_tokens_than_capacity(books):
 
 @holds(19, EVERYWHERE)
 def nobody_who_may_be_served_waits(books):
-    """While somebody waits with a token, no connection is ready."""
+    """While a caller with a token waits, no connection is ready."""
     state = books.state
     if state.waiting and books.tokens > state.in_use and state.ready:
         return f"{[*state.ready]} are, and {len(state.waiting)} wait"
@@ -265,8 +272,8 @@ def nobody_who_may_be_served_waits(books):
 @holds(20, EVERYWHERE)
 def nobody_waits_for_nothing(books):
     """
-    Whoever waits, waits for something that will come: a lease that will be back, or a
-    connection that is made, tried again, probed, or closed to make room.
+    A waiting caller waits for an event that will come. This is the release of a lease,
+    or a connection that is being made, retried, probed, or closed to make room.
     """
     state = books.state
     if not state.waiting or books.tokens <= state.in_use:
@@ -277,21 +284,21 @@ def nobody_waits_for_nothing(books):
     else:
         coming = any(not slot.overdue for slot in state.connecting)
         coming = coming or state.next_attempt() > books.now
-        # Nobody has looked yet; that somebody does is another of these.
+        # No task has handled it yet; another invariant says that a task will.
         coming = coming or not books.at_rest
     return None if coming else f"{len(state.waiting)} do"
 
 
 @holds(21, EVERYWHERE)
 def what_is_missing_is_being_made(books):
-    """Once all is at rest, no attempt that may be made now is left to be made."""
+    """At rest, no attempt that is allowed now is left to be made."""
     missing = books.state.shortfall(books.tokens, books.now)
     return f"{missing} are" if books.at_rest and missing else None
 
 
 @holds(22, EVERYWHERE)
 def the_minimum_is_kept(books):
-    """A pool in use has its minimum, unless the server or the maximum forbids it."""
+    """A pool in use has its minimum, unless the server or the maximum prevents it."""
     state, least = books.state, books.state.options.min_connections
     excused = (
         not (books.at_rest and state.keeps_minimum)
@@ -309,7 +316,7 @@ def the_minimum_is_kept(books):
 
 @holds(23, EVERYWHERE)
 def a_suspect_is_probed(books):
-    """A connection that nobody may lease is on its way out, or a probe decides."""
+    """A connection that may not be leased is closing, or a probe decides about it."""
     state = books.state
     for slot in usable(state):
         asked = slot.probing or (slot in state.to_probe and not books.at_rest)
@@ -321,15 +328,15 @@ def a_suspect_is_probed(books):
 
 @holds(24, EVERYWHERE)
 def an_outage_has_a_cause(books):
-    """While the attempts to connect fail, there is an error to tell."""
+    """While the attempts to connect fail, there is an error to report."""
     attempts = books.state.attempts
-    # Not the other way round: one that was begun before a success may fail after it.
+    # Not the reverse: an attempt that began before a success may fail after it.
     return "not so" if attempts.failures and attempts.error is None else None
 
 
 @holds(25, EVERYWHERE)
 def the_status_adds_up(books):
-    """The snapshot says what the books say, and its numbers add up."""
+    """The snapshot agrees with the books, and its numbers add up."""
     state, status = books.state, books.state.status()
     told = [x.condition for x in connection_statuses(state.open, books.now)]
     well = told.count("idle") + told.count("busy")
@@ -352,7 +359,7 @@ def the_status_adds_up(books):
     return None
 
 
-# -- refusals: they close nothing, and are followed up ---------------------------------
+# -- refusals: they close nothing, and a probe follows ---------------------------------
 
 
 @holds(47, EVERYWHERE)
@@ -381,12 +388,12 @@ def an_outage_is_one_of_all(books):
     return "it has no error" if outage.declared and outage.error is None else None
 
 
-# -- the state alone ------------------------------------------------------------------
+# -- only the state -------------------------------------------------------------------
 
 
 @holds(26, OF_THE_STATE)
 def each_is_handed_over_once(books):
-    """Each connection that is to be closed is handed over to be closed, and once."""
+    """Each connection to be closed is handed over exactly once."""
     listed = books.state.to_close + books.being_closed
     if len(listed) != len(set(listed)) or set(listed) != books.state.closing:
         return f"{listed} are, and {books.state.closing} should be"
@@ -395,14 +402,16 @@ def each_is_handed_over_once(books):
 
 @holds(49, OF_THE_STATE)
 def only_what_never_answered_fails(books):
-    """A connection that ends after it answered is no failure of the server."""
+    """A connection that ends after it answered is not a failure of the server."""
     answered = books.answered_before.intersection(books.unanswered_now)
     return f"{answered} did" if answered else None
 
 
 @holds(50, OF_THE_STATE)
 def none_is_closed_for_a_refusal(books):
-    """A connection that is refused stays, unless it is lost, or goes for a reason."""
+    """
+    A refused connection stays, unless it is lost or is retired for another reason.
+    """
     closed = [x for x in books.refused_now if x.retired in {"lost", "unhealthy"}]
     closed = [x for x in closed if not x.connection.lost]
     return f"{closed} do not" if closed else None
@@ -410,7 +419,7 @@ def none_is_closed_for_a_refusal(books):
 
 @holds(27, OF_THE_STATE)
 def attempts_are_ramped(books):
-    """One attempt is made at a time in an outage, else as many as are usable."""
+    """In an outage one attempt is made at a time, else as many as are useful."""
     for coming, cautious, there in books.begun_now:
         if coming >= (1 if cautious else max(RAMP, there)):
             return f"one was begun with {coming} under way and {there} usable"

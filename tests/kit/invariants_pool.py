@@ -1,8 +1,8 @@
 """
-What holds in a real pool besides the `invariants` of its state: the list goes on.
+The invariants of a real pool, besides the `invariants` of its state.
 
-The other side has books, too: the server counts what it sees, and each caller knows
-what it was told.
+The other side has books too: the server counts what it sees, and each caller knows its
+own results.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from kit.invariants import holds, usable
 
 
 OF_AN_OPEN_POOL = []
-"""Those of a pool that is open or closing: it has a runtime, and a server."""
+"""Invariants of a pool that is open or closing: it has an `OpenPool`, and a server."""
 
 OF_THE_POOL = []
-"""Those of a pool that may be open or closed."""
+"""Invariants of a pool that may be open or closed."""
 
 
 # -- an open pool, and its server -----------------------------------------------------
@@ -30,7 +30,7 @@ OF_THE_POOL = []
 
 @holds(28, OF_AN_OPEN_POOL)
 def the_server_has_what_the_pool_has(books):
-    """The connections that are open at the server are those that the pool has."""
+    """The connections open at the server are exactly the connections of the pool."""
     ours = [slot.connection for slot in books.state.open]
     theirs = books.server.open
     if len(ours) != len(theirs) or any(conn not in theirs for conn in ours):
@@ -40,14 +40,14 @@ def the_server_has_what_the_pool_has(books):
 
 @holds(29, OF_AN_OPEN_POOL)
 def the_server_sees_the_attempts(books):
-    """As many attempts are under way at the server as the pool believes."""
+    """As many attempts are pending at the server as the pool counts."""
     ours, theirs = len(books.state.connecting), books.server.connecting
     return f"the pool has {ours}, the server {theirs}" if ours != theirs else None
 
 
 @holds(30, OF_AN_OPEN_POOL)
 def the_server_sees_the_closings(books):
-    """As many are being closed at the server as the pool believes."""
+    """As many connections are being closed at the server as the pool counts."""
     ours, theirs = len(books.state.closing), books.server.closing
     if books.state.to_close or ours != theirs:
         return f"the pool closes {ours}, the server {theirs}"
@@ -56,7 +56,7 @@ def the_server_sees_the_closings(books):
 
 @holds(31, OF_AN_OPEN_POOL)
 def the_limiter_has_the_capacity(books):
-    """There are as many tokens as capacity, and nobody is being dismissed."""
+    """There are as many tokens as capacity, and no caller is being dismissed."""
     open_pool = books.open_pool
     if open_pool.limiter.total_tokens != books.state.options.capacity:
         return f"it has {open_pool.limiter.total_tokens}"
@@ -65,7 +65,7 @@ def the_limiter_has_the_capacity(books):
 
 @holds(32, OF_AN_OPEN_POOL)
 def each_who_is_served_knows(books):
-    """Whoever has been given a connection has woken up and has it."""
+    """Every caller that got a connection has woken up and has it."""
     given = {x for x in books.open_pool.limiter.statistics().borrowers if x.slot}
     asleep = given - set(books.held)
     return f"{len(asleep)} sleep on" if asleep else None
@@ -73,7 +73,7 @@ def each_who_is_served_knows(books):
 
 @holds(33, OF_AN_OPEN_POOL)
 def closing_ends_all_waiting(books):
-    """Once it closes, nobody waits and no attempt is under way."""
+    """Once the pool closes, no caller waits and no attempt is pending."""
     state = books.state
     if state.shut and (state.waiting or books.server.connecting):
         return f"{len(state.waiting)} wait, {books.server.connecting} are made"
@@ -82,7 +82,7 @@ def closing_ends_all_waiting(books):
 
 @holds(34, OF_AN_OPEN_POOL)
 def it_closes_in_time(books):
-    """It closes once its leases are back or the grace is over, and only then."""
+    """It closes once its leases are released or the grace is over, and only then."""
     if not books.state.shut:
         return "it should" if books.close_by is not None else None
     if books.close_by is None:
@@ -94,9 +94,9 @@ def it_closes_in_time(books):
 
 @holds(35, OF_AN_OPEN_POOL)
 def an_outage_ends_with_its_cause(books):
-    """Nobody who has a token waits for long at a server that is well."""
+    """No caller with a token waits long at a healthy server."""
     state = books.state
-    # Hanging attempts, probes and closings of before have to end first.
+    # Earlier attempts, probes and closes that hang must end first.
     late = books.well_for > 20 and state.waiting and books.tokens > state.in_use
     served = state.in_use >= len(usable(state)) * state.streams and state.room() <= 0
     return f"{len(state.waiting)} do" if late and not served else None
@@ -104,7 +104,9 @@ def an_outage_ends_with_its_cause(books):
 
 @holds(51, OF_AN_OPEN_POOL)
 def an_outage_is_probed_rarely(books):
-    """In an outage the server sees few probes a second: four, and one of a new one."""
+    """
+    In an outage the server sees few probes a second: four, and one of a new connection.
+    """
     since = max(books.declared_at, books.now - 1)
     recent = [at for at in books.server.refused_probes if at > since]
     is_late = books.state.outage.declared and books.declared_before
@@ -113,7 +115,9 @@ def an_outage_is_probed_rarely(books):
 
 @holds(52, OF_AN_OPEN_POOL)
 def a_connection_that_answers_is_kept(books):
-    """None that is refused, and else well, is closed as lost or unhealthy."""
+    """
+    No refused connection that is otherwise healthy is closed as lost or unhealthy.
+    """
     for slot in (*books.state.open, *books.state.closing):
         conn = slot.connection
         if conn is None or slot.retired not in {"lost", "unhealthy"}:
@@ -128,7 +132,9 @@ def a_connection_that_answers_is_kept(books):
 
 @holds(36, OF_THE_POOL)
 def it_is_open_while_it_should_be(books):
-    """It is open from its first use until it is closed, whatever happens to it."""
+    """
+    The pool is open from its first use until it is closed, whatever happens to it.
+    """
     is_open = books.open_pool is not None
     return f"it is {books.pool!r}" if is_open != books.should_be_open else None
 
@@ -153,21 +159,23 @@ def each_is_closed_at_most_once(books):
 
 @holds(39, OF_THE_POOL)
 def attempts_are_bounded(books):
-    """However many ask a server that refuses, it sees 20 attempts a second at most."""
+    """
+    A server that refuses sees at most 20 attempts a second, however many callers ask.
+    """
     recent = [at for at in books.server.refusals if at > books.now - 1]
     return f"it saw {len(recent)}" if len(recent) > 20 + RAMP else None
 
 
 @holds(40, OF_THE_POOL)
 def nobody_waits_for_too_long(books):
-    """Nobody waits at a time when the timeout is over."""
+    """No caller waits after its timeout."""
     late = [x for x in books.callers if x.outcome is None and x.deadline <= books.now]
     return f"{late} do" if late else None
 
 
 @holds(41, OF_THE_POOL)
 def nobody_is_sent_away_without_cause(books):
-    """Who got no connection was told why, and it is true."""
+    """A caller that got no connection got the reason, and the reason is true."""
     for caller in books.ended_now:
         match caller.outcome:
             case PoolTimeout():
@@ -190,14 +198,14 @@ def nobody_is_sent_away_without_cause(books):
 
 @holds(42, OF_THE_POOL)
 def cancelled_means_gone(books):
-    """Who was cancelled does not wait any more, and holds nothing."""
+    """A cancelled caller no longer waits, and holds nothing."""
     there = [x for x in books.callers if x.cancelled and (x.waits or x.holds)]
     return f"{there} are there" if there else None
 
 
 @holds(43, OF_THE_POOL)
 def each_acquire_is_counted_once(books):
-    """Each call of acquire() is in the counter of what became of it, or waits."""
+    """Each call of acquire() is counted under its outcome, or waits."""
     counters = books.pool._counters
     counted = {name: getattr(counters, name) for name in books.outcomes}
     return f"{counted}, not {books.outcomes}" if counted != books.outcomes else None
@@ -205,7 +213,10 @@ def each_acquire_is_counted_once(books):
 
 @holds(44, OF_THE_POOL)
 def connections_are_counted_as_the_server_does(books):
-    """Connections made and closed, and attempts failed, are what the server saw."""
+    """
+    Connections made and closed, and failed attempts, are counted as the server saw
+    them.
+    """
     counters, server = books.pool._counters, books.server
     closed = sum(conn.closed for conn in server.connections)
     ours = (counters.connects, sum(counters.closes.values()))
@@ -217,7 +228,9 @@ def connections_are_counted_as_the_server_does(books):
 
 @holds(45, OF_THE_POOL)
 def the_pool_tells_its_state(books):
-    """status() and connections() tell of an open pool, and of none once closed."""
+    """
+    status() and connections() show an open pool, and no connections once it is closed.
+    """
     pool = books.pool
     if books.open_pool is not None:
         same = pool.status() == books.state.status()
@@ -232,7 +245,7 @@ def the_pool_tells_its_state(books):
 
 @holds(46, OF_THE_POOL)
 def what_was_given_back_is_useless(books):
-    """A handle that was given back gives nobody a connection."""
+    """A released handle gives no access to a connection."""
     for conn in books.given_back[-3:]:
         try:
             conn.connection  # noqa: B018

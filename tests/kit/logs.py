@@ -1,4 +1,4 @@
-"""What was logged during a test."""
+"""Log lines of a test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 
 def lines(caplog, level=logging.WARNING, *, logger="", part=""):
-    """Return the messages of *level* or above that have *part* in them."""
+    """Return the messages of *level* or above that contain *part*."""
     return [
         record.getMessage()
         for record in caplog.records

@@ -42,7 +42,7 @@ soon = functools.partial(waiting.eventually, timeout=PATIENCE)
 
 
 class Gate:
-    """A policy that allows once it is open, and holds all who ask before."""
+    """A policy that holds callers until it is opened, and then allows."""
 
     def __init__(self):
         self.is_open = False
@@ -51,7 +51,7 @@ class Gate:
     async def __call__(self, _check):
         self.held += 1
         try:
-            # It is opened by another thread, whose loop may not even be of asyncio.
+            # Another thread opens it, even from a loop that is not asyncio's.
             while not self.is_open:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
         finally:
@@ -70,7 +70,7 @@ def pool_to(options, **parameters):
 
 
 def patient_config(pool, options=None, **settings):
-    """Return a configuration whose checks have all the time that they need."""
+    """Return a configuration that gives checks all the time that they need."""
     return config_of(pool, options, **{"check_timeout": PATIENCE, **settings})
 
 
@@ -84,12 +84,12 @@ async def checked(config):
 
 
 class Outcomes(list):
-    """How calls ended. What was cancelled is missing: nobody may vanish."""
+    """The outcomes of calls, without cancelled ones: no other call may be missing."""
 
     async def of(self, function, *args, **kwargs):
         try:
             self.append(await function(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001  (looked at by the test)
+        except Exception as error:  # noqa: BLE001  (checked by the test)
             self.append(error)
 
     @property
@@ -104,7 +104,7 @@ def is_a_lost_connection(error):
 
 
 async def served(pool):
-    """Ask until there is an answer; return the connection that it came from."""
+    """Send checks until one is answered; return its connection."""
     with anyio.fail_after(PATIENCE):
         while True:
             try:
@@ -117,7 +117,9 @@ async def served(pool):
 
 @contextlib.contextmanager
 def paced(pool):
-    """No more attempts fail than may be made in the time; a slow machine makes less."""
+    """
+    Check that no more attempts fail than fit in the time; a slow machine makes fewer.
+    """
     failures = pool._counters.connect_failures
     began, before = anyio.current_time(), sum(failures.values())
     yield
@@ -127,6 +129,6 @@ def paced(pool):
 
 
 def forget_errors(caplog):
-    """Let go of those in the log: one may keep the socket of its attempt open."""
+    """Drop the errors in the log: one may keep the socket of its attempt open."""
     caplog.clear()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Proxies, servers and clients of one test, closed with it."""
+"""Proxies, servers and clients of one test, closed at its end."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def port_of(listener):
 
 
 def is_reset(sock):
-    """Whether it ends with a RST, whatever comes before."""
+    """Return whether it ends with a RST, whatever bytes come before."""
     try:
         while sock.recv(65536):
             pass

@@ -1,4 +1,4 @@
-"""Pools over connectors in memory, and what tests do with them."""
+"""Pools over connectors in memory, and actions on them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ async def queued(pool, count):
 
 
 async def fill(pool, count):
-    """Have *count* connections open and idle."""
+    """Open *count* connections, which are then idle."""
     leases = [await pool.acquire() for _ in range(count)]
     for conn in leases:
         await pool.release(conn)
 
 
 def most_within(times, seconds):
-    """Return how many of *times* lie within so many seconds at most."""
+    """Return how many of *times* lie within any window of this many seconds."""
     return max(sum(t <= other < t + seconds for other in times) for t in times)
 
 
@@ -51,7 +51,7 @@ class Making(FakeConnector):
 
 
 class MakingAny:
-    """Makes connections of any class, and records the time that each attempt has."""
+    """Makes connections of any class, and records the timeout of each attempt."""
 
     target = "somewhere"
 
@@ -65,7 +65,7 @@ class MakingAny:
 
 
 class Lingering(FakeConnection):
-    """Takes a second to close."""
+    """A connection that takes a second to close."""
 
     async def close(self, grace, /):
         await anyio.sleep(1)
@@ -73,7 +73,7 @@ class Lingering(FakeConnection):
 
 
 class Gauge:
-    """Counts how many of each key are inside at once, and the most there ever were."""
+    """Counts how many of each key are inside at once, and the peak."""
 
     def __init__(self):
         self.now = Counter()
@@ -91,9 +91,9 @@ class Gauge:
 
 async def assert_whole(pool, *, twice=False):
     """
-    All capacity is there: as many leases as it has, at once and no more.
+    Check that the full capacity is available: this many leases at once and not more.
 
-    If no connection is about to be replaced, they can be had *twice*.
+    If no connection is about to be replaced, the check can run *twice*.
     """
     status = pool.status()
     assert (status.waiting, status.streams_in_use) == (0, 0)

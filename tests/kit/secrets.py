@@ -1,4 +1,4 @@
-"""Secrets, and the search for them in errors."""
+"""Secrets in tests, and the search for them in errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PACKAGE = str(Path(fastapi_topaz.__file__).parent)
 
 
 def reachable(error):
-    """Yield *error* and all errors that it leads to, each once."""
+    """Yield *error* and all errors reachable from it, each once."""
     found, seen = [error], set()
     while found:
         each = found.pop()
@@ -59,20 +59,20 @@ def is_ours(frame):
 
 
 def frames(error):
-    """Yield all frames that *error* leads to."""
+    """Yield all frames reachable from *error*."""
     for each in reachable(error):
         for frame, _ in traceback.walk_tb(each.__traceback__):
             yield frame
 
 
 def texts(value, seen):
-    """Yield all texts that *value* holds, however deep."""
+    """Yield all texts in *value*, however deep."""
     if id(value) in seen:
         return
     seen[id(value)] = value
     try:
         yield repr(value)
-    except Exception as error:  # noqa: BLE001  (half-built objects)
+    except Exception as error:  # noqa: BLE001  (partly initialized objects)
         yield type(error).__name__
     if isinstance(value, str):
         yield value
@@ -89,7 +89,7 @@ def parts(value):
     if isinstance(value, list | tuple | set | frozenset | deque):
         return value
     if isinstance(value, BaseException):
-        # AttributeError and UnicodeError keep what they failed with.
+        # AttributeError and UnicodeError keep the object that they failed with.
         names = ("args", "obj", "object", "value", "__dict__", "__notes__")
     elif attrs.has(type(value)):
         names = (*(field.name for field in attrs.fields(type(value))), "__dict__")
@@ -108,7 +108,7 @@ def secrets_in(value):
 
 
 def leaks(error):
-    """Return where *error* leads to a secret in a frame of the package."""
+    """Return the path from *error* to a secret in a frame of the package."""
     found = []
     for frame in frames(error):
         if is_ours(frame):
@@ -118,7 +118,9 @@ def leaks(error):
 
 
 def assert_clean(error, *, shown=()):
-    """Fail if *error* leads to a secret, but for errors of the classes *shown*."""
+    """
+    Fail if *error* leads to a secret, except through errors of the classes *shown*.
+    """
     assert leaks(error) == []
     for each in reachable(error):
         if not isinstance(each, shown):
@@ -129,12 +131,12 @@ async def error_of(awaitable, *expected):
     """Return what *awaitable* raises."""
     with pytest.raises(expected) as caught:
         await awaitable
-    assert any(map(is_ours, frames(caught.value))), "or this shows nothing"
+    assert any(map(is_ours, frames(caught.value))), "otherwise this test proves nothing"
     return caught.value
 
 
 class Foreign:
-    """An identity of another library, whose repr tells all."""
+    """An identity of another library, with a repr that shows everything."""
 
     type, value = 3.5, IDENTITY
 

@@ -1,4 +1,4 @@
-"""An asyncio loop that runs the tasks that are ready in any order, as trio does."""
+"""An asyncio loop that runs ready tasks in any order, as trio does."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import weakref
 from kit.autojump import AutojumpLoop
 
 
-# What the callbacks are called that run a task: its first step and those after a bare
-# `yield`, and those after something it waited for; in C and in Python.
+# The names of callbacks that run a task: its first step and steps after a bare `yield`,
+# and steps after an awaited future; in C and in Python.
 _STEPS = frozenset({"TaskStepMethWrapper", "__step", "task_wakeup", "__wakeup"})
 
 
 def is_step(handle):
-    """Say whether *handle* runs a task, and is no other callback."""
+    """Return whether *handle* runs a task, and is not another callback."""
     callback = handle._callback
     return getattr(callback, "__name__", type(callback).__name__) in _STEPS
 
 
 class ShuffledLoop(AutojumpLoop):
     """
-    A loop in virtual time that shuffles the tasks that are ready, by a seed.
+    A loop in virtual time that shuffles the ready tasks, by a seed.
 
     asyncio promises that callbacks run in the order they were scheduled, and relies on
-    it itself: those of one future come in the order they were added, a cancellation
-    that a scope of anyio has scheduled comes before what is scheduled after it, and
-    `run_until_complete` ends after all that. So a callback that runs no task stays
-    where it is, and no task passes one. Nobody promises in which order several tasks
-    run that are ready at once: only neighbours among those change places.
+    it. The callbacks of one future run in the order they were added. A cancellation
+    that an anyio scope has scheduled runs before later callbacks. `run_until_complete`
+    ends after all these. So a callback that runs no task stays in its place, and no
+    task overtakes it. But asyncio does not promise an order for several ready tasks. So
+    only neighbouring tasks change places.
 
-    Timers and sockets add no steps of tasks themselves, only what makes tasks ready
-    for the next iteration; so what is ready before an iteration is all there is.
+    Timers and sockets do not add steps of tasks. They add callbacks that make tasks
+    ready for the next iteration. So before an iteration, all its ready tasks are known.
 
-    The same seed gives the same order in another process, too: tasks are sorted before
-    they are shuffled, because what woke them may have gone through a set of theirs,
-    whose order is that of addresses.
+    The same seed gives the same order in another process, too. Tasks are sorted before
+    they are shuffled, because the code that woke them may have iterated over a set of
+    them. The order of such a set depends on addresses.
     """
 
     def __init__(self, seed):
@@ -71,7 +71,7 @@ class ShuffledLoop(AutojumpLoop):
 
 
 def shuffled_loop(seed):
-    """Return a loop whose order, and all else that is left to chance, is of *seed*."""
-    # What the pool throws dice for: jitter of pauses and lifetimes.
+    """Return a loop with an order, and other random choices, that depend on *seed*."""
+    # The random choices of the pool: jitter of pauses and lifetimes.
     random.seed(seed)
     return ShuffledLoop(seed)

@@ -1,4 +1,4 @@
-"""States of a pool without the pool, and steps that tests take with them."""
+"""The state of a pool without the pool, and steps that tests apply to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Link:
 
 
 def make_state(*, random=lambda: 1.0, spreads=False, target="topaz:8282", **options):
-    """Return a state that wants no connections by itself unless *options* say so."""
+    """Return a state that opens no connections by itself, unless *options* say so."""
     options = ConnectionPool(**{"min_connections": 0, **options}).options
     return PoolState(options, random, spreads=spreads, target=target)
 
@@ -57,7 +57,7 @@ def open_some(state, count, now=0.0):
 
 
 def due(state, now):
-    """Return all connections that are to be probed now."""
+    """Return all connections that are due for a probe now."""
     slots = []
     while (slot := state.outage.due(now)) is not None:
         slots.append(slot)

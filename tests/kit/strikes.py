@@ -1,10 +1,10 @@
 """
 Cancelling an operation at each of its await points.
 
-They are found, not guessed: the coroutine of the operation is driven through a wrapper
-that sees each of its suspensions and cancels at the n-th, for every n until a run has
-none left to cancel at. How many there are is different on the two backends, and on trio
-from run to run, because an event may be set before it is waited for.
+The points are found at run time. A wrapper drives the coroutine of the operation, sees
+each of its suspensions, and cancels at the n-th. This repeats for every n until a run
+has no n-th point. The number of points differs between the two backends. On trio it
+also differs from run to run, because an event may be set before a task waits for it.
 """
 
 from __future__ import annotations
@@ -47,17 +47,18 @@ class Strike:
     A cancellation at one await point of an operation.
 
     Attributes:
-        how: Of the operation's `scope`, or of its `task`, which asyncio alone has. As
-            it goes to sleep; or `late`, when what it sleeps for is there and it has not
-            run since; or `both`, while it sleeps, and then what it sleeps for comes
-            about before it has run; or `again` at each later point, too.
-        point: Which one, counted from 0.
-        points: How many there were.
-        times: How often it was cancelled.
-        ended: Whether the operation came to an end of its own.
+        how: The target, `scope` or `task`, and the moment. A `task` can only be
+            cancelled on asyncio. By default, cancel when the operation goes to sleep.
+            `late`: when the awaited event has happened and the operation has not run
+            since. `both`: while it sleeps, and then the event happens before it runs.
+            `again`: also at each later point.
+        point: The index of the await point, counted from 0.
+        points: The number of await points.
+        times: How often the operation was cancelled.
+        ended: Whether the operation ended by itself.
         result: What it returned then.
-        error: Or raised.
-        trigger: Brings about what it sleeps for.
+        error: What it raised then.
+        trigger: Makes the awaited event happen.
     """
 
     how: str = "scope"
@@ -71,7 +72,7 @@ class Strike:
 
     @types.coroutine
     def watch(self, awaitable, cancel):
-        """Await *awaitable*, and cancel where it is due."""
+        """Await *awaitable*, and cancel when the strike is due."""
         who, _, when = self.how.partition(", ")
 
         def strike(*_):
@@ -103,20 +104,21 @@ class Strike:
             try:
                 argument = yield waits_for
                 resume = inner.send
-            except BaseException as error:  # noqa: BLE001  (it is raised in there)
+            except BaseException as error:  # noqa: BLE001  (raised inside)
                 resume, argument = inner.throw, error
             if on_resumption:
-                # No scope reaches a task that is awake, on either backend.
+                # A scope cannot cancel a task that is already awake, on either backend.
                 strike()
 
     async def hit(self, operation):
-        """Play *operation* in a task of its own, and cancel it at the point."""
+        """Run *operation* in its own task, and cancel it at the point."""
         if self.how.startswith("task"):
             task = asyncio.create_task(self._in_task(operation))
             await asyncio.wait([task])
             if not self.times:
                 task.result()
-            # It reached the caller, and nobody took back what others asked for.
+            # The cancellation reached the caller, and no code undid it with
+            # `uncancel()`.
             assert task.cancelled() == (self.times > 0)
             assert task.cancelling() == self.times
         else:
@@ -130,7 +132,8 @@ class Strike:
     async def _in_scope(self, operation):
         with anyio.CancelScope() as scope:
             await self._run(operation, scope.cancel)
-            # If it had no use for the cancellation, it may not have swallowed it.
+            # If the operation did not use the cancellation, it must not have swallowed
+            # it.
             await anyio.lowlevel.checkpoint()
         assert scope.cancelled_caught == (self.times > 0)
         if on_asyncio():
@@ -145,7 +148,7 @@ class Strike:
 
 
 def soon(function):
-    """Call *function* when the running task sleeps."""
+    """Call *function* once the running task sleeps."""
     if on_asyncio():
         asyncio.get_running_loop().call_soon(function)
     else:
@@ -153,7 +156,9 @@ def soon(function):
 
 
 async def sweep(scenario, how, *arguments):
-    """Play *scenario* with a cancellation at each of its points, and say how many."""
+    """
+    Run *scenario* with a cancellation at each of its points, and return their number.
+    """
     for point in itertools.count():
         strike = Strike(how, point)
         before = left_over()
@@ -164,7 +169,8 @@ async def sweep(scenario, how, *arguments):
             error.add_note(f"cancelled by {how!r} at point {point}")
             raise
         if not strike.times:
-            # Each one before was hit; there was none to hit, and nothing was.
+            # Each earlier point was hit. This run had no such point, and nothing was
+            # hit.
             assert strike.points <= point
             assert strike.ended
             return point
@@ -172,7 +178,7 @@ async def sweep(scenario, how, *arguments):
 
 
 def left_over():
-    """Return how many tasks there are, and in virtual time what tells of timers."""
+    """Return the number of tasks, and in virtual time also a measure of the timers."""
     tasks = len(anyio.get_running_tasks())
     if on_asyncio():
         loop = asyncio.get_running_loop()
@@ -185,7 +191,7 @@ def left_over():
     return tasks, virtual and statistics.seconds_to_next_deadline
 
 
-# -- a connector that plays, and a pool that is looked at -----------------------------
+# -- a scripted connector, and a pool that is checked ---------------------------------
 
 
 async def play(outcome):
@@ -200,7 +206,7 @@ async def play(outcome):
 
 @attrs.define(eq=False)
 class Playing:
-    """A connector, with what comes of each of its asynchronous steps."""
+    """A connector, with the outcome of each of its asynchronous steps."""
 
     connect_: str = "ok"
     probe: str = "ok"
@@ -250,7 +256,7 @@ class PlayingConnection:
 
 
 class Pool(ConnectionPool):
-    """A pool that counts what is asked of it, and remembers where it was open."""
+    """A pool that counts calls of acquire(), and remembers where it was open."""
 
     asked = 0
     opened = None
@@ -265,14 +271,14 @@ class Pool(ConnectionPool):
 
 
 def make_small(connector=None, **options):
-    """Return a pool of two connections at most; none of its times is above 5 s."""
+    """Return a pool with at most two connections; none of its times is above 5 s."""
     options = {"min_connections": 0, "max_connections": 2, **options}
     options = {"connection_timeout": 2, "health_check_timeout": 1, **options}
     return Pool(connector=connector or Playing("slow"), **options)
 
 
 def assert_unused(pool, cut=0):
-    """Nobody waits, nothing is lent, and each who asked is counted once."""
+    """No caller waits, no token is in use, and each acquire() is counted once."""
     open_pool, counts = pool.opened, pool._counters
     state = open_pool.state
     assert state.in_use == open_pool.limiter.borrowed_tokens == cut
@@ -288,7 +294,7 @@ async def call(conn):
 
 
 async def assert_serves_all(pool, call=call):
-    """All capacity is there: as many leases as it has, at once and no more."""
+    """The full capacity is available: this many leases at once and not more."""
     assert_unused(pool)
     capacity = pool.status().streams_max
     leases = [await pool.acquire(timeout=30) for _ in range(capacity)]
@@ -301,7 +307,7 @@ async def assert_serves_all(pool, call=call):
 
 
 def assert_closed(pool, cut=0):
-    """Nothing is left of it but *cut* leases, and all it opened was closed, once."""
+    """Only *cut* leases are left, and every opened connection was closed once."""
     assert repr(pool).split()[1] in {"closed", "new"}
     assert_unused(pool, cut)
     open_pool, counts, connector = pool.opened, pool._counters, pool._connector
@@ -310,13 +316,15 @@ def assert_closed(pool, cut=0):
     assert not left
     assert not connector.connecting
     assert all(conn.closed == 1 for conn in connector.connections)
-    assert not any(conn.closing for conn in connector.connections), "cut short"
+    assert not any(conn.closing for conn in connector.connections), (
+        "a lease that close() cut short"
+    )
     assert counts.connects == sum(counts.closes.values()) == len(connector.connections)
 
 
 @contextlib.asynccontextmanager
 async def whole_after(pool):
-    """Open *pool*, and close it again if it is whole."""
+    """Open *pool*, and close it again after checking its capacity."""
     await pool.initialize()
     yield pool
     await assert_serves_all(pool)

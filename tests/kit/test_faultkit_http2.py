@@ -1,4 +1,4 @@
-"""The scripted HTTP/2 server and name server, and what gRPC makes of their faults."""
+"""The scripted HTTP/2 server and name server, and how gRPC reacts to their faults."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kit.waiting import eventually, until
 pytestmark = pytest.mark.real_clock
 
 MIB = 2**20
-# Far beyond what a test takes: who waits so long got no answer.
+# Far longer than a test takes. A caller that waits this long got no answer.
 PATIENCE = 20.0
 IS = "/aserto.authorizer.v2.Authorizer/Is"
 
@@ -65,7 +65,7 @@ def stub(http2_server):
 
 
 class Wire:
-    """A client that says and hears single frames."""
+    """A client that sends and receives single frames."""
 
     def __init__(self, http2_server):
         self.socket = socket.create_connection(
@@ -101,14 +101,14 @@ class Wire:
         return frame
 
     def read(self, kind):
-        """Skip to the next frame of this kind."""
+        """Skip to the next frame of this type."""
         while (frame := self.next()) is not None:
             if isinstance(frame, kind):
                 return frame
         raise AssertionError(f"no {kind.__name__}")
 
     def round_trip(self):
-        """Return the names of what came before the answer to a PING."""
+        """Return the names of the frames before the answer to a PING."""
         self.say(frames.PingFrame(0, b"question"))
         before = []
         while (frame := self.next()).__class__ is not frames.PingFrame:
@@ -169,14 +169,14 @@ def test_control_methods_do_not_need_the_event_loop_of_the_caller():
 
 
 def answers(stub):
-    """Whether a call is answered; the next one may still meet the dead socket."""
+    """Return whether a call is answered; the next one may still use the dead socket."""
     try:
         return is_allowed(ask(stub))
     except grpc.RpcError:
         return False
 
 
-def test_leaving_resets_what_is_in_flight_and_leaves_no_thread():
+def test_leaving_resets_calls_in_flight_and_leaves_no_thread():
     before = threading.active_count()
     with Http2Server() as http2_server, client(http2_server.url) as stub:
         calls = begin_held(http2_server, stub, 2)
@@ -196,10 +196,10 @@ def test_two_servers_share_a_port_number_on_two_addresses(http2_server, stub):
         assert (http2_server.calls["Is"], other.calls["Is"]) == (0, 1)
 
 
-def test_who_breaks_the_protocol_is_noted_and_disconnected():
+def test_a_client_that_breaks_the_protocol_is_recorded_and_disconnected():
     with Http2Server() as http2_server:
         with Wire(http2_server) as wire:
-            wire.ask(2)  # an even number is the server's
+            wire.ask(2)  # an even number is a stream of the server
             assert wire.read(frames.GoAwayFrame).error_code == 1
             assert wire.next() is None
         assert len(http2_server.errors) == 1
@@ -209,7 +209,7 @@ def test_who_breaks_the_protocol_is_noted_and_disconnected():
 # -- hold and let go
 
 
-def test_calls_on_hold_are_answered_once_they_are_let_go(http2_server, stub):
+def test_held_calls_are_answered_once_they_are_let_go(http2_server, stub):
     calls = begin_held(http2_server, stub, 3)
     assert http2_server.max_concurrent_seen == 3
     http2_server.let_go()
@@ -218,7 +218,7 @@ def test_calls_on_hold_are_answered_once_they_are_let_go(http2_server, stub):
     assert is_allowed(ask(stub))
 
 
-def test_a_call_that_is_given_up_is_no_longer_on_hold(http2_server, stub):
+def test_a_cancelled_call_is_no_longer_held(http2_server, stub):
     kept, cancelled = begin_held(http2_server, stub, 2)
     cancelled.cancel()
     until(lambda: http2_server.in_flight == 1)
@@ -227,7 +227,7 @@ def test_a_call_that_is_given_up_is_no_longer_on_hold(http2_server, stub):
     assert http2_server.calls["Is"] == 2
 
 
-def test_a_fault_is_chosen_when_a_call_is_let_go(http2_server, stub):
+def test_the_fault_of_a_held_call_is_chosen_when_it_is_let_go(http2_server, stub):
     calls = begin_held(http2_server, stub, 2)
     http2_server.status(grpc.StatusCode.ABORTED, times=1)
     http2_server.let_go()
@@ -279,7 +279,7 @@ def test_goaway_names_the_last_stream_that_gets_an_answer(http2_server, wire, as
     assert http2_server.open == 1
 
 
-def test_goaway_that_closes_waits_for_the_last_answer(http2_server, wire, aside):
+def test_goaway_with_close_waits_for_the_last_answer(http2_server, wire, aside):
     http2_server.hold()
     wire.ask(1)
     until(lambda: http2_server.in_flight == 1)
@@ -296,7 +296,9 @@ def test_goaway_that_closes_waits_for_the_last_answer(http2_server, wire, aside)
 # -- streams reset, answers broken
 
 
-def test_a_refused_stream_is_not_retried_and_spares_the_connection(http2_server, stub):
+def test_a_refused_stream_is_not_retried_and_the_connection_stays_open(
+    http2_server, stub
+):
     http2_server.refuse_streams(1)
     code, details = failure(ask, stub)
     assert code == "UNAVAILABLE"
@@ -319,7 +321,7 @@ def test_a_refused_stream_is_not_retried_and_spares_the_connection(http2_server,
         (12, "PERMISSION_DENIED"),
     ],
 )
-def test_a_reset_stream_has_the_status_of_its_code(
+def test_a_reset_stream_gives_the_grpc_status_of_its_error_code(
     http2_server, stub, error_code, status
 ):
     http2_server.reset_streams(2, error_code)
@@ -329,14 +331,12 @@ def test_a_reset_stream_has_the_status_of_its_code(
 
 
 @pytest.mark.parametrize("method", ["Is", "Info"])
-def test_an_answer_that_breaks_off_takes_the_connection_along(
-    http2_server, stub, method
-):
+def test_a_truncated_answer_resets_the_connection(http2_server, stub, method):
     call = getattr(stub, method)
     request = IsRequest() if method == "Is" else InfoRequest()
     http2_server.truncate(1)
     assert failure(call, request, timeout=PATIENCE)[0] == "UNAVAILABLE"
-    # gRPC may put a call or two on the dead connection before it makes another.
+    # gRPC may send a call or two on the dead connection before it opens a new one.
     until(lambda: call.future(request, timeout=PATIENCE).code().name == "OK")
     assert http2_server.accepted == 2
 
@@ -344,14 +344,14 @@ def test_an_answer_that_breaks_off_takes_the_connection_along(
 # -- statuses and sizes
 
 
-def test_a_status_is_answered_until_healed(http2_server, stub):
+def test_a_status_is_answered_until_heal(http2_server, stub):
     http2_server.status(grpc.StatusCode.ABORTED, "100 % ümlaut")
     assert [failure(ask, stub) for _ in range(3)] == [("ABORTED", "100 % ümlaut")] * 3
     http2_server.heal()
     assert is_allowed(ask(stub))
 
 
-def test_the_last_fault_counts_for_as_many_calls_as_it_says(http2_server, stub):
+def test_the_last_fault_applies_to_the_given_number_of_calls(http2_server, stub):
     http2_server.refuse_streams()
     http2_server.status(99, times=2)
     assert [failure(ask, stub)[0] for _ in range(2)] == ["UNKNOWN"] * 2
@@ -360,12 +360,12 @@ def test_the_last_fault_counts_for_as_many_calls_as_it_says(http2_server, stub):
         http2_server.truncate(0)
 
 
-def test_ok_without_a_message_is_none_to_the_caller(http2_server, stub):
+def test_ok_without_a_message_returns_none_to_the_client(http2_server, stub):
     http2_server.status(grpc.StatusCode.OK)
     assert ask(stub) is None
 
 
-def test_a_large_answer_is_whole_and_still_says_yes(http2_server, stub):
+def test_a_large_answer_arrives_complete_and_is_still_an_allow(http2_server, stub):
     for size in (64, 100_000, 4 * MIB):
         http2_server.answer_size(size, times=1)
         answer = ask(stub)
@@ -375,7 +375,7 @@ def test_a_large_answer_is_whole_and_still_says_yes(http2_server, stub):
         http2_server.answer_size(63)
 
 
-def test_an_answer_that_is_too_large_spares_the_connection(http2_server, stub):
+def test_an_answer_that_is_too_large_leaves_the_connection_open(http2_server, stub):
     http2_server.answer_size(5 * MIB, times=1)
     code, details = failure(ask, stub)
     assert code == "RESOURCE_EXHAUSTED"
@@ -384,7 +384,7 @@ def test_an_answer_that_is_too_large_spares_the_connection(http2_server, stub):
     assert http2_server.accepted == 1
 
 
-def test_no_more_is_sent_than_flow_control_allows(http2_server, wire):
+def test_the_server_sends_no_more_than_flow_control_allows(http2_server, wire):
     http2_server.answer_size(100_000)
     wire.ask(1)
     received = 0
@@ -403,7 +403,7 @@ def test_no_more_is_sent_than_flow_control_allows(http2_server, wire):
 # -- the limit of streams
 
 
-def test_calls_beyond_the_limit_wait_in_the_client_for_their_turn():
+def test_calls_beyond_the_stream_limit_wait_in_the_client():
     with (
         Http2Server(max_concurrent_streams=1) as http2_server,
         client(http2_server.url) as stub,
@@ -417,7 +417,7 @@ def test_calls_beyond_the_limit_wait_in_the_client_for_their_turn():
         assert http2_server.errors == []
 
 
-def test_the_limit_of_streams_is_changed_live(http2_server, stub):
+def test_the_stream_limit_can_change_on_an_open_connection(http2_server, stub):
     http2_server.set_max_concurrent_streams(0)
     late = failure(stub.Is, IsRequest(), timeout=0.05)
     assert late[0] == "DEADLINE_EXCEEDED"
@@ -426,7 +426,7 @@ def test_the_limit_of_streams_is_changed_live(http2_server, stub):
     calls = begin(stub, 3)
     until(lambda: http2_server.in_flight == 2)
     http2_server.set_max_concurrent_streams(None)
-    # gRPC 1.80 makes use of a raised limit no sooner than with the next call.
+    # gRPC 1.80 uses a raised limit only with the next call.
     calls += begin(stub, 1)
     until(lambda: http2_server.in_flight == 4)
     http2_server.let_go()
@@ -465,12 +465,12 @@ def resolver(names):
         yield connected
 
 
-def test_a_name_leads_to_its_server(http2_server, names):
+def test_a_name_resolves_to_its_server(http2_server, names):
     assert is_allowed(ask_by_name(names, http2_server))
     assert list(names.queries) == ["topaz.test"]
 
 
-def test_a_name_leads_elsewhere_once_it_is_changed(http2_server, names):
+def test_a_changed_name_resolves_to_its_new_address(http2_server, names):
     with Http2Server(host="127.0.0.2", port=http2_server.port) as other:
         names.set("topaz.test", [other.host])
         assert is_allowed(ask_by_name(names, http2_server))
@@ -491,7 +491,7 @@ def test_a_name_without_an_address_is_unavailable(http2_server, names, addresses
     assert http2_server.accepted == 0
 
 
-def test_a_silent_name_server_costs_the_call_its_deadline(http2_server, names):
+def test_with_a_silent_name_server_a_call_ends_at_its_deadline(http2_server, names):
     names.silent()
     assert (
         failure(ask_by_name, names, http2_server, timeout=0.1)[0] == "DEADLINE_EXCEEDED"
@@ -500,7 +500,7 @@ def test_a_silent_name_server_costs_the_call_its_deadline(http2_server, names):
     assert is_allowed(ask_by_name(names, http2_server))
 
 
-def test_what_was_asked_in_silence_stays_unanswered(names, resolver):
+def test_a_query_sent_during_silence_stays_unanswered(names, resolver):
     names.silent()
     resolver.send(query("topaz.test", number=7))
     until(lambda: names.queries["topaz.test"] == 1)
@@ -509,7 +509,7 @@ def test_what_was_asked_in_silence_stays_unanswered(names, resolver):
     assert resolver.recv(512)[:2] == b"\0\x08"
 
 
-def test_an_answer_echoes_the_question_and_lasts_no_time(names, resolver):
+def test_an_answer_echoes_the_question_and_has_ttl_0(names, resolver):
     names.set("topaz.test", ["127.0.0.1", "127.0.0.2"])
     asked = query("Topaz.TEST")
     resolver.send(asked)
@@ -525,7 +525,7 @@ def test_an_answer_echoes_the_question_and_lasts_no_time(names, resolver):
 @pytest.mark.parametrize(
     "name, kind, code", [("topaz.test", 28, 0), ("a.test", 1, 3), ("a.test", 28, 3)]
 )
-def test_other_types_have_no_records_and_other_names_do_not_exist(
+def test_other_types_have_no_records_and_unknown_names_do_not_exist(
     names, resolver, name, kind, code
 ):
     resolver.send(query(name, kind))

@@ -1,4 +1,4 @@
-"""The proxy of the fault kit, with both ends of each connection in the test's hands."""
+"""The proxy of the fault kit, with both ends of each connection under test control."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def passes(sender, receiver, data=b"hello"):
 
 
 def is_silent(*socks):
-    """Whether nothing arrives, for as long as a test can afford to wait."""
+    """Return whether nothing arrives, for as long as a test can wait."""
     for sock in socks:
         sock.settimeout(0.03)
         try:
@@ -47,7 +47,7 @@ def is_silent(*socks):
 
 
 def sent_until_full(sock, block, limit):
-    """Return how many whole blocks were taken."""
+    """Return the number of complete blocks that were accepted."""
     sock.settimeout(0.3)
     for count in range(limit):
         try:
@@ -77,7 +77,7 @@ def test_bytes_pass_in_both_directions(net, proxy, backend):
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("first", [0, 1])
-def test_who_hangs_up_hangs_up_on_the_other(net, proxy, backend, first, reset):
+def test_closing_one_end_closes_the_other_end(net, proxy, backend, first, reset):
     ends = net.pair(proxy, backend)
     leaver, left = ends[first], ends[1 - first]
     leaver.sendall(b"bye")
@@ -89,9 +89,7 @@ def test_who_hangs_up_hangs_up_on_the_other(net, proxy, backend, first, reset):
     assert proxy.accepted == 1
 
 
-def test_what_was_said_before_the_connection_to_the_backend_still_arrives(
-    net, proxy, backend
-):
+def test_bytes_sent_before_the_backend_is_connected_still_arrive(net, proxy, backend):
     client = net.dial(proxy)
     client.sendall(b"hello and bye")
     client.close()
@@ -100,7 +98,7 @@ def test_what_was_said_before_the_connection_to_the_backend_still_arrives(
     assert server.recv(1) == b""
 
 
-def test_a_fast_sender_is_pushed_back_and_nothing_is_lost(net, proxy, backend):
+def test_a_fast_sender_is_slowed_down_and_no_byte_is_lost(net, proxy, backend):
     client, server = net.pair(proxy, backend)
     block = os.urandom(1024 * 1024)
     blocks = sent_until_full(client, block, limit=100)
@@ -108,7 +106,7 @@ def test_a_fast_sender_is_pushed_back_and_nothing_is_lost(net, proxy, backend):
     assert all(read(server, len(block)) == block for _ in range(blocks))
 
 
-def test_connections_go_to_the_backends_in_turn(net):
+def test_connections_go_to_the_backends_round_robin(net):
     backends = [net.backend() for _ in range(3)]
     proxy = net.proxy(*backends)
     for backend in backends * 2:
@@ -126,7 +124,7 @@ def test_a_backend_that_refuses_is_skipped(net):
 
 def test_a_client_is_reset_if_all_backends_refuse(net, proxy, backend):
     backend.close()
-    # It may be so quick that already connect() says so.
+    # It may be so fast that connect() already raises.
     with pytest.raises(ConnectionResetError):
         net.dial(proxy).recv(1)
     proxy.backends = []
@@ -146,7 +144,7 @@ def test_backends_can_be_replaced_and_connections_to_the_old_ones_stay(
     assert passes(*old)
 
 
-def test_each_accept_leaves_its_time(net, proxy):
+def test_the_time_of_each_accept_is_recorded(net, proxy):
     before = time.monotonic()
     for count in range(1, 4):
         net.dial(proxy)
@@ -159,9 +157,7 @@ def test_each_accept_leaves_its_time(net, proxy):
 # -- refuse and listen
 
 
-def test_a_closed_door_refuses_clients_until_it_opens_on_the_same_port(
-    net, proxy, backend
-):
+def test_refuse_rejects_clients_until_listen_reopens_the_same_port(net, proxy, backend):
     port = proxy.port
     old = net.pair(proxy, backend)
     for _ in range(2):
@@ -180,7 +176,7 @@ def test_a_closed_door_refuses_clients_until_it_opens_on_the_same_port(
     assert proxy.port == port
 
 
-def test_who_connected_before_the_door_closed_is_in(net, proxy, backend):
+def test_a_client_connected_before_refuse_stays_connected(net, proxy, backend):
     for _ in range(20):
         client = net.dial(proxy)
         proxy.refuse()
@@ -208,7 +204,7 @@ def test_a_hanging_proxy_accepts_and_stays_silent_until_it_is_healed(
     assert passes(server, client)
 
 
-def test_who_connected_before_the_hang_does_not_hang(net, proxy, backend):
+def test_a_client_connected_before_hang_does_not_hang(net, proxy, backend):
     for _ in range(20):
         client = net.dial(proxy)
         proxy.hang()
@@ -216,14 +212,14 @@ def test_who_connected_before_the_hang_does_not_hang(net, proxy, backend):
         proxy.heal()
 
 
-def test_a_client_that_leaves_a_hanging_proxy_is_noticed(net, proxy):
+def test_the_proxy_notices_a_client_that_disconnects_during_a_hang(net, proxy):
     proxy.hang()
     client = net.dial(proxy)
     client.sendall(b"anybody there?")
     until(lambda: proxy.open == 1)
     client.close()
     until(lambda: proxy.open == 0)
-    # Nor will a backend hear of it when that is healed.
+    # The backend does not get these bytes after heal either.
     until(lambda: not proxy.links)
 
 
@@ -248,7 +244,7 @@ def test_a_half_open_connection_loses_all_bytes_and_is_reset_when_healed(
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_half_open_connection_hides_that_the_other_end_is_gone(
+def test_a_half_open_connection_hides_a_close_of_the_other_end(
     net, proxy, backend, first
 ):
     ends = net.pair(proxy, backend)
@@ -277,7 +273,7 @@ def test_only_connections_to_the_given_backend_are_half_open(net):
     assert passes(*good)
 
 
-def test_a_connection_that_was_half_open_and_lost_nothing_lives_on(net, proxy, backend):
+def test_a_half_open_connection_that_lost_no_bytes_survives_heal(net, proxy, backend):
     client, server = net.pair(proxy, backend)
     assert passes(client, server)
     proxy.half_open()
@@ -302,7 +298,7 @@ def test_a_frozen_connection_delivers_once_it_is_healed(net, proxy, backend):
     assert proxy.accepted == proxy.open == 1
 
 
-def test_new_connections_freeze_as_well_and_only_those_of_the_given_backend(net):
+def test_freeze_applies_to_new_connections_of_the_given_backend_only(net):
     backends = net.backend(), net.backend()
     proxy = net.proxy(*backends)
     proxy.freeze(port_of(backends[0]))
@@ -314,7 +310,9 @@ def test_new_connections_freeze_as_well_and_only_those_of_the_given_backend(net)
     assert read(server, 10) == b"a question"
 
 
-def test_a_frozen_backend_learns_when_healed_that_its_client_left(net, proxy, backend):
+def test_a_frozen_backend_sees_at_heal_that_its_client_disconnected(
+    net, proxy, backend
+):
     client, server = net.pair(proxy, backend)
     proxy.freeze()
     client.sendall(b"bye")
@@ -330,7 +328,7 @@ def test_a_frozen_backend_learns_when_healed_that_its_client_left(net, proxy, ba
 # -- reset_mid_response and truncate_mid_response
 
 
-def test_a_response_is_reset_after_so_many_bytes(net, proxy, backend):
+def test_a_response_is_reset_after_the_given_number_of_bytes(net, proxy, backend):
     old = net.pair(proxy, backend)
     assert passes(old[1], old[0], b"before")
     proxy.reset_mid_response(7)
@@ -348,7 +346,7 @@ def test_a_response_is_reset_after_so_many_bytes(net, proxy, backend):
     assert passes(server, client, b"a whole answer")
 
 
-def test_a_response_can_be_reset_in_the_place_of_its_first_byte(net, proxy, backend):
+def test_a_response_can_be_reset_before_its_first_byte(net, proxy, backend):
     client, server = net.pair(proxy, backend)
     proxy.reset_mid_response(0)
     assert passes(client, server)
@@ -357,7 +355,7 @@ def test_a_response_can_be_reset_in_the_place_of_its_first_byte(net, proxy, back
         client.recv(1)
 
 
-def test_a_truncated_response_ends_regularly_even_if_the_client_talks_on(
+def test_a_truncated_response_ends_with_fin_even_if_the_client_keeps_sending(
     net, proxy, backend
 ):
     old = net.pair(proxy, backend)
@@ -372,7 +370,7 @@ def test_a_truncated_response_ends_regularly_even_if_the_client_talks_on(
     until(lambda: proxy.open == 0)
 
 
-def test_a_truncated_response_ends_regularly_even_if_the_server_has_left(
+def test_a_truncated_response_ends_with_fin_even_if_the_server_has_closed(
     net, proxy, backend
 ):
     client, server = net.pair(proxy, backend)
@@ -386,7 +384,7 @@ def test_a_truncated_response_ends_regularly_even_if_the_server_has_left(
         assert client.recv(1) == b""
 
 
-def test_responses_are_whole_again_once_healed(net, proxy, backend):
+def test_responses_are_complete_again_after_heal(net, proxy, backend):
     client, server = net.pair(proxy, backend)
     proxy.truncate_mid_response(7)
     assert passes(server, client, b"half")
@@ -413,7 +411,7 @@ def test_delayed_chunks_arrive_in_order_and_the_end_comes_last(net, proxy, backe
     assert client.recv(1) == b""
 
 
-def test_delayed_bytes_go_at_once_when_healed(net, proxy, backend):
+def test_delayed_bytes_are_sent_at_once_on_heal(net, proxy, backend):
     client, server = net.pair(proxy, backend)
     proxy.delay(HOURS)
     client.sendall(b"a question")
@@ -425,7 +423,7 @@ def test_delayed_bytes_go_at_once_when_healed(net, proxy, backend):
     assert passes(client, server)
 
 
-def test_a_slow_handshake_holds_new_connections_only(net, proxy, backend):
+def test_a_slow_handshake_delays_only_new_connections(net, proxy, backend):
     old = net.pair(proxy, backend)
     proxy.slow_handshake(HOURS)
     client, server = net.pair(proxy, backend)
@@ -439,7 +437,7 @@ def test_a_slow_handshake_holds_new_connections_only(net, proxy, backend):
     assert passes(client, server)
 
 
-def test_a_slow_handshake_comes_to_an_end_by_itself(net, proxy, backend):
+def test_a_slow_handshake_ends_by_itself(net, proxy, backend):
     proxy.slow_handshake(0.05)
     client, server = net.pair(proxy, backend)
     assert passes(client, server)
@@ -461,7 +459,7 @@ def test_the_oldest_connections_are_cut_first(net, proxy, backend):
     assert passes(*net.pair(proxy, backend))
 
 
-def test_connections_to_one_backend_are_cut(net):
+def test_only_connections_to_the_given_backend_are_cut(net):
     backends = net.backend(), net.backend()
     proxy = net.proxy(*backends)
     pairs = [net.pair(proxy, backend) for backend in backends * 2]
@@ -472,7 +470,7 @@ def test_connections_to_one_backend_are_cut(net):
     assert all(passes(*pair) for pair in pairs[::2])
 
 
-def test_a_client_that_just_connected_or_hangs_is_cut_as_well(net, proxy):
+def test_clients_that_just_connected_or_hang_are_cut_too(net, proxy):
     for _ in range(20):
         client = net.dial(proxy)
         assert proxy.cut() == 1

@@ -1,4 +1,4 @@
-"""gRPC through a proxy, and replicas behind one."""
+"""gRPC through a proxy, and several replicas behind one proxy."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ REQUEST = IsRequest(
 )
 
 
-# -- the end ------------------------------------------------------------------------
+# -- stopping -----------------------------------------------------------------------
 
 
-def test_stop_resets_everybody_and_leaves_nothing_behind(net, backend):
+def test_stop_resets_all_clients_and_leaves_nothing_open(net, backend):
     with Proxy([port_of(backend)]) as proxy:
         client, server = net.pair(proxy, backend)
         proxy.delay(HOURS)
@@ -51,13 +51,13 @@ def test_stop_resets_everybody_and_leaves_nothing_behind(net, backend):
     assert proxy.open == 0
     assert not proxy._thread.is_alive()
     assert proxy.loop.is_closed()
-    # A socket or task that was forgotten would warn, and a warning is an error.
+    # A forgotten socket or task would warn, and a warning is an error.
     gc.collect()
 
 
-def test_stop_does_not_wait_for_a_backend_that_accepts_nobody(net):
+def test_stop_does_not_wait_for_a_backend_that_does_not_accept(net):
     proxy = net.proxy(full := net.backend(backlog=0))
-    # On Linux one fits into the queue that has no room.
+    # On Linux one more connection fits into the full queue.
     clients = [net.dial(proxy) for _ in range(3)]
     until(lambda: proxy.open == 3)
     assert proxy.open_by_backend()[port_of(full)] < 3
@@ -115,9 +115,7 @@ def test_the_replicas_share_their_policies(net, replicas):
     assert not any(allows(stub_for(net, replicas.options)) for _ in range(3))
 
 
-def test_a_channel_that_knows_all_addresses_reaches_them_without_the_proxy(
-    net, replicas
-):
+def test_a_channel_with_all_addresses_reaches_replicas_without_the_proxy(net, replicas):
     stub = stub_for(
         net, replicas.addressed_options, ("grpc.lb_policy_name", "round_robin")
     )
@@ -140,7 +138,7 @@ def test_a_restarted_replica_serves_on_the_same_port(net, replicas, grace):
     assert replicas.calls(1) == {"Is": 2}
 
 
-def test_a_half_open_replica_costs_calls_their_time_and_a_cut_ends_it(net, replicas):
+def test_calls_to_a_half_open_replica_time_out_until_it_is_cut(net, replicas):
     stub = stub_for(net, replicas.options)
     assert stub.Info(InfoRequest(), timeout=10)
     replicas.proxy.half_open(replicas[0].port)
@@ -153,7 +151,7 @@ def test_a_half_open_replica_costs_calls_their_time_and_a_cut_ends_it(net, repli
 
 
 @pytest.mark.parametrize("fault", ["reset_mid_response", "truncate_mid_response"])
-def test_a_response_that_breaks_off_fails_the_call_though_it_was_made(
+def test_a_truncated_response_fails_a_call_that_the_server_executed(
     net, replicas, fault
 ):
     stub = stub_for(net, replicas.options)
@@ -166,7 +164,7 @@ def test_a_response_that_breaks_off_fails_the_call_though_it_was_made(
 
 
 async def test_a_pool_opens_its_connections_to_all_replicas(replicas):
-    # However slow the machine is, no timeout opens or closes one more.
+    # However slow the machine is, no timeout opens or closes another connection.
     pool = ConnectionPool(
         min_connections=3,
         eager_init=True,

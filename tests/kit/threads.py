@@ -1,4 +1,4 @@
-"""Other threads than that of the test."""
+"""Running a function in another thread than the thread of the test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 def in_a_thread(function):
-    """Return what *function* raises in a thread of its own, or else returns."""
+    """Return the error that *function* raises in its own thread, or its result."""
     outcome = []
 
     def run():

@@ -1,4 +1,4 @@
-"""Waiting for what other threads and processes do, without guessing how long."""
+"""Waiting for other threads and processes, without guessing how long they take."""
 
 from __future__ import annotations
 

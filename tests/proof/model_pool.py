@@ -1,4 +1,4 @@
-"""A pool, its callers and its server: what `test_model_pool` does things to."""
+"""A pool, its callers and its server: the objects that `test_model_pool` acts on."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from proof.stepwise import OnAsyncio
 
 
 def at_once(coroutine):
-    """Run what never waits."""
+    """Run a coroutine that never waits."""
     with contextlib.suppress(StopIteration):
         coroutine.send(None)
         raise AssertionError("it waited")
 
 
 class Server(FakeConnector):
-    """The books of the other side."""
+    """The records of the server, independent of the pool."""
 
     spreads = True
 
@@ -87,7 +87,7 @@ class Server(FakeConnector):
 
 
 class Caller:
-    """One call of acquire() in a task of its own, and what came of it."""
+    """One call of acquire() in its own task, and its outcome."""
 
     number = conn = claim = outcome = ended = None
     released = cancelled = calling = came_closed = False
@@ -164,7 +164,7 @@ COUNTERS = {
 
 
 class PoolBooks(RuleBasedStateMachine):
-    """A pool, its callers and its server, and the books of all of them."""
+    """A pool, its callers and its server, and the records of all of them."""
 
     driver = OnAsyncio
     make_pool = ConnectionPool
@@ -183,7 +183,7 @@ class PoolBooks(RuleBasedStateMachine):
         self.number_before = self.tokens_before = 0
         self.declared_before, self.declared_at = False, math.inf
         self.phase, self.epoch = "new", 0
-        # Steps since it was opened: one that is always closed shows little else.
+        # Steps since it was opened: a pool that is always closed shows few bugs.
         self.aged = 0
         self.closed_at, self.close_by = -math.inf, None
         self.well_for = self.looked_at = 0.0
@@ -252,7 +252,7 @@ class PoolBooks(RuleBasedStateMachine):
         self.server.refusals.clear()
 
     def look(self):
-        """Check everything; called whenever all tasks wait."""
+        """Check all invariants; called when all tasks wait."""
         passed = self.now - self.looked_at
         self.well_for = self.well_for + passed if self.server.is_well else 0.0
         self.looked_at = self.now
@@ -279,7 +279,9 @@ class PoolBooks(RuleBasedStateMachine):
         }
 
     def _who_is_who(self):
-        """Find the leases of those who have begun to wait: they are the last."""
+        """
+        Find the leases of callers that have begun to wait: these are the last ones.
+        """
         known = {caller.claim for caller in self.callers}
         unhandled_loss = [claim for claim in self.state.waiting if claim not in known]
         newcomers = [caller for caller in self.waiters if caller.claim is None]
@@ -288,7 +290,7 @@ class PoolBooks(RuleBasedStateMachine):
             self.came[claim] = caller.number
 
     def do(self, *actions):
-        """Do all of *actions* in one tick."""
+        """Run all *actions* in one tick."""
         self.is_well = False
         self.driver.step(*actions, look=self.look)
         type(self).steps += 1
@@ -298,7 +300,7 @@ class PoolBooks(RuleBasedStateMachine):
     def one_of(self, number, things):
         return things[number % len(things)]
 
-    # -- what may be done in one tick -------------------------------------------------
+    # -- actions that can share one tick ----------------------------------------------
 
     def start_caller(self, timeout):
         caller = Caller(self, timeout)
@@ -351,7 +353,7 @@ class PoolBooks(RuleBasedStateMachine):
         self.pool.resize(least, most)
 
     def action(self, number):
-        """Return one of the things that are done at once."""
+        """Return one of the immediate actions."""
         number, kind = divmod(number, 10)
         timeout = self.one_of(number, [1000, 0, 1000, 3, 0.5])
         if kind < 3 or not self.callers:

@@ -1,9 +1,9 @@
 """
-Event loops that are driven from outside, one step at a time and in virtual time.
+Event loops that a test drives from outside, step by step and in virtual time.
 
-Between two steps every task waits, and the clock stands still until it is told to
-move. So a test may look at a pool at any moment and know that nothing is left that
-could still happen by itself: who waits then, waits in earnest.
+Between two steps every task waits, and the clock stands still until the test moves it.
+So a test can check a pool at any moment, and knows that no task can continue by itself.
+A caller that waits then is really waiting.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from hypothesis import settings
 
 
 RESTLESS = 5_000
-"""Turns of a loop, or timers, in one step that are too many."""
+"""The number of loop iterations or timers in one step that counts as endless."""
 
 
 def chosen_settings(examples, steps):
-    """Return those of a model: more *examples* if the profile has more than usual."""
+    """Return the settings of a model: more *examples* if the profile asks for more."""
     deep = max(1, settings().max_examples // 100)
     return settings(
         max_examples=examples * deep,
         stateful_step_count=steps,
-        # By default the same examples each time, and anew in depth.
+        # By default the same examples each time, and new ones in the deep profile.
         derandomize=deep == 1,
         deadline=None,
         report_multiple_bugs=False,
@@ -43,7 +43,7 @@ class _StillSelector(selectors.DefaultSelector):
     def select(self, timeout=None):
         if timeout is None or timeout > 0:
             raise Stuck("a step waits for something")
-        return []  # no sockets take part
+        return []  # no sockets are used
 
 
 class _StillLoop(asyncio.SelectorEventLoop):
@@ -56,7 +56,7 @@ class _StillLoop(asyncio.SelectorEventLoop):
 
 
 class OnAsyncio:
-    """A loop of asyncio."""
+    """An asyncio loop."""
 
     def __init__(self, eager=False):
         self.loop = _StillLoop()
@@ -68,7 +68,9 @@ class OnAsyncio:
         return self.loop.now
 
     def step(self, *actions, look=lambda: None):
-        """Call *actions* in one tick, let every task go on until it waits, and look."""
+        """
+        Run *actions* in one tick, run all tasks until each waits, and call *look*.
+        """
 
         async def run():
             for action in actions:
@@ -79,14 +81,14 @@ class OnAsyncio:
         self.loop.run_until_complete(run())
 
     def advance(self, seconds, look):
-        """Let time pass, and call *look* at each moment at which a timer went off."""
+        """Let time pass, and call *look* each time a timer has fired."""
 
         async def run():
             end = self.loop.now + seconds
             for _ in range(RESTLESS):
                 moment = self._next_timer()
-                # asyncio calls a timer that is due within the clock's resolution, and
-                # anyio, which compares exactly, sets it again: for that it must move.
+                # asyncio calls a timer that is due within the clock's resolution. anyio
+                # compares exactly and sets the timer again. So the clock must move on.
                 self.loop.now = moment if moment < end + 1e-6 else end
                 await self._settle()
                 look()
@@ -97,33 +99,38 @@ class OnAsyncio:
         self.loop.run_until_complete(run())
 
     def jump(self, seconds):
-        """Be late: all timers of these *seconds* go off together, in the next step."""
+        """
+        Simulate a late loop: all timers of these *seconds* fire together in the next
+        step.
+        """
         now = self.loop.now + seconds
-        # As in advance(): no timer may be due within the resolution of the clock.
+        # As in advance(): no timer may be due within the clock's resolution.
         times = [x._when for x in self.loop._scheduled if not x._cancelled]
         self.loop.now = max((x for x in times if now < x <= now + 1e-6), default=now)
 
     def spawn(self, function):
-        """Start a task; only in a step."""
+        """Start a task; only within a step."""
         task = self.loop.create_task(function())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task.cancel
 
     def others(self):
-        """Return how many tasks there are that this did not start; only in a step."""
+        """
+        Return the number of tasks that this object did not start; only within a step.
+        """
         tasks = asyncio.all_tasks(self.loop) - self._tasks
         return len(tasks - {asyncio.current_task()})
 
     def timers(self):
-        """Say whether there is a timer; only in a step."""
+        """Return whether there is a timer; only within a step."""
         return self._next_timer() < math.inf
 
     def close(self):
-        """End, whatever is left."""
+        """End the run, whatever tasks are left."""
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
-        # What is shielded has limits of its own.
+        # Shielded code has its own time limits.
         self.advance(60, lambda: None)
         self.loop.close()
 
@@ -136,7 +143,7 @@ class OnAsyncio:
         rest = 0
         for _ in range(RESTLESS):
             await asyncio.sleep(0)
-            # Twice: timers that are due become ready in a turn of their own.
+            # Twice: due timers become ready in a separate iteration.
             rest = 0 if self.loop._ready else rest + 1
             if rest == 2:
                 return
@@ -144,7 +151,7 @@ class OnAsyncio:
 
 
 class OnTrio:
-    """A run of trio, as the guest of whoever calls the methods."""
+    """A trio run, in guest mode, driven by the methods."""
 
     def __init__(self):
         self._clock = trio.testing.MockClock()
@@ -193,7 +200,7 @@ class OnTrio:
         self._callers.start_soon(function)
 
     def others(self):
-        # The main task and the two of trio itself are none of the pool's.
+        # The main task and two of trio's own tasks do not belong to the pool.
         living = trio.lowlevel.current_statistics().tasks_living
         return living - len(self._callers.child_tasks) - self._at_first
 
@@ -219,7 +226,7 @@ class OnTrio:
         self._at_first = trio.lowlevel.current_statistics().tasks_living
         async with trio.open_nursery() as self._callers:
             while True:
-                # Never blocked, and so the run never goes to sleep in a thread.
+                # Never blocked, so the run never sleeps in a thread.
                 while not self._jobs:
                     await trio.lowlevel.checkpoint()
                 job = self._jobs.popleft()
@@ -232,7 +239,7 @@ class OnTrio:
                 else:
                     self._outcome = True
             self._callers.cancel_scope.cancel()
-            # What is shielded has limits of its own, and nobody moves the clock now.
+            # Shielded code has its own time limits, and nothing moves the clock now.
             self._clock.autojump_threshold = 0
 
     def _done(self, outcome):

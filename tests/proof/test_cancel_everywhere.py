@@ -1,4 +1,4 @@
-"""Cancelled at any await point there is, a call leaves a pool as if it never came."""
+"""Cancelling a call at any await point leaves the pool as if it was never made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def leased(strike, pool, **options):
 
 
 async def all_out(pool, strike):
-    """Lease everything, to come back in a second or by the strike."""
+    """Lease the full capacity, to be released after a second or by the strike."""
     held = [await pool.acquire() for _ in range(2)]
 
     def release():
@@ -56,7 +56,8 @@ async def acquire_cold(strike):
 async def acquire_opening(strike):
     pool = make_small()
     await leased(strike, pool)
-    # A pool that is opened stays open, whatever comes of the call that opened it.
+    # A pool that was opened stays open, whatever the outcome of the call that opened
+    # it.
     async with whole_after(pool):
         pass
 
@@ -68,7 +69,7 @@ async def acquire_contended(strike):
 
 
 async def acquire_between_others(strike):
-    """In the middle of the queue, and with a deadline that others do not share."""
+    """Acquire in the middle of the queue, with a different deadline than the others."""
     async with whole_after(make_small()) as pool, anyio.create_task_group() as tasks:
         tasks.start_soon(await all_out(pool, strike))
         tasks.start_soon(leased, Strike(), pool)
@@ -96,7 +97,7 @@ async def acquire_in_vain_between_others(strike):
 
 
 async def acquire_at_its_deadline_between_others(strike):
-    """Served and out of time in one tick: one or the other."""
+    """Served and timed out in one tick: the outcome is one of the two."""
     async with whole_after(make_small()) as pool, anyio.create_task_group() as tasks:
         tasks.start_soon(await all_out(pool, strike))
         tasks.start_soon(partial(leased, Strike(), pool, timeout=30))
@@ -210,7 +211,7 @@ async def initialize_with_another(strike):
         await strike.hit(pool.initialize)
     open_pool = pool._open_pool
     async with whole_after(pool):
-        assert pool._open_pool is open_pool, "the other one counts on it"
+        assert pool._open_pool is open_pool, "the other initialize() depends on it"
 
 
 async def initialize_behind_close(strike):
@@ -250,7 +251,7 @@ async def close_with_leases_and_waiters(strike):
         tasks.start_soon(later)
         await strike.hit(partial(pool.close, grace=3))
         if "again" not in strike.how:
-            # It gave up the grace, not the closing.
+            # The cancelled close gave up the grace, but still closed.
             assert "closed" in repr(pool)
     assert type(waiter.error) is PoolClosed
     assert_closed(pool, cut=pool.opened.state.in_use and 2)
@@ -267,7 +268,7 @@ async def close_when_the_grace_is_over(strike):
 
     async def check():
         await anyio.sleep(0.5)
-        assert not connector.connecting, "no grace for what nobody can use"
+        assert not connector.connecting, "no grace for a connection that no lease uses"
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(leased, Strike(), pool)
@@ -314,32 +315,32 @@ RACES += [initialize_behind_close, close_with_leases_and_waiters]
 
 @pytest.mark.parametrize("how", SCOPE)
 @pytest.mark.parametrize("scenario", WITH_POINTS)
-async def test_a_scope_cancelled_at_any_point_leaves_no_trace(scenario, how):
+async def test_cancelling_a_scope_at_any_await_leaves_no_trace(scenario, how):
     assert await sweep(scenario, how) > 0
 
 
 @ON_ASYNCIO
 @pytest.mark.parametrize("how", TASK)
 @pytest.mark.parametrize("scenario", WITH_POINTS)
-async def test_a_task_cancelled_at_any_point_leaves_no_trace(scenario, how):
+async def test_cancelling_a_task_at_any_await_leaves_no_trace(scenario, how):
     assert await sweep(scenario, how) > 0
 
 
 @pytest.mark.parametrize("scenario", RACES)
-async def test_what_it_waits_for_comes_about_in_the_tick_of_its_cancellation(scenario):
+async def test_an_event_set_in_the_tick_of_a_scope_cancellation_loses_nothing(scenario):
     assert await sweep(scenario, "scope, both") > 0
 
 
 @ON_ASYNCIO
 @pytest.mark.parametrize("scenario", RACES)
-async def test_what_a_task_waits_for_comes_about_in_the_tick_of_its_cancellation(
+async def test_an_event_set_in_the_tick_of_a_task_cancellation_loses_nothing(
     scenario,
 ):
     assert await sweep(scenario, "task, both") > 0
 
 
 @pytest.mark.parametrize("scenario", WITHOUT_POINTS)
-async def test_there_is_no_point_where_it_could_be_cancelled(scenario):
+async def test_an_operation_that_does_not_wait_has_no_cancellation_point(scenario):
     assert await sweep(scenario, "scope") == 0
 
 
@@ -360,7 +361,7 @@ async def resized_and_drained(run):
         assert pool.status().total <= 2
 
 
-async def test_resize_and_drain_do_their_work_though_their_caller_is_cancelled():
+async def test_resize_and_drain_complete_if_the_scope_of_their_caller_is_cancelled():
     async def run(change):
         with anyio.CancelScope() as scope:
             await change(scope.cancel)
@@ -369,7 +370,7 @@ async def test_resize_and_drain_do_their_work_though_their_caller_is_cancelled()
 
 
 @ON_ASYNCIO
-async def test_resize_and_drain_do_their_work_though_their_task_is_cancelled():
+async def test_resize_and_drain_complete_if_their_task_is_cancelled():
     async def run(change):
         async def natively():
             await change(asyncio.current_task().cancel)

@@ -1,8 +1,9 @@
 """
-Cancelled at any await point, whatever the connections do.
+Cancelling at any await point, with connections that succeed, fail, delay or hang.
 
-The points of the pool's own tasks that connect, probe and close; those of a life of a
-pool, times what may come of each step of the connector; and those on real connections.
+Three sets of await points: the pool's own tasks that connect, probe and close; the
+lifecycle of a pool, times the possible outcomes of each step of the connector; and
+operations on real connections.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from kit.waiting import eventually
 OUTCOMES = ["ok", "error", "slow", "never"]
 
 
-# -- the host's tasks -----------------------------------------------------------------
+# -- the tasks of the host ------------------------------------------------------------
 
 
 async def at_work(strike, task, who, script):
-    """A life of a pool, with a strike at the points of the host's tasks of one kind."""
+    """The lifecycle of a pool, with a strike at the awaits of one kind of host task."""
     pool = make_small(Playing(**script), health_check_interval=1)
     scope = anyio.CancelScope()
     original = getattr(_connections, task)
@@ -49,7 +50,7 @@ async def at_work(strike, task, who, script):
     def cancel():
         if who == "caller":
             scope.cancel()
-        else:  # what close() does before it waits for the host
+        else:  # this is what close() does before it waits for the host
             pool._open_pool.begin_close(0)
 
     async def watched(open_pool, slot):
@@ -66,7 +67,7 @@ async def at_work(strike, task, who, script):
 
 
 async def use(pool):
-    """Acquire, call, release, and have a round of health checks."""
+    """Acquire, call, release, and wait for a round of health checks."""
     async with pool.acquire(timeout=3) as conn:
         with contextlib.suppress(ConnectionLost, TimeoutError):
             await conn.call("/a/b", b"", timeout=1)
@@ -78,7 +79,7 @@ async def use(pool):
 @pytest.mark.parametrize("outcome", OUTCOMES)
 @pytest.mark.parametrize("who", ["caller", "close"])
 @pytest.mark.parametrize("task", ["connect", "probe", "close"])
-async def test_a_caller_or_the_pool_ends_at_any_point_of_the_hosts_tasks(
+async def test_cancelling_a_caller_or_closing_at_any_await_of_the_host_tasks(
     task, who, outcome
 ):
     script = {"connect_" if task == "connect" else task: outcome}
@@ -90,7 +91,7 @@ async def test_a_caller_or_the_pool_ends_at_any_point_of_the_hosts_tasks(
 
 
 async def life(strike, script):
-    """The whole life of a pool, whose connections do as the *script* says."""
+    """The whole lifecycle of a pool, with connections that follow the *script*."""
     pool = make_small(
         Playing(*script), min_connections=1, eager_init=True, max_retries=0
     )
@@ -107,28 +108,28 @@ async def life(strike, script):
         pass
 
 
-# Without a connection the other steps do not come about.
+# Without a connection the other steps do not happen.
 SCRIPTS = [
     script
     for script in itertools.product(OUTCOMES, repeat=4)
     if script[0] in {"ok", "slow"} or script[1:] == ("ok", "ok", "ok")
 ]
 SOME = [
-    # All but those where more than one step goes otherwise than well.
+    # All combinations except where more than one step does not succeed.
     pytest.param(script, marks=[pytest.mark.slow] * (script.count("ok") < 3))
     for script in SCRIPTS
 ]
 
 
 @pytest.mark.parametrize("script", SOME, ids="-".join)
-async def test_a_life_whose_scope_is_cancelled_at_any_point(script):
+async def test_cancelling_the_scope_of_a_pool_lifecycle_at_any_await(script):
     for how in SCOPE:
         assert await sweep(life, how, script) > 0
 
 
 @ON_ASYNCIO
 @pytest.mark.parametrize("script", SOME, ids="-".join)
-async def test_a_life_whose_task_is_cancelled_at_any_point(script):
+async def test_cancelling_the_task_of_a_pool_lifecycle_at_any_await(script):
     for how in TASK:
         assert await sweep(life, how, script) > 0
 
@@ -165,7 +166,7 @@ async def real_life(strike, authorizer):
 
 
 async def real_connect(strike, authorizer):
-    """Closed at any point of the host's task that connects."""
+    """Close at any await of the host task that connects."""
     pool = real(authorizer)
     original = _connections.connect
 
@@ -185,7 +186,9 @@ async def real_connect(strike, authorizer):
 
 
 @pytest.mark.real_clock
-async def test_real_connections_cancelled_at_any_point(embedded_authorizer):
+async def test_cancelling_operations_on_real_connections_at_any_await(
+    embedded_authorizer,
+):
     embedded_authorizer.policies = {"app.GET.x": True}
     for how in SCOPE + TASK * on_asyncio():
         async with real(embedded_authorizer) as pool:

@@ -1,4 +1,4 @@
-"""Checks, opening, closing and waiting, cancelled at each step."""
+"""Checks, opening, closing and waiting, each cancelled at each of its steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def cancelled_after(steps, function):
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("state", ["cold", "warm", "busy", "lost"])
-async def test_a_check_cancelled_at_each_of_its_steps_leaves_a_whole_pool(steps, state):
+async def test_cancelling_a_check_at_each_step_leaves_the_pool_consistent(steps, state):
     connector = allowing(default=slow(0.0))
     pool = virtual(connector, max_connections=2)
     config = patient_config(pool, AuthorizerOptions())
@@ -39,7 +39,7 @@ async def test_a_check_cancelled_at_each_of_its_steps_leaves_a_whole_pool(steps,
         await anyio.sleep(1)
         held = [await pool.acquire() for _ in range(2 * (state == "busy"))]
         for conn in connector.connections:
-            # Its first call is lost, and asked again on a new connection.
+            # Its first call is lost, and is repeated on a new connection.
             conn.alive = state != "lost"
 
         async def check():
@@ -57,7 +57,9 @@ async def test_a_check_cancelled_at_each_of_its_steps_leaves_a_whole_pool(steps,
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("method", ["initialize", "close"])
-async def test_opening_and_closing_can_be_cancelled_at_each_step(steps, method):
+async def test_cancelling_open_and_close_at_each_step_leaves_the_pool_consistent(
+    steps, method
+):
     connector = allowing(default=slow(0.0))
     pool = virtual(connector, min_connections=2, eager_init=True)
     if method == "close":
@@ -66,7 +68,8 @@ async def test_opening_and_closing_can_be_cancelled_at_each_step(steps, method):
     await cancelled_after(steps, getattr(pool, method))
     if method == "close":
         await anyio.sleep(0.01)
-        # Cancelled before it began, it did nothing; else all of it.
+        # If it was cancelled before it began, it did nothing. Otherwise it did
+        # everything.
         assert (not connector.open) == ("closed" in repr(pool))
         await pool.close(grace=0)
         assert not connector.open
@@ -76,7 +79,7 @@ async def test_opening_and_closing_can_be_cancelled_at_each_step(steps, method):
     assert all(conn.closed == 1 for conn in connector.connections)
 
 
-async def test_a_timeout_around_close_ends_it_though_a_connection_will_not_close():
+async def test_a_timeout_around_close_ends_it_even_if_a_connection_hangs():
     connector = allowing()
     pool = virtual(connector)
     await pool.initialize()
@@ -90,7 +93,7 @@ async def test_a_timeout_around_close_ends_it_though_a_connection_will_not_close
     began = anyio.current_time()
     with pytest.raises(TimeoutError), anyio.fail_after(1):
         await pool.close(grace=100)
-    # What closing one connection may take, beginning with the idle ones at once.
+    # Seconds that closing one connection may take. Idle connections close at once.
     assert anyio.current_time() - began == pytest.approx(5)
     assert [conn.closed for conn in connector.connections] == [1, 0, 1]
     assert repr(pool).startswith("<ConnectionPool closed total=0")
@@ -100,7 +103,7 @@ async def test_a_timeout_around_close_ends_it_though_a_connection_will_not_close
 
 
 async def waiters_cancelled(count):
-    """Cancel *count* waiters in any order, while connections go round among them."""
+    """Cancel *count* waiters in any order, while connections pass among them."""
     rng = random.Random(count)
     pool = virtual(max_connections=10, acquire_timeout=HOURS)
     ended = 0
@@ -128,16 +131,16 @@ async def waiters_cancelled(count):
                     await anyio.lowlevel.checkpoint()
         assert ended == count
         assert pool._counters.acquisitions + pool._counters.cancelled == count + 10
-        assert pool._counters.acquisitions > 10, "some were served in between"
+        assert pool._counters.acquisitions > 10, "some callers were served in between"
         await assert_whole(pool, twice=True)
 
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
-async def test_waiters_cancelled_among_returned_connections_lose_no_capacity(count):
+async def test_cancelling_waiting_callers_during_releases_loses_no_capacity(count):
     await waiters_cancelled(count)
 
 
-async def test_the_work_for_a_cancelled_waiter_does_not_grow_with_their_number():
+async def test_the_cost_of_a_cancelled_waiter_does_not_grow_with_the_queue():
     async def calls(count):
         made = 0
 

@@ -1,11 +1,12 @@
 """
-Any configuration: a pool that works or a clear error, never a hang or a half of one.
+Any configuration gives a working pool or a clear error, never a hang or a half-open
+pool.
 
-In virtual time; `fuzzing` tells of what waits for ever, or works without a pause.
-`--hypothesis-profile=deep` tries fifty times as much.
+In virtual time. `fuzzing` detects runs that wait forever, or work without a pause.
+`--hypothesis-profile=deep` runs fifty times as many examples.
 """
 
-# ruff: noqa: PT017  (what is taken is as good as an error)
+# ruff: noqa: PT017  (a value may be accepted or refused with an error)
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ from kit.fuzzing import (
 )
 
 
-pytestmark = pytest.mark.real_clock  # each example has a loop of its own
+pytestmark = pytest.mark.real_clock  # each example has its own loop
 
 counts = st.integers(0, 5)
 times = st.sampled_from([0, 0.5, 1, 60, 3e8, 10**300, math.inf]) | st.floats(0.25, 1e4)
@@ -66,7 +67,7 @@ NEVER_SHORT |= {"leak_threshold"}
 
 
 def is_bearable(name, value):
-    """Whether a test has the time and memory to do what was asked for."""
+    """Return whether a test has the time and memory for these parameters."""
     if not isinstance(value, int | float):
         return True
     if name == "min_connections":
@@ -78,7 +79,7 @@ def is_bearable(name, value):
 
 
 async def works(pool, connector):
-    """Use a pool in all ways there are, twice; nothing is left of it."""
+    """Use a pool in every way, twice; nothing of it is left."""
     for _ in range(2):
         async with pool:
             most = range(pool.status().streams_max)[:3]
@@ -100,7 +101,7 @@ optional = {name: or_odd(usual) for name, usual in PARAMETERS.items()}
 @backends
 @examples(120)
 @given(parameters=st.fixed_dictionaries({}, optional=optional))
-def test_any_parameters_give_a_pool_that_works_or_name_what_is_wrong(
+def test_any_parameters_give_a_working_pool_or_an_error_that_names_one(
     backend, parameters
 ):
     assume(all(is_bearable(*item) for item in parameters.items()))
@@ -110,7 +111,7 @@ def test_any_parameters_give_a_pool_that_works_or_name_what_is_wrong(
     except CLEAR as error:
         assert is_told(error, parameters)
         return
-    # In no time nobody can connect, and nobody prove to be well.
+    # In zero time, no attempt can connect and no connection can answer a probe.
     assume(pool.options.connection_timeout > 0.01)
     assume(pool.options.health_check_timeout > 0.01)
     run(backend, works, pool, connector)
@@ -119,7 +120,7 @@ def test_any_parameters_give_a_pool_that_works_or_name_what_is_wrong(
 @pytest.mark.parametrize("name", [*PARAMETERS, "connector"])
 @examples(25)
 @given(value=anything)
-def test_each_parameter_alone_is_taken_or_named(name, value):
+def test_each_single_parameter_is_accepted_or_named_in_the_error(name, value):
     try:
         pool = ConnectionPool(**{name: value})
     except OwnError:
@@ -131,7 +132,7 @@ def test_each_parameter_alone_is_taken_or_named(name, value):
 
 
 @pytest.mark.parametrize("name", ["min_connections", "max_connections", "max_waiting"])
-def test_a_number_too_long_to_be_printed_is_named(name):
+def test_a_number_too_long_to_print_is_refused_with_its_parameter_name(name):
     with pytest.raises(ValueError, match=name):
         ConnectionPool(**{name: -(10**5000)})
 
@@ -151,7 +152,7 @@ SECRET = {"tenant_id", "api_key"}
 @given(
     given=st.fixed_dictionaries({}, optional={k: or_odd(v) for k, v in OPTIONS.items()})
 )
-def test_any_authorizer_options_are_taken_or_named(given):
+def test_any_authorizer_options_are_accepted_or_named_in_the_error(given):
     try:
         options = AuthorizerOptions(**given)
     except CLEAR as error:
@@ -168,7 +169,7 @@ def test_any_authorizer_options_are_taken_or_named(given):
 
 @examples(150)
 @given(kind=or_odd(st.integers(0, 5)), value=or_odd(st.none() | texts))
-def test_any_identity_is_taken_or_refused_without_its_value(kind, value):
+def test_any_identity_is_accepted_or_refused_without_showing_its_value(kind, value):
     try:
         identity = Identity(kind, value)
     except CLEAR as error:
@@ -182,7 +183,7 @@ def test_any_identity_is_taken_or_refused_without_its_value(kind, value):
 
 @pytest.mark.parametrize("url", ["dns:///"])
 def test_a_target_that_grpc_cannot_parse_is_refused_and_nothing_hangs(url):
-    # In a process of its own: not even its timers go off.
+    # In a separate process: while it hangs, even its own timers do not fire.
     script = f"""
 import anyio
 from fastapi_topaz import AuthorizerOptions, ConnectionPool, PoolError
@@ -201,24 +202,24 @@ anyio.run(main)
 
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800"])
-async def test_a_path_that_no_file_can_have_is_named(path):
+async def test_an_impossible_file_path_is_refused_with_its_parameter_name(path):
     pool = ConnectionPool()
     pool.configure(AuthorizerOptions(cert_file_path=path))
     with pytest.raises(ValueError, match="cert_file_path must be"):
         await pool.initialize()
 
 
-def test_the_longest_time_to_connect_is_a_time():
+def test_the_largest_connection_timeout_gives_valid_channel_options():
     assert _channel_options(1.7e308)
 
 
-def test_a_path_like_object_is_taken_by_its_path():
+def test_a_path_like_object_is_accepted_as_its_path():
     path = type("Path", (), {"__fspath__": lambda _self: "ca.pem"})()
     assert AuthorizerOptions(cert_file_path=path).cert_file_path == "ca.pem"
 
 
 @pytest.mark.parametrize("meter", [None, 5])
-def test_a_meter_provider_without_instruments_is_named(meter):
+def test_a_meter_provider_without_instruments_is_named_in_the_error(meter):
     provider = type("Provider", (), {"get_meter": lambda *_args: meter})()
     with pytest.raises(CLEAR, match="meter_provider"):
         ConnectionPool(meter_provider=provider)
@@ -238,7 +239,7 @@ SETTINGS = {
 
 @examples(150)
 @given(given=st.fixed_dictionaries({k: or_odd(v) for k, v in SETTINGS.items()}))
-def test_any_configuration_is_taken_or_names_what_is_wrong(given):
+def test_any_configuration_is_accepted_or_its_error_names_the_fault(given):
     try:
         config = TopazConfig(**given)
     except OwnError:
@@ -264,7 +265,7 @@ steps = st.one_of(
 @backends
 @examples(60)
 @given(steps=st.lists(steps, max_size=8))
-def test_any_argument_leaves_a_pool_whole(backend, steps):
+def test_any_argument_leaves_the_pool_consistent(backend, steps):
     connector = FakeConnector()
     pool = ConnectionPool(connector=connector, max_connections=2)
 

@@ -1,11 +1,11 @@
 """
-Any argument of a call: an answer or a clear error, and the next one is answered.
+Any argument of a call gives an answer or a clear error, and the next call is answered.
 
-The arguments meet a connector in memory, in virtual time, and with fewer examples an
-authorizer that is real. `--hypothesis-profile=deep` tries fifty times as much.
+The arguments are sent to a connector in memory, in virtual time, and with fewer
+examples to a real authorizer. `--hypothesis-profile=deep` runs fifty times as many.
 """
 
-# ruff: noqa: PT017  (an answer is as good as an error)
+# ruff: noqa: PT017  (an answer and an error are both valid)
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from kit.fuzzing import (
 )
 
 
-pytestmark = pytest.mark.real_clock  # each example has a loop of its own
+pytestmark = pytest.mark.real_clock  # each example has its own loop
 
 RESERVED = [
     "te",
@@ -123,12 +123,12 @@ any_call = st.sampled_from(sorted(ARGUMENTS)).flatmap(one_call)
 
 
 async def asked(conn, name, arguments):
-    """Make the call; it ends in one of the ways that it may."""
+    """Make the call; it must end in one of the documented ways."""
     try:
         with anyio.fail_after(30):
             await getattr(conn, name)(**arguments)
     except TimeoutError:
-        # Of a connector in memory, which is no server that answers so.
+        # From a connector in memory: a real server does not answer this way.
         assert isinstance(arguments.get("timeout"), int | float)
     except (*CLEAR, PoolError, grpc.aio.AioRpcError, OwnError) as error:
         assert str(error) or isinstance(error, OwnError)
@@ -142,7 +142,7 @@ async def answers(conn):
 @backends
 @examples(100)
 @given(call=any_call)
-def test_any_argument_of_a_call_leaves_the_lease_well(backend, call):
+def test_any_argument_of_a_call_leaves_the_lease_usable(backend, call):
     connector = FakeConnector(answer=lambda _method, _request: b"")
 
     async def use():
@@ -165,7 +165,7 @@ def authorizer():
 @backends
 @examples(25)
 @given(calls=st.lists(any_call, min_size=1, max_size=8))
-def test_any_argument_of_a_call_to_a_server_leaves_the_connection_well(
+def test_any_argument_of_a_call_to_a_server_leaves_the_connection_usable(
     backend, authorizer, calls
 ):
     async def use():
@@ -177,7 +177,7 @@ def test_any_argument_of_a_call_to_a_server_leaves_the_connection_well(
                     await asked(conn, *call)
                     await answers(conn)
             await assert_usable(pool)
-            # None of it has broken the connection.
+            # None of the calls has broken the connection.
             assert pool._counters.connects == 1
 
     anyio.run(use, backend=backend)
@@ -185,7 +185,7 @@ def test_any_argument_of_a_call_to_a_server_leaves_the_connection_well(
 
 
 @pytest.mark.parametrize("metadata", [None, 0])
-async def test_metadata_that_is_nothing_is_none_also_within_a_span(metadata):
+async def test_empty_metadata_is_accepted_with_and_without_a_span(metadata):
     from opentelemetry.sdk.trace import TracerProvider
 
     connector = FakeConnector(answer=lambda _method, _request: b"")
@@ -197,7 +197,7 @@ async def test_metadata_that_is_nothing_is_none_also_within_a_span(metadata):
 
 
 @pytest.mark.parametrize("name", ["decisions", "query", "info"])
-async def test_an_answer_that_is_garbage_is_an_error_that_is_documented(name):
+async def test_a_garbage_answer_raises_a_documented_error(name):
     connector = FakeConnector(answer=lambda _method, _request: b"\xff\xff")
     async with ConnectionPool(connector=connector) as pool, pool.acquire() as conn:
         arguments = {"decisions": {"policy_path": "a"}, "query": {"query": "data.a"}}
@@ -218,16 +218,16 @@ segments = st.one_of(
 
 @examples(300)
 @given(parts=st.lists(segments, max_size=5), method=st.sampled_from(["GET", "POST"]))
-def test_any_route_has_a_policy_path_of_its_own_root_and_method(parts, method):
+def test_the_policy_path_of_any_route_has_its_own_root_and_method(parts, method):
     router = APIRouter()
     try:
         router.add_api_route("/" + "/".join(parts), dict, methods=[method])
-    except Exception:  # noqa: BLE001  (what FastAPI does not take is no route)
+    except Exception:  # noqa: BLE001  (a route that FastAPI refuses is not a route)
         return
     template = router.routes[0].path_format
     path = policy_path_of("my.app", method, template)
     assert path.startswith(f"my.app.{method}")
     assert not re.search(r"[/{}]", path)
-    # A slash more or less is the same resource, anything else another one.
+    # Paths that differ only by a slash are the same resource; other paths differ.
     assert policy_path_of("my.app", method, template.rstrip("/") + "/") == path
     assert policy_path_of("my.app", method, template + "/x") == path + ".x"

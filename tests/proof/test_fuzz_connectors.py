@@ -1,7 +1,8 @@
 """
-Any connector: leases, or a clear error, and never a pool that hangs or fails itself.
+Any connector gives leases or a clear error. The pool never hangs and never fails
+itself.
 
-In virtual time. `--hypothesis-profile=deep` tries fifty times as much.
+In virtual time. `--hypothesis-profile=deep` runs fifty times as many examples.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from kit.channels import INFO
 from kit.fuzzing import CLEAR, OwnError, anything, examples, run
 
 
-pytestmark = pytest.mark.real_clock  # each example has a loop of its own
+pytestmark = pytest.mark.real_clock  # each example has its own loop
 
 
 @contextlib.contextmanager
 def bugs_logged():
-    """Collect what is logged if a task of the pool itself fails."""
+    """Collect the log records of failed tasks of the pool itself."""
     handler, found = logging.Handler(logging.CRITICAL), []
     handler.emit = found.append
     logger = logging.getLogger("fastapi_topaz")
@@ -76,12 +77,14 @@ behaviours = st.one_of(
     anything,
     errors.map(lambda error: property(raising(error))),
 )
-# Read, and never called.
+# Attributes that are read, but never called.
 facts = anything | errors.map(lambda error: property(raising(error)))
 
 
 def kind_of(required, told):
-    """Classes with the methods that are *required*, odd or not, and some of *told*."""
+    """
+    Classes with the methods *required*, odd or not, and some attributes of *told*.
+    """
     sound = {name: st.just(eventually(None)) for name in required}
     return st.fixed_dictionaries(
         {name: usual | behaviours for name, usual in sound.items()}, optional=told
@@ -143,7 +146,7 @@ class Unprinted:
 
 
 class Bare(ConnectFailed):
-    """As if somebody forgot to call the constructor it inherits."""
+    """Like a subclass that does not call the constructor of its base."""
 
     def __init__(self):
         pass

@@ -1,8 +1,8 @@
 """
-A pool that goes through anything in any order, on both backends, in virtual time.
+A pool under any events in any order, on both backends, in virtual time.
 
-After each step, when nothing can happen any more by itself, all `invariants` hold. In
-the end all capacity can be had at once, and the closed pool leaves nothing.
+After each step, once no task can continue by itself, all `invariants` hold. At the end
+the full capacity is available at once, and the closed pool leaves nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from proof.stepwise import OnAsyncio, OnTrio, chosen_settings
 
 
 EXAMPLES, STEPS = 40, 40
-"""Of one backend; `--hypothesis-profile=deep` multiplies the first."""
+"""For one backend. `--hypothesis-profile=deep` multiplies the first."""
 
 NUMBERS = integers(0, 999)
 SETUPS = [
@@ -47,7 +47,7 @@ MODES = [ok(), ok(), slow(1.5), fail(), hang()]
 
 
 class PoolMachine(PoolBooks):
-    """What is done to a pool; with trio, `OnTrioMachine`."""
+    """The events of a pool on asyncio; `OnTrioMachine` is the same on trio."""
 
     @initialize(setup=sampled_from(SETUPS), opened=sampled_from([True, False]))
     def begin(self, setup, opened):
@@ -81,7 +81,9 @@ class PoolMachine(PoolBooks):
     @precondition(lambda self: self.holders)
     @rule(number=NUMBERS, last_words=sampled_from([True, False]))
     def leave_the_block(self, number, last_words):
-        """Perhaps after a call, which a bad connection breaks or leaves unanswered."""
+        """
+        Release, perhaps after a call that a bad connection breaks or leaves unanswered.
+        """
         caller = self.one_of(number, self.holders)
         caller.last_words = last_words
         self.do(caller.leave.set)
@@ -111,7 +113,7 @@ class PoolMachine(PoolBooks):
 
     @rule(numbers=lists(NUMBERS, min_size=2, max_size=4))
     def do_in_one_tick(self, numbers):
-        """Race: a hand-over against a cancellation, a close, a newcomer."""
+        """Race: a hand-over against a cancellation, a close, or a new caller."""
         self.do(*[self.action(number) for number in numbers])
 
     # -- the server -------------------------------------------------------------------
@@ -129,20 +131,22 @@ class PoolMachine(PoolBooks):
     @precondition(lambda self: self.server.open)
     @rule(number=NUMBERS, how=sampled_from(FATES))
     def connection_changes(self, number, how):
-        """What the next call, look or probe finds."""
+        """Choose the outcome of the next call, loss check or probe."""
         conn = self.one_of(number, self.server.open)
         conn.hung_up = conn.hung_up or how == "hung up"
         conn.alive, conn.frozen = how != "dead", how == "frozen"
         conn.refuses = "no upstream" if how == "refused" else ""
         conn.was_unwell |= how in {"hung up", "dead", "frozen"}
         if conn.hung_up:
-            self.well_for = 0.0  # the next ones are made at a slower pace
+            self.well_for = 0.0  # the next connections are made after longer pauses
         self.do()
 
     @precondition(lambda self: self.server.open)
     @rule()
     def all_are_refused(self):
-        """Until it is an outage, if a call or a health check shows it."""
+        """
+        Refuse calls until it is an outage, if a call or a health check detects it.
+        """
         self.is_well = False
         for conn in self.server.open:
             conn.alive, conn.frozen, conn.refuses = True, False, "no upstream"
@@ -162,7 +166,7 @@ class PoolMachine(PoolBooks):
 
     @rule(seconds=sampled_from([0.5, 3, 30]))
     def time_jumps(self, seconds):
-        """As it does when the process was stopped, or the loop blocked."""
+        """Jump, as when the process was stopped or the loop was blocked."""
         self.driver.jump(seconds)
         self.looked_at = self.now
         self.do()
@@ -183,7 +187,7 @@ class PoolMachine(PoolBooks):
     @precondition(lambda self: self.should_be_open and self.aged > 8)
     @rule(grace=sampled_from([1, 10]))
     def close_while_connecting(self, grace):
-        """With one lease out, which the grace is for."""
+        """Close with one open lease, for which the grace exists."""
         self.server.default = ok()
         self.do(partial(self.start_caller, 1000))
         self.server.default = slow(1.5)
@@ -193,7 +197,7 @@ class PoolMachine(PoolBooks):
     @precondition(lambda self: self.closers)
     @rule()
     def cancel_close(self):
-        """Which gives up the grace, and not the closing."""
+        """Cancel a close, which gives up the grace but still closes."""
         if self.grace_given:
             self.close_by = min(self.close_by, self.now)
         self.do(self.closers[0].cancel)
@@ -215,20 +219,22 @@ class PoolMachine(PoolBooks):
             self.driver.close()
 
     def quiesce(self):
-        """All capacity is there whatever happened, and closed it leaves nothing."""
+        """The full capacity is available, and the closed pool leaves nothing."""
         self.server.default, self.server.closes = ok(), "at once"
         for conn in self.server.open:
             conn.alive, conn.frozen, conn.refuses = True, False, ""
         self.do(*[caller.leave.set for caller in self.callers])
         self.time_passes(60)
-        assert not self.callers, "everybody was served, and has left"
+        assert not self.callers, "all callers were served and have left"
         if self.phase != "open":
             self.reopen()
         capacity = self.pool.status().streams_max
         self.do(*[partial(self.start_caller, 10)] * capacity)
-        assert len(self.held) == capacity, "all can be had without waiting"
+        assert len(self.held) == capacity, (
+            "the full capacity is available without waiting"
+        )
         self.acquire(0)
-        assert len(self.held) == capacity, "and no more"
+        assert len(self.held) == capacity, "and not more"
         self.do(*[caller.leave.set for caller in self.callers])
         self.close(0)
         assert [conn.closed for conn in self.server.connections] == (
@@ -255,7 +261,7 @@ def _no_log(caplog):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_a_pool_keeps_all_invariants_whatever_happens(machine):
+def test_the_pool_keeps_all_invariants_under_any_sequence_of_events(machine):
     chosen = chosen_settings(EXAMPLES, STEPS)
     machine.steps = 0
     run_state_machine_as_test(machine, settings=chosen)

@@ -1,8 +1,8 @@
 """
 The state of a pool under any changes in any order, without a loop and without I/O.
 
-The machine does to the state all that a runtime does, and keeps books of it. After
-each step all `invariants` of a state hold; in the end nothing is left.
+The machine does to the state everything that an open pool does, and keeps its own
+books. After each step all `invariants` of a state hold. At the end nothing is left.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from proof.stepwise import chosen_settings
 
 
 EXAMPLES, STEPS = 60, 60
-"""By default; `--hypothesis-profile=deep` multiplies the first."""
+"""The defaults. `--hypothesis-profile=deep` multiplies the first."""
 
-# One number says all about a step: of many draws, Hypothesis makes variations of a few
-# examples instead of new ones.
+# One number decides everything about a step. If a step draws many values, Hypothesis
+# varies a few examples instead of making new ones.
 NUMBERS = integers(0, 2**16 - 1)
 SETUPS = [*itertools.product((4, 3, 2, 1), (0, 1, 2), (1, 2, 3), *[(True, False)] * 2)]
 
 
 class StateMachine(RuleBasedStateMachine):
-    """A state, and the books that are kept beside it."""
+    """A state, and the books that the machine keeps beside it."""
 
     make_state = PoolState
     steps = 0
@@ -50,11 +50,11 @@ class StateMachine(RuleBasedStateMachine):
         self.is_well = True
         self.numbers = itertools.count(1)
         self.now = 0.0
-        # In the order they came; who holds a token; who was served.
+        # In the order of arrival; which callers hold a token; which were served.
         self.queue, self.holders, self.held = [], set(), []
         self.came, self.unfit = {}, set()
         self.served_now, self.begun_now = [], []
-        # In the order they were begun, unlike the set of the state.
+        # In the order in which they began, unlike the set of the state.
         self.slots, self.being_closed, self.gone, self.probing = [], [], [], []
         self.number_before = self.tokens_before = 0
         self.declared_before, self.refused_now = False, []
@@ -72,7 +72,7 @@ class StateMachine(RuleBasedStateMachine):
             max_lifetime=60,
         ).options
         self.state = self.make_state(options, Random(0).random, spreads=spreads)
-        # Whether the host's tasks run after each change, or when it is their turn.
+        # Whether the host's tasks run after each change, or only as separate steps.
         self.at_rest = prompt
 
     # -- the books -----------------------------------------------------------------
@@ -111,10 +111,10 @@ class StateMachine(RuleBasedStateMachine):
     def under_way(self):
         return [slot for slot in self.slots if slot in self.state.connecting]
 
-    # -- what a runtime does of itself ---------------------------------------------
+    # -- the steps that an open pool makes by itself -------------------------------
 
     def after_change(self):
-        # As the limiter does: in the order of those who wait.
+        # Like the limiter: in the order of the waiting callers.
         for claim in self.queue:
             if len(self.holders) < self.state.options.capacity:
                 self.holders.add(claim)
@@ -138,10 +138,12 @@ class StateMachine(RuleBasedStateMachine):
         while (slot := state.outage.due(self.now)) is not None:
             assert slot.retired is None
             self.probing.append(slot)
-        assert state.outage.next_at(self.now) > self.now, "none is due any more"
+        assert state.outage.next_at(self.now) > self.now, (
+            "no connection is overdue any more"
+        )
         if state.attempts.overdue(self.now) or state.room() <= 0:
             self.dismiss_hopeless()
-        assert state.attempts.next_overdue() > self.now, "who is overdue is marked"
+        assert state.attempts.next_overdue() > self.now, "an overdue attempt is marked"
         wanted = state.shortfall(self.tokens, self.now)
         if wanted and state.attempts.forget(self.now):
             wanted = state.shortfall(self.tokens, self.now)
@@ -150,7 +152,7 @@ class StateMachine(RuleBasedStateMachine):
             cautious = state.attempts.is_cautious(self.now) or state.outage.is_silent
             self.begun_now.append((coming, cautious, len(usable(state))))
             self.slots.append(state.begin(self.now))
-        assert not state.shortfall(self.tokens, self.now), "none is left over"
+        assert not state.shortfall(self.tokens, self.now), "no attempt is left over"
 
     def probe(self, slot):
         if slot.retired is None and not slot.probing:
@@ -220,7 +222,7 @@ class StateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.queue or self.held)
     @rule(number=NUMBERS)
     def withdraw(self, number):
-        """Be cancelled, also in the moment of being served."""
+        """Cancel a caller, even in the tick in which it is served."""
         self.step(number)
         claim = self.one_of(self.queue + self.held)
         self.state.withdraw(claim, self.now)
@@ -231,7 +233,9 @@ class StateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.queue)
     @rule()
     def time_is_over(self):
-        """Of those in front: the pool looks after the others in another way."""
+        """
+        A caller in front leaves. The pool handles callers behind it in another way.
+        """
         self.step()
         self.dismiss(self.state.dismiss(self.now))
         self.after_change()
@@ -239,7 +243,7 @@ class StateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state.open)
     @rule(number=NUMBERS)
     def call_ends(self, number):
-        """Its connection may not have outlived it."""
+        """Release a lease. Its connection may have ended before it."""
         self.step(number)
         state, slot = self.state, self.one_of([*self.state.open, *self.gone[-1:]])
         if self.one_of([True, False]):
@@ -309,7 +313,7 @@ class StateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state.outage.refused)
     @rule(number=NUMBERS)
     def all_are_refused(self, number):
-        """By each probe, for long enough to be an outage; not each time."""
+        """Refuse each probe for long enough to be an outage, but not in every run."""
         self.step(number)
         if self.one_of(range(4)):
             return
@@ -345,7 +349,7 @@ class StateMachine(RuleBasedStateMachine):
 
     closing_ends_often = closing_ends
 
-    # -- upkeep ----------------------------------------------------------------------
+    # -- maintenance -----------------------------------------------------------------
 
     @rule(number=NUMBERS)
     def time_passes(self, number):
@@ -432,13 +436,13 @@ class StateMachine(RuleBasedStateMachine):
         for slot in self.being_closed:
             state.closed(slot)
             self.ended(slot)
-        assert not self.slots, "each one was closed"
+        assert not self.slots, "each connection was closed"
         assert state.rotation.is_idle()
         assert not any((state.open, state.connecting, state.closing, state.waiting))
         assert state.in_use == 0
 
 
-def test_the_state_keeps_all_invariants_whatever_happens():
+def test_the_state_keeps_all_invariants_under_any_sequence_of_events():
     chosen = chosen_settings(EXAMPLES, STEPS)
     StateMachine.steps = 0
     run_state_machine_as_test(StateMachine, settings=chosen)

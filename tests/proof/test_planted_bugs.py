@@ -1,4 +1,4 @@
-"""The models find bugs: each of these is planted, and caught by an invariant."""
+"""The models find bugs: each planted bug here breaks an invariant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIXED = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    # What fails is not made simpler: that takes most of the time, and nobody reads it.
+    # Do not shrink failing examples: it takes most of the time, and they are not read.
     phases=[Phase.generate],
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
@@ -43,7 +43,7 @@ class CountsTwice(PoolState):
 
 
 class TakesTwice(PoolState):
-    """A stream is counted back twice."""
+    """A stream is returned twice."""
 
     def give_back(self, claim, now):
         slot = claim.slot
@@ -52,7 +52,7 @@ class TakesTwice(PoolState):
 
 
 class ForgetsToOffer(PoolState):
-    """Lost wake-up: a stream that came back is offered to nobody."""
+    """Lost wake-up: a returned stream is offered to no waiting caller."""
 
     def give_back(self, claim, now):
         slot = claim.slot
@@ -62,7 +62,7 @@ class ForgetsToOffer(PoolState):
 
 
 class ServesTheLastFirst(PoolState):
-    """Newcomer overtaking: the queue is a stack."""
+    """New caller overtaking: the queue is a stack."""
 
     def enqueue(self, claim):
         super().enqueue(claim)
@@ -70,7 +70,7 @@ class ServesTheLastFirst(PoolState):
 
 
 class ServesTheNewcomer(PoolState):
-    """Newcomer overtaking: what was given back waits for whoever looks first."""
+    """New caller overtaking: a returned stream goes to the first caller that looks."""
 
     def serve(self, tokens, now):
         served = []
@@ -82,7 +82,7 @@ class ServesTheNewcomer(PoolState):
 
 
 class ReapsWhatIsLeased(PoolState):
-    """Reaper closing a leased one: it looks at the time and not at the leases."""
+    """Reaper closing a leased connection: it checks the time but not the leases."""
 
     def reap(self, now):
         for slot in list(self.open):
@@ -93,7 +93,7 @@ class ReapsWhatIsLeased(PoolState):
 
 
 class OpensWhileClosing(PoolState):
-    """Close that forgets a connecting one: it opens after the end."""
+    """Close that forgets a connecting slot: the connection opens after the end."""
 
     def connected(self, slot, connection, now):
         shut, self.shut = self.shut, False
@@ -102,7 +102,7 @@ class OpensWhileClosing(PoolState):
 
 
 class LeasesTheRefused(PoolState):
-    """What was refused is leased again before a probe was answered."""
+    """A refused connection is leased again before a probe was answered."""
 
     def refused(self, slot, now):
         super().refused(slot, now)
@@ -111,7 +111,7 @@ class LeasesTheRefused(PoolState):
 
 
 class ForgetsTheRefused(PoolState):
-    """What was refused is probed by nobody."""
+    """A refused connection is never probed."""
 
     def _doubt(self, slot, refusals, now):
         super()._doubt(slot, refusals, now)
@@ -119,7 +119,7 @@ class ForgetsTheRefused(PoolState):
 
 
 class ClosesTheRefused(PoolState):
-    """A refused probe is taken for none: the connection is closed."""
+    """A refused probe counts as a failed probe: the connection is closed."""
 
     def probe_refused(self, slot, error, began, now):
         self.unanswered(slot, now)
@@ -127,7 +127,7 @@ class ClosesTheRefused(PoolState):
 
 
 class HasAnOutageOfOne(PoolState):
-    """One refused connection makes an outage."""
+    """One refused connection counts as an outage."""
 
     def probe_refused(self, slot, error, began, now):
         super().probe_refused(slot, error, began, now)
@@ -136,7 +136,7 @@ class HasAnOutageOfOne(PoolState):
 
 
 class BlamesOrderlyEnds(PoolState):
-    """A connection that answered and ended counts as a failed attempt."""
+    """A connection that answered and then ended counts as a failed attempt."""
 
     def _failure(self, slot, reason, now):
         before = slot.answered, slot.broken
@@ -147,7 +147,7 @@ class BlamesOrderlyEnds(PoolState):
 
 
 class ProbesWithoutPause(PoolState):
-    """An outage is probed as fast as answers come."""
+    """In an outage, probes are sent as fast as they are answered."""
 
     def probe_refused(self, slot, error, began, now):
         begins = super().probe_refused(slot, error, began, now)
@@ -165,7 +165,7 @@ class KeepsTheToken(OpenPool):
 
 
 class WakesNobody(OpenPool):
-    """Lost wake-up: who is served sleeps on."""
+    """Lost wake-up: a served caller is not woken."""
 
     def _serve(self, now):
         self.state.serve(self.tokens(), now)
@@ -173,7 +173,7 @@ class WakesNobody(OpenPool):
 
 
 class ServesNobodyOnRelease(OpenPool):
-    """Lost wake-up: the stream is there, and nobody looks."""
+    """Lost wake-up: a stream is free, and no task assigns it."""
 
     def release(self, claim):
         waiting, self.state.waiting = self.state.waiting, type(self.state.waiting)()
@@ -182,7 +182,7 @@ class ServesNobodyOnRelease(OpenPool):
 
 
 class ForgetsTheConnecting(OpenPool):
-    """Close that forgets a connecting one: the attempt goes on."""
+    """Close that forgets a connecting slot: the attempt continues."""
 
     def begin_close(self, grace):
         attempts, self.attempts = self.attempts, set()
@@ -202,10 +202,11 @@ OF_THE_STATE = [
     (ClosesTheRefused, "none_is_closed_for_a_refusal"),
     (HasAnOutageOfOne, "an_outage_is_one_of_all"),
     (BlamesOrderlyEnds, "only_what_never_answered_fails"),
-    # A pool cancels the attempts, so the state of one hardly ever gets there.
+    # The model of the pool rarely reaches this: a closing pool cancels its attempts.
     (OpensWhileClosing, "what_is_too_much_is_on_its_way_out"),
 ]
-# What a pool has settled before its model looks, or shows by another invariant.
+# Bugs that the pool has settled before its model checks, or that break another
+# invariant.
 ELSEWHERE = {
     *(OpensWhileClosing, ServesTheNewcomer, ClosesTheRefused, BlamesOrderlyEnds),
     HasAnOutageOfOne,
@@ -213,12 +214,13 @@ ELSEWHERE = {
 OF_THE_POOL = [
     *[x for x in OF_THE_STATE if x[0] not in ELSEWHERE],
     (ClosesTheRefused, "a_connection_that_answers_is_kept"),
-    # Without the silence of all, it is probed as if it was none.
+    # Without an outage in which all are refused, it is probed as in normal operation.
     (HasAnOutageOfOne, "an_outage_is_one_of_all an_outage_is_probed_rarely"),
     (ProbesWithoutPause, "an_outage_is_probed_rarely"),
-    # Or it gets a stream without a token, and then neither waits nor has anything.
+    # Or the caller gets a stream without a token, and then neither waits nor has a
+    # lease.
     (ServesTheNewcomer, "nobody_is_overtaken the_queue_is_those_who_wait"),
-    # Later it shows in other numbers, too: whatever is looked at first.
+    # Later the bug shows in other counts too, so another check may find it first.
     (KeepsTheToken, "tokens_are_lent_to_those_in_front leases_are_counted_once"),
     (WakesNobody, "leases_are_counted_once"),
     (ServesNobodyOnRelease, "nobody_who_may_be_served_waits"),
@@ -226,7 +228,7 @@ OF_THE_POOL = [
 ]
 
 
-# Found late here; the other model, or another test, finds them sooner.
+# This model finds them late. The other model, or another test, finds them sooner.
 LATE = [pytest.mark.slow, pytest.mark.timeout(600)]
 LATE_IN_THE_STATE = {ReapsWhatIsLeased, LeasesTheRefused, ClosesTheRefused}
 LATE_IN_THE_POOL = {HasAnOutageOfOne, ServesNobodyOnRelease}
@@ -239,26 +241,26 @@ def planted(bugs, late):
 def broken(machine):
     """Return the invariants that fail first."""
     with pytest.raises(Broken) as caught:
-        # Which examples come first depends on the constants in all files imported.
+        # The order of the examples depends on the constants in all imported files.
         run_state_machine_as_test(machine, settings=settings(FIXED, max_examples=3000))
     return caught.value.names
 
 
 @pytest.mark.parametrize("bug, invariant", planted(OF_THE_STATE, LATE_IN_THE_STATE))
-def test_the_model_of_the_state_finds(bug, invariant):
+def test_the_model_of_the_state_finds_the_bug(bug, invariant):
     class Machine(StateMachine):
         make_state = bug
 
     assert broken(Machine).intersection(invariant.split())
 
 
-# The bugs are none of a backend, so one is enough each time.
+# The bugs do not depend on the backend, so one backend is enough by default.
 BACKENDS = [PoolMachine, pytest.param(OnTrioMachine, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("machine", BACKENDS)
 @pytest.mark.parametrize("bug, invariant", planted(OF_THE_POOL, LATE_IN_THE_POOL))
-def test_the_model_of_the_pool_finds(bug, invariant, machine, monkeypatch):
+def test_the_model_of_the_pool_finds_the_bug(bug, invariant, machine, monkeypatch):
     if issubclass(bug, OpenPool):
         monkeypatch.setattr(_pool, "OpenPool", bug)
     else:
@@ -266,8 +268,8 @@ def test_the_model_of_the_pool_finds(bug, invariant, machine, monkeypatch):
     assert broken(machine).intersection(invariant.split())
 
 
-# By default the models themselves show that, with other examples.
+# By default the models themselves show this, with other examples.
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", [StateMachine, *BACKENDS])
-def test_without_a_bug_nothing_is_found(machine):
+def test_without_a_planted_bug_the_models_find_nothing(machine):
     run_state_machine_as_test(machine, settings=FIXED)

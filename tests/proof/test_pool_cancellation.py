@@ -1,4 +1,4 @@
-"""Cancellation anywhere leaves a pool as if the cancelled call had never come."""
+"""Cancelling a call at any point leaves the pool as if the call was never made."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def test_a_cancelled_waiter_leaves_the_queue():
 
 
 @pytest.mark.parametrize("release_first", [True, False])
-async def test_a_waiter_cancelled_in_the_tick_of_its_hand_over_passes_it_on(
+async def test_a_waiter_cancelled_in_the_tick_of_its_handover_passes_the_stream_on(
     release_first,
 ):
     async with make_patient(max_connections=1) as pool:
@@ -65,7 +65,9 @@ async def test_a_waiter_cancelled_in_the_tick_of_its_hand_over_passes_it_on(
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("release_first", [True, False])
-async def test_a_waiter_cancelled_natively_in_the_tick_of_its_hand_over(release_first):
+async def test_a_waiter_cancelled_by_its_task_in_the_tick_of_its_handover(
+    release_first,
+):
     async with make_patient(max_connections=1) as pool:
         held = await pool.acquire()
 
@@ -99,8 +101,10 @@ async def test_wait_for_around_acquire_loses_nothing():
         await assert_whole(pool)
 
 
-async def test_a_timeout_in_the_tick_of_its_hand_over_is_one_or_the_other():
-    """Released in the very moment the deadline passes: served or timed out, whole."""
+async def test_a_timeout_in_the_tick_of_a_handover_is_a_lease_or_a_timeout():
+    """
+    A release in the tick of the deadline: the caller is served or timed out, not both.
+    """
     async with make_patient(max_connections=1) as pool:
         for _ in range(50):
             held = await pool.acquire()
@@ -117,8 +121,10 @@ async def test_a_timeout_in_the_tick_of_its_hand_over_is_one_or_the_other():
 
 
 @pytest.mark.parametrize("steps", range(12))
-async def test_acquire_cancelled_at_each_of_its_steps(steps):
-    """On a cold pool whose connections take a moment, cancelled after *steps*."""
+async def test_cancelling_acquire_at_each_step_loses_no_capacity(steps):
+    """
+    Cancel after *steps*, on a cold pool with connections that take a moment to open.
+    """
     async with make_patient(
         FakeConnector(default=slow(0.0)), max_connections=2
     ) as pool:
@@ -138,7 +144,7 @@ async def test_acquire_cancelled_at_each_of_its_steps(steps):
 
 
 @pytest.mark.parametrize("steps", range(12))
-async def test_close_in_the_middle_of_anything(steps):
+async def test_closing_at_any_step_leaves_nothing_open(steps):
     connector = FakeConnector(default=slow(0.0))
     pool = make_patient(connector, max_connections=2, min_connections=2)
 
@@ -164,7 +170,7 @@ async def test_close_in_the_middle_of_anything(steps):
     "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))]
 )
 @pytest.mark.parametrize("streams", [1, 3])
-async def test_random_cancellation_of_everything(seed, streams):
+async def test_random_cancellation_of_all_callers_loses_no_capacity(seed, streams):
     rng = random.Random(seed)
     connector = FakeConnector(default=slow(0.01))
     options = {"max_connections": 3, "streams_per_connection": streams}

@@ -39,7 +39,7 @@ def run(function, seed, **options):
 
 
 async def race(turns=3, tasks=5):
-    """Return the order in which tasks have their turns."""
+    """Return the order in which the tasks run."""
     order = []
 
     async def runner(number):
@@ -59,7 +59,7 @@ def test_ready_tasks_run_in_any_order():
     assert orders == set(itertools.permutations(range(3)))
 
 
-def test_each_task_has_its_turn_in_each_iteration():
+def test_each_ready_task_runs_in_each_iteration():
     for seed in SEEDS:
         order = run(race, seed)
         turns = [order[:5], order[5:10], order[10:]]
@@ -67,7 +67,7 @@ def test_each_task_has_its_turn_in_each_iteration():
         assert len(set(map(tuple, turns))) > 1
 
 
-def test_the_tasks_that_one_event_wakes_run_in_any_order():
+def test_tasks_that_one_event_wakes_run_in_any_order():
     async def woken():
         order, event = [], asyncio.Event()
 
@@ -85,7 +85,7 @@ def test_the_tasks_that_one_event_wakes_run_in_any_order():
     assert orders == set(itertools.permutations(range(3)))
 
 
-def test_other_callbacks_keep_their_place_and_no_task_passes_one():
+def test_other_callbacks_keep_their_place_and_no_task_overtakes_them():
     async def scheduled():
         order, loop = [], asyncio.get_running_loop()
 
@@ -104,7 +104,7 @@ def test_other_callbacks_keep_their_place_and_no_task_passes_one():
     assert {run(scheduled, seed) for seed in SEEDS} == {"aaAbbBccC"}
 
 
-def test_the_callbacks_of_a_future_come_in_the_order_they_were_added():
+def test_the_callbacks_of_a_future_run_in_the_order_they_were_added():
     async def called():
         order, future = [], asyncio.get_running_loop().create_future()
 
@@ -125,7 +125,7 @@ def test_the_callbacks_of_a_future_come_in_the_order_they_were_added():
     assert all(run(called, seed) == expected for seed in SEEDS)
 
 
-def test_a_cancellation_that_was_scheduled_is_no_step_of_its_task():
+def test_a_scheduled_cancellation_is_not_shuffled_as_a_task_step():
     async def cancelled():
         task = asyncio.ensure_future(asyncio.sleep(1))
         await asyncio.sleep(0)
@@ -159,7 +159,9 @@ with asyncio.Runner(loop_factory=factory) as runner:
 
 
 async def crowd(rng):
-    """Have many callers cancelled, failed and served, and return what happened."""
+    """
+    Run many callers that are cancelled, fail or are served, and return the outcomes.
+    """
     events = []
     connector = FakeConnector([slow(0.1), fail(), slow(0.2)], default=slow(0.01))
     pool = ConnectionPool(connector=connector, max_connections=3, acquire_timeout=1)
@@ -175,10 +177,10 @@ async def crowd(rng):
     async with pool:
         async with anyio.create_task_group() as tasks:
             for number in range(60):
-                # Few different times, so that much happens at once.
+                # Few different times, so that many events fall in the same tick.
                 patience = rng.choice([0.0, 0.1, 0.2, 0.5, 5])
                 tasks.start_soon(caller, number, patience, rng.choice([0, 0.1]))
-        # All capacity is there.
+        # The full capacity is available.
         leases = [await pool.acquire(timeout=10) for _ in range(3)]
         for conn in leases:
             await pool.release(conn)
@@ -192,7 +194,7 @@ async def crowd(rng):
 
 
 def test_a_seed_can_be_replayed_in_another_process():
-    """Though addresses differ there, and with them the order of sets."""
+    """Addresses differ in another process, and with them the order of sets."""
 
     def played(seed):
         here = Path(__file__).parents[1]
@@ -207,12 +209,12 @@ def test_a_seed_can_be_replayed_in_another_process():
 
 
 @ON_SHUFFLED
-async def test_a_crowd_gets_what_it_asked_for_in_any_order():
+async def test_many_callers_get_correct_outcomes_in_any_order_of_tasks():
     await crowd(random.Random(0))
 
 
 @ON_SHUFFLED
-async def test_callers_are_served_in_the_order_they_came_in_any_order_of_tasks():
+async def test_callers_are_served_in_order_of_arrival_in_any_order_of_tasks():
     served, came = [], []
     options = {"min_connections": 0, "max_connections": 1}
     async with ConnectionPool(connector=FakeConnector(), **options) as pool:

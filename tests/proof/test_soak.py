@@ -1,13 +1,13 @@
 """
-Several workers, several pools in each, servers that break: nothing is lost or left.
+Workers with several pools each, and servers that break: nothing is lost or left.
 
     nox -s soak -- --minutes 10
-    nox -s soak -- --seed 17  # what another run did, as far as clocks allow
+    nox -s soak -- --seed 17  # repeats another run, as far as clocks allow
 
-Each request is accounted for by its caller, and the pools must have counted the same.
+Each caller accounts for its requests, and the pools must have counted the same.
 """
 
-# ruff: noqa: T201  (what a run of minutes did is worth reading)
+# ruff: noqa: T201  (prints the summary of a long run)
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ PACKAGE = str(Path(fastapi_topaz.__file__).parents[1])
 FURTHER = os.environ.get("PYTHONPATH")
 MINUTES = float(os.environ.get("SOAK_MINUTES", "2.5"))
 WARM_UP = 15.0
-# KiB that a worker may have grown by since the warm-up; mostly it is far less. What
-# fragments of memory cost does not depend on how long it goes on.
+# KiB that a worker may grow by after the warm-up. Usually it is far less. Memory
+# fragmentation does not grow with the duration.
 GROWTH = 24 * 1024
 PATIENCE = 180.0
 
 
 class Worker:
-    """A process that runs the script, and what it says."""
+    """A process that runs the worker script, and its output."""
 
     def __init__(self, backend, seed, urls, errors):
         self.backend = backend
@@ -80,7 +80,7 @@ class Worker:
         self.process.stdin.flush()
 
     def end(self):
-        """Return the exit code; it is killed if there is none."""
+        """Return the exit code; kill the process if it does not end."""
         try:
             return self.process.wait(PATIENCE)
         finally:
@@ -98,7 +98,7 @@ def assert_sound(worker, found):
     print(worker.backend, json.dumps(found, indent=1))
     assert found["wrong"] == []
     assert found["unexpected"] == []
-    # Something was asked, answered both ways, and went wrong.
+    # Requests were sent, were allowed and denied, and failed.
     assert {"allowed", "denied", "cancelled", "UNAVAILABLE"} <= found["ended"].keys()
     before, after = found["before"], found["after"]
     for name in ("fds", "threads", "tasks"):
@@ -107,7 +107,7 @@ def assert_sound(worker, found):
 
 
 @pytest.mark.real_clock
-def test_after_all_that_can_happen_nothing_is_lost_and_nothing_is_left(tmp_path):
+def test_after_a_soak_no_request_is_lost_and_no_resource_is_left(tmp_path):
     seed = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(10**6))
     print(f"SOAK_SEED={seed} SOAK_MINUTES={MINUTES:g}")
     with Network(seed) as network:

@@ -1,9 +1,9 @@
 """
-A server that sends HTTP/2 frames as a test wrote them, right or wrong.
+A server that sends the HTTP/2 frames that a test wrote, right or wrong.
 
-`Http2Server` keeps to the protocol between its faults. This one checks nothing: each
-request is answered with the bytes that the test's script writes, so an answer may break
-any rule of HTTP/2 or gRPC.
+`Http2Server` keeps to the protocol between its faults. This server checks nothing. It
+answers each request with the bytes that the test's script writes, so an answer may
+break any rule of HTTP/2 or gRPC.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PATIENCE = 30.0
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """Return one frame of HTTP/2 (RFC 9113, section 4.1)."""
+    """Return one HTTP/2 frame (RFC 9113, section 4.1)."""
     head = struct.pack("!I", len(payload))[1:] + struct.pack(
         "!BBI", kind, flags, stream
     )
@@ -62,7 +62,7 @@ def _text(text: str | bytes) -> bytes:
 
 
 def message(data: bytes, *, flag: int = 0, length: int | None = None) -> bytes:
-    """Return *data* as a message of gRPC, with a wrong *length* if one is given."""
+    """Return *data* as a gRPC message, with a wrong *length* if one is given."""
     return struct.pack("!BI", flag, len(data) if length is None else length) + data
 
 
@@ -84,21 +84,21 @@ def answer(head=HEAD, body: bytes | None = None, tail=TAIL) -> Script:
 
 
 class Wire:
-    """One connection, as a script writes to it."""
+    """One connection that a script writes to."""
 
     def __init__(self, server: FrameServer, sock: socket.socket) -> None:
         self._server = server
         self._socket = sock
-        # By stream, the message of a request that was read.
+        # By stream: the message of a request that was read.
         self.asked: dict[int, bytes] = {}
 
     def send(self, *parts: bytes) -> None:
-        """Send bytes at once; nothing happens if the client is gone."""
+        """Send bytes at once; do nothing if the client is gone."""
         with contextlib.suppress(OSError):
             self._socket.sendall(b"".join(parts))
 
     def headers(self, stream: int, headers: list, *, end: bool = False) -> None:
-        """Send a block of headers, or of trailers if it is the *end*."""
+        """Send a block of headers, or of trailers if *end* is true."""
         flags = END_HEADERS | (END_STREAM if end else 0)
         self.send(frame(HEADERS, flags, stream, block(headers)))
 
@@ -116,12 +116,12 @@ class Wire:
         self.send(frame(SETTINGS, 0, 0, b"".join(pairs)))
 
     def close(self) -> None:
-        """Close the socket; the client reads what was sent before."""
+        """Close the socket; the client can still read what was sent before."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def serve(self) -> None:
-        """Read requests until the client goes, and answer each by the script."""
+        """Read requests until the client closes, and answer each by the script."""
         reader = self._socket.makefile("rb")
         decoder = Decoder()
         paths: dict[int, str] = {}
@@ -139,7 +139,7 @@ class Wire:
                 elif kind == PING and not flags & ACK:
                     self.send(frame(PING, ACK, 0, payload))
                 elif kind == HEADERS:
-                    # gRPC splits no block as small as its requests have.
+                    # gRPC does not split header blocks as small as these.
                     fields = dict(decoder.decode(payload, raw=True))
                     paths[stream] = fields[b":path"].decode()
                 elif kind == DATA:
@@ -192,13 +192,14 @@ class FrameServer:
                 sock.shutdown(socket.SHUT_RDWR)
         for _sock, thread in rest:
             thread.join(_PATIENCE)
-        # A script must not break silently, nor hide why the test failed.
+        # An error in a script must not be silent, and must not hide why the test
+        # failed.
         if self.errors and exc_type is None:
             raise self.errors[0]
 
     @property
     def open(self) -> int:
-        """How many sockets of clients are open."""
+        """The number of open client sockets."""
         return len(self._open)
 
     def on_connect(self, wire: Wire) -> None:

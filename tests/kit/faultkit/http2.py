@@ -1,9 +1,9 @@
 """
-A scripted gRPC server that speaks HTTP/2 by hand.
+A scripted gRPC server that implements HTTP/2 by hand.
 
-A real gRPC server cannot be made to send GOAWAY at a chosen moment, to refuse a
-stream, to stop in the middle of a message or to change its SETTINGS. This one
-answers every unary call, and breaks the protocol's promises on request.
+A real gRPC server cannot send GOAWAY at a chosen moment, refuse a stream, stop in the
+middle of a message or change its SETTINGS. This server answers every unary call, and
+breaks the protocol on request.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _IS = "/aserto.authorizer.v2.Authorizer/Is"
 _ALLOWED = IsResponse(decisions=[Decision(decision="allowed", **{"is": True})])
 _HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() discards and resets
-_SMALLEST = 64  # room for the usual answer and the field that pads it
-_PATIENCE = 30.0  # for a client to take notice, which takes no noticeable time
+_SMALLEST = 64  # room for the usual answer and the padding field
+_PATIENCE = 30.0  # for a client to handle a frame; normally far less
 
 
 def _limited_to(streams: int | None) -> dict[SettingCodes, int]:
@@ -52,21 +52,21 @@ class _Call:
         self.method = path.rpartition("/")[2]
         self.message = _ALLOWED.SerializeToString() if path == _IS else b""
         self.is_held = False
-        # The rest of an answer that flow control has not let through yet.
+        # The rest of an answer that flow control does not allow yet.
         self.unsent: memoryview | None = None
 
     def _frame(self, size: int | None = None) -> bytes:
         message = self.message
         if size is not None:
-            # An unknown field (1000, bytes, a length that always takes four bytes),
-            # so that the message still says the same to protobuf.
+            # An unknown field (1000, bytes, a length that always takes four bytes).
+            # protobuf ignores it, so the message has the same meaning.
             rest = size - len(message) - 6
             length = (rest & 127 | 128, rest >> 7 & 127 | 128, rest >> 14 & 127 | 128)
             message += bytes([0xC2, 0x3E, *length, rest >> 21]) + bytes(rest)
         return struct.pack("!BI", 0, len(message)) + message
 
     def reply(self, size: int | None = None) -> None:
-        """Answer OK, as fast as the client takes it."""
+        """Answer OK, as fast as the client reads."""
         self.connection.h2.send_headers(self.stream, _HEADERS)
         self.unsent = memoryview(self._frame(size))
         self.pump()
@@ -100,16 +100,16 @@ class _Call:
         self.connection.forget(self.stream)
 
     def truncate(self) -> None:
-        """Answer by half, then reset the connection."""
+        """Send half of the answer, then reset the connection."""
         frame = self._frame()
         self.connection.h2.send_headers(self.stream, _HEADERS)
         self.connection.h2.send_data(self.stream, frame[: len(frame) // 2])
-        # Not before the client has read it, because a reset may overtake data.
+        # Only after the client has read it, because a reset may overtake data.
         self.connection.barrier().add_done_callback(self.connection.reset)
 
 
 class _Connection(asyncio.Protocol):
-    """One client."""
+    """The connection of one client."""
 
     def __init__(self, server: Http2Server) -> None:
         self.server = server
@@ -117,9 +117,9 @@ class _Connection(asyncio.Protocol):
         self.h2 = H2Connection(H2Configuration(client_side=False))
         self.lost = asyncio.get_running_loop().create_future()
         self._is_greeted = self._is_over = False
-        # Streams above it came after a GOAWAY: nobody will ever answer them.
+        # Streams above it came after a GOAWAY and never get an answer.
         self._last_stream = math.inf
-        # Done once the client knows that we close when its calls are answered.
+        # Set once the client knows that the server closes after its calls are answered.
         self._warned: asyncio.Future[None] | None = None
         self._barriers: dict[bytes, asyncio.Future[None]] = {}
 
@@ -150,8 +150,9 @@ class _Connection(asyncio.Protocol):
             self._give_up()
             self.flush()
             events = []
-        # h2 knows from the first what the last event says: an answer to a stream
-        # that was reset since is an error, so all are noted before one is answered.
+        # h2 already has the state after the last event. An answer to a stream that was
+        # reset meanwhile is an error. So all events are recorded before the first
+        # answer.
         complete = [call for event in events if (call := self._note(event))]
         if self._is_over:
             self.transport.close()
@@ -164,7 +165,7 @@ class _Connection(asyncio.Protocol):
         self.flush()
 
     def _note(self, event: h2.events.Event) -> _Call | None:
-        """Return the call whose request *event* completes."""
+        """Return the call with the request that *event* completes."""
         stream = getattr(event, "stream_id", None)
         match event:
             case h2.events.RemoteSettingsChanged():
@@ -192,10 +193,10 @@ class _Connection(asyncio.Protocol):
             self.transport.write(data)
 
     def barrier(self) -> asyncio.Future[None]:
-        """Be done once the client has handled what it was sent, or is gone."""
+        """Return once the client has handled the sent frames, or is gone."""
         passed = asyncio.get_running_loop().create_future()
         if self._is_over or not self._is_greeted:
-            passed.set_result(None)  # nobody there who would answer a PING
+            passed.set_result(None)  # the client is gone and would not answer a PING
         else:
             number = id(passed).to_bytes(8, "big")
             self._barriers[number] = passed
@@ -204,7 +205,7 @@ class _Connection(asyncio.Protocol):
         return passed
 
     def forget(self, stream: int) -> None:
-        """Take note that *stream* was answered, or given up by the client."""
+        """Record that *stream* was answered, or given up by the client."""
         self.calls.pop(stream, None)
         is_warned = self._warned is not None and self._warned.done()
         if is_warned and not self.calls and not self._is_over:
@@ -214,7 +215,7 @@ class _Connection(asyncio.Protocol):
     def goaway(self, error_code: int, debug: bytes, close: bool) -> asyncio.Future:
         self.flush()
         self._last_stream = min(self._last_stream, self.h2.highest_inbound_stream_id)
-        # By hand, because h2 says nothing more after a GOAWAY, not even answers.
+        # By hand, because h2 sends nothing more after a GOAWAY, not even answers.
         frame = GoAwayFrame(0, int(self._last_stream), error_code, debug)
         self.transport.write(frame.serialize())
         told = self.barrier()
@@ -237,12 +238,12 @@ class _Connection(asyncio.Protocol):
 
 class Http2Server:
     """
-    Answers every unary call OK, until told otherwise; use it in a `with`.
+    Answers every unary call OK, until a fault is set; use it in a `with`.
 
-    When a method returns, every connected client has taken notice. The last fault
-    that was set counts. It is applied when a call is answered, so calls on hold
-    meet the fault that is set when they are let go. *times* is a number of calls,
-    None for all; a *limit* of None is none.
+    When a method returns, every connected client has handled the change. The last fault
+    that was set applies. It is applied when a call is answered, so held calls get the
+    fault that is set when they are let go. *times* is a number of calls, None for all.
+    A *limit* of None means no limit.
     """
 
     def __init__(
@@ -263,7 +264,8 @@ class Http2Server:
 
     def __enter__(self) -> Self:
         listener = socket.create_server((self.host, self.port), backlog=1024)
-        # Inherited by what it accepts; asyncio misses it on a socket without proto.
+        # Accepted sockets inherit it; asyncio does not set it on a socket without
+        # proto.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = listener.getsockname()[1]
         self.url = f"{self.host}:{self.port}"
@@ -280,7 +282,7 @@ class Http2Server:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        # The kit must not break silently, nor hide why the test failed.
+        # An error in the kit must not be silent, and must not hide why the test failed.
         if self._bugs and exc_type is None:
             raise RuntimeError(self._bugs) from self._bugs[0].get("exception")
 
@@ -289,7 +291,7 @@ class Http2Server:
         self._server = await server
 
     async def _stop(self) -> None:
-        # An asyncio.Server that is closed while it accepts forgets the socket.
+        # An asyncio.Server that is closed during an accept loses the socket.
         self._loop.remove_reader(self._server.sockets[0].fileno())
         await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
         self._server.close()
@@ -298,7 +300,7 @@ class Http2Server:
             await connection.lost
 
     def _run(self, work) -> None:
-        """Do *work* in the server's thread, and wait for it."""
+        """Run *work* in the server's thread, and wait for it."""
 
         async def patiently():
             async with asyncio.timeout(_PATIENCE):
@@ -311,7 +313,7 @@ class Http2Server:
         self._run(lambda: asyncio.gather(*map(say, list(self.connections))))
 
     def handle(self, call: _Call) -> None:
-        """Do with a call that has arrived what the script says."""
+        """Handle a call that has arrived, as the script says."""
         call.is_held = self._is_holding
         if call.is_held:
             return
@@ -325,21 +327,21 @@ class Http2Server:
         fault = (act, math.inf if times is None else times)
         self._run(lambda: setattr(self, "_fault", fault))
 
-    # -- what tests see and do
+    # -- the interface for tests
 
     @property
     def open(self) -> int:
-        """How many clients are connected."""
+        """The number of connected clients."""
         return len(self.connections)
 
     @property
     def calls(self) -> Counter[str]:
-        """Requests that arrived whole, by method, whatever became of them."""
+        """Complete requests that arrived, by method, whatever their outcome."""
         return Counter(self.counted)
 
     @property
     def in_flight(self) -> int:
-        """How many calls are on hold."""
+        """The number of held calls."""
         return len(self._held())
 
     def _held(self) -> list[_Call]:
@@ -347,11 +349,13 @@ class Http2Server:
         return [call for calls in every for call in calls if call.is_held]
 
     def goaway(self, error_code=0, debug=b"too_many_pings", *, close=True) -> None:
-        """Let no client open another stream; what has arrived is still answered."""
+        """
+        Let no client open another stream; calls that have arrived are still answered.
+        """
         self._tell(lambda client: client.goaway(error_code, debug, close))
 
     def refuse_streams(self, times: int | None = None) -> None:
-        """Reset streams as a server does that has not looked at them."""
+        """Reset streams with REFUSED_STREAM: the server has not processed them."""
         self.reset_streams(times, ErrorCodes.REFUSED_STREAM)
 
     def reset_streams(self, times: int | None, error_code: int) -> None:
@@ -373,16 +377,16 @@ class Http2Server:
         self._script(lambda call: call.reply(size), times)
 
     def heal(self) -> None:
-        """Answer OK, what is held, too; limits stay."""
+        """Answer OK, also held calls; limits stay."""
         self._script(_Call.reply, None)
         self.let_go()
 
     def hold(self) -> None:
-        """Leave calls unanswered."""
+        """Hold calls: leave them unanswered."""
         self._run(lambda: setattr(self, "_is_holding", True))
 
     def let_go(self) -> None:
-        """Answer again, first what is held."""
+        """Answer again, held calls first."""
 
         def answer():
             self._is_holding = False
@@ -393,6 +397,6 @@ class Http2Server:
         self._run(answer)
 
     def set_max_concurrent_streams(self, limit: int | None) -> None:
-        """Announce the limit to every client; 0 allows no stream."""
+        """Announce the stream limit to every client; 0 allows no stream."""
         self.settings = _limited_to(limit)
         self._tell(_Connection.limit_streams)

@@ -1,5 +1,5 @@
 """
-A DNS server whose answers change on request.
+A DNS server with answers that change on request.
 
 gRPC asks it for a target such as `dns://127.0.0.1:5353/topaz.test:8282`, so a name
 can move, grow or vanish without touching the machine's resolver.
@@ -31,10 +31,10 @@ _RECORD = struct.pack("!HHHIH", 0xC00C, _A, 1, 0, 4)
 
 class Names:
     """
-    Answers A queries over UDP from what it was given; use it in a `with`.
+    Answers A queries over UDP from the addresses that it was given; use it in a `with`.
 
-    A name that it does not know, or whose addresses are None, does not exist
-    (NXDOMAIN). One with no addresses exists without any (NOERROR), which is also the
+    An unknown name, or a name with the addresses None, does not exist (NXDOMAIN). A
+    name with an empty list of addresses exists without any (NOERROR). This is also the
     answer to queries of another type, such as AAAA.
     """
 
@@ -62,11 +62,11 @@ class Names:
             sock.close()
 
     def target(self, name: str, port: int) -> str:
-        """Return the gRPC target that looks *name* up here."""
+        """Return the gRPC target that makes gRPC look *name* up at this server."""
         return f"dns://127.0.0.1:{self.port}/{name}:{port}"
 
     def set(self, name: str, addresses: Iterable[str] | None) -> None:
-        """Change what *name* stands for from the next query on."""
+        """Change the addresses of *name* from the next query on."""
         with self._lock:
             if addresses is None:
                 self._names.pop(name, None)
@@ -74,21 +74,21 @@ class Names:
                 self._names[name] = list(addresses)
 
     def silent(self) -> None:
-        """Leave queries unanswered, as a lost name server does."""
+        """Leave queries unanswered, as an unreachable name server does."""
         with self._lock:
             self._is_silent = True
 
     def heal(self) -> None:
-        """Answer again; a query that was left unanswered stays so."""
+        """Answer again. A query that was left unanswered is not answered later."""
         with self._lock:
             self._is_silent = False
 
     @property
     def queries(self) -> Counter[str]:
         """
-        How often each name was asked for, answered or not.
+        How often each name was queried, answered or not.
 
-        Type A only: a lookup asks for A and AAAA, and is still one lookup.
+        Only type A counts: a lookup queries A and AAAA, and is still one lookup.
         """
         with self._lock:
             return Counter(self._queries)

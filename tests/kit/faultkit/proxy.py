@@ -1,10 +1,10 @@
 """
-A TCP proxy that stands for a load balancer, and for a network that breaks.
+A TCP proxy that simulates a load balancer and a broken network.
 
     clients --TCP--> Proxy --TCP--> backend, backend, ...
 
-Bare sockets on an event loop in a thread, not streams: those close a turn of the
-loop later than told, and write what they like.
+It uses bare sockets on an event loop in a thread. Streams do not work here: they close
+one loop iteration later than asked, and decide themselves when to write.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from dataclasses import dataclass, field
 from typing import Self
 
 
-# Seconds for what takes milliseconds unless the machine is in trouble.
+# Seconds for operations that take milliseconds on a working machine.
 _PATIENCE = 30.0
 _CHUNK = 16 * 1024
-# With more chunks than that in one direction the proxy stops reading, and TCP tells the
-# sender. Until then it reads on, or it would not notice who hangs up.
+# If more chunks than this wait in one direction, the proxy stops reading, and TCP slows
+# the sender down. Below this it keeps reading, because otherwise it would not notice a
+# close.
 _MAX_HELD = 1024
-# Stands after the chunks of a sender that hung up. A FIN is taken for that, too: who
-# speaks gRPC never closes one direction only.
+# Stands after the chunks of a sender that closed. A FIN counts as a close too, because
+# gRPC never closes only one direction.
 _END = b""
 _RESET = struct.pack("ii", 1, 0)
 _NO_LIMIT = sys.maxsize
@@ -36,30 +37,30 @@ _NO_LIMIT = sys.maxsize
 
 @dataclass
 class _Faults:
-    """What is wrong now; to heal is to begin anew."""
+    """The current faults. Healing creates a new object."""
 
     hanging: bool = False
-    # Ports of backends; None stands for all of them.
+    # Ports of backends; None means all of them.
     frozen: set[int | None] = field(default_factory=set)
     swallowed: set[int | None] = field(default_factory=set)
     delay: float = 0.0
     handshake: float = 0.0
-    # Bytes that each client is still sent, and whether a RST comes then or a FIN.
+    # Bytes that each client still gets, and whether a RST or a FIN follows.
     after: int = _NO_LIMIT
     reset: bool = True
 
 
 class _Side:
-    """One socket of a link: what it receives, the other one sends."""
+    """One socket of a link: the other socket sends the bytes that this one receives."""
 
     def __init__(self, link: _Link) -> None:
         self.link = link
         self.loop = link.proxy.loop
         self.sock: socket.socket | None = None
-        # Closed for good, and how: not so before it was opened.
+        # Closed for good, and how. It is unset before the socket was opened.
         self.over = self.was_reset = False
-        self.blocked = False  # the kernel takes no more bytes now
-        self.budget = _NO_LIMIT  # bytes that it may still send
+        self.blocked = False  # the kernel accepts no more bytes now
+        self.budget = _NO_LIMIT  # bytes that this socket may still send
         # When each chunk may pass, and the chunk.
         self.held: deque[tuple[float, bytes]] = deque()
 
@@ -72,7 +73,7 @@ class _Side:
     def close(self, *, reset: bool = False) -> None:
         self.over = True
         if reset:
-            # Nothing is forwarded any more, either.
+            # Nothing is forwarded any more either.
             self.held.clear()
         if self.sock is not None:
             self.loop.remove_reader(self.sock)
@@ -84,14 +85,14 @@ class _Side:
         self.link.forget_if_over()
 
     def forward(self) -> None:
-        """Have the other side send what is due and may pass."""
+        """Let the other side send the bytes that are due and may pass."""
         link, sink, faults = self.link, self.other, self.link.proxy.faults
         hit_by = {None, link.backend}
         if faults.swallowed & hit_by:
             link.spoilt = link.spoilt or bool(self.held)
             self.held.clear()
         elif sink.sock is not None and not faults.frozen & hit_by:
-            now = self.loop.time() + 0.001  # a timer may come a little early
+            now = self.loop.time() + 0.001  # a timer may fire a little early
             while self.held and self.held[0][0] <= now and not sink.blocked:
                 due, chunk = self.held.popleft()
                 if left := sink.send(chunk):
@@ -104,7 +105,7 @@ class _Side:
             self.loop.remove_reader(self.sock)
 
     def send(self, chunk: bytes) -> bytes:
-        """Send what may be sent and fits in the kernel; return what is left."""
+        """Send the bytes that may be sent and fit in the kernel; return the rest."""
         if chunk == _END:
             self.close(reset=self.other.was_reset)
             return b""
@@ -113,7 +114,8 @@ class _Side:
         except BlockingIOError:
             sent = 0
         except OSError:
-            # It has gone; what it said before can still be read, and then the end.
+            # The peer has closed. Its earlier bytes can still be read, and then the
+            # end.
             return b""
         self.budget -= sent
         if self.budget == 0:
@@ -148,18 +150,18 @@ class _Side:
 
 
 class _Link:
-    """A client's socket, and the one that leads on to a backend."""
+    """A client's socket, and the socket to a backend."""
 
     def __init__(self, proxy: Proxy, sock: socket.socket) -> None:
         self.proxy = proxy
         self.backend: int | None = None
-        # Bytes are missing: nothing that follows can make sense.
+        # Bytes are missing, so the bytes that follow can make no sense.
         self.spoilt = False
         self.passes_at = proxy.loop.time() + proxy.faults.handshake
         self.client, self.server = _Side(self), _Side(self)
         self.client.other, self.server.other = self.server, self.client
         self.client.budget = proxy.faults.after
-        # Held, because the loop keeps only weak references to tasks.
+        # Kept here, because the loop has only weak references to tasks.
         self._dialling: asyncio.Task[None] | None = None
         self.client.open(sock)
         if not proxy.faults.hanging:
@@ -201,12 +203,13 @@ class _Link:
         self.server.close(reset=True)
 
     def break_off(self) -> None:
-        """End the connection: the client has got as much as it was to get."""
+        """End the connection: the client has received all bytes that it may receive."""
         if self.proxy.faults.reset:
             self.reset()
             return
-        # Not closed, or what the client says next would be answered with a RST.
-        with contextlib.suppress(OSError):  # it has left this very moment
+        # Not closed, because the kernel would answer later bytes of the client with a
+        # RST.
+        with contextlib.suppress(OSError):  # the client has closed at this very moment
             self.client.sock.shutdown(socket.SHUT_WR)
         self.server.close(reset=True)
 
@@ -216,12 +219,14 @@ class _Link:
 
 
 def _in_thread(method):
-    """Run *method* in the proxy's thread, where all else happens, and wait for it."""
+    """
+    Run *method* in the proxy's thread, where everything else runs, and wait for it.
+    """
 
     @functools.wraps(method)
     def call(self: Proxy, *args, **kwargs):
         async def act():
-            # Who waits in the kernel's queue connected before this call.
+            # Clients in the kernel's queue connected before this call.
             self.accept()
             return method(self, *args, **kwargs)
 
@@ -234,9 +239,9 @@ class Proxy:
     """
     Forwards connections to *backends*, ports on 127.0.0.1, in turn.
 
-    All methods may be called from any thread and return when the change has taken
-    effect; a client whose `connect` returned before is an existing connection then.
-    Faults add up until `heal`. The numbers tell what was seen so far: wait for them.
+    All methods can be called from any thread, and return when the change has taken
+    effect. A client that connected before is then an existing connection. Faults add up
+    until `heal`. The counts show what was seen so far, so tests wait for them.
     """
 
     def __init__(self, backends: list[int], *, host: str = "127.0.0.1") -> None:
@@ -244,9 +249,10 @@ class Proxy:
         self.host = host
         self.port = 0
         self.accepted = 0
-        # time.monotonic() of each.
+        # time.monotonic() of each accept.
         self.accepted_at: list[float] = []
-        # From here on for the thread only. A dict remembers who came first.
+        # The attributes below are only for the thread. A dict keeps the order of
+        # arrival.
         self.links: dict[_Link, None] = {}
         self.faults = _Faults()
         self._turn = -1
@@ -255,7 +261,7 @@ class Proxy:
     def __enter__(self) -> Self:
         self._door = self._bound()
         self.port = self._door.getsockname()[1]
-        # Whatever loops the test uses: this one is known to work.
+        # Independent of the loops that the test uses: this loop is known to work.
         runner = asyncio.Runner(loop_factory=asyncio.SelectorEventLoop)
         self.loop = runner.get_loop()
         self._thread = threading.Thread(
@@ -285,7 +291,7 @@ class Proxy:
         with runner:
             runner.run(self._stopping.wait())
 
-    # -- what it is and what it does
+    # -- state and basic operations
 
     @property
     def url(self) -> str:
@@ -293,11 +299,11 @@ class Proxy:
 
     @property
     def open(self) -> int:
-        """Sockets of clients open now."""
+        """Sockets of clients that are open now."""
         return sum(link.client.sock is not None for link in list(self.links))
 
     def open_by_backend(self) -> Counter[int]:
-        """Connections open now on both sides, by the port of the backend."""
+        """Connections that are open now on both sides, by the port of the backend."""
         pairs = [link for link in list(self.links) if link.server.sock is not None]
         return Counter(link.backend for link in pairs if link.client.sock is not None)
 
@@ -306,12 +312,12 @@ class Proxy:
         """Close the listening socket: connection refused."""
         self.loop.remove_reader(self._door)
         self._door.close()
-        # Bound, but not listening: refuses, and keeps the port from others.
+        # Bound, but not listening: it refuses clients, and keeps the port reserved.
         self._door = self._bound()
 
     @_in_thread
     def listen(self) -> None:
-        """Open the door again, on the same port."""
+        """Listen again, on the same port."""
         self._door.listen(1024)
         self.loop.add_reader(self._door, self.accept)
 
@@ -323,7 +329,7 @@ class Proxy:
         return door
 
     def accept(self) -> None:
-        # An error says that nobody is waiting, or that the door is closed.
+        # An error means that no client is waiting, or that the proxy does not listen.
         with contextlib.suppress(OSError):
             while True:
                 sock, _ = self._door.accept()
@@ -333,7 +339,7 @@ class Proxy:
                 self.links[_Link(self, sock)] = None
 
     def route(self) -> list[int]:
-        """Return the backends, beginning with the one whose turn it is."""
+        """Return the backends, beginning with the next one in turn."""
         ports = list(self.backends)
         self._turn += 1
         first = self._turn % len(ports) if ports else 0
@@ -343,37 +349,42 @@ class Proxy:
 
     @_in_thread
     def hang(self) -> None:
-        """Accept, and connect to no backend: new connections stay silent."""
+        """Accept, but connect to no backend: new connections stay silent."""
         self.faults.hanging = True
 
     @_in_thread
     def half_open(self, backend: int | None = None) -> None:
-        """Lose all bytes and ends, as a dead network; only those of *backend*."""
+        """
+        Lose all bytes and closes, as a dead network does; only for *backend*, if given.
+        """
         self.faults.swallowed.add(backend)
 
     @_in_thread
     def freeze(self, backend: int | None = None) -> None:
-        """Hold all bytes and ends until `heal`; only those of *backend*."""
+        """Hold all bytes and closes until `heal`; only for *backend*, if given."""
         self.faults.frozen.add(backend)
 
     @_in_thread
     def delay(self, seconds: float) -> None:
-        """Forward what arrives from now on that much later, in order."""
+        """Forward bytes that arrive from now on later by this time, in order."""
         self.faults.delay = seconds
 
     @_in_thread
     def slow_handshake(self, seconds: float) -> None:
-        """Let bytes of new connections pass only so long after the accept."""
+        """Hold the bytes of new connections until this time after the accept."""
         self.faults.handshake = seconds
 
     @_in_thread
     def reset_mid_response(self, after: int) -> None:
-        """Reset when a client was sent so many more bytes; 0: instead of the next."""
+        """
+        Reset after a client got this many more bytes; 0 resets instead of the next
+        byte.
+        """
         self._break_off(after, reset=True)
 
     @_in_thread
     def truncate_mid_response(self, after: int) -> None:
-        """As `reset_mid_response`, but with a regular end (FIN)."""
+        """Like `reset_mid_response`, but with a normal end (FIN)."""
         self._break_off(after, reset=False)
 
     def _break_off(self, after: int, *, reset: bool) -> None:
@@ -383,7 +394,9 @@ class Proxy:
 
     @_in_thread
     def cut(self, count: int | None = None, *, backend: int | None = None) -> int:
-        """Reset the oldest *count* connections (to *backend*); return how many."""
+        """
+        Reset the oldest *count* connections (of *backend*, if given); return how many.
+        """
         links = [
             k for k in self.links if k.client.sock and backend in {None, k.backend}
         ]
@@ -393,7 +406,7 @@ class Proxy:
 
     @_in_thread
     def heal(self) -> None:
-        """End all faults but `refuse`; reset connections that bytes were lost of."""
+        """End all faults except `refuse`; reset connections that lost bytes."""
         self.faults = _Faults()
         for link in list(self.links):
             link.heal()

@@ -1,4 +1,4 @@
-"""Several authorizers that answer alike: behind one address, and by their own."""
+"""Several authorizers with the same answers, behind one address and by their own."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ class Replicas:
     """
     *count* embedded authorizers, and a `Proxy` in front of them.
 
-    They share one mapping of policies: to change that of one replica is to change it
-    for all. A replica may be made to fail by its own means, as in
-    `replicas[0].fail("UNAVAILABLE")`, or on its way with
-    `replicas.proxy.freeze(replicas[0].port)`.
+    They share one mapping of policies: a change for one replica is a change for all. A
+    replica can fail by its own means, as in `replicas[0].fail("UNAVAILABLE")`, or on
+    the way to it with `replicas.proxy.freeze(replicas[0].port)`.
     """
 
     def __init__(self, count: int, *, policies=None) -> None:
         self._authorizers = [EmbeddedAuthorizer(policies) for _ in range(count)]
         for authorizer in self._authorizers:
-            # Past the setter, which copies.
+            # Bypass the setter, which copies.
             authorizer._service.policies = self._authorizers[0].policies
         self.proxy = Proxy([])
         self._running = contextlib.ExitStack()
@@ -50,12 +49,12 @@ class Replicas:
 
     @property
     def options(self) -> AuthorizerOptions:
-        """For clients that know the address of the proxy only."""
+        """For clients that know only the address of the proxy."""
         return AuthorizerOptions(url=self.proxy.url, insecure=True)
 
     @property
     def target(self) -> str:
-        """The replicas' own addresses, as a name that gRPC resolves."""
+        """The replicas' own addresses, as a name that gRPC can resolve."""
         return "ipv4:" + ",".join(authorizer.url for authorizer in self._authorizers)
 
     @property
@@ -64,7 +63,7 @@ class Replicas:
         return AuthorizerOptions(url=self.target, insecure=True)
 
     def serving(self) -> set[int]:
-        """Which replicas have a connection now."""
+        """The replicas that have a connection now."""
         return {i for i, one in enumerate(self._authorizers) if one.connections_open}
 
     def calls(self, index: int) -> Counter[str]:

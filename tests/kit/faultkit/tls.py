@@ -1,8 +1,8 @@
 """
 TLS servers that are wrong in one way each, and certificates for them.
 
-A server records what it was told: `clear` in front of or instead of TLS, `decrypted`
-inside of it. So a test can say which secrets reached it.
+A server records the bytes that it got: `clear` before or instead of TLS, `decrypted`
+inside TLS. So a test can check which secrets reached it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DAY = dt.timedelta(days=1)
 PATIENCE = 10.0
 
 SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-"""The first frame of a server of HTTP/2."""
+"""The first frame of an HTTP/2 server."""
 
 
 def key_usage(*allowed: str) -> x509.KeyUsage:
@@ -55,7 +55,7 @@ class Certificate:
 
     Args:
         name: Its subject.
-        issuer: Who signs it; None signs it with its own key.
+        issuer: The certificate that signs it; None signs it with its own key.
         names: Host names and addresses that it is valid for.
         days: When it begins and ends to be valid, in days from now.
         ca: Whether it may sign others.
@@ -134,21 +134,21 @@ def tls(
     clients: Certificate | None = None,
 ) -> ssl.SSLContext:
     """
-    Return how a server does TLS.
+    Return the TLS settings of a server.
 
     Args:
-        certificate: Its certificate.
-        above: Those of CAs that it sends along.
-        alpn: The protocols that it offers; none switches the negotiation off.
-        newest: The newest version that it speaks; it speaks all older ones.
-        ciphers: What it supports of TLS 1.2 and older.
-        clients: The CA of clients, which then must have a certificate.
+        certificate: The server's certificate.
+        above: CA certificates that the server sends too.
+        alpn: The protocols that it offers; none turns the negotiation off.
+        newest: The newest version that it supports; it supports all older ones.
+        ciphers: The ciphers that it supports for TLS 1.2 and older.
+        clients: The CA of client certificates, which are then required.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if ciphers is not None:
         context.set_ciphers(ciphers)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of old versions
+        warnings.simplefilter("ignore", DeprecationWarning)  # about old versions
         context.minimum_version = min(ssl.TLSVersion.TLSv1_2, newest)
         context.maximum_version = newest
     with tempfile.TemporaryDirectory() as directory:
@@ -166,10 +166,10 @@ def tls(
 
 class TlsServer:
     """
-    A server that does TLS by *context*, or answers the first bytes with *reply*.
+    A server that uses TLS with *context*, or answers the first bytes with *reply*.
 
     After the handshake it sends the first frame of HTTP/2, and reads until the client
-    hangs up. Use it in a `with`.
+    closes. Use it in a `with`.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class TlsServer:
             self.clear += client.recv(65536)
             client.sendall(self._reply)
             return
-        if client.recv(1, socket.MSG_PEEK) != b"\x16":  # no handshake of TLS
+        if client.recv(1, socket.MSG_PEEK) != b"\x16":  # not a TLS handshake
             self.clear += client.recv(65536, socket.MSG_PEEK)
         with self._context.wrap_socket(client, server_side=True) as secured:
             self.handshakes += 1

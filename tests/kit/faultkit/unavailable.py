@@ -1,4 +1,4 @@
-"""Answers of `Http2Server` that say that a server behind a proxy is down."""
+"""Answers of `Http2Server` that mean that a server behind a proxy is down."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .http2 import _HEADERS
 
 
 def http(status, content_type="text/html", body=b""):
-    """Answer with a page of HTTP, as a proxy does."""
+    """Answer with an HTTP error page, as a proxy does."""
 
     def answer(call):
         wire = call.connection.h2

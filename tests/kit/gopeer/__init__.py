@@ -1,1 +1,1 @@
-"""An authorizer on grpc-go, for the tests only: its source in Go, and its process."""
+"""An authorizer on grpc-go, for the tests only: its Go source, and its process."""

@@ -1,4 +1,4 @@
-"""The server of this folder as a process that is stopped, killed and frozen."""
+"""The grpc-go server of this folder as a process that tests stop, kill and freeze."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Self
 from fastapi_topaz import AuthorizerOptions
 
 
-_PATIENCE = 20.0  # for a process to answer or end, which takes no noticeable time
+_PATIENCE = 20.0  # seconds to answer or end, which normally takes no noticeable time
 
 
 class Gopeer:
     """
     A running server; use it in a `with`.
 
-    *flags* are those of `main.go`, as `max_streams=5`. Ended by a signal, it can be
-    started again on the same port.
+    *flags* are the flags of `main.go`, such as `max_streams=5`. After a signal ended
+    it, it can be started again on the same port.
     """
 
     def __init__(self, **flags) -> None:
@@ -42,7 +42,7 @@ class Gopeer:
         """Return when it listens."""
         self._process = subprocess.Popen(
             [os.environ["GOPEER"], f"--listen={self.url}", *self._flags],
-            stdin=subprocess.PIPE,  # with this process, it ends
+            stdin=subprocess.PIPE,  # the server ends with this process
             stdout=subprocess.PIPE,
         )
         words = self._process.stdout.readline().split()
@@ -54,7 +54,7 @@ class Gopeer:
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started, and not ended."""
+        """Whether it was started, and has not ended."""
         return self._process is not None
 
     def send(self, number: signal.Signals) -> None:
@@ -77,7 +77,7 @@ class Gopeer:
 
     @property
     def counts(self) -> dict:
-        """What it has counted since its start, as `peer` in `main.go` names it."""
+        """Its counts since its start, as `peer` in `main.go` names them."""
         with (
             socket.create_connection(self._counts, _PATIENCE) as connection,
             connection.makefile() as lines,

@@ -2,8 +2,7 @@
 nginx and HAProxy as processes that a test starts, reloads, stops and kills.
 
 Both listen on 127.0.0.1 for HTTP/2 in plaintext, and forward each call to one of the
-*upstreams*. The binaries are those that the environment variables NGINX and HAPROXY
-name.
+*upstreams*. The environment variables NGINX and HAPROXY name the binaries.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ PATIENCE = 20.0
 
 
 class ProxyCall(NamedTuple):
-    """A call that a proxy has answered, as its log tells."""
+    """A call that a proxy has answered, from its log."""
 
     port: int
-    """The port of the client, which tells the connections apart."""
+    """The port of the client, which identifies the connection."""
     method: str
     """The name of the gRPC method, such as `Is`."""
     status: int
@@ -64,7 +63,7 @@ class ProxyProcess:
             self.port = free.getsockname()[1]
         self.url = f"127.0.0.1:{self.port}"
         self.options = AuthorizerOptions(url=self.url, insecure=True)
-        # Not the folder of pytest, which is for its user alone. It is kept after an
+        # Not pytest's folder, which only its user can read. The folder is kept after an
         # end, because a failed test shows the log.
         self._temporary = tempfile.TemporaryDirectory(prefix="proxies-")
         self.folder = Path(self._temporary.name)
@@ -81,7 +80,7 @@ class ProxyProcess:
             self.end(signal.SIGKILL)
         self._temporary.cleanup()
 
-    # -- what each proxy does its own way
+    # -- the differences between the proxies
 
     def configuration(self) -> str:
         """Return the text of the configuration file."""
@@ -93,9 +92,9 @@ class ProxyProcess:
 
     reload_signal: ClassVar[signal.Signals]
     reload_texts: ClassVar[tuple[str, str]]
-    """What it writes when it has got that signal, and when its old worker is to end."""
+    """Its log texts when it has got that signal, and when its old worker is to end."""
 
-    # -- life
+    # -- starting and stopping
 
     def start(self) -> None:
         """Return when it listens."""
@@ -110,8 +109,8 @@ class ProxyProcess:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                # Its workers are in a process group of their own, so that they can be
-                # killed with it.
+                # Its workers are in their own process group, so that they can be killed
+                # with it.
                 start_new_session=True,
             )
         # They end with this process, even if it is killed: its end of the pipe closes.
@@ -127,13 +126,13 @@ class ProxyProcess:
             raise
 
     def reload(self) -> None:
-        """Read the configuration again; return when the old workers are to end."""
+        """Reload the configuration; return when the old workers are about to end."""
         heeded, reloaded = (self._counter(text) for text in self.reload_texts)
         sent_at = -math.inf
 
         def has_reloaded() -> bool:
             nonlocal sent_at
-            # HAProxy drops a signal that it gets while it starts.
+            # HAProxy drops a signal that it gets during its start.
             if not heeded() and time.monotonic() > sent_at + 1:
                 self.send(self.reload_signal)
                 sent_at = time.monotonic()
@@ -179,16 +178,19 @@ class ProxyProcess:
                 raise RuntimeError(f"{self.variable} {why}:\n{self.log}")
             time.sleep(0.01)
 
-    # -- what it did
+    # -- its log
 
     @property
     def log(self) -> str:
-        """What it has written, without its calls."""
+        """Its log, without the calls."""
         return "".join(line for line in self._lines() if not line.startswith(_CALL))
 
     @property
     def calls(self) -> list[ProxyCall]:
-        """The calls it has answered; wait for them, they are written afterwards."""
+        """
+        The calls it has answered. It logs them after the answer, so tests wait for
+        them.
+        """
         calls = []
         for line in self._lines():
             if line.startswith(_CALL) and line.endswith("\n"):
@@ -220,7 +222,7 @@ class Nginx(ProxyProcess):
         return ["-p", str(self.folder), "-e", "stderr", "-c", str(file)]
 
     def configuration(self) -> str:
-        # Workers of root are of the user `nobody` otherwise, who may be missing.
+        # Workers of root otherwise use the user `nobody`, which may be missing.
         user = "user root root;" if os.geteuid() == 0 else ""
         bodies = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         folders = "\n".join(f"{name}_temp_path {name};" for name in bodies)

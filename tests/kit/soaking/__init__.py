@@ -1,1 +1,1 @@
-"""Hours of use in minutes: workers, servers that break, and callers who count."""
+"""Hours of use in minutes: workers, servers that break, and callers that count."""

@@ -1,4 +1,4 @@
-"""The servers of a soak, and all that goes wrong on the way to them."""
+"""The servers of a soak, and the faults on the way to them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from kit.faultkit.proxy import Proxy
 
 
 def is_even(check):
-    """Allow what says so itself: an answer to another's question would be wrong."""
+    """
+    Allow even numbers. The request contains its answer, so a mixed-up answer shows.
+    """
     return int(check.resource["number"]) % 2 == 0
 
 
 class Network:
     """
-    Some authorizers, each behind a proxy of its own, and one proxy in front of all.
+    Some authorizers, each behind its own proxy, and one proxy in front of all.
 
-    A thread breaks and mends them as *seed* says, until `heal`.
+    A thread breaks and repairs them by *seed*, until `heal`.
     """
 
     def __init__(self, seed, count=2):
@@ -33,7 +35,7 @@ class Network:
     def __enter__(self):
         self._stack = stack = contextlib.ExitStack()
         self.authorizers = [
-            # Not 0: restarted, it has to get its port back.
+            # Not 0: after a restart, it must get the same port.
             stack.enter_context(EmbeddedAuthorizer(is_even, port=_a_port()))
             for _ in range(self._count)
         ]
@@ -54,12 +56,12 @@ class Network:
 
     @property
     def open(self):
-        """Sockets of clients, at the proxies and at the servers."""
+        """Client sockets, at the proxies and at the servers."""
         at_servers = sum(one.connections_open for one in self.authorizers)
         return sum(proxy.open for proxy in self.proxies) + at_servers
 
     def heal(self):
-        """End all faults, for good."""
+        """End all faults, permanently."""
         self._stop.set()
         self._thread.join()
 
@@ -98,7 +100,7 @@ class Network:
         )
         fault()
         self.faults += 1
-        if self._random.random() < 0.6:  # else the next one comes on top
+        if self._random.random() < 0.6:  # otherwise the next fault is added on top
             self._stop.wait(self._random.uniform(0.05, 1.5))
             self._mend()
 
@@ -116,7 +118,7 @@ class Network:
 
 
 def _a_port():
-    # Below those that the system gives to whoever asks for any.
+    # Below the ports that the system assigns to processes that ask for any.
     while True:
         port = random.randrange(13_000, 31_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):

@@ -1,13 +1,13 @@
 """
-One worker of a soak: pools, and callers who account for each of their requests.
+One worker of a soak: pools, and callers that account for each of their requests.
 
     python tests/kit/soaking/worker.py '{"backend": "trio", "urls": [...], ...}'
 
-It says `ready` when all is as it is to be in the end again, `done` when its callers
-have ended, and then what it found, as JSON. After each it reads a line: go on.
+It prints `ready` when the start measures are taken, `done` when its callers have ended,
+and then its results as JSON. After each, it waits for a line of input.
 """
 
-# ruff: noqa: T201  (it is how processes talk)
+# ruff: noqa: T201  (processes communicate this way)
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from fastapi_topaz import (
 
 
 SILENCE = 30.0
-"""Seconds in which some request has to end, whatever is broken."""
+"""Seconds within which some request must end, whatever is broken."""
 
 CALLERS = 12
-"""For each pool."""
+"""The number of callers for each pool."""
 
 PATH = "soak.even"
-# Each is news about the network; none is about the pool itself. Lines like "cannot
-# connect: other: 3 more in the last 10 s" report what was not logged in full.
+# Each is about the network, none about the pool itself. Lines like "cannot connect:
+# other: 3 more in the last 10 s" report suppressed lines.
 EXPECTED = re.compile(
     r"cannot connect|failed its health check|health check failed: .* more in"
     r"|took back a lease|lease garbage-collected: .* more in|is out for"
@@ -61,7 +61,7 @@ ENDS |= {ConnectFailed: "failed", PoolClosed: "closed"}
 
 
 class Records(logging.Handler):
-    """Keeps what nobody expected to be logged."""
+    """Keeps unexpected log lines."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -83,8 +83,8 @@ class Worker:
         self.random = random.Random(seed)
         self.urls = urls
         self.pools = []
-        self.asked = Counter()  # calls of acquire(), by how they ended
-        self.ended = Counter()  # requests, by how they ended
+        self.asked = Counter()  # calls of acquire(), by outcome
+        self.ended = Counter()  # requests, by outcome
         self.begun = self.numbers = 0
         self.wrong = []
         self.stopping = False
@@ -96,11 +96,11 @@ class Worker:
         while not self.stopping:
             await self.request(pool)
             self.last_end = time.monotonic()
-            # Nobody asks again at once of a pool that is down.
+            # No caller immediately asks a pool again that is down.
             await anyio.sleep(self.random.expovariate(50))
 
     async def request(self, pool):
-        """Ask one question, and note how it ended."""
+        """Send one request, and record its outcome."""
         self.begun += 1
         self.numbers += 1
         number, how = self.numbers, "cancelled"
@@ -137,7 +137,7 @@ class Worker:
         return "allowed" if decisions["allowed"] else "denied"
 
     async def lease(self, pool, timeout):
-        """Lease a connection, and note how the call of acquire() ended."""
+        """Lease a connection, and record the outcome of acquire()."""
         end = "cancelled"
         try:
             conn = await pool.acquire(timeout=timeout)
@@ -152,7 +152,7 @@ class Worker:
     # -- disturbance ----------------------------------------------------------------
 
     async def operator(self, pool):
-        """Resize, drain, close and reopen; a pool is left open, with its first size."""
+        """Resize, drain, close and reopen. The pool stays open, with its first size."""
         while not self.stopping:
             await anyio.sleep(self.random.expovariate(0.5))
             match self.random.randrange(8):
@@ -179,7 +179,7 @@ class Worker:
                 self.wrong.append(f"no request ended for {SILENCE} s: {self.pools}")
                 return
 
-    # -- the course of it -------------------------------------------------------------
+    # -- the phases of a run ----------------------------------------------------------
 
     def make_pools(self):
         for url in self.urls:
@@ -203,7 +203,7 @@ class Worker:
                 self.pools.append(pool)
 
     async def period(self, seconds):
-        """Use all pools at once for so long."""
+        """Use all pools at the same time for this time."""
         self.stopping, self.last_end = False, time.monotonic()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.watchdog)
@@ -216,7 +216,7 @@ class Worker:
             self.stopping = True
 
     async def assert_whole(self):
-        """Each pool serves all that it can at once, and one more has to wait."""
+        """Each pool serves its full capacity at once, and one more caller waits."""
         gc.collect()  # leases, too
         for pool in self.pools:
             with anyio.fail_after(60):
@@ -224,7 +224,7 @@ class Worker:
                     pool.status().streams_in_use or not await self.is_served(pool)
                 ):
                     await anyio.sleep(0.05)
-                # A connection whose time is over makes room when its leases are back.
+                # An expired connection makes room when its leases are released.
                 while not await self.serves_all(pool):  # noqa: ASYNC110
                     await anyio.sleep(0.5)
 
@@ -257,7 +257,7 @@ class Worker:
         return True
 
     def check_books(self):
-        """What the callers counted is what the pools did."""
+        """Compare the counts of the callers with the counters of the pools."""
         if sum(self.ended.values()) != self.begun:
             self.wrong.append(f"{self.begun} requests were begun, {self.ended}")
         for pool in self.pools:
@@ -300,7 +300,7 @@ async def soak(seed, urls, seconds, warm_up):
     await told("ready")
     before = measures()
     await worker.period(seconds)
-    await told("done")  # faults are over when the answer comes
+    await told("done")  # the faults are over when the answer comes
     await worker.assert_whole()
     for pool in worker.pools:
         await pool.close()
@@ -315,7 +315,7 @@ async def told(word):
 
 
 def main(options):
-    # One that does not even give the watchdog a turn.
+    # A worker that blocks so that even the watchdog does not run.
     faulthandler.dump_traceback_later(
         options["seconds"] + options["warm_up"] + 240, exit=True
     )

@@ -1,9 +1,9 @@
 """
-What an authorizer must answer, be it Topaz or the embedded one.
+The answers that an authorizer must give, both Topaz and the embedded one.
 
-Requests are sent as they are, so that also those can be sent which the pool refuses to
-build. Every expectation was read from Topaz's source, and the values of policies were
-computed by OPA from the bundle beside this file.
+Requests are sent unchanged, so requests that the pool refuses to build can be sent too.
+Every expectation was read from Topaz's source. OPA computed the values of policies from
+the bundle beside this file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def policy(path: str, *decisions: str) -> PolicyContext:
 
 
 def is_(path: str, *decisions: str, **fields: Any) -> IsRequest:
-    """Ask for decisions of a policy of the bundle; *fields* replace others."""
+    """Ask for decisions of a policy of the bundle; *fields* replace the defaults."""
     asked = {"policy_context": policy(path, *decisions), "identity_context": NOBODY}
     return IsRequest(**asked | fields)
 
@@ -72,7 +72,7 @@ def compile_(text: str, **fields: Any) -> CompileRequest:
 
 @attrs.frozen
 class Refused:
-    """A request that ends with a status; *text* is a part of what it says."""
+    """A request that ends with a status; *text* is a part of its message."""
 
     name: str
     request: Any
@@ -82,7 +82,7 @@ class Refused:
 
 @attrs.frozen
 class Decided:
-    """A request for decisions, and these in the order of the answer."""
+    """A request for decisions, and the decisions in the order of the answer."""
 
     name: str
     request: IsRequest
@@ -137,7 +137,7 @@ DECIDED = [
         is_("allow", policy_instance=PolicyInstance(name="any", instance_label="any")),
         ALLOWED,
     ),
-    # Neither an error nor a denial: there is no decision, and none of the others.
+    # Neither an error nor a denial: this decision and all other decisions are missing.
     Decided("no boolean", is_("odd"), []),
     Decided("a boolean beside one that is none", is_("odd", "visible", "allowed"), []),
     Decided(
@@ -210,7 +210,7 @@ REFUSED = [
         is_("nowhere", identity_context=SUB),
         NOT_FOUND,
     ),
-    # Whatever the policy says of it.
+    # Whatever the policy decides for it.
     Refused(
         "too large",
         is_("allow", resource_context=struct({"text": "x" * 2**22})),
@@ -438,7 +438,7 @@ QUERIES = [
 
 @attrs.frozen
 class Compiled:
-    """A partial evaluation of what depends on no input, and what is left of it."""
+    """A partial evaluation of expressions without input, and the remaining query."""
 
     name: str
     request: CompileRequest

@@ -1,8 +1,8 @@
 """
 The embedded authorizer behind the command line and the configuration of topazd.
 
-It takes the place of the real one where that cannot be had, so that what starts, stops
-and freezes it, and the tests that do so, run everywhere.
+It replaces the real topazd where that is not available. So code that starts, stops and
+freezes topazd, and the tests that use it, run everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kit.topaz.twins import ROUTE_TWINS, TWINS
 
 
 def authorizer(config: dict[str, Any]) -> EmbeddedAuthorizer:
-    """Return what *config* asks for, not started."""
+    """Return the authorizer that *config* describes, not started."""
     address = config["api"]["services"]["authorizer"]["grpc"]["listen_address"]
     certificate = config["api"]["services"]["authorizer"]["grpc"].get("certs")
     (bundle,) = config["opa"]["local_bundles"]["paths"]
@@ -36,7 +36,7 @@ def authorizer(config: dict[str, Any]) -> EmbeddedAuthorizer:
         identities=(),
     )
     if certificate is not None:
-        # Its own would be known to nobody in the process of the test.
+        # The test process would not know a certificate that this process makes itself.
         made._certificates = Certificates(
             certificate["tls_ca_cert_path"],
             Path(certificate["tls_key_path"]).read_bytes(),
@@ -56,7 +56,7 @@ def main() -> None:
         print("topazd embedded")  # noqa: T201
         return
     ends = {signal.SIGTERM, signal.SIGINT}
-    # Before there are other threads, or one of them would get the signal.
+    # Before other threads exist, because one of them could get the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     with authorizer(json.loads(arguments.config_file.read_text())) as running:
         signal.sigwait(ends)

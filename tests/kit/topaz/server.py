@@ -1,4 +1,4 @@
-"""A topazd that a test starts, stops, freezes and kills."""
+"""A topazd process that a test starts, stops, freezes and kills."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ REAL = os.environ.get("TOPAZD")
 
 MISSING = "TOPAZD names no topazd: only the embedded authorizer is tested"
 
-# Seconds for what takes one, unless the machine is in trouble.
+# Seconds for operations that take one second on a working machine.
 PATIENCE = 60.0
 
 
 class TopazdError(Exception):
-    """It did not do what it was asked for; what it wrote is part of the message."""
+    """topazd did not do what it was asked for; the message contains its output."""
 
 
 class Topazd:
     """
-    A process of its own, with the policies of a bundle beside this file.
+    A separate topazd process, with the policies of a bundle beside this file.
 
-    It keeps its ports, certificates and files over all its lives.
+    It keeps its ports, certificates and files over all restarts.
 
     Args:
         command: The program, and arguments that come before its own.
         home: A folder for its files.
         tls: Serve TLS with a certificate for 127.0.0.1.
-        api_key: Let in only those who have it; small letters and digits.
-        patience: Seconds it may take to answer, and to end.
+        api_key: Admit only clients with this key; small letters and digits.
+        patience: Seconds that it may take to answer, and to end.
         policies: The folder of its bundle.
     """
 
@@ -71,7 +71,7 @@ class Topazd:
         self._home = home
         self._api_key = api_key
         self._authority = Certificates.issue() if tls else None
-        # Both at once, or they might be the same.
+        # Both at the same time, because otherwise they might be the same.
         with free_port() as first, free_port() as second:
             self.port, gateway_port = (s.getsockname()[1] for s in (first, second))
         self.config_file = Config(
@@ -83,7 +83,7 @@ class Topazd:
         ).write(home / "config.yaml")
         self._log = home / "topazd.log"
         self._process: subprocess.Popen[bytes] | None = None
-        # Between these moments of time.monotonic() its port may have been closed.
+        # Its port may have been closed between these times of time.monotonic().
         self.outages: list[tuple[float, float]] = []
         self._ended = time.monotonic()
 
@@ -102,7 +102,7 @@ class Topazd:
 
     @property
     def options(self) -> AuthorizerOptions:
-        """What a client needs to be let in."""
+        """The options that a client needs to connect."""
         return AuthorizerOptions(
             url=f"127.0.0.1:{self.port}",
             api_key=self._api_key,
@@ -112,11 +112,11 @@ class Topazd:
 
     @property
     def log(self) -> str:
-        """What it wrote, in all its lives."""
+        """Its output, over all restarts."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def version(self) -> str:
-        """Return what it says of itself."""
+        """Return the answer to an info request."""
         told = subprocess.run(
             [*self._command, "version"],
             env=self._environment(),
@@ -128,13 +128,13 @@ class Topazd:
         return told.stdout.strip()
 
     def _environment(self) -> dict[str, str]:
-        # None of the developer's: Topaz takes settings from there, and puts files
-        # into the home it finds.
+        # Not the developer's environment: Topaz reads settings from there, and writes
+        # files into the home directory.
         names = ("PATH", "LANG", "TMPDIR", "COVERAGE_PROCESS_CONFIG")
         kept = {name: os.environ[name] for name in names if name in os.environ}
         return {**kept, "HOME": str(self._home)}
 
-    # -- its life
+    # -- starting and stopping
 
     def start(self) -> Self:
         """
@@ -173,7 +173,7 @@ class Topazd:
                     problem = error.details()
                 else:
                     problem = None
-                # Somebody else may have answered on its port.
+                # Another process may have answered on its port.
                 if process.poll() is not None:
                     problem = f"it exited with {process.returncode}"
                 elif problem is None:
@@ -183,11 +183,11 @@ class Topazd:
                 raise TopazdError(f"topazd does not answer: {problem}\n{self.log}")
 
     def stop(self) -> None:
-        """Ask it to end (SIGTERM), and wait until it has; do nothing if it has."""
+        """Ask it to end (SIGTERM), and wait for that; do nothing if it has ended."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Let it die at once (SIGKILL); do nothing if it has ended."""
+        """Kill it at once (SIGKILL); do nothing if it has ended."""
         self._end(signal.SIGKILL)
 
     def _end(self, how: signal.Signals) -> None:
@@ -196,7 +196,7 @@ class Topazd:
         self._ended = time.monotonic()
         self._process.send_signal(how)
         try:
-            # Death takes no longer for one who has no patience.
+            # A kill needs no longer, even with a patience of 0.
             asked = how is signal.SIGTERM
             self._process.wait(self.patience if asked else PATIENCE)
         except subprocess.TimeoutExpired:
@@ -207,22 +207,22 @@ class Topazd:
             self._process = None
 
     def freeze(self) -> None:
-        """Let it fall silent (SIGSTOP), its sockets open; return when it has."""
-        assert self._process is not None, "it does not run"
+        """Freeze it (SIGSTOP) with its sockets open; return when it has stopped."""
+        assert self._process is not None, "topazd does not run"
         self._process.send_signal(signal.SIGSTOP)
         # Until all its threads have stopped, it may answer another call.
         os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
     def thaw(self) -> None:
-        """Let it go on (SIGCONT)."""
-        assert self._process is not None, "it does not run"
+        """Let it continue (SIGCONT)."""
+        assert self._process is not None, "topazd does not run"
         self._process.send_signal(signal.SIGCONT)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Also when it is frozen: this is the one signal that reaches it then.
+        # Also if it is frozen: this is the only signal that works then.
         self.kill()
 
 

@@ -1,4 +1,4 @@
-"""The policies of the bundle, in Python: what the embedded authorizer is given."""
+"""The policies of the bundle in Python, for the embedded authorizer."""
 
 from __future__ import annotations
 

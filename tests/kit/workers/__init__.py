@@ -1,1 +1,1 @@
-"""What `test_workers.py` has servers serve, and how it looks after them."""
+"""The applications and servers of `test_workers.py`, and helpers to check them."""

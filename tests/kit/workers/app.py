@@ -1,7 +1,7 @@
 """
-The application, built when it is imported as those of users are.
+The application, built when it is imported, like users' applications.
 
-The authorizer is asked on behalf of the process that asks, and each answer names it.
+A check asks for the process that sends it, and each answer names the process.
 """
 
 from __future__ import annotations

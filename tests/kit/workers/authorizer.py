@@ -1,4 +1,4 @@
-"""An authorizer that knows which worker asks, and keeps it waiting on request."""
+"""An authorizer that knows which worker asks, and can delay the answer on request."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["Authorizer"]
 
 class Authorizer(EmbeddedAuthorizer):
     """
-    Allows all that the application of `kit.workers.app` asks, `held` after `let_go`.
+    Allows all checks of `kit.workers.app`, and `held` after `let_go`.
 
     Attributes:
         asked: How many checks came from each process.
         holding: How many checks of each process wait for `let_go`.
-        peak: The most sockets that were open when a check came.
+        peak: The maximum number of open sockets when a check came.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Authorizer(EmbeddedAuthorizer):
         self._quick(check)
         self.holding[pid] += 1
         try:
-            # Of another thread, hence no event of this loop.
+            # Set in another thread, so it is not an event of this loop.
             while not self._free.is_set():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         finally:
@@ -56,11 +56,11 @@ class Authorizer(EmbeddedAuthorizer):
         return True
 
     def let_go(self) -> None:
-        """Answer what is held, and what comes from now on at once."""
+        """Answer held checks, and later ones at once."""
         self._free.set()
 
     def sockets(self) -> set[int]:
-        """Return the ports that clients are connected from, as this end sees them."""
+        """Return the local ports of connected clients, as the server sees them."""
         return {
             connection.raddr.port
             for connection in psutil.Process().net_connections("tcp")
@@ -68,7 +68,7 @@ class Authorizer(EmbeddedAuthorizer):
         }
 
     def sockets_of(self, pid: int) -> set[int]:
-        """Return those of them that belong to the process *pid*."""
+        """Return the ports that belong to the process *pid*."""
         return {
             connection.laddr.port
             for connection in psutil.Process(pid).net_connections("tcp")

@@ -1,4 +1,4 @@
-"""As `warmed`, but for a closed connection that somebody keeps."""
+"""Like `warmed`, but a closed connection is still referenced."""
 
 from __future__ import annotations
 

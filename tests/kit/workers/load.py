@@ -1,4 +1,4 @@
-"""Clients that ask all the time, and some whose answer has to wait."""
+"""Clients that send requests all the time, and clients with a delayed answer."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ CLIENTS = 6
 
 class Load:
     """
-    Asks *served* on *clients* threads, one request after the other.
+    Sends requests to *served* on *clients* threads, one after the other on each.
 
-    Each on a new connection: one that is kept alive may be closed by the server just
-    as the next request is sent on it, in each of these servers and at any time.
+    Each request uses a new connection. A server may close a kept-alive connection just
+    when the next request is sent on it. Each of these servers can do this at any time.
 
     Args:
-        clients: How many ask at once.
-        repeats: How often in a row a client repeats what was not answered at all, as
+        clients: How many requests run at the same time.
+        repeats: How often in a row a client repeats a request without any answer, as
             browsers and proxies do with a GET.
 
     Attributes:
-        refused: Of each client that gave up because nobody listened any more, why.
+        refused: For each client that stopped because no server listened, the reason.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Load:
         before = len(self._served.answers)
         for thread in self._threads:
             thread.start()
-        # So that whatever comes next comes under load.
+        # So that the next action of the test happens under load.
         enough = before + len(self._threads)
         self._served.until(lambda: len(self._served.answers) >= enough)
         return self
@@ -74,15 +74,15 @@ class Load:
 
 
 def ask_aside(served: Served, path: str) -> Future[Answer]:
-    """Send one request from a thread of its own."""
+    """Send one request from a separate thread."""
     answer: Future[Answer] = Future()
 
     def ask() -> None:
         try:
             answer.set_result(served.ask(path))
-        except BaseException as error:  # noqa: BLE001  (whoever asks gets it)
+        except BaseException as error:  # noqa: BLE001  (the future raises it)
             answer.set_exception(error)
 
-    # It ends: no answer within PATIENCE is an error.
+    # Stopping: no answer within PATIENCE is an error.
     threading.Thread(target=ask).start()
     return answer

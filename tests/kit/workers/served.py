@@ -1,4 +1,4 @@
-"""A server as its users run it: a process with workers, of which the log is kept."""
+"""A server as users run it: a process with workers, with a captured log."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["PATIENCE", "Answer", "Served", "Unanswered"]
 
 T = TypeVar("T")
 
-# Seconds for what takes one or two, unless something hangs.
+# Seconds for operations that take one or two, unless the server hangs.
 PATIENCE = 45.0
 
 WHERE = re.compile(r"(?:Listening at:|running on|Running on) http://127\.0\.0\.1:(\d+)")
@@ -45,7 +45,7 @@ class Unanswered(Exception):  # noqa: N818
 @attrs.frozen
 class Answer:
     """
-    What a request ended with.
+    The result of a request.
 
     Attributes:
         pid: The worker, if it let the request in.
@@ -68,7 +68,7 @@ class Served:
     def __init__(self, arguments: list[str], log: Path, **environment: str) -> None:
         self._log = log
         self._port = 0
-        # What became of the requests; threads append to them.
+        # The results of the requests; threads append to them.
         self.answers: list[Answer] = []
         self.unanswered: list[str] = []
         self.repeated: list[str] = []
@@ -80,7 +80,7 @@ class Served:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                # Servers look there first for what they import.
+                # Servers search this folder first for imports.
                 cwd=log.parent,
                 env={
                     **os.environ,
@@ -88,8 +88,8 @@ class Served:
                     "PYTHONUNBUFFERED": "1",
                     **environment,
                 },
-                # A group of its own tells its processes from all others, also when
-                # they are orphans.
+                # Its own process group identifies its processes, even if they become
+                # orphans.
                 start_new_session=True,
             )
 
@@ -97,7 +97,7 @@ class Served:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Again and again: a server replaces the workers that it loses.
+        # Repeatedly, because a server replaces the workers that it loses.
         while alive := self.alive():
             for pid in alive:
                 with contextlib.suppress(ProcessLookupError):
@@ -120,7 +120,7 @@ class Served:
 
     @property
     def port(self) -> int:
-        """Where it listens, once it says so."""
+        """Its address, once it has logged it."""
         if not self._port:
             where = self.until(lambda: WHERE.search(self.log))
             assert where is not None
@@ -150,13 +150,13 @@ class Served:
 
     def ask(self, path: str = "/quick", *, final: bool = True) -> Answer:
         """
-        Send one request, on a connection of its own, and note what it ended with.
+        Send one request on a new connection, and record its result.
 
         Args:
-            final: Whether it counts as failed if it gets not a byte of an answer.
+            final: Whether it counts as failed if it gets no byte of an answer.
 
         Raises:
-            Unanswered: It reached no worker, or none that lived to answer.
+            Unanswered: It reached no worker, or its worker ended before the answer.
         """
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         with contextlib.closing(client):
@@ -176,7 +176,7 @@ class Served:
         return answer
 
     def asked_first(self) -> Answer:
-        """Ask until it answers, and return what."""
+        """Send requests until one is answered, and return the answer."""
 
         def answer() -> Answer | None:
             try:
@@ -189,7 +189,7 @@ class Served:
         return first
 
     def workers(self, count: int, *, but: AbstractSet[int] = frozenset()) -> set[int]:
-        """Ask until *count* workers have answered, besides those in *but*."""
+        """Send requests until *count* workers have answered, besides those in *but*."""
         found: set[int] = set()
 
         def answered() -> bool:
@@ -206,12 +206,12 @@ class Served:
         self.process.send_signal(number)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Ask it to end, and return its exit code once all of its processes ended."""
+        """Ask it to stop, and return its exit code once all of its processes ended."""
         self.send(number)
         return self.ended()
 
     def listening(self, pid: int) -> bool:
-        """Whether the process *pid* accepts connections, or could."""
+        """Whether the process *pid* has a listening socket."""
         try:
             connections = psutil.Process(pid).net_connections("tcp")
         except psutil.NoSuchProcess:

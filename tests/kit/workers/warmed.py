@@ -1,4 +1,4 @@
-"""The same application by somebody who asks at import time, and tidies up."""
+"""The same application, which uses the pool at import time and then closes it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """
-A plugin of pytest that runs the tests once for each mutant, in a fork of its own.
+A pytest plugin that runs the tests once for each mutant, each in its own fork.
 
-The tests are collected once, and of a mutant only those run that reach its function,
-the quickest first, until one fails: most mutants take a few hundredths of a second.
-It reads their names from the file in MUTANTS, and writes there what became of each.
+The tests are collected once. For a mutant, only tests that reach its function run, the
+quickest first, until one fails. Most mutants take a few hundredths of a second. The
+plugin reads the names of the mutants from the file in MUTANTS, and writes the outcome
+of each mutant there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ UNCHANGED = "unchanged"
 CHILDREN = int(os.environ.get("MUTANT_CHILDREN", "2"))
 
 PATIENCE = 8
-"""Seconds. Virtual time stands still where nobody has a timer, and so does the test."""
+"""Seconds. If no task has a timer, virtual time stops, and the test never ends."""
 
 
 def pytest_runtestloop(session):
@@ -37,11 +38,11 @@ def pytest_runtestloop(session):
     reached, seconds = clean_run(session)
     if session.testsfailed:
         return True
-    # What was made so far is no garbage: let no child look through it.
+    # Existing objects are not garbage: no child has to look through them.
     gc.collect()
     gc.freeze()
     fates, running = {}, {}
-    # No mutant at all, which has to live: else the others may die of the same.
+    # No mutant: this run must pass, or mutants may die of the same failure.
     reached[UNCHANGED] = list(session.items)
     for name in [UNCHANGED, *names]:
         items = reached.get(name.partition("__mutmut_")[0], [])
@@ -63,7 +64,9 @@ def pytest_runtestloop(session):
 
 
 def clean_run(session):
-    """Run all tests unchanged; return which reach a function, and how long each is."""
+    """
+    Run all tests unchanged. Return which tests reach a function, and their durations.
+    """
     hits, reached, seconds = set(), {}, {}
     trampoline.record_trampoline_hit = lambda name, **_: hits.add(name)
     trampoline.set_mutant_under_test("stats")
@@ -84,7 +87,7 @@ def run(item, following):
 
 def spawn(session, name, items, seconds, limit):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads and forks
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads and forks
         child = os.fork()
     if child:
         return child
@@ -96,18 +99,18 @@ def spawn(session, name, items, seconds, limit):
     trampoline.set_mutant_under_test(name)
     try:
         for item, following in zip(items, [*items[1:], None], strict=True):
-            # One test that never ends must not take the time of all of them.
+            # One test that never ends must not use the time of all tests.
             signal.setitimer(signal.ITIMER_REAL, PATIENCE + 20 * seconds[item])
             run(item, following)
             if session.testsfailed:
                 os._exit(1)
         os._exit(0)
-    except BaseException:  # noqa: BLE001  (such as KeyboardInterrupt of a mutant)
+    except BaseException:  # noqa: BLE001  (for example KeyboardInterrupt of a mutant)
         os._exit(1)
 
 
 def reap(running, fates):
-    """Note what became of the next child that ends."""
+    """Record the outcome of the next child that ends."""
     while True:
         child, status = os.waitpid(-1, os.WNOHANG)
         if child in running:

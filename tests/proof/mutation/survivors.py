@@ -1,18 +1,18 @@
 """
-Mutate the modules of the pool, and compare the mutants that live with the known ones.
+Mutate the modules of the pool, and compare the survivors with the known ones.
 
     python tests/proof/mutation/survivors.py
 
-changes the state, which takes minutes. Arguments of it:
+mutates the state, which takes minutes. Arguments:
 
-    parts        its clock and its checks: minutes
-    pool         the pool around it: longer
-    state pool   several of them
-    --list       print the survivors as the list does
+    parts        the clock and the checks of the pool: minutes
+    pool         the pool around the state: longer
+    state pool   several groups
+    --list       print the survivors in the format of the list
 
-mutmut makes the mutants; a plugin of pytest, `forks`, runs the tests. Nothing is left
-in the work tree. It fails if a mutant lives that is not in `survivors.txt`, or if no
-more than 95 % of those of the state die.
+mutmut makes the mutants. A pytest plugin, `forks`, runs the tests. Nothing is left in
+the work tree. The script fails if a mutant survives that is not in `survivors.txt`, or
+if at most 95 % of the mutants of the state die.
 """
 
 from __future__ import annotations
@@ -39,31 +39,34 @@ ROOT = HERE.parent.parent.parent
 KNOWN = HERE / "survivors.txt"
 PARTED = " || "
 LEAST = {"pool_state": 95.0}
-"""Per cent of the mutants of a module of which more have to die."""
+"""
+The percentage of a module's mutants that must be exceeded by the mutants that die.
+"""
 
 QUICK = """
 (not real_clock or test_options)
 and not trio and not asyncio+eager and not asyncio+shuffled and not random_cancellation
-and not for_ever and not rate_of_attempts and not however_long and not keeps_idle
+and not never_expire and not attempts_never_stop and not rate_of_attempts
+and not whatever_the_length and not keeps_idle
 and not never_closed and not outage_do_not_grow and not finds_and_one_is_given
 and not in_any_thread and not fail_fast_with_the_cause and not half_a_second
 and not faster_than_failed and not warned_in_that_line
 """
 """
-One backend, no gRPC, which does not survive a fork, no test that takes a second, and
-none that counts frames, since mutants have frames of their own.
+One backend. No gRPC, because it does not survive a fork. No test that takes a second.
+No test that counts frames, because mutants add frames.
 """
 
 
 VIRTUAL = ["-m", "not slow and not soak", "-k", " ".join(QUICK.split())]
 
 WORDS = [r"logger\.", r'^\s+f?"', r'raise \w+\(f?"', r"^\s+\*\("]
-"""What a log or an error says in words, and what a repr() shows."""
+"""Lines with texts of logs and errors, and parts of a repr()."""
 
 
 @attrs.frozen
 class Group:
-    """Modules, and the tests that have to notice their mutants."""
+    """Modules, and the tests that must detect their mutants."""
 
     modules: list[str]
     tests: list[str]
@@ -72,8 +75,8 @@ class Group:
 
 
 GROUPS = {
-    # Without the random scripts of test_model_state: what they find is luck, and
-    # what a rule forbids is to have a test that says so.
+    # Without the random scripts of test_model_state: they find mutants by luck. Each
+    # rule needs a deterministic test that detects its mutants.
     "state": Group(
         modules=[
             *("_pool/state/pool_state", "_pool/state/outage", "_pool/state/attempts"),
@@ -81,7 +84,7 @@ GROUPS = {
             "_pool/state/snapshot",
         ],
         tests=["_pool/state", "_pool/test_readiness.py"],
-        options=["-k", "not trio and not asyncio"],  # the state alone
+        options=["-k", "not trio and not asyncio"],  # only the state
     ),
     # Not `interrupts`, which works on trio only.
     "parts": Group(
@@ -126,7 +129,7 @@ GROUPS = {
 
 @attrs.frozen
 class Mutant:
-    """One change of one function, named by what it changes."""
+    """A change of one function, identified by the changed lines."""
 
     module: str
     function: str
@@ -160,7 +163,7 @@ def mutate(module: str, scratch: Path) -> dict[str, Mutant]:
         plain = name.rpartition(".")[2]
         mangled = plain.rpartition("__mutmut_")[0]
         was, now = (
-            # Without the names, in which the two always differ.
+            # Without the function names, which always differ.
             [head.partition("(")[2], *body]
             for head, *body in (sources[f"{mangled}__mutmut_orig"], sources[plain])
         )
@@ -177,7 +180,7 @@ def mutate(module: str, scratch: Path) -> dict[str, Mutant]:
 
 
 def fates_of(group: Group, scratch: Path) -> dict[str, list[tuple[Mutant, str]]]:
-    """Return what becomes of each mutant, by module."""
+    """Return the outcome of each mutant, by module."""
     from mutmut.configuration import config
 
     for part in ("fastapi_topaz", "tests"):
@@ -186,7 +189,7 @@ def fates_of(group: Group, scratch: Path) -> dict[str, list[tuple[Mutant, str]]]
         )
     shutil.copy(ROOT / "pyproject.toml", scratch)
     (scratch / "setup.cfg").write_text("[mutmut]\nsource_paths=fastapi_topaz\n")
-    os.chdir(scratch)  # where mutmut looks for its configuration
+    os.chdir(scratch)  # mutmut looks for its configuration here
     config().do_not_mutate_patterns = group.unmutated
     mutants = {}
     for module in group.modules:
@@ -196,7 +199,7 @@ def fates_of(group: Group, scratch: Path) -> dict[str, list[tuple[Mutant, str]]]
     subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-n0", "-q", "-p", "forks"),
-            # No other timer than that of `forks`.
+            # No other timer than the timer of `forks`.
             *("-p", "no:cacheprovider", "-o", "timeout=0", *group.options),
             *(f"tests/{test}" for test in group.tests),
         ],
@@ -220,7 +223,7 @@ def fates_of(group: Group, scratch: Path) -> dict[str, list[tuple[Mutant, str]]]
 
 
 def known() -> dict[str, str]:
-    """Return why each known survivor lives."""
+    """Return the reason why each known survivor lives."""
     listed = {}
     for line in KNOWN.read_text().splitlines():
         if line and not line.startswith("#"):
