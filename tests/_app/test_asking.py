@@ -1,4 +1,4 @@
-"""Questions, decisions, and the layers between them."""
+"""Test questions, decisions, and the layers between them."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def test_a_decision_has_no_truth_value(allowed):
         bool(Decision(allowed=allowed))
 
 
-def test_a_decision_is_frozen_and_each_has_an_id_of_its_own():
+def test_a_decision_is_frozen_and_has_a_unique_id():
     decisions = [Decision(allowed=True) for _ in range(1000)]
     assert len({decision.id for decision in decisions}) == 1000
     with pytest.raises(AttributeError):
         decisions[0].allowed = False
 
 
-async def test_questions_are_equal_if_the_authorizer_is_asked_the_same():
+async def test_questions_with_the_same_request_are_equal():
     one = question(seconds=5)
     await anyio.sleep(1)
     assert one == question(seconds=7)
@@ -103,11 +103,11 @@ async def test_questions_are_equal_if_the_authorizer_is_asked_the_same():
         one.request = b""
 
 
-async def test_a_question_shows_neither_identity_nor_context():
+async def test_a_question_repr_shows_no_identity_and_no_context():
     assert "request" not in repr(question())
 
 
-async def test_a_budget_falls_with_time_and_never_below_zero():
+async def test_a_budget_decreases_with_time_to_zero():
     budget = Budget(5)
     assert budget.left() == 5
     await anyio.sleep(2)
@@ -118,7 +118,9 @@ async def test_a_budget_falls_with_time_and_never_below_zero():
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("allowed", [True, False])
-async def test_decide_returns_what_the_authorizer_decided(embedded_authorizer, allowed):
+async def test_decide_returns_the_decision_of_the_authorizer(
+    embedded_authorizer, allowed
+):
     embedded_authorizer.policies = {PATH: allowed}
     config = configured(embedded_authorizer)
     async with config.connection_pool:
@@ -153,7 +155,7 @@ async def test_decide_takes_the_arguments_of_is_allowed(embedded_authorizer):
 
 
 @pytest.mark.real_clock
-async def test_an_error_of_the_authorizer_is_no_decision(embedded_authorizer):
+async def test_an_authorizer_error_is_not_a_decision(embedded_authorizer):
     embedded_authorizer.fail("INTERNAL")
     config = configured(embedded_authorizer)
     async with config.connection_pool:
@@ -162,7 +164,7 @@ async def test_an_error_of_the_authorizer_is_no_decision(embedded_authorizer):
 
 
 @pytest.mark.real_clock
-async def test_a_question_is_encoded_once_however_often_it_is_asked(
+async def test_a_question_is_encoded_once_for_all_its_attempts(
     embedded_authorizer, monkeypatch
 ):
     embedded_authorizer.policies = {PATH: True}
@@ -184,13 +186,13 @@ async def test_a_question_is_encoded_once_however_often_it_is_asked(
 # -- the retry ------------------------------------------------------------------------
 
 
-# Functions, because a test of leaks counts the errors of gRPC that exist.
+# Functions, because a leak test counts the existing gRPC errors.
 @pytest.mark.parametrize(
     "lost",
     [unavailable, cancelled, lambda: ConnectionLost("x")],
     ids=["UNAVAILABLE", "CANCELLED", "lost"],
 )
-async def test_a_lost_answer_is_asked_for_once_more(lost):
+async def test_a_lost_answer_is_retried_once(lost):
     script, retries = Script([lost()]), []
     asked = question()
     assert (await Retry(script, lambda: retries.append(1))(asked)).allowed
@@ -198,7 +200,7 @@ async def test_a_lost_answer_is_asked_for_once_more(lost):
     assert len(retries) == 1
 
 
-async def test_a_second_loss_is_the_end():
+async def test_a_second_loss_is_not_retried():
     script, retries = Script([unavailable(), unavailable()]), []
     with pytest.raises(grpc.aio.AioRpcError):
         await Retry(script, lambda: retries.append(1))(question())
@@ -223,25 +225,26 @@ async def test_other_errors_are_not_retried(make_error):
     assert len(script.asked) == 1
 
 
-async def test_the_first_loss_is_the_cause_of_the_error_that_follows():
+async def test_the_first_loss_is_the_cause_of_the_later_error():
     lost, then = unavailable(), PoolTimeout("no connection")
     with pytest.raises(PoolTimeout) as caught:
         await Retry(Script([lost, then]), list)(question())
     assert caught.value.__cause__ is lost
 
 
-async def test_what_was_not_processed_is_sent_again_with_pauses_within_the_budget():
+async def test_unprocessed_questions_are_resent_with_pauses_in_the_budget():
     script, retries = Script([unprocessed() for _ in range(1000)]), []
     began = anyio.current_time()
     with pytest.raises(grpc.aio.AioRpcError):
         await Retry(script, lambda: retries.append(1))(question(seconds=5.0))
-    # 0, 0, 0.01, 0.02, ... 0.32, then 0.5 each: the next one would not end in time.
+    # Pauses: 0, 0, 0.01, 0.02, ... 0.32, then 0.5 each. The next one exceeds the
+    # budget.
     took = anyio.current_time() - began
     assert took == pytest.approx(0.63 + 8 * 0.5)
     assert len(script.asked) == len(retries) + 1 == 17
 
 
-async def test_no_retry_begins_without_time_for_it():
+async def test_no_retry_begins_without_remaining_budget():
     script = Script([unavailable()])
 
     async def slow(asked, /):

@@ -1,4 +1,4 @@
-"""Requests that pass, are denied, or find no authorizer, through a real server."""
+"""Test requests that are allowed, denied, or find no authorizer, on a real server."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def client_of(app, backend):
         yield client
 
 
-# -- the answer ---------------------------------------------------------------------
+# -- decisions ----------------------------------------------------------------------
 
 
 @backends
@@ -124,10 +124,10 @@ def test_providers_may_be_async(backend, embedded_authorizer):
 
 @pytest.mark.parametrize(
     "decisions, status",
-    # As Topaz does: the one is undefined, the other ends without any decision.
+    # As in Topaz: one decision is undefined, the other one ends without any decision.
     [({"visible": True}, 500), ({"allowed": "yes"}, 503), ({"allowed": 1}, 503)],
 )
-def test_a_decision_that_was_not_made_never_allows(
+def test_a_missing_decision_never_allows(
     decisions, status, embedded_authorizer, caplog
 ):
     embedded_authorizer.policies = lambda check: decisions
@@ -158,12 +158,14 @@ def test_the_policy_path_of_a_route(template, path):
     assert policy_path_of("myapp", "GET", template) == path
 
 
-def test_methods_are_quoted_like_everything_else():
+def test_methods_are_quoted_like_path_segments():
     path = policy_path_of("myapp", "M-SEARCH", "/devices")
     assert path == 'myapp["M-SEARCH"].devices'
 
 
-def test_the_policy_path_has_prefix_and_converters_of_the_route(embedded_authorizer):
+def test_the_policy_path_has_the_prefix_and_converters_of_the_route(
+    embedded_authorizer,
+):
     seen = []
     embedded_authorizer.policies = lambda check: (
         bool(seen.append(check.policy_path)) or True
@@ -186,12 +188,12 @@ def test_the_policy_path_has_prefix_and_converters_of_the_route(embedded_authori
 @pytest.mark.parametrize(
     "guard", [lambda c: require_policy_allowed(c, "a.b"), require_policy_auto]
 )
-def test_a_dependency_of_something_else_than_a_configuration_is_refused(guard):
+def test_a_dependency_without_a_topaz_config_is_rejected(guard):
     with pytest.raises(TypeError, match="config must be a TopazConfig, got 'myapp'"):
         guard("myapp")
 
 
-def test_what_an_application_is_mounted_under_is_part_of_the_path(embedded_authorizer):
+def test_the_mount_prefix_is_part_of_the_policy_path(embedded_authorizer):
     embedded_authorizer.policies = {
         "myapp.GET.documents.__id": True,
         "myapp.GET.admin.documents.__id": False,
@@ -205,7 +207,7 @@ def test_what_an_application_is_mounted_under_is_part_of_the_path(embedded_autho
             assert client.get(f"{root_path}/admin/documents/7").status_code == 403
 
 
-def test_what_the_client_sends_cannot_replace_what_the_path_says(embedded_authorizer):
+def test_client_input_cannot_replace_path_parameters(embedded_authorizer):
     embedded_authorizer.policies = lambda check: check.resource["id"] == "1"
     config = configured(
         embedded_authorizer,
@@ -227,7 +229,7 @@ def test_configurations_of_two_authorizers_do_not_share_a_pool(embedded_authoriz
         )
 
 
-# -- no answer ------------------------------------------------------------------------
+# -- missing answers ------------------------------------------------------------------
 
 
 def unavailable(response):
@@ -237,7 +239,7 @@ def unavailable(response):
 
 
 @backends
-def test_an_authorizer_that_is_down_is_503_until_it_is_back(
+def test_an_unavailable_authorizer_is_503_until_it_is_back(
     backend, embedded_authorizer
 ):
     embedded_authorizer.policies = lambda check: True
@@ -251,7 +253,7 @@ def test_an_authorizer_that_is_down_is_503_until_it_is_back(
         deadline = 50
         while client.get("/documents/7").status_code != 200:
             deadline -= 1
-            assert deadline, "it did not recover"
+            assert deadline, "the application did not recover"
 
 
 @backends
@@ -267,7 +269,7 @@ def test_an_application_starts_before_its_authorizer(backend, embedded_authorize
 
 @backends
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "INTERNAL", "CANCELLED"])
-def test_an_error_of_the_authorizer_is_503(backend, code, embedded_authorizer):
+def test_an_authorizer_error_is_503(backend, code, embedded_authorizer):
     embedded_authorizer.policies = lambda check: True
     with client_of(application(configured(embedded_authorizer)), backend) as client:
         embedded_authorizer.fail(grpc.StatusCode[code], methods=["Is"])
@@ -276,9 +278,7 @@ def test_an_error_of_the_authorizer_is_503(backend, code, embedded_authorizer):
 
 @backends
 @pytest.mark.parametrize("identities, status", [(["alice"], 200), ([], 403)])
-def test_an_identity_that_the_authorizer_does_not_know_is_denied(
-    backend, identities, status, caplog
-):
+def test_an_unknown_identity_is_denied(backend, identities, status, caplog):
     with EmbeddedAuthorizer(lambda check: True, identities=identities) as authorizer:
         application_ = application(configured(authorizer))
         with client_of(application_, backend) as client:
@@ -317,7 +317,7 @@ def test_a_policy_that_cannot_be_evaluated_is_500_and_not_retried(
 
 
 @backends
-def test_what_the_authorizer_says_of_a_policy_is_shown_to_no_client(
+def test_policy_errors_of_the_authorizer_are_not_shown_to_clients(
     backend, embedded_authorizer
 ):
     with client_of(application(configured(embedded_authorizer)), backend) as client:
@@ -332,7 +332,7 @@ def test_what_the_authorizer_says_of_a_policy_is_shown_to_no_client(
     "code, hint",
     [("UNIMPLEMENTED", "serves no Authorizer"), ("UNAUTHENTICATED", "api_key")],
 )
-def test_what_may_be_mended_at_the_server_is_503_with_a_hint(
+def test_an_error_fixable_on_the_server_is_503_with_a_hint(
     backend, code, hint, embedded_authorizer, caplog
 ):
     with client_of(application(configured(embedded_authorizer)), backend) as client:
@@ -342,9 +342,7 @@ def test_what_may_be_mended_at_the_server_is_503_with_a_hint(
 
 
 @backends
-def test_an_authorizer_that_does_not_answer_in_time_is_503(
-    backend, embedded_authorizer, caplog
-):
+def test_an_authorizer_timeout_is_503(backend, embedded_authorizer, caplog):
     embedded_authorizer.policies = lambda check: True
     config = configured(embedded_authorizer, check_timeout=0.3)
     with client_of(application(config), backend) as client:
@@ -355,8 +353,8 @@ def test_an_authorizer_that_does_not_answer_in_time_is_503(
     assert "answered DEADLINE_EXCEEDED" not in caplog.text
 
 
-def test_the_check_timeout_is_one_budget_for_waiting_and_asking(embedded_authorizer):
-    """A check that waits for most of its budget has only the rest for its call."""
+def test_check_timeout_is_one_budget_for_the_wait_and_the_call(embedded_authorizer):
+    """A check that waits for most of its budget leaves only the rest for its call."""
     deadlines = []
 
     class Spy(ConnectionPool):
@@ -391,12 +389,12 @@ def test_a_saturated_pool_is_503(backend, embedded_authorizer):
         assert unavailable(client.get("/while-leased"))
 
 
-def test_a_pool_that_nobody_can_open_is_503(embedded_authorizer):
+def test_a_pool_that_cannot_be_opened_is_503(embedded_authorizer):
     options = AuthorizerOptions(
         url=embedded_authorizer.url, cert_file_path="/nowhere/ca.pem"
     )
     config = configured(embedded_authorizer, authorizer_options=options)
-    # Without a lifespan: with it the application would not have started.
+    # Without a lifespan. With it the application would not have started.
     app = FastAPI()
 
     @app.get("/", dependencies=[Depends(require_policy_auto(config))])
@@ -420,10 +418,10 @@ def test_a_missing_certificate_file_stops_the_start(embedded_authorizer):
     assert "/nowhere/ca.pem" in str(caught.value)
 
 
-# -- the application's own errors ---------------------------------------------------
+# -- errors of the application ------------------------------------------------------
 
 
-def test_what_a_provider_raises_is_the_applications_error(embedded_authorizer):
+def test_a_provider_exception_is_an_application_error(embedded_authorizer):
     embedded_authorizer.policies = lambda check: True
 
     def no_token(_request):
@@ -476,7 +474,9 @@ def test_a_provider_that_returns_the_wrong_type_never_allows(
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_test_client_enters_the_same_application_twice(backend, embedded_authorizer):
+def test_a_test_client_can_enter_the_same_application_twice(
+    backend, embedded_authorizer
+):
     embedded_authorizer.policies = lambda check: True
     app = application(configured(embedded_authorizer))
     for _ in range(2):
@@ -501,7 +501,7 @@ def test_a_test_client_enters_the_same_application_twice(backend, embedded_autho
         ({"policy_instance_name": ""}, ["policy_instance_name", "''"]),
     ],
 )
-def test_a_wrong_configuration_is_refused_by_name_and_value(options, words):
+def test_an_invalid_configuration_error_has_the_name_and_value(options, words):
     good = {
         "authorizer_options": AuthorizerOptions(),
         "policy_path_root": "myapp",
@@ -514,7 +514,7 @@ def test_a_wrong_configuration_is_refused_by_name_and_value(options, words):
 
 
 @pytest.mark.parametrize("path", ["", "  ", None, 7])
-def test_an_empty_policy_path_is_refused_when_the_route_is_made(path):
+def test_an_empty_policy_path_is_rejected_when_the_route_is_created(path):
     config = TopazConfig(
         authorizer_options=AuthorizerOptions(),
         policy_path_root="myapp",
@@ -526,7 +526,7 @@ def test_an_empty_policy_path_is_refused_when_the_route_is_made(path):
     assert repr(path) in str(caught.value)
 
 
-def test_a_configuration_shows_where_it_leads_and_no_secret():
+def test_a_config_repr_shows_its_target_and_no_secret():
     config = TopazConfig(
         authorizer_options=AuthorizerOptions(url="topaz.test:8282", api_key="secret"),
         policy_path_root="app",

@@ -1,4 +1,4 @@
-"""No secrets in what a check or a request ends with."""
+"""Test that the errors of checks and requests hold no secrets."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def secret_config(options, **arguments):
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("fault", ["status", "silent", "stopped"])
-async def test_a_check_without_a_decision(fault, keyed_authorizer):
+async def test_a_check_without_a_decision_holds_no_secret(fault, keyed_authorizer):
     config = secret_config(keyed_authorizer.options, check_timeout=0.5)
     async with config.connection_pool:
         assert await config.is_allowed(secret_request(), "app.x")
@@ -85,7 +85,7 @@ async def test_a_check_without_a_decision(fault, keyed_authorizer):
         assert_clean(error)
 
 
-async def test_a_check_that_is_lost_and_finds_no_other_connection():
+async def test_a_lost_check_without_another_connection_holds_no_secret():
     connector = FakeConnector([ok()], default=fail("nobody there"))
     pool = make_pool(connector, max_retries=0)
     config = secret_config(AuthorizerOptions(api_key=KEY), connection_pool=pool)
@@ -109,7 +109,7 @@ async def test_a_check_that_is_lost_and_finds_no_other_connection():
     ],
     ids=str,
 )
-async def test_a_check_that_cannot_be_asked(bad):
+async def test_a_check_that_cannot_be_encoded_holds_no_secret(bad):
     pool = make_pool()
     config = secret_config(AuthorizerOptions(api_key=KEY), connection_pool=pool)
     async with pool:
@@ -145,7 +145,7 @@ def broken_from_none(_request):
 
 @pytest.mark.parametrize("provider", [broken, broken_later, broken_from_none])
 @pytest.mark.parametrize("which", ["identity_provider", "resource_context_provider"])
-async def test_an_error_of_a_provider_keeps_its_own_frames_alone(which, provider):
+async def test_a_provider_error_keeps_only_its_own_frames(which, provider):
     pool = make_pool()
     config = secret_config(
         AuthorizerOptions(api_key=KEY), connection_pool=pool, **{which: provider}
@@ -176,7 +176,7 @@ async def test_an_error_of_a_provider_keeps_its_own_frames_alone(which, provider
     ],
     ids=lambda value: type(value).__name__,
 )
-async def test_a_provider_that_returns_what_cannot_be_sent(which, value):
+async def test_an_unsendable_provider_result_holds_no_secret(which, value):
     pool = make_pool()
     config = secret_config(
         *(AuthorizerOptions(api_key=KEY),),
@@ -189,7 +189,7 @@ async def test_a_provider_that_returns_what_cannot_be_sent(which, value):
         assert_clean(error)
 
 
-# -- what a request of an application ends with -------------------------------------
+# -- errors of requests -------------------------------------------------------------
 
 
 guards = pytest.mark.parametrize(
@@ -206,7 +206,7 @@ DETAILS = f"no {IDENTITY} here"
 
 
 def application(config, guard):
-    """Return an application, and the list of the errors that its requests end with."""
+    """Return an application, and the list of the errors that end its requests."""
     app = FastAPI(lifespan=config.lifespan)
     errors = []
 
@@ -215,7 +215,7 @@ def application(config, guard):
 
     @app.exception_handler(HTTPException)
     async def handle(secret_request, error):
-        # Here, because the error has no traceback once it was handled.
+        # Collect them here, because a handled error has no traceback.
         assert any(map(is_ours, frames(error)))
         assert error.__cause__ is error.__context__ is None
         assert_clean(error)
@@ -231,7 +231,7 @@ def application(config, guard):
 @pytest.mark.parametrize(
     "code, status", [("UNAVAILABLE", 503), ("INTERNAL", 503), ("NOT_FOUND", 403)]
 )
-def test_a_refused_request_carries_no_text_of_the_authorizer(
+def test_a_rejected_request_has_no_text_of_the_authorizer(
     backend, guard, code, status, keyed_authorizer, caplog
 ):
     config = secret_config(keyed_authorizer.options)
@@ -259,7 +259,7 @@ def test_a_denied_request_holds_no_secret(backend, guard, keyed_authorizer):
 
 @guards
 @backends
-def test_an_error_of_a_provider_leaves_the_dependency_without_secrets(
+def test_a_provider_error_leaves_the_dependency_without_secrets(
     backend, guard, keyed_authorizer
 ):
     app, _ = application(

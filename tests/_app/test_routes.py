@@ -1,4 +1,4 @@
-"""The policy path is that of the route that runs, on every supported FastAPI."""
+"""Test that the policy path matches the executed route, on every supported FastAPI."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.real_clock
 
 
 class Asked:
-    """A configuration that allows everything, and the policies that were asked for."""
+    """A configuration that allows everything, and the policies that were checked."""
 
     def __init__(self, authorizer):
         self.authorizer = authorizer
@@ -49,7 +49,9 @@ class Asked:
         return True
 
     def by(self, app, url, method="GET", **options):
-        """Return the policies that a request of *url* asks for; it is allowed."""
+        """
+        Return the policies that a request of *url* checks. The request is allowed.
+        """
         self.policies.clear()
         with TestClient(app, **options) as client:
             answer = client.request(method, url)
@@ -63,7 +65,7 @@ def asked(embedded_authorizer):
 
 
 def routes_of(asked, *templates, prefix="", methods=("GET",)):
-    """Return a router whose routes tell their template, each guarded."""
+    """Return a router with guarded routes that return their template."""
     router = APIRouter(prefix=prefix)
     for template in templates:
         router.add_api_route(
@@ -93,7 +95,7 @@ def test_the_prefix_given_to_include_router_is_part_of_the_path(asked):
     assert asked.by(app, "/public/users") == ["m.GET.public.users"]
 
 
-def test_one_router_included_twice_has_the_policies_of_both_prefixes(asked):
+def test_a_router_included_twice_has_the_policies_of_both_prefixes(asked):
     app, router = application(asked), routes_of(asked, "/users")
     app.include_router(router, prefix="/admin")
     app.include_router(router, prefix="/public")
@@ -101,7 +103,7 @@ def test_one_router_included_twice_has_the_policies_of_both_prefixes(asked):
     assert asked.by(app, "/public/users") == ["m.GET.public.users"]
 
 
-def test_prefixes_nest_and_have_parameters(asked):
+def test_prefixes_can_be_nested_and_have_parameters(asked):
     inner = routes_of(asked, "/documents/{id}", prefix="/own")
     middle = APIRouter(prefix="/{group}")
     middle.include_router(inner, prefix="/v1.0")
@@ -110,14 +112,14 @@ def test_prefixes_nest_and_have_parameters(asked):
     assert asked.by(app, "/a/b/v1.0/own/documents/7") == [path]
 
 
-def test_dependencies_given_to_include_router_ask_for_the_complete_path(asked):
+def test_dependencies_of_include_router_check_the_complete_path(asked):
     router = APIRouter()
     router.add_api_route("/users/{id}", lambda: "", methods=["GET"])
     app = application(asked, router, prefix="/admin", dependencies=[asked.guard])
     assert asked.by(app, "/admin/users/7") == ["m.GET.admin.users.__id"]
 
 
-def test_dependencies_of_a_router_and_of_the_application_ask_for_the_same(asked):
+def test_router_and_application_dependencies_check_the_same_path(asked):
     inner = APIRouter(dependencies=[asked.guard])
     inner.add_api_route("/users", lambda: "", methods=["GET"])
     outer = APIRouter(prefix="/b", dependencies=[asked.guard])
@@ -127,7 +129,7 @@ def test_dependencies_of_a_router_and_of_the_application_ask_for_the_same(asked)
     assert set(asked.by(app, "/a/b/c/users")) == {"m.GET.a.b.c.users"}
 
 
-def test_a_router_that_grows_after_it_was_asked_has_the_new_paths(asked):
+def test_routes_added_after_the_first_check_are_found(asked):
     router = routes_of(asked, "/first")
     app = application(asked, router, prefix="/a")
     assert asked.by(app, "/a/first") == ["m.GET.a.first"]
@@ -145,7 +147,7 @@ def test_a_router_that_grows_after_it_was_asked_has_the_new_paths(asked):
         ("/sub", "/sub/documents/7", "m.GET.sub.documents.__id"),
         ("/{tenant}", "/a/documents/7", "m.GET.__tenant.documents.__id"),
         ("/{tenant}", "/public/documents/7", "m.GET.__tenant.documents.__id"),
-        # A parameter of that name is in the inner route as well.
+        # The inner route has a parameter of that name too.
         ("/{id}", "/public/documents/7", "m.GET.__id.documents.__id"),
         ("/{id}", "/documents/documents/7", "m.GET.__id.documents.__id"),
         ("/{number:int}", "/42/documents/7", "m.GET.__number.documents.__id"),
@@ -154,7 +156,7 @@ def test_a_router_that_grows_after_it_was_asked_has_the_new_paths(asked):
         ("", "/documents/7", "m.GET.documents.__id"),
     ],
 )
-def test_a_mount_is_part_of_the_path_by_its_template(mount, url, path, asked):
+def test_the_template_of_a_mount_is_part_of_the_path(mount, url, path, asked):
     app = application(asked)
     app.mount(mount, application(asked, routes_of(asked, "/documents/{id}")))
     expected = path if path.endswith("__id") else f"{path}.documents.__id"
@@ -170,7 +172,7 @@ def test_a_path_converter_in_a_mount_or_a_route_is_one_parameter(asked):
     assert asked.by(app, "/all/public/a/raw") == ["m.GET.all.__name.raw"]
 
 
-def test_a_client_cannot_choose_the_policy_by_the_parameters_of_a_mount(asked):
+def test_a_client_cannot_choose_the_policy_by_mount_parameters(asked):
     app = application(asked)
     app.mount("/{tenant}", application(asked, routes_of(asked, "/documents/{id}")))
     hostile = ["public", "public.documents", '"]', "a] == true #", "__tenant", "%20"]
@@ -179,7 +181,7 @@ def test_a_client_cannot_choose_the_policy_by_the_parameters_of_a_mount(asked):
         assert answered == ["m.GET.__tenant.documents.__id"]
 
 
-def test_mounts_nest_below_mounts_and_included_routers(asked):
+def test_mounts_can_be_nested_below_mounts_and_included_routers(asked):
     innermost = application(asked, routes_of(asked, "/x", prefix="/y"), prefix="/z")
     inner = Starlette(routes=[Mount("/{b}", app=innermost)])
     router = APIRouter(prefix="/r")
@@ -190,20 +192,20 @@ def test_mounts_nest_below_mounts_and_included_routers(asked):
     app.include_router(router, prefix="/p")
     with TestClient(app) as client:
         asked.policies.clear()
-        # Before 0.137 FastAPI leaves mounts of an included router out.
+        # FastAPI before 0.137 ignores mounts of an included router.
         if client.get("/p/r/1/2/z/y/x").status_code == 200:
             assert asked.policies == ["m.GET.p.r.__a.__b.z.y.x"]
         assert client.get("/plain/1/z/y/x").status_code == 200
 
 
-def test_one_application_mounted_twice_has_the_policies_of_both_mounts(asked):
+def test_an_application_mounted_twice_has_the_policies_of_both_mounts(asked):
     inner = application(asked, routes_of(asked, "/users"))
     app = application(asked)
     app.mount("/admin", inner)
     app.mount("/{tenant}", inner)
     assert asked.by(app, "/admin/users") == ["m.GET.admin.users"]
     assert asked.by(app, "/public/users") == ["m.GET.__tenant.users"]
-    # Routers take the first route that matches; a new one may come before.
+    # Routers use the first matching route, and a new one may come before it.
     app.router.routes.insert(0, Mount("/{first}", app=inner))
     assert asked.by(app, "/admin/users") == ["m.GET.__first.users"]
 
@@ -216,7 +218,7 @@ class Wrapper:
         await self.app(scope, receive, send)
 
 
-def test_a_mounted_application_may_have_middlewares_around_it(asked):
+def test_a_mounted_application_may_be_wrapped_in_middleware(asked):
     inner = application(asked, routes_of(asked, "/users"))
     app = application(asked)
     app.mount("/a", Wrapper(Wrapper(inner)))
@@ -231,7 +233,7 @@ def test_an_application_may_be_mounted_in_itself(asked):
     assert asked.by(app, "/users") == ["m.GET.users"]
 
 
-def test_a_prefix_of_the_server_is_no_part_of_the_path(asked):
+def test_a_server_root_path_is_not_part_of_the_policy_path(asked):
     app = application(asked, routes_of(asked, "/users"), prefix="/v1")
     app.mount("/sub", application(asked, routes_of(asked, "/users")))
     for root in ("", "/behind/a/proxy"):
@@ -241,9 +243,9 @@ def test_a_prefix_of_the_server_is_no_part_of_the_path(asked):
         assert found == ["m.GET.sub.users"]
 
 
-def test_a_prefix_of_the_application_is_no_part_of_the_path(asked):
+def test_an_application_root_path_is_not_part_of_the_policy_path(asked):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer ones want it given to the server
+        warnings.simplefilter("ignore")  # newer versions want it given to the server
         app = FastAPI(lifespan=asked.config.lifespan, root_path="/api")
     app.include_router(routes_of(asked, "/users"), prefix="/v1")
     assert asked.by(app, "/v1/users") == ["m.GET.v1.users"]
@@ -266,13 +268,13 @@ def test_a_prefix_of_the_application_is_no_part_of_the_path(asked):
         (["OPTIONS"], "OPTIONS", "OPTIONS"),
     ],
 )
-def test_the_method_is_that_of_the_route(methods, method, asks, asked):
+def test_the_policy_path_has_the_method_of_the_route(methods, method, asks, asked):
     app = application(asked, routes_of(asked, "/x", methods=methods), prefix="/p")
     dot = "" if asks.startswith("[") else "."
     assert asked.by(app, "/p/x", method) == [f"m{dot}{asks}.p.x"]
 
 
-def test_a_websocket_asks_for_the_policy_of_get(asked):
+def test_a_websocket_checks_the_policy_of_get(asked):
     router = APIRouter(prefix="/r")
     seen = []
 
@@ -293,12 +295,12 @@ def test_a_websocket_asks_for_the_policy_of_get(asked):
     assert seen == ["m.GET.p.r.live.__id", "m.GET.__tenant.q.r.live.__id"]
 
 
-# -- what has no policy path ----------------------------------------------------------
+# -- routes without a policy path -----------------------------------------------------
 
 
 @contextlib.contextmanager
 def refused(asked, *words):
-    """Expect a RuntimeError with *words*, and that nothing is asked."""
+    """Expect a RuntimeError with *words*, and check that no question is sent."""
     with pytest.raises(RuntimeError) as caught:
         yield
     for word in words:
@@ -315,7 +317,7 @@ def test_a_host_route_is_refused(asked):
         client.get("/users")
 
 
-def test_a_host_route_is_refused_also_if_the_application_is_mounted_too(asked):
+def test_a_host_route_is_refused_even_if_the_application_is_mounted_too(asked):
     inner = application(asked, routes_of(asked, "/users"))
     app = application(asked)
     app.host("a.example.org", inner)
@@ -325,7 +327,7 @@ def test_a_host_route_is_refused_also_if_the_application_is_mounted_too(asked):
         client.get("/users")
 
 
-def test_files_of_a_frontend_are_refused(asked, tmp_path):
+def test_frontend_files_are_refused(asked, tmp_path):
     (tmp_path / "index.html").write_text("hello")
     app = FastAPI(lifespan=asked.config.lifespan, dependencies=[asked.guard])
     if not hasattr(app, "frontend"):
@@ -336,7 +338,7 @@ def test_files_of_a_frontend_are_refused(asked, tmp_path):
         client.get("/index.html")
 
 
-def test_an_application_that_no_router_leads_to_is_refused(asked):
+def test_an_application_not_reached_through_a_router_is_refused(asked):
     inner = application(asked, routes_of(asked, "/users"))
 
     async def dispatch(scope, receive, send):
@@ -364,7 +366,7 @@ def test_an_application_that_no_router_leads_to_is_refused(asked):
     ],
 )
 def test_a_template_that_does_not_match_the_request_is_refused(change, asked):
-    """As if a framework said something else than what its router did."""
+    """A framework whose scope contradicts the decision of its router."""
 
     def lie(request: Request):
         request.scope.update(change)
@@ -383,7 +385,7 @@ def test_a_template_that_does_not_match_the_request_is_refused(change, asked):
 # -- any application ------------------------------------------------------------------
 
 LITERALS = ["users", "admin", "public", "v1.0", "my-docs", "in", "__id", "a.b", "é"]
-# Texts that a client may send for a parameter with each converter.
+# Texts that a client may send for a parameter, for each converter.
 TEXTS = {
     "": ["public", "admin", "a.b", '"]', "__id", "é", "x y", "{id}", "== true #"],
     ":int": ["0", "007", "9" * 20],
@@ -419,9 +421,9 @@ segments = st.sampled_from(LITERALS).map(lambda text: Segment(text, None, text))
 )
 prefixes = st.lists(segments, min_size=1, max_size=2)
 METHODS = ["GET", "POST", "HEAD", "DELETE"]
-# The ways from the application to a route: mounts, then prefixes of include_router and
-# of APIRouter, then the template of the route. FastAPI before 0.137 leaves the mounts
-# of an included router out, so there mounts come first.
+# The paths from the application to a route: mounts, then prefixes of include_router and
+# of APIRouter, then the template of the route. FastAPI before 0.137 ignores the mounts
+# of an included router, so there mounts come first.
 branches = st.tuples(
     st.lists(prefixes, max_size=2),
     st.lists(st.tuples(prefixes, st.lists(segments, max_size=1)), max_size=2),
@@ -431,7 +433,7 @@ branches = st.tuples(
 
 
 class Branch:
-    """One drawn branch: its application, and its policy read off the segments."""
+    """A generated branch: its application, and its policy derived from the segments."""
 
     def __init__(self, asked, index, drawn):
         mounts, includes, leaf, self.method = drawn
@@ -447,7 +449,8 @@ class Branch:
             dependencies=[asked.guard],
         )
         for prefix, own in reversed(routers):
-            # The prefix of the router comes before those given for what it includes.
+            # The prefix of the router comes before the prefixes of the included
+            # routers.
             outer = APIRouter(prefix=prefix)
             outer.include_router(inner, prefix=own)
             inner = outer
@@ -484,7 +487,7 @@ class Branch:
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(drawn=st.lists(branches, min_size=1, max_size=3))
-def test_the_policy_is_that_of_the_templates_however_routers_nest(drawn, asked):
+def test_any_nesting_of_routers_checks_the_policy_of_its_templates(drawn, asked):
     app = FastAPI(lifespan=asked.config.lifespan)
     every = [Branch(asked, index, each) for index, each in enumerate(drawn)]
     for branch in every:
@@ -494,7 +497,7 @@ def test_the_policy_is_that_of_the_templates_however_routers_nest(drawn, asked):
             asked.policies.clear()
             answer = client.request(branch.method, branch.url)
             if answer.status_code in {404, 405}:
-                # A mount of an earlier branch took the request.
+                # A mount of an earlier branch handled the request.
                 assert index > 0
                 assert not asked.policies
                 continue

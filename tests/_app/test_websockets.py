@@ -1,4 +1,4 @@
-"""Guards of WebSocket routes, and dependencies that are the same object."""
+"""Test guards of WebSocket routes, and dependencies that are the same object."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kit.configs import user
 
 pytestmark = pytest.mark.real_clock
 
-# Before 0.41 Starlette has no answer to a WebSocket but closing it.
+# Starlette before 0.41 can only close a refused WebSocket.
 OLD = tuple(map(int, starlette.split(".")[:2])) < (0, 41)
 
 
@@ -41,7 +41,7 @@ def live_config(options, **pool):
 
 
 def application(config):
-    """Return an application whose guard is on the application, not on the route."""
+    """Return an application with the guard on the application, not on the route."""
     guard = Depends(require_policy_auto(config))
     app = FastAPI(lifespan=config.lifespan, dependencies=[guard])
     router = APIRouter(prefix="/live", dependencies=[guard])
@@ -61,7 +61,7 @@ def only_alice(check):
 
 
 def refused(client, user):
-    """Return the status, or else the close code, of a WebSocket that is refused."""
+    """Return the status of a refused WebSocket, or else its close code."""
     with (
         pytest.raises(WebSocketDisconnect) as caught,
         client.websocket_connect("/v1/live/7", headers={"user": user}),
@@ -82,7 +82,8 @@ def test_a_websocket_is_accepted_if_its_policy_allows_it(backend, embedded_autho
         with client.websocket_connect("/v1/live/7", headers={"user": "alice"}) as ws:
             assert ws.receive_json() == {"id": "7"}
         assert refused(client, "mallory") == (1008 if OLD else 403)
-    # On the application, the router and the route it is one object, and asks once.
+    # The guard on the application, the router and the route is one object. It checks
+    # once.
     assert embedded_authorizer.calls["Is"] == 2
 
 
@@ -95,7 +96,7 @@ def test_a_websocket_is_503_if_the_authorizer_is_down(backend, embedded_authoriz
 
 
 class WithoutDenialResponses:
-    """A server that cannot answer a WebSocket with a status of HTTP."""
+    """A server that cannot refuse a WebSocket with an HTTP status."""
 
     def __init__(self, app):
         self.app = app
@@ -120,7 +121,7 @@ def test_a_server_without_denial_responses_closes_with_1008(
 
 
 def handshake(url, user):
-    """Return the status that a server answers to a WebSocket handshake."""
+    """Return the status of a server's answer to a WebSocket handshake."""
     host, port = url.removeprefix("http://").split(":")
     request = (
         f"GET /v1/live/7 HTTP/1.1\r\nhost: {host}\r\nuser: {user}\r\n"
@@ -137,7 +138,7 @@ def handshake(url, user):
 def test_real_servers_answer_a_refused_handshake_with_its_status(
     backend, embedded_authorizer
 ):
-    """uvicorn on asyncio, Hypercorn on trio."""
+    """Run uvicorn on asyncio, Hypercorn on trio."""
     embedded_authorizer.policies = {"m.GET.v1.live.__id": only_alice}
     config = live_config(embedded_authorizer.options, max_retries=0)
     with serving(application(config), backend) as url:
@@ -150,7 +151,7 @@ def test_real_servers_answer_a_refused_handshake_with_its_status(
 # -- one object -----------------------------------------------------------------------
 
 
-def test_equal_arguments_give_the_same_dependency():
+def test_equal_arguments_return_the_same_dependency():
     config = live_config(AuthorizerOptions())
     other = live_config(AuthorizerOptions())
     auto, allowed = require_policy_auto(config), require_policy_allowed(config, "m.a")
@@ -176,7 +177,7 @@ def test_dependency_overrides_replace_a_guard():
     assert TestClient(app).get("/").json() == "here"
 
 
-def test_a_request_asks_once_however_often_it_is_guarded(embedded_authorizer):
+def test_a_request_with_repeated_guards_is_checked_once(embedded_authorizer):
     embedded_authorizer.policies = lambda check: True
     config = live_config(embedded_authorizer.options)
     app = FastAPI(

@@ -1,4 +1,4 @@
-"""An authorizer whose policies note what they were asked, and a lease."""
+"""Fixtures: an authorizer whose policies record their checks, and a lease."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kit.authorizer import SECRET
 
 @pytest.fixture
 def seen():
-    """Every question that a policy was asked."""
+    """The checks that the policies received."""
     return []
 
 
@@ -45,7 +45,7 @@ async def conn(pool):
 
 @pytest.fixture
 def asked(conn, seen):
-    """Ask for a decision, and return what the policy saw of it."""
+    """Ask for a decision, and return the check that the policy received."""
 
     async def ask(**arguments):
         arguments = {"policy_path": "app.GET.documents"} | arguments

@@ -1,4 +1,4 @@
-"""Arguments that cannot be sent, and options of another library."""
+"""Test arguments that cannot be sent, and options of another library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kit.authorizer import FIRST_PROBE, SECRET
 pytestmark = pytest.mark.real_clock
 
 
-# -- what cannot be sent ------------------------------------------------------------
+# -- unsendable arguments -----------------------------------------------------------
 
 
 def circular():
@@ -100,7 +100,9 @@ def labels(value):
 
 
 @pytest.mark.parametrize("arguments, error, name", BAD_SUBJECTS, ids=labels)
-async def test_what_cannot_be_sent_is_named(pool, authorizer, arguments, error, name):
+async def test_an_unsendable_argument_is_named(
+    pool, authorizer, arguments, error, name
+):
     arguments = {"policy_path": "app.GET.documents"} | arguments
     async with pool.acquire() as conn:
         with pytest.raises(error, match=name) as caught:
@@ -109,7 +111,7 @@ async def test_what_cannot_be_sent_is_named(pool, authorizer, arguments, error, 
             await conn.decision_tree(**arguments)
     assert SECRET not in str(caught.value) + repr(caught.value)
     assert authorizer.calls == FIRST_PROBE
-    # The pool is none the worse for it.
+    # The pool is unaffected.
     async with pool.acquire() as conn:
         assert await conn.decisions(policy_path="app.GET.documents")
     assert pool.status().busy == 0
@@ -157,7 +159,7 @@ async def test_what_cannot_be_sent_is_named(pool, authorizer, arguments, error, 
     ],
     ids=lambda value: value if isinstance(value, str) else labels(value),
 )
-async def test_the_other_calls_name_what_cannot_be_sent_too(
+async def test_the_other_calls_name_unsendable_arguments_too(
     conn, authorizer, method, arguments, name
 ):
     with pytest.raises((TypeError, ValueError), match=name):
@@ -167,7 +169,9 @@ async def test_the_other_calls_name_what_cannot_be_sent_too(
 
 
 @pytest.mark.parametrize("leaf", ["text", 1, None, ["text"]], ids=repr)
-async def test_a_context_is_as_deep_as_may_be_and_no_deeper(asked, leaf):
+async def test_a_resource_context_at_the_depth_limit_is_sent_and_beyond_rejected(
+    asked, leaf
+):
     deepest = 29 if isinstance(leaf, list) else 30
     for depth in (deepest, deepest + 1):
         context = {"leaf": leaf}
@@ -180,7 +184,7 @@ async def test_a_context_is_as_deep_as_may_be_and_no_deeper(asked, leaf):
                 await asked(resource_context=context)
 
 
-def test_what_calls_itself_equal_to_another_policy_is_not_taken_for_it():
+def test_a_str_equal_to_another_policy_is_not_confused_with_it():
     class Careless(str):
         __slots__ = ()
 
@@ -200,8 +204,8 @@ def test_what_calls_itself_equal_to_another_policy_is_not_taken_for_it():
     assert sent("pol.x", Careless("SEEN")) == ("pol.x", ["SEEN"])
 
 
-async def test_a_whole_number_that_json_cannot_carry_is_not_rounded(asked):
-    # Another document's id is worse than an error.
+async def test_an_integer_beyond_json_precision_is_rejected_and_not_rounded(asked):
+    # Sending the id of another document would be worse than an error.
     with pytest.raises((TypeError, ValueError), match="resource_context"):
         await asked(resource_context={"id": 2**53 + 1})
     assert (await asked(resource_context={"id": 2**53 - 1})).resource["id"] == 2**53 - 1
@@ -210,7 +214,7 @@ async def test_a_whole_number_that_json_cannot_carry_is_not_rounded(asked):
 # -- options of aserto --------------------------------------------------------------
 
 
-async def test_options_of_aserto_are_welcome(authorizer, seen):
+async def test_aserto_options_are_accepted(authorizer, seen):
     with EmbeddedAuthorizer(
         authorizer.policies, tls=True, api_key=SECRET, tenant_id="tenant-1"
     ) as guarded:
@@ -234,6 +238,6 @@ async def test_options_of_aserto_are_welcome(authorizer, seen):
 
 
 @pytest.mark.parametrize("options", ["localhost:8282", None, 5, {}], ids=repr)
-def test_other_options_are_refused(options):
+def test_other_options_are_rejected(options):
     with pytest.raises(TypeError, match="authorizer_options"):
         ConnectionPool().configure(options)

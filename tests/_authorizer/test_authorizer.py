@@ -32,7 +32,7 @@ PATIENCE = 5.0
 # -- decisions
 
 
-async def test_decisions_are_told_by_name(conn):
+async def test_decisions_are_returned_by_name(conn):
     assert await conn.decisions(policy_path="app.GET.documents") == {"allowed": True}
     both = ["allowed", "visible"]
     assert await conn.decisions(policy_path="app.DELETE.documents", decisions=both) == {
@@ -41,7 +41,7 @@ async def test_decisions_are_told_by_name(conn):
     }
 
 
-async def test_an_undefined_decision_is_an_error_and_no_denial(conn):
+async def test_an_undefined_decision_is_an_error_and_not_a_denial(conn):
     for arguments in (
         {"policy_path": "app.GET.nothing"},
         {"policy_path": "app.GET.documents", "decisions": ("unknown",)},
@@ -87,19 +87,19 @@ async def test_without_an_identity_the_caller_is_anonymous(asked):
     assert (await asked()).identity == Identity(IdentityType.NONE)
 
 
-async def test_identities_leave_nothing_behind_on_the_connection(asked):
+async def test_an_identity_does_not_carry_over_to_the_next_call(asked):
     await asked(identity=ALICE, resource_context={"id": "42"})
     check = await asked()
     assert check.identity.type is IdentityType.NONE
     assert check.resource == {}
 
 
-async def test_identities_of_aserto_are_welcome(asked):
+async def test_aserto_identities_are_accepted(asked):
     given = aserto.client.Identity(AsertoIdentityType.IDENTITY_TYPE_SUB, "alice")
     assert (await asked(identity=given)).identity == Identity(IdentityType.SUB, "alice")
 
 
-async def test_a_resource_context_arrives_as_json_would(asked):
+async def test_a_resource_context_arrives_as_its_json(asked):
     check = await asked(
         resource_context={
             "text": "ünïcödé",
@@ -126,7 +126,7 @@ async def test_a_resource_context_arrives_as_json_would(asked):
         "mapping": {"owner": {"groups": ["x", "y"]}, "empty": {}},
         "empty": [],
     }
-    # In Python True == 1, in Rego it is not.
+    # In Python True == 1, in Rego they differ.
     assert check.resource["yes"] is True
     assert check.resource["list"][3][0] is True
 
@@ -146,7 +146,7 @@ async def test_the_label_of_a_policy_instance_is_its_name_unless_given(asked):
     assert (check.policy_instance_name, check.policy_instance_label) == ("", "")
 
 
-# -- the other six
+# -- the other six calls
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ async def test_the_label_of_a_policy_instance_is_its_name_unless_given(asked):
         ("SLASH", ("app/DELETE/documents", "app/GET/documents")),
     ],
 )
-async def test_decision_tree_tells_all_policies_below_a_path(
+async def test_decision_tree_returns_all_policies_below_a_path(
     conn, seen, separator, paths
 ):
     tree = await conn.decision_tree(
@@ -200,7 +200,7 @@ async def test_query_evaluates_with_its_input(conn, seen):
     assert seen[-1].policy_instance_label == "stable"
 
 
-async def test_a_query_needs_nothing_but_the_query(conn, seen):
+async def test_a_query_needs_only_the_query(conn, seen):
     response = await conn.query(
         query="x = data.app.GET.documents", resource_context={"id": "42"}
     )
@@ -209,7 +209,7 @@ async def test_a_query_needs_nothing_but_the_query(conn, seen):
     assert seen[-1].identity.type is IdentityType.NONE
 
 
-async def test_compile_evaluates_what_is_known(conn, seen):
+async def test_compile_evaluates_the_known_part(conn, seen):
     response = await conn.compile(
         query="data.app.GET.documents.allowed == true",
         input="{}",
@@ -248,9 +248,9 @@ async def test_policies_are_listed_and_fetched_by_id(conn):
     assert code is grpc.StatusCode.NOT_FOUND
 
 
-async def test_info_tells_the_version(conn, authorizer):
+async def test_info_returns_the_version(conn, authorizer):
     assert (await conn.info(timeout=10)).version == "embedded"
-    # The first was the probe of the new connection.
+    # The first call was the probe of the new connection.
     assert authorizer.calls == {"Info": 2}
 
 
@@ -273,12 +273,12 @@ async def test_a_timeout_is_deadline_exceeded(conn, authorizer):
             conn.info(timeout=0),
         ):
             assert await status_raised(call) is grpc.StatusCode.DEADLINE_EXCEEDED
-    # All but the pool's own probe of a connection that gave no answer so often.
+    # This excludes the pool's own probe after several unanswered calls.
     await eventually(lambda: authorizer.streams <= 1)
 
 
 @pytest.mark.parametrize("timeout", [1e9, 1e12, 1e300], ids=str)
-async def test_a_huge_timeout_is_no_short_one(conn, timeout):
+async def test_a_huge_timeout_does_not_overflow_to_a_short_one(conn, timeout):
     assert (await conn.info(timeout=timeout)).version == "embedded"
 
 
@@ -295,7 +295,7 @@ async def test_a_huge_timeout_is_no_short_one(conn, timeout):
     ],
     ids=lambda value: str(value)[:8],
 )
-async def test_a_timeout_must_be_a_time(conn, authorizer, timeout, error):
+async def test_a_timeout_must_be_a_valid_duration(conn, authorizer, timeout, error):
     with pytest.raises(error, match="timeout"):
         await conn.info(timeout=timeout)
     with pytest.raises(error, match="timeout"):
@@ -307,7 +307,7 @@ async def test_a_timeout_must_be_a_time(conn, authorizer, timeout, error):
 # -- credentials
 
 
-async def test_the_api_key_and_the_tenant_travel_with_every_call(guarded, seen):
+async def test_the_api_key_and_the_tenant_are_sent_with_every_call(guarded, seen):
     pool = ConnectionPool(min_connections=0)
     pool.configure(guarded.options)
     async with pool, pool.acquire() as conn:
@@ -330,13 +330,13 @@ async def test_the_api_key_and_the_tenant_travel_with_every_call(guarded, seen):
     ],
     ids=str,
 )
-async def test_the_wrong_credentials_are_told_by_the_server(guarded, changes, code):
+async def test_wrong_credentials_raise_the_error_of_the_server(guarded, changes, code):
     pool = ConnectionPool(min_connections=0)
     pool.configure(attrs.evolve(guarded.options, **changes))
     async with pool, pool.acquire() as conn:
         refused = await status_raised(conn.decisions(policy_path="app.GET.documents"))
         assert refused.name == code
-        # Whoever is refused has a healthy connection.
+        # A rejected caller has a healthy connection.
         assert (await conn.info()).version == "embedded"
     assert guarded.connections_accepted == 1
 
@@ -348,13 +348,13 @@ async def test_a_server_without_credentials_ignores_them(authorizer):
         assert await conn.decisions(policy_path="app.GET.documents")
 
 
-async def test_metadata_of_a_call_travels_beside_the_credentials(guarded, seen):
+async def test_metadata_of_a_call_is_sent_beside_the_credentials(guarded, seen):
     pool = ConnectionPool(min_connections=0)
     pool.configure(guarded.options)
     async with pool, pool.acquire() as conn:
         await conn.call(INFO, b"", metadata=[("x-request-id", "abc")])
         await conn.decisions(policy_path="app.GET.documents")
-    # What one call carried, the next does not.
+    # The metadata of one call does not carry over to the next.
     assert "x-request-id" not in seen[-1].metadata
 
 
@@ -385,9 +385,7 @@ async def test_call_uses_the_serializers_it_is_given(conn):
         assert answer[1] == suffix
 
 
-async def test_an_error_of_a_serializer_is_not_sent_as_an_empty_request(
-    conn, authorizer
-):
+async def test_a_serializer_error_is_not_sent_as_an_empty_request(conn, authorizer):
     def broken(request):
         raise KeyError("cannot serialize")
 
@@ -397,7 +395,7 @@ async def test_an_error_of_a_serializer_is_not_sent_as_an_empty_request(
     assert (await conn.info()).version == "embedded"
 
 
-async def test_an_error_of_a_deserializer_reaches_the_caller(conn):
+async def test_a_deserializer_error_reaches_the_caller(conn):
     def broken(data):
         raise KeyError("cannot read")
 
@@ -406,7 +404,7 @@ async def test_an_error_of_a_deserializer_reaches_the_caller(conn):
     assert (await conn.info()).version == "embedded"
 
 
-async def test_an_answer_that_is_no_message_is_an_error(conn):
+async def test_an_undecodable_answer_is_an_error(conn):
     from google.protobuf.message import DecodeError
 
     with pytest.raises(DecodeError):
@@ -426,7 +424,7 @@ async def test_a_request_without_a_serializer_must_be_bytes(conn, authorizer, re
 
 
 @pytest.mark.parametrize("method", [None, 5, b"/a.B/C"], ids=repr)
-async def test_a_method_must_be_a_name(conn, method):
+async def test_a_method_must_be_a_full_method_name(conn, method):
     with pytest.raises(TypeError, match="method"):
         await conn.call(method, b"")
     assert (await conn.info()).version == "embedded"
@@ -444,7 +442,7 @@ async def test_a_method_must_be_a_name(conn, method):
     ],
     ids=repr,
 )
-async def test_metadata_that_cannot_be_sent_is_named(conn, authorizer, metadata):
+async def test_unsendable_metadata_is_named(conn, authorizer, metadata):
     with pytest.raises((TypeError, ValueError), match="metadata"):
         await conn.call(INFO, b"", metadata=metadata)
     assert (await conn.info()).version == "embedded"
@@ -453,7 +451,7 @@ async def test_metadata_that_cannot_be_sent_is_named(conn, authorizer, metadata)
 # -- after release
 
 
-async def test_every_use_after_release_is_refused(pool, authorizer):
+async def test_every_use_after_release_is_rejected(pool, authorizer):
     async with pool.acquire() as conn:
         await conn.info()
     before = authorizer.calls
@@ -472,7 +470,7 @@ async def test_every_use_after_release_is_refused(pool, authorizer):
     with pytest.raises(PoolError, match="released"):
         _ = conn.connection
     assert authorizer.calls == before
-    # The next lease of the same connection is not meant by that.
+    # The next lease of the same connection is unaffected.
     async with pool.acquire() as other:
         assert await other.info()
         with pytest.raises(PoolError, match="released"):
@@ -523,7 +521,7 @@ async def test_no_error_and_no_repr_holds_the_api_key_or_the_identity(guarded):
         assert SECRET not in text
 
 
-async def test_times_without_end_are_times(authorizer):
+async def test_infinite_timeouts_are_valid(authorizer):
     pool = ConnectionPool(
         min_connections=1,
         acquire_timeout=math.inf,

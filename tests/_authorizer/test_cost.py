@@ -1,4 +1,4 @@
-"""What the pool promises of its cost, where that can be counted and not only timed."""
+"""Test the countable cost promises of the pool, without timing."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from kit.pools import assert_whole, make_pool, queued
 from kit.waiting import eventually, eventually_at_most
 
 
-# -- an acquire that need not wait ----------------------------------------------------
+# -- an acquire without a wait --------------------------------------------------------
 
 
 def at_once(awaitable):
-    """Return what *awaitable* gives if it never suspends; fail if it does."""
+    """Return the result of *awaitable*. Fail if it suspends."""
     steps = awaitable.__await__()
     try:
         suspended_on = next(steps)
@@ -45,7 +45,7 @@ def at_once(awaitable):
 
 
 @pytest.mark.parametrize("streams", [1, 5])
-async def test_an_acquire_of_what_is_free_and_a_release_end_in_one_step(streams):
+async def test_an_acquire_of_a_free_stream_and_a_release_end_in_one_step(streams):
     async with make_pool(max_connections=1, streams_per_connection=streams) as pool:
         async with pool.acquire():
             pass
@@ -60,7 +60,7 @@ async def test_an_acquire_of_what_is_free_and_a_release_end_in_one_step(streams)
 
 @contextlib.contextmanager
 def frugal(monkeypatch):
-    """Let nobody take a cancel scope, an event or a lock."""
+    """Fail if any code creates a cancel scope, an event or a lock."""
     with monkeypatch.context() as patch:
         for name in ("CancelScope", "Event", "Lock", "fail_after", "move_on_after"):
             patch.setattr(anyio, name, Mock(side_effect=AssertionError(name)))
@@ -68,7 +68,7 @@ def frugal(monkeypatch):
 
 
 @pytest.mark.parametrize("streams", [1, 5])
-async def test_an_acquire_of_what_is_free_takes_no_scope_no_event_and_no_lock(
+async def test_an_acquire_of_a_free_stream_uses_no_scope_event_or_lock(
     streams, monkeypatch
 ):
     async with make_pool(max_connections=1, streams_per_connection=streams) as pool:
@@ -81,7 +81,7 @@ async def test_an_acquire_of_what_is_free_takes_no_scope_no_event_and_no_lock(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(waiter)
             await queued(pool, 1)
-            # One who has less time than those before does need a scope.
+            # A caller with less time than the earlier ones does need a scope.
             with frugal(monkeypatch), pytest.raises(AssertionError, match="CancelSc"):
                 await pool.acquire(timeout=1)
             for conn in held:
@@ -93,7 +93,7 @@ async def test_an_acquire_of_what_is_free_takes_no_scope_no_event_and_no_lock(
                     at_once(pool.release(conn))
 
 
-async def test_those_who_wait_equally_long_take_no_scope_of_their_own(monkeypatch):
+async def test_waiters_with_equal_timeouts_use_no_scope_of_their_own(monkeypatch):
     scopes = Counter()
     taken = anyio.CancelScope
 
@@ -126,7 +126,7 @@ async def test_those_who_wait_equally_long_take_no_scope_of_their_own(monkeypatc
 
 
 def answering(**decisions):
-    """Return a connector whose authorizer always decides so."""
+    """Return a connector to an authorizer that always returns these decisions."""
     fields = [{"decision": name, "is": value} for name, value in decisions.items()]
     answer = IsResponse(decisions=[Decision(**one) for one in fields])
     asked = []
@@ -142,9 +142,9 @@ def answering(**decisions):
 
 @pytest.fixture
 def built(monkeypatch):
-    """Count the messages that are built, or read, by their names."""
+    """Count the messages that are built or parsed, by name."""
     count = Counter()
-    # Another test may have asked the same.
+    # Another test may have sent the same question.
     _messages._question.cache_clear()
     _messages._decisions_of.cache_clear()
 
@@ -166,7 +166,7 @@ def built(monkeypatch):
     return count
 
 
-async def test_a_question_that_does_not_change_is_encoded_once(built):
+async def test_an_unchanged_question_is_encoded_once(built):
     connector = answering(allowed=True)
     alice = Identity(IdentityType.SUB, "alice")
     question = {
@@ -178,7 +178,7 @@ async def test_a_question_that_does_not_change_is_encoded_once(built):
         for _ in range(100):
             assert await conn.decisions(**question) == {"allowed": True}
         once = {
-            "IsRequest": 2,  # the question, and who asks
+            "IsRequest": 2,  # the question and the identity
             "PolicyContext": 1,
             "IdentityContext": 1,
             "PolicyInstance": 1,
@@ -191,7 +191,7 @@ async def test_a_question_that_does_not_change_is_encoded_once(built):
         assert list(sent.policy_context.decisions) == ["allowed"]
         assert sent.identity_context.identity == "alice"
         assert sent.policy_instance.name == "blue"
-        # What is about one request only is all that is built for it.
+        # Only the request-specific parts are built again.
         for number in range(50):
             await conn.decisions(**question, resource_context={"id": number})
         assert built == once | {"IsRequest": 2 + 50}
@@ -200,7 +200,7 @@ async def test_a_question_that_does_not_change_is_encoded_once(built):
         assert sent.identity_context.identity == "alice"
 
 
-async def test_an_identity_is_encoded_once_whatever_it_is_asked_about(built):
+async def test_an_identity_is_encoded_once_for_all_questions(built):
     connector = answering(allowed=True)
     alice = Identity(IdentityType.SUB, "alice")
     async with make_pool(connector) as pool, pool.acquire() as conn:
@@ -210,13 +210,15 @@ async def test_an_identity_is_encoded_once_whatever_it_is_asked_about(built):
         assert built["PolicyContext"] == 20
         for _ in range(20):
             await conn.decisions(policy_path="myapp.p0")
-        assert built["IdentityContext"] <= 2, "the anonymous one, once in a process"
+        assert built["IdentityContext"] <= 2, (
+            "the anonymous identity, once in a process"
+        )
         assert built["PolicyContext"] == 20
     sent = [IsRequest.FromString(request) for request in connector.asked]
     assert [one.identity_context.identity for one in sent] == ["alice"] * 20 + [""] * 20
 
 
-async def test_what_does_change_is_not_taken_from_before():
+async def test_changed_arguments_are_not_read_from_the_cache():
     connector = answering(allowed=True, visible=True)
     decisions = ["allowed"]
     async with make_pool(connector) as pool, pool.acquire() as conn:
@@ -244,21 +246,21 @@ async def test_what_does_change_is_not_taken_from_before():
     assert list(sent[-1].policy_context.decisions) == ["allowed", "visible"]
 
 
-async def test_an_identity_that_was_used_shows_and_equals_what_it_did_before():
+async def test_a_used_identity_keeps_its_repr_and_equality():
     token = "secret-token"
     used, fresh = (Identity(IdentityType.JWT, token) for _ in range(2))
     other = Identity(IdentityType.JWT, "another")
     async with make_pool(answering(allowed=True)) as pool, pool.acquire() as conn:
         await conn.decisions(policy_path="myapp.a", identity=used)
         await conn.decisions(policy_path="myapp.a", identity=other)
-        assert used.encoded, "or this test shows nothing"
+        assert used.encoded, "otherwise this test proves nothing"
         for text in (repr(used), str(used), f"{used}", repr([used])):
             assert token not in text
         assert repr(used) == repr(fresh)
         assert used == fresh
         assert hash(used) == hash(fresh)
         assert used != other
-        # Nothing of anybody else's travels with it, and it arrives as itself.
+        # The request contains no data of another identity, and arrives unchanged.
         pickled = pickle.dumps(used)
         assert b"another" not in pickled
         arrived = pickle.loads(pickled)
@@ -294,7 +296,7 @@ async def test_equal_answers_are_equal_and_separate_dicts():
         assert again == {"allowed": True, "visible": False}
 
 
-async def test_what_is_kept_of_questions_and_answers_has_an_end():
+async def test_the_caches_of_questions_and_answers_are_bounded():
     kept = _messages._question, _messages._decisions_of
     async with make_pool() as pool, pool.acquire() as conn:
         for number in range(3000):
@@ -315,7 +317,7 @@ async def test_what_is_kept_of_questions_and_answers_has_an_end():
 
 
 def ours():
-    """Return how many objects of this package's classes there are, by class."""
+    """Return the number of objects of this package, by class."""
     gc.collect()
     kinds = (type(each) for each in gc.get_objects())
     return Counter(
@@ -326,7 +328,7 @@ def ours():
 
 
 async def cycle(pool, count):
-    """Lease and give back, alone and in turn with another task that waits."""
+    """Acquire and release, alone and in turn with another waiting task."""
 
     async def both():
         for _ in range(count // 20):
@@ -337,14 +339,14 @@ async def cycle(pool, count):
         async with pool.acquire():
             pass
         if not number % 100:
-            await anyio.lowlevel.checkpoint()  # the pool's own tasks want turns
+            await anyio.lowlevel.checkpoint()  # the pool's own tasks need turns
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(both)
         tasks.start_soon(both)
 
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
-async def test_thousands_of_leases_leave_no_object_and_no_memory_behind(count):
+async def test_thousands_of_leases_leave_no_objects_and_no_memory(count):
     async with make_pool(max_connections=1) as pool:
         await cycle(pool, count // 5)
         objects = ours()
@@ -390,7 +392,7 @@ print(anyio.run(main, backend=sys.argv[1]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_million_leases_do_not_make_the_process_grow(backend):
+def test_a_million_leases_do_not_grow_the_process(backend):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MILLION), backend],
         check=True,
@@ -405,7 +407,7 @@ def test_a_million_leases_do_not_make_the_process_grow(backend):
 
 
 async def settled(measure, looks=40):
-    """Return what *measure* says once it has said so for *looks* looks in a row."""
+    """Return the value of *measure* once it was equal *looks* times in a row."""
     seen = []
 
     def same():
@@ -424,7 +426,7 @@ async def settled(measure, looks=40):
         pytest.param(10, id="1000", marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
     ],
 )
-async def test_connections_opened_and_closed_leave_no_file_and_no_thread(
+async def test_opened_and_closed_connections_leave_no_file_and_no_thread(
     rounds, embedded_authorizer
 ):
     authorizer = embedded_authorizer
@@ -449,7 +451,7 @@ async def test_connections_opened_and_closed_leave_no_file_and_no_thread(
             assert pool.status().total == count
         await eventually(lambda: authorizer.connections_open == 0)
 
-    # What gRPC opens once in a process, and keeps.
+    # Files and threads that gRPC opens once in a process and keeps.
     await open_and_close(100)
     authorizer.reset_counters()
     before = await settled(measure)
@@ -458,7 +460,7 @@ async def test_connections_opened_and_closed_leave_no_file_and_no_thread(
         await open_and_close(100)
     assert authorizer.connections_accepted == 100 * rounds
     await eventually_at_most(measure, before)
-    # gRPC has a pool of threads without Python, which grows by a few under load.
+    # gRPC has a pool of non-Python threads, which grows by a few under load.
     await eventually(lambda: process.num_threads() <= native + 8)
 
 
@@ -473,7 +475,7 @@ WAITERS = 1000
 
 
 def crowded():
-    """Return a pool with 12 places, whose connections take a moment to be made."""
+    """Return a pool with 12 streams, whose connections take a moment to connect."""
     return make_pool(
         FakeConnector(default=slow(0.002)),
         max_connections=4,
@@ -483,7 +485,7 @@ def crowded():
 
 
 async def cancel_some(rng, pool, is_done, cancel):
-    """Cancel many at moments of any kind; return which."""
+    """Cancel many waiters at various moments, and return their numbers."""
     cancelled = set()
     living = list(range(WAITERS))
     for step in range(WAITERS):
@@ -491,14 +493,14 @@ async def cancel_some(rng, pool, is_done, cancel):
             living = [number for number in living if not is_done(number)]
         if not living:
             break
-        # Half of them about to be served: callers are served in order.
+        # Half of them are about to be served: callers are served in order.
         near = rng.random() < 0.5
         number = rng.choice(living[:20] if near else living)
         if not is_done(number):
             cancel(number)
             cancelled.add(number)
-        # Some in one tick, some in the next ones, some when leases came back, and
-        # some when these wait for connections and not for each other.
+        # Cancel some in one tick, some in the next ticks, some when leases were
+        # returned, and some while leases wait for connections and not for each other.
         if rng.random() < 0.02:
             pool.drain()
         if rng.random() < 0.3:
@@ -516,7 +518,8 @@ async def test_1000_waiters_cancelled_at_random_lose_no_place(rounds):
         with scope:
             async with pool.acquire():
                 await anyio.sleep(rng.uniform(0.001, 0.02))
-            # An acquire() that ate the cancellation would not be noticed else.
+            # Otherwise an acquire() that swallows the cancellation would not be
+            # noticed.
             await anyio.lowlevel.checkpoint_if_cancelled()
             ended.append("served")
         if scope.cancelled_caught:

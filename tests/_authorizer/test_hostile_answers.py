@@ -1,8 +1,8 @@
 """
-A decision is true only if all that the answer says of it is true.
+Test that a decision is true only if every part of the answer says so.
 
-Answers are built here byte by byte, as messages of protobuf that say yes and no, or
-nothing clear. `test_hostile_wire` does the same with frames of HTTP/2.
+The answers are built here byte by byte, as protobuf messages with yes, no or unclear
+decisions. `test_hostile_wire` does the same with HTTP/2 frames.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from kit.fuzzing import examples, run
 pytestmark = pytest.mark.real_clock
 
 
-# -- protobuf by hand --------------------------------------------------------------
+# -- protobuf encoded by hand ------------------------------------------------------
 
 VARINT, FIXED64, LENGTH, GROUP, END_GROUP, FIXED32 = range(6)
 
 
 def varint(value, *, extra=0):
-    """Encode *value*, with *extra* bytes that say nothing."""
+    """Encode *value* with *extra* redundant bytes."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -80,13 +80,13 @@ OTHER = decision("visible", 1)
 NOTES = field(1000, LENGTH, b"of a newer authorizer") + field(1001, VARINT, b"\x05")
 
 
-def test_what_is_written_by_hand_is_what_protobuf_writes():
+def test_the_hand_written_encoding_matches_protobuf():
     answer = IsResponse.FromString(YES + NO + OTHER + NOTES)
     said = [(one.decision, getattr(one, "is")) for one in answer.decisions]
     assert said == [("allowed", True), ("allowed", False), ("visible", True)]
 
 
-# -- what an answer decides --------------------------------------------------------
+# -- answers to Is -----------------------------------------------------------------
 
 ALLOWED = {
     "yes": YES,
@@ -179,7 +179,7 @@ def test_a_clear_yes_allows(answer):
 
 
 @pytest.mark.parametrize("answer", DENIED.values(), ids=DENIED)
-def test_one_no_denies(answer):
+def test_a_single_no_denies(answer):
     assert decisions_of(answer, ("allowed",)) == {"allowed": False}
 
 
@@ -190,7 +190,7 @@ def test_an_answer_without_a_clear_decision_is_an_error(answer):
     assert caught.value.code() is grpc.StatusCode.INTERNAL
 
 
-def test_only_what_was_asked_for_is_told_and_all_of_it():
+def test_exactly_the_requested_decisions_are_returned():
     answer = YES + OTHER + decision("admin", 1)
     assert decisions_of(answer, ("visible",)) == {"visible": True}
     assert decisions_of(answer, ["visible", "allowed", "visible"]) == {
@@ -202,7 +202,7 @@ def test_only_what_was_asked_for_is_told_and_all_of_it():
         decisions_of(answer, ("allowed", "denied"))
 
 
-def test_an_answer_that_was_read_before_is_read_again_for_another_question():
+def test_a_cached_answer_is_decoded_again_for_another_question():
     answer = YES + decision("visible", 0)
     for _ in range(2):
         assert decisions_of(answer, ("allowed",)) == {"allowed": True}
@@ -218,7 +218,7 @@ def all_cut(answer):
 
 
 @pytest.mark.parametrize("answer", [NO + YES, decision("allowed", 0, 1)])
-def test_an_answer_that_is_cut_anywhere_allows_nothing(answer):
+def test_a_truncated_answer_allows_nothing(answer):
     for part in all_cut(answer):
         try:
             assert decisions_of(part, ("allowed",)) == {"allowed": False}
@@ -245,7 +245,7 @@ one_entry = st.tuples(
 
 
 def is_clear_yes(entries, rest):
-    """Read an answer as people would: the independent oracle."""
+    """Decode an answer in the simplest way, as an independent oracle."""
     about = [one for one in entries if "allowed" in one[0]]
     return (
         bool(about)
@@ -263,7 +263,7 @@ def is_clear_yes(entries, rest):
     rest=st.sampled_from([b"", b"", b"", b"\0", b"\x0f", YES[:-1], b"\x08\x01"]),
     data=st.data(),
 )
-def test_any_answer_allows_only_if_all_that_it_says_is_yes(entries, rest, data):
+def test_any_answer_allows_only_if_all_its_decisions_are_yes(entries, rest, data):
     written = []
     for named, bits, more in entries:
         parts = [*map(name_of, named), *map(says, bits), *more]
@@ -281,7 +281,7 @@ def test_any_answer_allows_only_if_all_that_it_says_is_yes(entries, rest, data):
 
 @examples(300)
 @given(st.binary(max_size=60), st.integers(0, 2))
-def test_any_bytes_allow_nothing(answer, place):
+def test_random_bytes_allow_nothing(answer, place):
     answer = [answer, NO + answer, answer + NO][place]
     try:
         assert decisions_of(answer, ("allowed",)) == {"allowed": False}
@@ -289,7 +289,7 @@ def test_any_bytes_allow_nothing(answer, place):
         assert error.code() is grpc.StatusCode.INTERNAL  # noqa: PT017
 
 
-# -- what a tree decides -----------------------------------------------------------
+# -- answers to DecisionTree -------------------------------------------------------
 
 
 def key(text):
@@ -354,7 +354,8 @@ TREES = {
         {"a": {"allowed": False}},
     ),
     "what is hidden by an entry without a name": (
-        # The first is as much shorter than protobuf writes it as the second is longer.
+        # The first field is as much shorter than in protobuf as the second one is
+        # longer.
         tree(
             policy(
                 "a", value(boolean(1)), key("allowed") + value(boolean(0), boolean(1))
@@ -390,25 +391,25 @@ BAD_TREES = {
 
 
 @pytest.mark.parametrize("answer, expected", TREES.values(), ids=TREES)
-def test_a_tree_allows_what_it_clearly_allows(answer, expected):
+def test_a_tree_allows_only_clear_decisions(answer, expected):
     assert decision_tree_of(answer, ("allowed",)) == expected
 
 
 @pytest.mark.parametrize("answer", BAD_TREES.values(), ids=BAD_TREES)
-def test_a_tree_that_holds_something_else_is_an_error(answer):
+def test_a_tree_with_other_content_is_an_error(answer):
     with pytest.raises(TypeError, match=r"the answer|is not a boolean"):
         decision_tree_of(answer, ("allowed",))
 
 
 @pytest.mark.parametrize("garbage", [b"\0", b"\x1a\x05x", b"\x0f", b"<html>"])
-def test_a_tree_that_cannot_be_read_is_an_error(garbage):
+def test_an_undecodable_tree_is_an_error(garbage):
     with pytest.raises(grpc.aio.AioRpcError, match="cannot be read as DecisionTree"):
         decision_tree_of(tree(policy("a", T)) + garbage, ("allowed",))
 
 
 @examples(200)
 @given(st.dictionaries(st.text(min_size=1), st.dictionaries(st.text(), st.booleans())))
-def test_a_tree_is_read_the_same_in_both_ways(decisions):
+def test_both_tree_decoders_agree(decisions):
     answer = DecisionTreeResponse()
     answer.path.update(decisions)
     if not decisions:
@@ -423,7 +424,7 @@ def test_a_tree_is_read_the_same_in_both_ways(decisions):
 
 
 @backends
-def test_a_check_is_allowed_by_a_clear_yes_alone(backend):
+def test_a_check_is_allowed_only_by_a_clear_yes(backend):
     ends = Counter()
 
     async def use():
@@ -446,7 +447,7 @@ def test_a_check_is_allowed_by_a_clear_yes_alone(backend):
                 with pytest.raises(grpc.aio.AioRpcError, match="the answer "):
                     await config.is_allowed(REQUEST, POLICY)
                 ends["error"] += 1
-            # The answer is bad, and not the connection.
+            # The answer is bad, but the connection is not.
             assert len(connector.connections) == 1
 
     run(backend, use)

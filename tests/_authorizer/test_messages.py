@@ -1,4 +1,4 @@
-"""How questions are encoded and answers decoded."""
+"""Test how questions are encoded and answers decoded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi_topaz.testing import FakeConnector
 from kit.pools import make_pool
 
 
-async def test_an_identity_of_a_kind_that_may_change_is_encoded_each_time():
+async def test_a_mutable_identity_is_encoded_each_time():
     class Changing(Identity):
         pass
 
@@ -26,7 +26,7 @@ async def test_an_identity_of_a_kind_that_may_change_is_encoded_each_time():
     assert asked(changing) == asked(Identity(IdentityType.SUB, "bob")) != first
 
 
-async def test_a_decision_in_a_tree_that_is_no_boolean_is_an_error():
+async def test_a_tree_decision_that_is_not_a_boolean_is_an_error():
     tree = DecisionTreeResponse()
     tree.path["app.GET"] = {"allowed": True, "level": "high"}
     connector = FakeConnector(answer=lambda *_: tree.SerializeToString())
@@ -39,13 +39,13 @@ async def test_a_decision_in_a_tree_that_is_no_boolean_is_an_error():
 # -- the resource context -----------------------------------------------------------
 
 
-def test_whatever_protobuf_refuses_is_told_of_by_its_place_and_not_its_value():
+def test_a_value_rejected_by_protobuf_is_named_by_path_only():
     class Fields(dict):
         def __missing__(self, key):
             raise ValueError("refused: secret")
 
     class Strict:
-        """A message of a protobuf that is stricter than those known."""
+        """A message of a protobuf that is stricter than the known versions."""
 
         fields = Fields()
 

@@ -1,4 +1,4 @@
-"""No secrets in the errors of calls and of acquire()."""
+"""Test that the errors of calls and of acquire() hold no secrets."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ BAD = [
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: next(iter(bad)))
 @pytest.mark.parametrize("name", ["decisions", "decision_tree", "query", "compile"])
-async def test_an_argument_that_cannot_be_sent(name, bad):
+async def test_an_unsendable_argument_leaves_no_secret(name, bad):
     query = {"query": "x", "input": RESOURCE} if name in {"query", "compile"} else {}
     if query and "policy_path" in bad and not bad["policy_path"]:
-        bad = {"policy_path": 3}  # an empty one is allowed there
+        bad = {"policy_path": 3}  # an empty path is allowed there
     async with make_pool() as pool, pool.acquire() as conn:
         ask = getattr(conn, name)
         error = await error_of(
@@ -103,7 +103,7 @@ async def test_an_argument_that_cannot_be_sent(name, bad):
     "bad", [{"query": ""}, {"query": 3}, {"input": {"card": RESOURCE}}, {"options": 3}]
 )
 @pytest.mark.parametrize("name", ["query", "compile"])
-async def test_a_query_that_cannot_be_sent(name, bad):
+async def test_an_unsendable_query_leaves_no_secret(name, bad):
     async with make_pool() as pool, pool.acquire() as conn:
         arguments = {**QUESTION, "query": "x", "input": RESOURCE, **bad}
         error = await error_of(getattr(conn, name)(**arguments), TypeError, ValueError)
@@ -127,7 +127,7 @@ async def test_a_query_that_cannot_be_sent(name, bad):
     ],
     ids=str,
 )
-async def test_a_call_that_cannot_be_made(bad):
+async def test_an_invalid_call_leaves_no_secret(bad):
     good = {"method": "/a/b", "request": RESOURCE.encode()}
     good["metadata"] = [("authorization", f"basic {KEY}")]
     async with make_pool() as pool, pool.acquire() as conn:
@@ -135,14 +135,14 @@ async def test_a_call_that_cannot_be_made(bad):
     assert_clean(error)
 
 
-async def test_what_the_application_raises_keeps_the_frames_of_the_application():
+async def test_an_application_error_keeps_the_frames_of_the_application():
     async with make_pool() as pool, pool.acquire() as conn:
         context = Raising(card=RESOURCE)
         error = await error_of(
             conn.decisions(**{**QUESTION, "resource_context": context}), LookupError
         )
     assert_clean(error)
-    # Frames of the standard library between belong to the package, which called them.
+    # Frames of the standard library in between count as the package's own frames.
     (theirs,) = [f for f in frames(error) if f.f_code.co_name == "__getitem__"]
     assert theirs.f_locals["self"] is context
     between = [f for f in frames(error) if "collections" in f.f_code.co_filename]
@@ -184,14 +184,14 @@ async def test_what_the_application_raises_keeps_the_frames_of_the_application()
     ],
     ids=lambda build: inspect.getsource(build).strip()[:50],
 )
-def test_what_cannot_be_built(build):
+def test_an_invalid_constructor_argument_leaves_no_secret(build):
     with pytest.raises((TypeError, ValueError)) as caught:
         build()
     assert_clean(caught.value)
 
 
 class Theirs:
-    """Options of another library, whose repr tells all."""
+    """Options of another library, with a repr that shows all values."""
 
     url, tenant_id, api_key = "localhost:1", None, KEY + "\n"
 
@@ -209,7 +209,7 @@ def test_constructors_keep_their_signatures():
     assert "authorizer_options" in inspect.signature(TopazConfig).parameters
 
 
-# -- calls of a real authorizer -----------------------------------------------------
+# -- calls to a real authorizer -----------------------------------------------------
 
 
 @asynccontextmanager
@@ -241,7 +241,7 @@ calls = pytest.mark.parametrize("name", list(QUESTIONS))
 
 @calls
 @pytest.mark.real_clock
-async def test_a_status_of_the_authorizer(name, keyed_authorizer):
+async def test_a_status_of_the_authorizer_leaves_no_secret(name, keyed_authorizer):
     async with leased(keyed_authorizer) as conn:
         keyed_authorizer.fail("INTERNAL", "told", times=1)
         error = await error_of(
@@ -249,13 +249,13 @@ async def test_a_status_of_the_authorizer(name, keyed_authorizer):
         )
         assert error.details() == "told"
         assert_clean(error)
-        # The connection works as before.
+        # The connection still works.
         assert (await conn.info()).version
 
 
 @calls
 @pytest.mark.real_clock
-async def test_no_answer_in_time(name, keyed_authorizer):
+async def test_a_timeout_leaves_no_secret(name, keyed_authorizer):
     async with leased(keyed_authorizer) as conn:
         keyed_authorizer.delay = 30
         error = await error_of(
@@ -267,7 +267,7 @@ async def test_no_answer_in_time(name, keyed_authorizer):
 
 @calls
 @pytest.mark.real_clock
-async def test_a_connection_that_is_cut_under_the_call(name, keyed_authorizer):
+async def test_a_connection_cut_during_a_call_leaves_no_secret(name, keyed_authorizer):
     async with leased(keyed_authorizer) as conn, anyio.create_task_group() as tasks:
         keyed_authorizer.delay = 30
 
@@ -284,7 +284,7 @@ async def test_a_connection_that_is_cut_under_the_call(name, keyed_authorizer):
 
 
 @pytest.mark.real_clock
-async def test_a_pool_that_closes_under_the_call(keyed_authorizer):
+async def test_a_pool_closed_during_a_call_leaves_no_secret(keyed_authorizer):
     async with leased(keyed_authorizer) as conn, anyio.create_task_group() as tasks:
         keyed_authorizer.delay = 30
 
@@ -298,7 +298,7 @@ async def test_a_pool_that_closes_under_the_call(keyed_authorizer):
 
 
 @calls
-async def test_a_lease_that_was_released(name):
+async def test_a_released_lease_leaves_no_secret(name):
     async with make_pool() as pool:
         async with pool.acquire() as conn:
             pass
@@ -306,7 +306,7 @@ async def test_a_lease_that_was_released(name):
         assert_clean(error)
 
 
-async def test_an_answer_that_cannot_be_read():
+async def test_an_undecodable_answer_leaves_no_secret():
     connector = FakeConnector(answer=lambda _method, _request: b"\xff\xff")
     async with make_pool(connector) as pool, pool.acquire() as conn:
         error = await error_of(conn.decisions(**QUESTION), grpc.aio.AioRpcError)
@@ -318,7 +318,7 @@ async def test_an_answer_that_cannot_be_read():
 
 @calls
 @pytest.mark.real_clock
-async def test_a_call_that_is_cancelled(name, keyed_authorizer):
+async def test_a_cancelled_call_leaves_no_secret(name, keyed_authorizer):
     caught = []
 
     async def ask(conn):
@@ -343,7 +343,7 @@ async def test_a_call_that_is_cancelled(name, keyed_authorizer):
         assert (await conn.info()).version
 
 
-async def test_a_call_that_is_closed_while_it_waits():
+async def test_a_call_closed_while_it_waits_leaves_no_secret():
     async with make_pool() as pool, pool.acquire() as conn:
         caught = []
 
@@ -378,7 +378,7 @@ async def awaited(pool):
 
 @pytest.fixture
 def down(tmp_path):
-    """Return options of an authorizer that does not listen, and that want a key."""
+    """Return options with a key, for an authorizer that does not listen."""
     with EmbeddedAuthorizer(api_key=KEY, tls=True) as keyed_authorizer:
         options = keyed_authorizer.options
         pem = tmp_path / "ca.pem"
@@ -388,7 +388,7 @@ def down(tmp_path):
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("acquire", [acquired_with, awaited])
-async def test_no_connection(acquire, down):
+async def test_a_failed_connect_leaves_no_secret(acquire, down):
     pool = ConnectionPool(min_connections=0, max_retries=0)
     pool.configure(down)
     async with pool:
@@ -397,7 +397,7 @@ async def test_no_connection(acquire, down):
         async def caller():
             errors.append(await error_of(acquire(pool), ConnectFailed))
 
-        # All of them share the pool's error as their cause.
+        # All of the errors share the pool's error as their cause.
         async with anyio.create_task_group() as tasks:
             for _ in range(5):
                 tasks.start_soon(caller)
@@ -408,7 +408,7 @@ async def test_no_connection(acquire, down):
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("content", ["no PEM: open-sesame", None])
-async def test_a_certificate_that_cannot_be_read(content, down):
+async def test_an_unreadable_certificate_leaves_no_secret(content, down):
     path = anyio.Path(down.cert_file_path)
     await path.unlink()
     if content is not None:
@@ -422,21 +422,21 @@ async def test_a_certificate_that_cannot_be_read(content, down):
 
 
 @pytest.mark.parametrize("acquire", [acquired_with, awaited])
-async def test_no_connection_in_time(acquire):
+async def test_an_acquire_timeout_leaves_no_secret(acquire):
     connector = FakeConnector(default=fail())
     async with make_pool(connector, acquire_timeout=0.01, max_retries=99) as pool:
         await error_of(acquire(pool), PoolTimeout)
         error = await error_of(acquire(pool), PoolTimeout)
         assert error.__cause__ is not None
         assert_clean(error)
-        # The frame that waited holds nothing, not even the pool.
+        # The waiting frame holds nothing, not even the pool.
         for frame in frames(error):
             if is_ours(frame):
                 assert pool not in frame.f_locals.values()
 
 
 @pytest.mark.parametrize("acquire", [acquired_with, awaited])
-async def test_a_closed_pool(acquire):
+async def test_a_closed_pool_error_leaves_no_secret(acquire):
     pool = make_pool()
     await pool.initialize()
     await pool.close()

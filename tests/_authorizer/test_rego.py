@@ -1,4 +1,4 @@
-"""What is asked of the authorizer is a reference and a name, never more of Rego."""
+"""Test that the authorizer gets only a Rego reference and a name, never other Rego."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastapi_topaz._authorizer.messages import Subject, is_request
 from fastapi_topaz._authorizer.rego import KEYWORDS, check_name, check_reference, join
 
 
-# Each turns a denial into an allow, or into another question, if it is sent as it is.
+# If sent unchanged, each text turns a denial into an allow or into another question.
 INJECTIONS = [
     "myapp.GET.x.allowed == false #",
     "myapp.GET.x.allowed == false\n#",
@@ -99,7 +99,7 @@ def rego_config(root="myapp", **options):
 
 
 @pytest.mark.parametrize("path", INJECTIONS)
-def test_what_is_not_a_reference_is_refused_and_shown(path):
+def test_a_path_that_is_not_a_rego_reference_is_rejected_and_shown(path):
     calls = [
         lambda: is_request(path, ("allowed",), None, None, None, None),
         lambda: Subject(policy_path=path).decision_tree_request(None),
@@ -116,14 +116,14 @@ def test_what_is_not_a_reference_is_refused_and_shown(path):
 
 
 @pytest.mark.parametrize("path", REFERENCES)
-def test_references_are_accepted(path):
+def test_rego_references_are_accepted(path):
     assert check_reference("policy_path", path) == path
     assert rego_config(path).policy_path_root == path
     assert path.encode() in is_request(path, ("allowed",), None, None, None, None)
 
 
 @pytest.mark.parametrize("name", [*INJECTIONS, "a.b", 'a["b"]', *sorted(KEYWORDS)])
-def test_a_decision_that_is_not_a_name_is_refused_and_shown(name):
+def test_a_decision_that_is_not_a_rego_name_is_rejected_and_shown(name):
     for decisions in ((name,), ("allowed", name), [name]):
         calls = [
             lambda d=decisions: is_request("myapp.x", d, None, None, None, None),
@@ -138,18 +138,18 @@ def test_a_decision_that_is_not_a_name_is_refused_and_shown(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_accepted(name):
+def test_rego_names_are_accepted(name):
     assert check_name("decisions", name) == name
 
 
 @pytest.mark.parametrize("value", [None, 7, b"myapp.x", ["myapp"], object()])
-def test_a_path_and_a_decision_must_be_text(value):
+def test_a_path_and_a_decision_must_be_str(value):
     for check in (check_reference, check_name):
         with pytest.raises(TypeError, match="policy_path must be a str"):
             check("policy_path", value)
 
 
-def test_a_long_value_is_shown_in_part():
+def test_a_long_value_is_shown_shortened():
     with pytest.raises(ValueError) as caught:
         check_reference("policy_path", "x " * 100_000)
     assert len(str(caught.value)) < 600
@@ -166,7 +166,7 @@ def test_a_query_may_be_any_rego(wrong):
 
 
 class Liar(str):
-    """A str that calls itself equal to something else."""
+    """A str that claims to be equal to another text."""
 
     __slots__ = ()
 
@@ -177,7 +177,7 @@ class Liar(str):
         return hash("myapp.x")
 
 
-def test_a_str_that_calls_itself_a_reference_is_refused():
+def test_a_str_subclass_posing_as_a_reference_is_rejected():
     is_request("myapp.x", ("allowed",), None, None, None, None)
     with pytest.raises(ValueError):
         is_request(Liar("x; true"), ("allowed",), None, None, None, None)
@@ -190,14 +190,16 @@ def test_a_str_that_calls_itself_a_reference_is_refused():
         st.text(max_size=8).filter(lambda s: s.encode(errors="ignore").decode() == s)
     )
 )
-def test_any_segments_make_a_reference_that_says_just_them(segments):
+def test_any_segments_make_a_reference_to_exactly_them(segments):
     path = join("myapp", *segments)
     assert check_reference("policy_path", path) == path
     assert [*parts_of(path)] == ["myapp", *segments]
 
 
 def parts_of(path):
-    """Yield the parts of a reference; read by another grammar than the checked one."""
+    """
+    Yield the parts of a reference, parsed with another grammar than the checked one.
+    """
     rest = path
     while rest:
         if rest.startswith("["):
@@ -248,7 +250,7 @@ def request_of():
 
 
 async def answers_to(config, path, decision):
-    """Return what each way of asking says; refused ones are left out."""
+    """Return the answer of each way to check, without rejected ones."""
     said = []
     with contextlib.suppress(ValueError):
         answer = await config.is_allowed(request_of(), path, decision=decision)
@@ -267,10 +269,10 @@ async def answers_to(config, path, decision):
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(pairs=st.lists(pairs, min_size=10, max_size=10))
-def test_no_text_is_asked_about_anything_but_what_it_says(
+def test_no_text_leads_to_a_question_about_another_policy(
     backend, pairs, embedded_authorizer
 ):
-    """250 pairs of a path and a decision; each is denied, or not answered."""
+    """Check 250 pairs of a path and a decision. Each is denied or not answered."""
     heard = set()
 
     def policies(check):
@@ -297,7 +299,7 @@ def test_no_text_is_asked_about_anything_but_what_it_says(
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("path", INJECTIONS)
-async def test_an_injection_asks_nothing(path, embedded_authorizer):
+async def test_an_injection_sends_no_request(path, embedded_authorizer):
     config = rego_config(authorizer_options=embedded_authorizer.options)
     async with config.connection_pool as pool:
         with pytest.raises(ValueError, match="policy_path"):
@@ -329,13 +331,13 @@ async def test_an_injection_asks_nothing(path, embedded_authorizer):
         ("/{id:float}", f"/{'9' * 400}", "inf", "inf"),
         ("/{id:uuid}", f"/{UUID}", UUID, UUID),
         ("/{id:path}", "/a/b", "a/b", "a/b"),
-        # Only FastAPI converts this one, for the handler and not for the policy.
+        # FastAPI converts this parameter only for the handler, not for the policy.
         ("/{id}", "/07", "07", "07"),
         ("/{id}", "/true", "true", "true"),
     ],
 )
 @pytest.mark.parametrize("mode", ["typed", "text", None])
-def test_the_policy_sees_what_the_converter_of_the_route_makes(
+def test_the_policy_receives_converted_path_parameters(
     template, url, typed, text, mode, embedded_authorizer
 ):
     seen = []
@@ -362,12 +364,12 @@ def test_the_policy_sees_what_the_converter_of_the_route_makes(
 
 
 @pytest.mark.parametrize("value", ["number", "", None, True, "Typed"])
-def test_another_form_of_path_parameters_is_refused(value):
+def test_an_unknown_value_of_path_parameters_is_rejected(value):
     with pytest.raises(ValueError, match="path_parameters must be 'typed' or 'text'"):
         rego_config(path_parameters=value)
 
 
-async def test_only_whole_and_finite_numbers_are_sent_as_numbers():
+async def test_only_integral_and_finite_numbers_are_sent_as_numbers():
     config = rego_config()
     request = request_of()
 

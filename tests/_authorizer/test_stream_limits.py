@@ -1,4 +1,4 @@
-"""Servers that limit the streams of a connection."""
+"""Test servers that limit the streams of a connection."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ def limited(streams, **options):
 
 
 @pytest.mark.real_clock
-async def test_a_pool_carries_what_the_servers_limit_allows_on_none_of_its_sockets():
-    """150 checks at once on 5 connections with 10 streams; the server allows 20."""
+async def test_a_pool_carries_more_checks_than_one_socket_allows():
+    """
+    Make 150 checks at once on 5 connections with 10 streams. The server allows 20.
+    """
     with limited(20) as (authorizer, gauge):
         authorizer.delay = 0.05
         pool = ConnectionPool(
@@ -81,7 +83,7 @@ class Turnstile:
     """A policy that answers only while the gate is open."""
 
     def __init__(self):
-        self._opened = asyncio.Event()  # of the authorizer's loop
+        self._opened = asyncio.Event()  # on the authorizer's loop
 
     async def __call__(self, _check):
         await self._opened.wait()
@@ -96,8 +98,8 @@ class Turnstile:
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_on_one_channel_for_all_checks_beyond_the_limit_fail_unseen():
-    """They wait inside gRPC, where nobody counts them, and their deadlines pass."""
+async def test_on_one_shared_channel_checks_beyond_the_limit_time_out():
+    """The excess calls wait inside gRPC, uncounted, until their deadlines pass."""
     request = is_request(POLICY, ("allowed",), None, None, None, None)
     gate = Turnstile()
     with EmbeddedAuthorizer({POLICY: gate}, max_concurrent_streams=20) as authorizer:
@@ -118,10 +120,10 @@ async def test_on_one_channel_for_all_checks_beyond_the_limit_fail_unseen():
 @pytest.mark.real_clock
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-async def test_a_saturated_application_refuses_one_more_and_serves_those_inside(
+async def test_a_saturated_application_rejects_one_more_and_serves_the_rest(
     backend,
 ):
-    """Two are asking, one waits, and one more gets 503 while the others still do."""
+    """Two checks run, one waits, and one more gets 503 while the others still wait."""
     gate = Turnstile()
     with EmbeddedAuthorizer({POLICY: gate}) as authorizer:
         pool = ConnectionPool(
@@ -136,7 +138,7 @@ async def test_a_saturated_application_refuses_one_more_and_serves_those_inside(
             policy_path_root="myapp",
             identity_provider=lambda _request: Identity(IdentityType.SUB, "alice"),
             connection_pool=pool,
-            # Long after the client has given up: a 503 comes at once, or never.
+            # Long after the client's timeout: a 503 comes at once or never.
             check_timeout=300,
         )
         app = FastAPI(lifespan=config.lifespan)
@@ -165,7 +167,9 @@ async def test_a_saturated_application_refuses_one_more_and_serves_those_inside(
                             assert refusal.status_code == 503
                             assert refusal.headers["retry-after"] == "1"
                         assert authorizer.streams == 2
-                        assert len(inside) == 3 * (round_ - 1), "nobody has left"
+                        assert len(inside) == 3 * (round_ - 1), (
+                            "the other requests are still in progress"
+                        )
                         gate.open(authorizer)
                     assert [r.status_code for r in inside] == [200] * 3 * round_
                     assert (await client.get("/")).status_code == 200

@@ -1,7 +1,7 @@
 """
-The pool and a server of its own process: Topaz itself, where there is one.
+Test the pool against a server process: Topaz itself, if it is installed.
 
-Everywhere else the embedded authorizer runs as that process.
+Otherwise the embedded authorizer runs as that process.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def command(request):
 
 @pytest.fixture(scope="module")
 def servers(command, tmp_path_factory):
-    """One in plaintext and open to all, one with TLS and a key; neither runs."""
+    """Two servers that do not run: plaintext without a key, and TLS with a key."""
     with (
         Topazd(command, tmp_path_factory.mktemp("plain")) as plain,
         Topazd(
@@ -86,11 +86,11 @@ async def ask(pool, path=ALLOW, **question):
 # -- the process ----------------------------------------------------------------------
 
 
-def test_it_tells_its_version(plain):
+def test_the_server_returns_its_version(plain):
     assert plain.version().startswith("topazd ")
 
 
-def test_it_starts_and_ends_once_and_keeps_its_port(command, tmp_path):
+def test_the_server_starts_and_stops_once_and_keeps_its_port(command, tmp_path):
     with Topazd(command, tmp_path) as server:
         server.stop()
         port = server.start().port
@@ -101,7 +101,7 @@ def test_it_starts_and_ends_once_and_keeps_its_port(command, tmp_path):
         assert begin <= end
 
 
-def test_what_it_wrote_is_told_when_it_does_not_start(command, tmp_path):
+def test_the_output_of_a_server_that_does_not_start_is_reported(command, tmp_path):
     with Topazd(command, tmp_path) as server:
         server.config_file = tmp_path / "nowhere.yaml"
         with pytest.raises(TopazdError, match="exited with 1") as caught:
@@ -109,7 +109,7 @@ def test_what_it_wrote_is_told_when_it_does_not_start(command, tmp_path):
     assert "nowhere.yaml" in str(caught.value)
 
 
-def test_one_that_never_answers_is_told_and_dies(tmp_path):
+def test_a_server_that_never_answers_is_reported_and_killed(tmp_path):
     idle = [sys.executable, "-c", "import signal; signal.pause()"]
     with Topazd(idle, tmp_path, patience=0) as server:
         with pytest.raises(TopazdError, match="does not answer: Deadline Exceeded"):
@@ -117,7 +117,7 @@ def test_one_that_never_answers_is_told_and_dies(tmp_path):
         assert server._process is None
 
 
-def test_one_that_does_not_end_is_told_and_dies(command, tmp_path):
+def test_a_server_that_does_not_stop_is_reported_and_killed(command, tmp_path):
     with Topazd(command, tmp_path) as server:
         process = server.start()._process
         server.freeze()
@@ -127,31 +127,29 @@ def test_one_that_does_not_end_is_told_and_dies(command, tmp_path):
         assert process.poll() is not None
 
 
-def test_a_configuration_that_topaz_would_read_otherwise_is_refused(tmp_path):
+def test_a_configuration_that_topaz_would_misread_is_rejected(tmp_path):
     config = Config(port=1, gateway_port=2, policies=pathlib.Path("it's"))
     with pytest.raises(ValueError, match="something else"):
         config.write(tmp_path / "config.yaml")
 
 
-def test_the_configuration_is_yaml_after_what_topaz_does_to_it(tmp_path):
+def test_the_configuration_is_yaml_after_the_substitutions_of_topaz(tmp_path):
     yaml = pytest.importorskip("yaml")
     config = Config(port=1, gateway_port=2, api_key=KEY)
     text = config.write(tmp_path / "config.yaml").read_text()
     assert yaml.safe_load(text.replace('"', "'")) == json.loads(text)
 
 
-# -- who is let in --------------------------------------------------------------------
+# -- authentication and TLS -----------------------------------------------------------
 
 
-async def test_tls_and_the_key(locked):
+async def test_tls_and_the_api_key_are_accepted(locked):
     async with pooled(locked.options) as pool:
         assert await ask(pool) == {"allowed": True}
 
 
 @pytest.mark.parametrize("key", [None, "wrong"])
-async def test_without_the_key_there_is_no_answer_but_the_connection_is_sound(
-    locked, key
-):
+async def test_a_wrong_api_key_is_unauthenticated_and_the_connection_stays(locked, key):
     options = attrs.evolve(locked.options, api_key=key)
     async with pooled(options, max_connections=1, health_check_interval=0.05) as pool:
         for _ in range(2):
@@ -164,7 +162,7 @@ async def test_without_the_key_there_is_no_answer_but_the_connection_is_sound(
         assert not pool._counters.closes
 
 
-async def test_the_certificate_is_checked(locked):
+async def test_the_certificate_is_verified(locked):
     other = Certificates.issue()
     for options in (
         attrs.evolve(locked.options, cert_file_path=other.ca_path),
@@ -175,7 +173,7 @@ async def test_the_certificate_is_checked(locked):
                 await ask(pool)
 
 
-async def test_tls_is_not_spoken_by_a_plaintext_server(plain, locked):
+async def test_a_tls_connect_to_a_plaintext_server_fails(plain, locked):
     options = attrs.evolve(locked.options, url=plain.options.url)
     async with pooled(options, max_retries=0) as pool:
         with pytest.raises(ConnectFailed):
@@ -186,7 +184,7 @@ async def test_tls_is_not_spoken_by_a_plaintext_server(plain, locked):
 
 
 class Traffic:
-    """Users who ask one question after the other."""
+    """Users who make one check after another."""
 
     def __init__(self, config):
         self._config = config
@@ -205,7 +203,7 @@ class Traffic:
                 assert await self._config.is_allowed(request, ALLOW)
             except Exception as error:  # noqa: BLE001  (kept, whatever it is)
                 self.failures.append((begin, time.monotonic(), error))
-                # The server that starts needs the processor, too.
+                # The starting server needs the processor too.
                 await anyio.sleep(0.1)
             else:
                 self.answered += 1
@@ -260,7 +258,7 @@ async def test_checks_survive_a_restart_and_fail_only_while_the_port_is_closed(
 @pytest.mark.parametrize(
     "anyio_backend", ["trio", *(["asyncio"] if REAL else [])], indirect=True
 )
-async def test_a_frozen_server_is_found_and_found_again(plain, anyio_backend):
+async def test_a_frozen_server_is_detected_and_recovers(plain, anyio_backend):
     async with pooled(
         plain.options,
         max_connections=1,
@@ -284,17 +282,17 @@ async def test_a_frozen_server_is_found_and_found_again(plain, anyio_backend):
                 return None
 
         with anyio.fail_after(30):
-            # A call is what tells, and no event.
+            # Only a call shows this. There is no event to wait for.
             while await answers() != {"allowed": True}:  # noqa: ASYNC110
                 await anyio.sleep(0.01)
         assert pool.status().healthy
 
 
-# -- what it costs --------------------------------------------------------------------
+# -- cost -----------------------------------------------------------------------------
 
 
 async def _cost(check, calls):
-    """Return seconds of CPU that one check costs this process, all threads of it."""
+    """Return the CPU seconds that one check costs this process, over all threads."""
     gc.collect()
     before = time.process_time()
     for _ in range(calls):
@@ -303,7 +301,9 @@ async def _cost(check, calls):
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_what_a_check_costs_beside_a_bare_call(plain, command, anyio_backend):
+async def test_the_cost_of_a_check_compared_with_a_bare_call(
+    plain, command, anyio_backend
+):
     request = IsRequest.FromString(
         is_request(ALLOW, ("allowed",), Identity(IdentityType.NONE), None, None, None)
     )
@@ -321,8 +321,8 @@ async def test_what_a_check_costs_beside_a_bare_call(plain, command, anyio_backe
         async def pooled_check():
             assert (await ask(pool, timeout=5))["allowed"]
 
-        # What is asserted of Topaz needs many calls; those of the embedded one only
-        # show that this measures.
+        # The assertion for Topaz needs many calls. With the embedded authorizer the
+        # test only shows that the measurement works.
         real = command != EMBEDDED
         rounds, calls = (9, 1000) if real else (1, 10)
         ratios = []
@@ -333,12 +333,12 @@ async def test_what_a_check_costs_beside_a_bare_call(plain, command, anyio_backe
     assert not real or statistics.median(ratios) <= 1.1
 
 
-def test_ports_that_are_free_are_different():
+def test_free_ports_are_different():
     with free_port() as one, free_port() as two:
         assert one.getsockname() != two.getsockname()
 
 
-def test_options_lead_to_the_server(servers):
+def test_the_options_point_to_the_server(servers):
     plain, locked = servers
     assert plain.options == AuthorizerOptions(
         url=f"127.0.0.1:{plain.port}", insecure=True

@@ -1,4 +1,4 @@
-"""The console script, run as its users run it: in a process of its own."""
+"""Test the console script as users run it: in a separate process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def command(*args):
 
 
 def environment(**more):
-    # Neither colours nor somebody's proxy or narrow screen.
+    # Exclude colours, proxies and a narrow screen of the environment.
     hidden = ("FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TOPAZ_API_KEY")
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
     return {
@@ -63,7 +63,7 @@ def environment(**more):
 
 
 def run(*args, **env):
-    """Run the command in a process of its own."""
+    """Run the command in a separate process."""
     done = subprocess.run(
         command(*args),
         env=environment(**env),
@@ -117,7 +117,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def run_forked(tmp_path_factory):
-    """A `run` for many: in forks of one process, because a start takes a second."""
+    """A fast `run`: it forks one process, because a start takes a second."""
     folder = tmp_path_factory.mktemp("forked")
     numbers = itertools.count()
     with subprocess.Popen(
@@ -140,13 +140,13 @@ def run_forked(tmp_path_factory):
             return Ended(code, out.read_text("utf-8"), err.read_text("utf-8"))
 
         yield run_forked
-        # With a child that hangs.
+        # Also kill a child that hangs.
         os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
 def nobody():
-    """An address where a connection is refused, as long as the test runs."""
+    """Yield an address that refuses connections while the test runs."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{taken.getsockname()[1]}"
@@ -157,12 +157,12 @@ def demo(request):
     return run("demo", "--requests", "200", "--backend", request.param)
 
 
-def test_all_is_answered_as_the_policies_say(demo):
+def test_all_requests_are_answered_as_the_policies_decide(demo):
     ended = demo
 
     assert (ended.code, ended.err) == (0, "")
     assert ended.number("requests") == 200
-    # Three in eight are denied.
+    # Three of eight requests are denied.
     assert ended.number("allowed (200)") == 125
     assert ended.number("denied (403)") == 75
     assert ended.number("failed") == 0
@@ -184,28 +184,28 @@ def test_there_are_never_more_connections_than_allowed(demo):
     assert total == idle + busy <= 10
 
 
-def test_streams_are_the_capacity_of_a_connection(run_forked):
+def test_streams_set_the_capacity_of_a_connection(run_forked):
     ended = run_forked("demo", "--requests", "50", "--streams", "5")
 
     assert ended.code == 0
     assert ended.row("afterwards")[-1] == "0/50"
 
 
-def test_one_request_is_enough(run_forked):
+def test_a_demo_with_one_request_works(run_forked):
     ended = run_forked("demo", "--requests", "1", "--concurrency", "7")
 
     assert ended.code == 0
     assert ended.number("requests") == ended.number("allowed (200)") == 1
 
 
-def test_proxies_of_the_environment_are_not_asked(nobody, run_forked):
+def test_proxies_from_the_environment_are_not_used(nobody, run_forked):
     ended = run_forked("demo", "--requests", "8", HTTP_PROXY=f"http://{nobody}")
 
     assert ended.code == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_real_topaz_that_is_not_there(backend, nobody, run_forked):
+def test_an_unreachable_topaz_is_reported(backend, nobody, run_forked):
     ended = run_forked(
         *("demo", "--url", nobody, "--insecure", "--backend", backend),
         *("--requests", "500", "--concurrency", "10"),
@@ -223,7 +223,7 @@ def test_a_real_topaz_that_is_not_there(backend, nobody, run_forked):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_real_topaz_may_decide_as_it_likes(backend, run_forked):
+def test_an_external_topaz_may_make_other_decisions(backend, run_forked):
     with EmbeddedAuthorizer(
         {
             "other.GET.documents": False,
@@ -245,7 +245,7 @@ def test_a_real_topaz_may_decide_as_it_likes(backend, run_forked):
         assert topaz.connections_accepted <= 10
 
 
-def test_some_requests_that_fail_are_enough_for_exit_code_1(run_forked):
+def test_some_failed_requests_give_exit_code_1(run_forked):
     policies = {"myapp.GET.documents": True, "myapp.GET.documents.__id": True}
     with EmbeddedAuthorizer(policies) as topaz:
         ended = run_forked("demo", "--url", topaz.url, "--insecure", "--requests", "80")
@@ -279,7 +279,7 @@ QUESTIONS = {
 
 
 @pytest.mark.parametrize("line, complaint", WRONG.items())
-def test_wrong_usage(line, complaint, run_forked):
+def test_invalid_usage_is_reported(line, complaint, run_forked):
     ended = run_forked(*line.split())
     assert ended.code == 2
     assert complaint in ended.err
@@ -287,14 +287,14 @@ def test_wrong_usage(line, complaint, run_forked):
 
 
 @pytest.mark.parametrize("line, answer", QUESTIONS.items())
-def test_questions_about_itself(line, answer, run_forked):
+def test_help_and_version_are_printed(line, answer, run_forked):
     ended = run_forked(*line.split())
     assert (ended.code, ended.err) == (0, "")
     assert re.search(answer, ended.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("line", ["dmeo", "--version"])
-def test_a_process_of_its_own_says_the_same(line, run_forked):
+def test_a_separate_process_prints_the_same(line, run_forked):
     assert run(*line.split()) == run_forked(*line.split())
 
 
@@ -309,7 +309,7 @@ def test_a_process_of_its_own_says_the_same(line, run_forked):
         ("trio", "trio"),
     ],
 )
-def test_the_extra_is_named_when_it_is_not_installed(name, backend, run_forked):
+def test_a_missing_extra_is_named(name, backend, run_forked):
     ended = run_forked("demo", "--backend", backend, without=name)
 
     assert ended.code == 2
@@ -319,7 +319,7 @@ def test_the_extra_is_named_when_it_is_not_installed(name, backend, run_forked):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ctrl_c_ends_it_without_a_traceback(backend):
+def test_ctrl_c_ends_the_demo_without_a_traceback(backend):
     arguments = ("demo", "--requests", "1000000", "--backend", backend)
     with subprocess.Popen(
         command(*arguments),
@@ -328,15 +328,16 @@ def test_ctrl_c_ends_it_without_a_traceback(backend):
         stderr=subprocess.PIPE,
         encoding="utf-8",
     ) as process:
-        # Printed when the authorizer runs and the server is about to start.
+        # This line is printed when the authorizer runs and the server is about to
+        # start.
         process.stdout.readline()
         for _ in range(5):
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 _, err = process.communicate(timeout=10)
                 break
-            # Python drops a KeyboardInterrupt that happens to be raised in a weakref
-            # callback, and says so; a person presses the keys again.
+            # Python drops a KeyboardInterrupt raised in a weakref callback, and prints
+            # it. A person presses the keys again.
         else:
             process.kill()
             pytest.fail("it did not stop")
@@ -345,7 +346,7 @@ def test_ctrl_c_ends_it_without_a_traceback(backend):
     assert "Traceback" not in err or "Exception ignored in" in err
 
 
-def test_in_this_process_it_leaves_nothing_behind(capsys):
+def test_the_command_leaves_no_threads_and_handlers_in_this_process(capsys):
     import logging
     import threading
 
@@ -357,13 +358,13 @@ def test_in_this_process_it_leaves_nothing_behind(capsys):
     assert ended.value.code in {0, None}
     assert "failed" in capsys.readouterr().out
     threads, handlers = before
-    # Of those before, gRPC's own may have ended meanwhile.
+    # Some of gRPC's own earlier threads may have ended meanwhile.
     assert set(threading.enumerate()) <= threads
     assert list(logging.getLogger().handlers) == handlers
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_server_that_does_not_start(backend, monkeypatch, capsys):
+def test_a_demo_server_that_does_not_start_is_reported(backend, monkeypatch, capsys):
     from fastapi_topaz._cli import demo_command as _demo_command
 
     @contextlib.asynccontextmanager
@@ -396,11 +397,11 @@ def test_another_missing_module_is_not_blamed_on_the_extra(monkeypatch):
 
 
 def test_importing_the_console_script_runs_nothing():
-    """As those do who look through all modules of a package."""
+    """As by tools that import all modules of a package."""
     importlib.import_module("fastapi_topaz.__main__")
 
 
-def test_ctrl_c_while_the_command_is_loaded_has_no_traceback(monkeypatch, capsys):
+def test_ctrl_c_while_the_command_loads_prints_no_traceback(monkeypatch, capsys):
     class Pressed:
         @staticmethod
         def find_spec(name, path=None, target=None):
@@ -417,7 +418,7 @@ def test_ctrl_c_while_the_command_is_loaded_has_no_traceback(monkeypatch, capsys
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
-def test_a_command_that_returns_was_a_success(monkeypatch):
+def test_a_command_that_returns_exits_with_0(monkeypatch):
     monkeypatch.setattr(_demo_command, "commands", lambda **_: None)
 
     with pytest.raises(SystemExit) as ended:

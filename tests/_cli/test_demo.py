@@ -1,4 +1,4 @@
-"""The server of the demo, and what it counts."""
+"""Test the server of the demo, and its counts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastapi_topaz._cli import demo_command as _demo_command
 from kit.logs import lines_of
 
 
-# Far beyond what a test takes.
+# Far longer than a test takes.
 PATIENCE = 20.0
 
 
 @contextlib.contextmanager
 def in_the_end(event):
-    """Set *event* in the end."""
+    """Set *event* at the end."""
     try:
         yield
     finally:
@@ -35,7 +35,7 @@ def in_the_end(event):
 
 @contextlib.contextmanager
 def demo_threads():
-    """See that no server of the demo is left in the end."""
+    """Check that no demo server is left at the end."""
     yield
     for thread in threading.enumerate():
         if thread.name == "demo-server":
@@ -44,7 +44,7 @@ def demo_threads():
 
 
 def app_that_waits(*, to_start=None, to_stop=None):
-    """Return an application that starts and stops when it may."""
+    """Return an application that waits for these events to start and to stop."""
 
     async def until(event):
         if event is not None:
@@ -61,9 +61,7 @@ def app_that_waits(*, to_start=None, to_stop=None):
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_server_that_starts_too_late_is_given_up_and_stops_by_itself(
-    backend, monkeypatch
-):
+def test_a_server_that_starts_too_late_is_abandoned_and_stops(backend, monkeypatch):
     monkeypatch.setattr(_demo, "PATIENCE", 0.01)
     may = threading.Event()
     with (
@@ -77,7 +75,7 @@ def test_a_server_that_starts_too_late_is_given_up_and_stops_by_itself(
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_server_that_does_not_stop_is_told_of(backend, monkeypatch):
+def test_a_server_that_does_not_stop_is_reported(backend, monkeypatch):
     may = threading.Event()
 
     def serve_and_stop():
@@ -91,7 +89,7 @@ def test_a_server_that_does_not_stop_is_told_of(backend, monkeypatch):
         assert "demo-server" in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_server_that_breaks_down_later_has_started(caplog):
+def test_a_server_that_fails_later_has_started(caplog):
     started = Future()
     running = _demo.Running("http://127.0.0.1:1", stop=lambda: None)
 
@@ -107,7 +105,7 @@ def test_a_server_that_breaks_down_later_has_started(caplog):
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_demo_whose_server_is_gone_gives_up_and_says_so(free_tcp_port):
+async def test_a_demo_without_its_server_stops_and_reports_it(free_tcp_port):
     advanced = []
     tally = await _demo.send(
         f"http://127.0.0.1:{free_tcp_port}",
@@ -116,7 +114,7 @@ async def test_a_demo_whose_server_is_gone_gives_up_and_says_so(free_tcp_port):
         strict=True,
         progress=lambda: advanced.append(1),
     )
-    # As many as are under way when the tenth has failed.
+    # As many requests as are in progress when the tenth has failed.
     assert 10 <= tally.failed == tally.requests == len(advanced) < 20
     ((failure, times),) = tally.failures.most_common()
     assert failure.startswith("not answered: ConnectError")
@@ -143,7 +141,7 @@ async def test_a_demo_whose_server_is_gone_gives_up_and_says_so(free_tcp_port):
         (503, None, (0, 0, {"answered 503": 1})),
     ],
 )
-def test_an_answer_is_counted_as_what_it_is(status, expected, counted):
+def test_an_answer_is_counted_by_its_status(status, expected, counted):
     tally = _demo.Tally()
     tally.count(status, expected)
     assert (tally.allowed, tally.denied, dict(tally.failures)) == counted

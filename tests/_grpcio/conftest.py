@@ -1,4 +1,4 @@
-"""An authorizer, and a connection to it."""
+"""Fixtures: an authorizer and a connection to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def authorizer(embedded_authorizer):
 async def connection(authorizer):
     connection = await GrpcConnector(authorizer.options.target).connect(10)
     yield connection
-    # Whoever made it closes it, once.
+    # Close the connection unless the test has closed it.
     if "closed" not in repr(connection):
         await connection.close(0)
 

@@ -1,4 +1,4 @@
-"""Calls on the core of grpc.aio."""
+"""Test calls on the core of grpc.aio."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kit.channels import INFO
 
 
 class Core:
-    """What `DirectCall` sees of the core of grpc.aio, as far as a test says."""
+    """A stub of the grpc.aio core for `DirectCall`, as far as a test defines it."""
 
     def __init__(self, work, status=None):
         self.work = work
@@ -59,7 +59,7 @@ async def test_a_call_may_wait_more_than_once():
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_what_the_core_raises_is_the_outcome_without_its_frames():
+async def test_an_error_of_the_core_is_the_outcome_without_its_frames():
     waits = asyncio.Future()
 
     async def work():
@@ -76,7 +76,7 @@ async def test_what_the_core_raises_is_the_outcome_without_its_frames():
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_core_that_says_of_a_call_that_goes_on_that_it_ended_is_found_out():
+async def test_a_false_end_of_a_running_call_is_detected():
     waits = asyncio.Future()
 
     async def goes_on():
@@ -92,8 +92,8 @@ async def test_a_core_that_says_of_a_call_that_goes_on_that_it_ended_is_found_ou
 
 
 @pytest.mark.parametrize("odd", [asyncio.CancelledError(), KeyError(99)])
-async def test_a_call_of_grpc_that_ends_oddly_has_no_answer(odd):
-    """As one whose channel was closed does, and a status that gRPC does not know."""
+async def test_a_grpc_call_that_ends_abnormally_has_no_answer(odd):
+    """A call on a closed channel, and a status that gRPC does not know."""
 
     class Begun:
         _interceptors = ("somebody's",)

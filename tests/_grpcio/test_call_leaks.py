@@ -1,4 +1,4 @@
-"""Cancelled calls leak nothing."""
+"""Test that cancelled calls leak nothing."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ print(json.dumps(anyio.run(main, backend=backend)))
 
 
 class Undecided:
-    """Policies that never answer, and one that says when 50 more do not."""
+    """Policies: one never answers, one answers when 50 more calls have begun."""
 
     def __init__(self):
         self.begun = 0
@@ -109,7 +109,7 @@ class Undecided:
 
 
 def growth(authorizer, kind, backend, rounds):
-    """Return by how many bytes a process grows while it cancels *rounds* calls."""
+    """Return the bytes by which a process grows while it cancels *rounds* calls."""
     undecided = Undecided()
     authorizer.policies = undecided.policies
     arguments = [kind, backend, authorizer.url, str(rounds)]
@@ -122,14 +122,15 @@ def growth(authorizer, kind, backend, rounds):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    # The server had begun every one of them, and saw it cancelled.
+    # The server had begun all of the calls, and saw them cancelled.
     assert undecided.begun == rounds + 2000
     assert authorizer.cancelled == undecided.begun
     return json.loads(done.stdout)
 
 
-# Bytes for each call. Of bare gRPC each leaves about 900, of ours 5; the memory of a
-# process may grow by some hundred thousand for no reason of ours.
+# Bytes for each call. A call of bare gRPC leaves about 900 bytes, a call of this
+# package 5. The memory of a process can grow by some hundred thousand bytes for other
+# reasons.
 LEAKED = 500
 
 

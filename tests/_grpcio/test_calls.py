@@ -1,4 +1,4 @@
-"""Calls end alike, driven on gRPC's core or made by grpc.aio itself."""
+"""Test that calls end alike on gRPC's core and through grpc.aio itself."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def ask(connection, *, timeout=10.0, metadata=()):
     )
 
 
-async def test_an_answer_is_its_bytes(authorizer):
+async def test_a_call_returns_the_bytes_of_the_answer(authorizer):
     async with connected(authorizer.options) as connection:
         answers = []
         async with anyio.create_task_group() as callers:
@@ -61,7 +61,7 @@ async def test_an_answer_is_its_bytes(authorizer):
         assert all(isinstance(answer, bytes) and answer for answer in answers)
 
 
-async def test_an_error_says_what_the_server_said(authorizer):
+async def test_an_error_has_the_status_and_details_of_the_server(authorizer):
     authorizer.fail("RESOURCE_EXHAUSTED", "too many of them", times=1)
     async with connected(authorizer.options) as connection:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -85,7 +85,7 @@ async def test_a_deadline_ends_the_call_and_not_the_connection(authorizer):
         assert await ask(connection)
 
 
-async def test_a_cancelled_caller_leaves_and_the_server_is_told(authorizer):
+async def test_a_cancelled_call_is_cancelled_on_the_server_too(authorizer):
     authorizer.delay = 60.0
     async with connected(authorizer.options) as connection:
         async with anyio.create_task_group() as callers:
@@ -147,15 +147,17 @@ async def test_a_close_with_grace_lets_calls_end(authorizer):
     assert all(answers)
 
 
-async def test_metadata_of_a_call_goes_with_it_in_any_form(authorizer):
+async def test_metadata_of_a_call_is_sent_in_any_form(authorizer):
     async with connected(authorizer.options) as connection:
         for metadata in [(("a-b", "c"),), [("a-b", "c"), ("x-bin", b"\0\xff")]]:
             assert await ask(connection, metadata=metadata)
         assert await ask(connection, metadata=(["a-b", "c"],))
 
 
-async def test_a_caller_cancelled_before_it_asks_asks_nobody(authorizer, monkeypatch):
-    # On trio the loop thread might have the answer before it hears of the cancellation.
+async def test_a_caller_cancelled_before_the_call_sends_nothing(
+    authorizer, monkeypatch
+):
+    # On trio the loop thread might get the answer before the cancellation.
     handed = []
     async with connected(authorizer.options) as connection:
         with anyio.CancelScope() as scope, monkeypatch.context() as patch:
@@ -167,8 +169,8 @@ async def test_a_caller_cancelled_before_it_asks_asks_nobody(authorizer, monkeyp
         assert await ask(connection)
 
 
-async def test_an_error_is_gone_with_the_last_who_keeps_it(authorizer):
-    """It makes no circle with its own frames, which hold what callers have sent."""
+async def test_an_error_is_freed_with_its_last_reference(authorizer):
+    """The error forms no cycle with its own frames, which hold the data of callers."""
 
     def errors():
         return sum(isinstance(x, grpc.aio.AioRpcError) for x in gc.get_objects())
@@ -186,9 +188,7 @@ async def test_an_error_is_gone_with_the_last_who_keeps_it(authorizer):
             gc.enable()
 
 
-async def test_interceptors_that_others_put_on_all_channels_are_passed_by(
-    authorizer, monkeypatch
-):
+async def test_interceptors_added_to_all_channels_are_bypassed(authorizer, monkeypatch):
     class Nosy(grpc.aio.UnaryUnaryClientInterceptor):
         async def intercept_unary_unary(self, continuation, details, request):
             raise AssertionError("asked")
@@ -207,8 +207,8 @@ async def test_interceptors_that_others_put_on_all_channels_are_passed_by(
 
 
 @pytest.mark.parametrize("call_class", [None], indirect=True)
-def test_trio_as_the_guest_of_asyncio_asks_as_well(authorizer, call_class):
-    """Two loops share a thread, and gRPC is driven from the inner one."""
+def test_trio_as_a_guest_of_asyncio_makes_calls_too(authorizer, call_class):
+    """Two loops share a thread, and gRPC is driven from the inner loop."""
 
     async def guest():
         pool = ConnectionPool()
@@ -233,7 +233,7 @@ def test_trio_as_the_guest_of_asyncio_asks_as_well(authorizer, call_class):
 
 
 class AnotherInside:
-    """A channel whose inside is not as it was when this was written."""
+    """A channel whose private attributes differ from the known ones."""
 
     class _channel:  # noqa: N801
         @staticmethod
@@ -243,7 +243,7 @@ class AnotherInside:
 
 @pytest.mark.parametrize("call_class", [None], indirect=True)
 @pytest.mark.parametrize("channel", [AnotherInside(), object()])
-def test_where_grpc_has_another_inside_its_own_calls_are_used(
+def test_an_unknown_grpc_version_falls_back_to_its_public_calls(
     channel, call_class, caplog
 ):
     with caplog.at_level(logging.INFO, "fastapi_topaz"):
@@ -260,7 +260,7 @@ def test_where_grpc_has_another_inside_its_own_calls_are_used(
 
 
 @pytest.mark.parametrize("call_class", [None], indirect=True)
-async def test_the_grpc_installed_here_is_driven_on_its_core(call_class):
+async def test_the_installed_grpc_is_driven_through_its_core(call_class):
     with EmbeddedAuthorizer({"app.GET.x": True}) as authorizer:
         async with connected(authorizer.options) as connection:
             assert await ask(connection)

@@ -1,4 +1,4 @@
-"""A certificate file that cannot be used stops the start, and says why."""
+"""Test that an unusable certificate file stops the start with the reason."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BAD = {
     "escaped": (CA.pem.replace(b"\n", b"\\n"), "damaged or cut off"),
     "cut off": (b"".join(LINES[:-2]), "damaged or cut off"),
     "no end": (b"".join(LINES[:-1]), "damaged or cut off"),
-    # gRPC would use the first one, and never say that there was another.
+    # gRPC would use the first certificate and silently ignore the others.
     "second is bad": (CA.pem + NO_CERTIFICATE, "damaged or cut off"),
     "second cut off": (CA.pem + b"".join(LINES[:-2]), "damaged or cut off"),
     "first is bad": (NO_CERTIFICATE + CA.pem, "damaged or cut off"),
@@ -77,7 +77,7 @@ async def test_a_bad_certificate_file_stops_the_start(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["key", "with its key"])
-def test_no_key_is_shown(kind, tmp_path):
+def test_no_private_key_is_shown(kind, tmp_path):
     path = tmp_path / "ca.pem"
     path.write_bytes(CA.private_pem + NOT_BASE64 * (kind == "with its key"))
     with pytest.raises(ValueError, match="cert_file_path") as caught:
@@ -98,13 +98,13 @@ def test_no_key_is_shown(kind, tmp_path):
         ("{tmp}/forbidden", "Permission denied"),
     ],
 )
-def test_a_path_that_cannot_be_read_is_named(path, fault, tmp_path, monkeypatch):
+def test_an_unreadable_path_is_named(path, fault, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "forbidden").write_bytes(CA.pem)
     read = type(tmp_path).read_bytes
 
-    def forbidden(self):  # root may read everything
+    def forbidden(self):  # root may read all files
         if self.name == "forbidden":
             raise PermissionError(13, "Permission denied", str(self))
         return read(self)
@@ -118,7 +118,7 @@ def test_a_path_that_cannot_be_read_is_named(path, fault, tmp_path, monkeypatch)
     assert repr(path) in str(caught.value)
 
 
-async def test_a_file_that_goes_bad_fails_the_next_connect_and_heals(
+async def test_a_file_that_becomes_invalid_fails_the_next_connect_and_recovers(
     tmp_path, embedded_authorizer_tls
 ):
     path = tmp_path / "ca.pem"

@@ -1,4 +1,4 @@
-"""Why a channel does not become ready."""
+"""Test the reasons why a channel does not become ready."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from kit.channels import INFO
 from kit.configs import TOPAZ
 
 
-# Far beyond what a test takes.
+# Far longer than a test takes.
 PATIENCE = 20.0
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_channel_that_connects_while_its_reason_is_asked_for_is_ready(
+async def test_a_channel_that_connects_while_its_error_is_read_is_ready(
     monkeypatch,
 ):
     states = [grpc.ChannelConnectivity.TRANSIENT_FAILURE]
@@ -52,7 +52,7 @@ async def test_a_channel_that_connects_while_its_reason_is_asked_for_is_ready(
 
 
 @pytest.mark.real_clock
-async def test_an_attempt_that_gives_no_reason_in_time_says_so(monkeypatch):
+async def test_an_attempt_without_a_reason_in_time_reports_that(monkeypatch):
     async def never(_channel, _options):
         await asyncio.sleep(PATIENCE)
 
@@ -64,7 +64,7 @@ async def test_an_attempt_that_gives_no_reason_in_time_says_so(monkeypatch):
     assert "not ready within connection_timeout=0.05 s" in str(caught.value)
 
 
-def test_a_reason_that_nobody_knows_is_passed_on():
+def test_an_unknown_reason_is_passed_on_unchanged():
     failed = _failures.connect_failed("the moon is full", TOPAZ.target)
     assert str(failed) == "cannot connect to topaz.test:8282: the moon is full"
     assert (failed.reason, failed.permanent) == ("other", False)

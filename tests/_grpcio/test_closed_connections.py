@@ -1,4 +1,4 @@
-"""A closed connection is ConnectionLost."""
+"""Test that calls on a closed connection raise ConnectionLost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kit.waiting import eventually
 pytestmark = [pytest.mark.real_clock, pytest.mark.uvloop]
 
 
-async def test_closing_under_a_call_is_connection_lost(authorizer, connection):
+async def test_closing_during_a_call_is_connection_lost(authorizer, connection):
     authorizer.delay = NEVER
     caught = []
 
@@ -38,7 +38,7 @@ async def test_closing_under_a_call_is_connection_lost(authorizer, connection):
 
     with anyio.fail_after(PATIENCE), pytest.raises(ExceptionGroup) as group:
         await both()
-    # Nothing vanished: who waits for the group learns that there is no answer.
+    # No answer vanishes: the waiter of the task group gets the error.
     assert [type(error) for error in group.value.exceptions] == [ConnectionLost]
     assert [type(error) for error in caught] == [ConnectionLost]
     assert authorizer.url in str(caught[0])
@@ -47,7 +47,7 @@ async def test_closing_under_a_call_is_connection_lost(authorizer, connection):
     await eventually(lambda: authorizer.cancelled == 1)
 
 
-def test_closing_bare_grpc_under_a_call_makes_the_answer_vanish(authorizer):
+def test_closing_bare_grpc_during_a_call_cancels_the_task_silently(authorizer):
     authorizer.delay = NEVER
     answers = []
 
@@ -68,7 +68,7 @@ def test_closing_bare_grpc_under_a_call_makes_the_answer_vanish(authorizer):
     assert answers == []
 
 
-async def test_every_call_in_flight_learns_that_the_connection_was_closed(
+async def test_each_call_in_flight_gets_connection_lost_on_close(
     authorizer, connection
 ):
     authorizer.delay = NEVER
@@ -97,7 +97,7 @@ async def test_a_call_after_close_is_connection_lost(authorizer, connection):
     assert authorizer.calls.total() == 0
 
 
-async def test_a_call_during_the_grace_of_close_is_connection_lost(
+async def test_a_call_begun_in_the_grace_of_close_is_connection_lost(
     authorizer, connection
 ):
     authorizer.delay = 0.5
@@ -114,7 +114,7 @@ async def test_a_call_during_the_grace_of_close_is_connection_lost(
             await eventually(lambda: "closed" in repr(connection))
             with pytest.raises(ConnectionLost):
                 await ask(connection)
-    # The call that was there before got its answer.
+    # The earlier call got its answer.
     assert len(answers) == 1
     assert authorizer.calls == {"Info": 1}
 
@@ -122,7 +122,7 @@ async def test_a_call_during_the_grace_of_close_is_connection_lost(
 async def test_calls_that_race_with_close_end_with_an_answer_or_connection_lost(
     authorizer,
 ):
-    # A call begun when the last connection goes must not wait for ever.
+    # A call begun while the last connection closes must not wait without end.
     for _ in range(30):
         connection = await GrpcConnector(authorizer.options.target).connect(10)
         ends = []

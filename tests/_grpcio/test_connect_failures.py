@@ -1,4 +1,4 @@
-"""Attempts to connect that fail or are cancelled."""
+"""Test connect attempts that fail or are cancelled."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bound(*, listening=True):
 
 @contextlib.contextmanager
 def answering(data):
-    """Serve a port that sends *data* to whoever says something, and hangs up."""
+    """Serve a port that sends *data* to each client that sends, and then closes."""
 
     def serve():
         while True:
@@ -54,17 +54,17 @@ def answering(data):
         try:
             yield server
         finally:
-            # A client that says nothing ends it.
+            # A client that sends nothing ends this server.
             socket.create_connection(server.getsockname()).close()
             thread.join(10)
             assert not thread.is_alive()
 
 
-# -- connect failures ---------------------------------------------------------------
+# -- failed connects ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("insecure", [True, False], ids=["plaintext", "tls"])
-async def test_a_port_where_nothing_listens_refuses(insecure):
+async def test_a_port_without_a_listener_refuses(insecure):
     with bound(listening=False) as server:
         error = await refused_by(to(server, insecure=insecure))
     assert (error.reason, error.permanent) == ("refused", False)
@@ -87,14 +87,14 @@ async def test_an_unknown_name_cannot_be_resolved():
 
 
 @pytest.mark.parametrize("insecure", [True, False], ids=["plaintext", "tls"])
-async def test_a_server_that_accepts_and_never_speaks_times_out(insecure):
+async def test_a_server_that_accepts_and_stays_silent_times_out(insecure):
     with bound() as server:
         error = await refused_by(to(server, insecure=insecure), timeout=0.5)
     assert (error.reason, error.permanent) == ("timeout", False)
     assert "sends nothing" in str(error)
 
 
-async def test_a_frozen_server_times_out_and_no_socket_stays(either_authorizer):
+async def test_a_frozen_server_times_out_and_leaves_no_socket(either_authorizer):
     either_authorizer.freeze()
     error = await refused_by(either_authorizer.options, timeout=0.5)
     assert (error.reason, error.permanent) == ("timeout", False)
@@ -102,7 +102,7 @@ async def test_a_frozen_server_times_out_and_no_socket_stays(either_authorizer):
     await eventually(lambda: either_authorizer.connections_open == 0)
 
 
-async def test_a_server_that_hangs_up_is_named_as_such():
+async def test_a_server_that_closes_the_connection_is_reported_as_such():
     with answering(b"") as server:
         error = await refused_by(to(server, insecure=True))
     assert (error.reason, error.permanent) == ("other", False)
@@ -112,7 +112,7 @@ async def test_a_server_that_hangs_up_is_named_as_such():
 @pytest.mark.parametrize(
     "insecure, reason", [(True, "other"), (False, "tls")], ids=["plaintext", "tls"]
 )
-async def test_an_http1_server_is_no_grpc_server(insecure, reason):
+async def test_an_http1_server_is_reported_as_not_grpc(insecure, reason):
     answer = (
         b"HTTP/1.1 400 Bad Request\r\n"
         b"Content-Type: text/plain\r\nContent-Length: 11\r\n"
@@ -158,7 +158,7 @@ async def test_a_certificate_for_another_name_is_refused(tmp_path):
     assert "not valid for the name in url" in str(error)
 
 
-async def test_a_plaintext_client_is_told_that_the_server_may_use_tls(tls):
+async def test_a_plaintext_connect_error_says_that_the_server_may_use_tls(tls):
     error = await refused_by(
         attrs.evolve(tls.options, insecure=True, cert_file_path=None)
     )
@@ -173,7 +173,7 @@ async def test_a_tls_client_never_falls_back_to_plaintext(plaintext):
     assert plaintext.calls.total() == 0
 
 
-async def test_a_missing_certificate_file_is_a_mistake_of_the_configuration(tmp_path):
+async def test_a_missing_certificate_file_is_a_configuration_error(tmp_path):
     path = str(tmp_path / "none.pem")
     connector = GrpcConnector(AuthorizerOptions(cert_file_path=path).target)
     before = threads()
@@ -187,7 +187,7 @@ async def test_a_missing_certificate_file_is_a_mistake_of_the_configuration(tmp_
     await eventually(lambda: threads() <= before)
 
 
-async def test_a_directory_is_no_certificate_file(tmp_path):
+async def test_a_directory_as_certificate_file_is_rejected(tmp_path):
     connector = GrpcConnector(AuthorizerOptions(cert_file_path=tmp_path).target)
     with pytest.raises(ValueError, match="cert_file_path"):
         connector.validate()
@@ -215,15 +215,15 @@ async def test_no_failed_attempt_shows_the_api_key():
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:{port}", "ipv4:127.0.0.1:{port},127.0.0.2:{port}"]
 )
-async def test_a_failed_connect_does_not_go_on_trying_while_its_error_is_kept(
+async def test_a_failed_connect_stops_trying_while_its_error_is_referenced(
     url, plaintext
 ):
     plaintext.stop()
     options = attrs.evolve(plaintext.options, url=url.format(port=plaintext.port))
     errors = [await refused_by(options) for _ in range(3)]
     plaintext.start()
-    # gRPC would try again after 0.1 s, more or less a fifth. What must not happen can
-    # only be waited for.
+    # gRPC would retry after 0.1 s, plus or minus a fifth. Waiting is the only way to
+    # see that no retry happens.
     await anyio.sleep(0.5)
     assert plaintext.connections_accepted == 0
     assert [error.reason for error in errors] == ["refused"] * 3
@@ -239,8 +239,8 @@ async def test_a_cancelled_connect_leaves_no_socket_and_no_thread(either_authori
 
     async def connect(scope):
         with scope:
-            # gRPC ends a handshake that it began in plaintext only when the time of
-            # the attempt is over.
+            # gRPC ends a handshake begun in plaintext only at the time limit of the
+            # attempt.
             await GrpcConnector(either_authorizer.options.target).connect(2)
         ended.append(scope.cancelled_caught)
 
@@ -257,7 +257,7 @@ async def test_a_cancelled_connect_leaves_no_socket_and_no_thread(either_authori
     await eventually(lambda: threads() <= before)
 
 
-async def test_a_connect_that_is_cancelled_before_it_begins_does_nothing(plaintext):
+async def test_a_connect_cancelled_before_it_begins_does_nothing(plaintext):
     before = threads()
     connection = None
     with anyio.CancelScope() as scope:
@@ -278,8 +278,8 @@ async def test_a_connect_may_be_cancelled_at_any_moment(plaintext, port):
     before = threads()
     for step in range(60):
         connection = None
-        # Less and more than an attempt takes, in steps of 0.1 ms. A connection that
-        # was made all the same is the caller's.
+        # Cancel at times below and above the duration of an attempt, in steps of 0.1
+        # ms. A connection that was still made belongs to the caller.
         with anyio.move_on_after(step * 0.0001) as scope:
             with contextlib.suppress(ConnectFailed):
                 connection = await GrpcConnector(plaintext.options.target).connect(1)

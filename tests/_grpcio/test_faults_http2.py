@@ -1,4 +1,4 @@
-"""What the pool makes of a server that breaks the promises of HTTP/2 and gRPC."""
+"""Test how the pool handles a server that violates HTTP/2 and gRPC."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kit.waiting import eventually
 
 pytestmark = pytest.mark.real_clock
 
-# Far beyond what a test takes: who waits so long got no answer.
+# Far longer than a test takes: a caller that waits so long got no answer.
 PATIENCE = 20.0
 
 NO_ERROR, INTERNAL_ERROR, CANCEL, ENHANCE_YOUR_CALM = 0, 2, 8, 11
@@ -28,14 +28,15 @@ NO_ERROR, INTERNAL_ERROR, CANCEL, ENHANCE_YOUR_CALM = 0, 2, 8, 11
 
 @asynccontextmanager
 async def opened(http2_server, **options):
-    """Open a pool to *server*, and make none of its connections before their use."""
+    """Open a pool to *server* that makes no connection before its use."""
     pool = ConnectionPool(
         **{"min_connections": 0, "acquire_timeout": PATIENCE, **options}
     )
     pool.configure(http2_server.options)
-    # Seconds after a loss the others are replaced to spread the load; here they count.
+    # Seconds after a loss the pool replaces the other connections to spread load. Here
+    # every connection counts.
     pool._connector.spreads = False
-    # Nor are the first probes of new connections, so that each call is counted.
+    # The first probes of new connections are off too, so that each call is counted.
     pool._connector.probes = False
     with anyio.fail_after(PATIENCE):
         async with pool:
@@ -60,7 +61,7 @@ async def check(pool):
 
 @asynccontextmanager
 async def on_hold(http2_server, ask, number):
-    """Have *number* calls wait at the server, and yield how they end."""
+    """Hold *number* calls at the server, and yield their outcomes."""
     ends = []
 
     async def one():
@@ -75,12 +76,12 @@ async def on_hold(http2_server, ask, number):
 
 
 def hold_no_more(http2_server):
-    """Answer the next calls, but not those on hold."""
+    """Answer the next calls, and not the held calls."""
     http2_server._run(lambda: setattr(http2_server, "_is_holding", False))
 
 
 def only(method, code):
-    """Return a script that answers *method* with *code*, and all others well."""
+    """Return a script that answers *method* with *code*, and other methods with OK."""
 
     def answer(call):
         if call.method == method:
@@ -92,16 +93,16 @@ def only(method, code):
 
 
 def closed_as_broken(pool):
-    """Return how many connections were closed, all of them because they broke."""
+    """Return how many connections were closed, and check that all of them broke."""
     closes = pool._counters.closes
-    # Mostly the channel knows that its socket is gone when a call has failed by it; if
-    # the call is faster, a probe finds out.
+    # Usually the channel notices the lost socket when a call fails. If the call is
+    # faster, a probe finds out.
     assert set(closes) <= {"lost", "unhealthy"}
     return sum(closes.values())
 
 
 def assert_untouched(pool, http2_server, connections=1):
-    """No connection was closed, made, suspected or probed."""
+    """Assert that no connection was closed, made, suspected or probed."""
     status = pool.status()
     assert pool._counters.closes == {}
     assert http2_server.accepted == http2_server.open == connections
@@ -110,13 +111,13 @@ def assert_untouched(pool, http2_server, connections=1):
     assert http2_server.calls["Info"] == 0
 
 
-# -- an answer that breaks off -------------------------------------------------------
+# -- a truncated answer --------------------------------------------------------------
 
 
-async def test_a_truncated_answer_fails_one_call_and_its_connection_leaves(
+async def test_a_truncated_answer_fails_one_call_and_retires_its_connection(
     http2_server,
 ):
-    # Calls in flight on other connections are answered, and those connections stay.
+    # Calls in flight on other connections are answered, and these connections stay.
     async with opened(http2_server, max_connections=3) as pool:
         async with on_hold(http2_server, lambda: call(pool), 3) as ends:
             http2_server.truncate(1)
@@ -128,8 +129,8 @@ async def test_a_truncated_answer_fails_one_call_and_its_connection_leaves(
         assert closed_as_broken(pool) == 1
 
 
-async def test_checks_survive_a_truncated_answer_by_their_retry(http2_server):
-    # All that are in flight on the connection break off, and each is asked again.
+async def test_the_retry_lets_checks_survive_a_truncated_answer(http2_server):
+    # All calls in flight on the connection fail, and each check is retried.
     options = {"max_connections": 2, "streams_per_connection": 4}
     async with opened(http2_server, **options) as pool:
         async with on_hold(http2_server, lambda: check(pool), 3) as ends:
@@ -158,10 +159,10 @@ async def test_a_refused_stream_fails_one_call_and_spares_the_connection(http2_s
 
 
 @pytest.mark.parametrize("times", [1, 3])
-async def test_refused_checks_are_asked_again_on_the_same_connection(
+async def test_checks_with_refused_streams_are_retried_on_the_same_connection(
     http2_server, times
 ):
-    # Each is refused once, and the second answer counts.
+    # Each check is refused once, and its second answer counts.
     options = {"max_connections": 1, "streams_per_connection": 3}
     async with opened(http2_server, **options) as pool:
         async with on_hold(http2_server, lambda: check(pool), 3) as ends:
@@ -181,10 +182,10 @@ async def test_refused_checks_are_asked_again_on_the_same_connection(
         (ENHANCE_YOUR_CALM, "RESOURCE_EXHAUSTED"),
     ],
 )
-async def test_a_stream_that_is_reset_for_any_reason_spares_the_connection(
+async def test_a_stream_reset_with_any_code_spares_the_connection(
     http2_server, error_code, status
 ):
-    # It is leased again without a probe, however often that happens.
+    # The connection is leased again without a probe, after each reset.
     options = {"max_connections": 1, "streams_per_connection": 2}
     async with opened(http2_server, **options) as pool:
         http2_server.reset_streams(5, error_code)
@@ -194,10 +195,10 @@ async def test_a_stream_that_is_reset_for_any_reason_spares_the_connection(
         assert_untouched(pool, http2_server)
 
 
-async def test_a_check_whose_stream_is_cancelled_by_the_server_is_asked_again(
+async def test_a_check_with_a_stream_cancelled_by_the_server_is_retried(
     http2_server,
 ):
-    # A server does that to what it has not begun when it stops.
+    # A server does that at a shutdown to calls that it has not begun.
     async with opened(http2_server, max_connections=1) as pool:
         http2_server.reset_streams(1, CANCEL)
         assert await check(pool)
@@ -212,7 +213,7 @@ async def test_a_check_whose_stream_is_cancelled_by_the_server_is_asked_again(
         (0.01, ["CANCELLED", "INTERNAL", "CANCELLED"]),
     ],
 )
-async def test_a_stream_that_is_cancelled_at_its_deadline_ends_by_its_deadline(
+async def test_a_stream_cancelled_at_its_deadline_is_deadline_exceeded(
     http2_server, early, statuses, monkeypatch
 ):
     """A server on grpc-go does that, and may be faster than gRPC's own timer."""
@@ -229,16 +230,16 @@ async def test_a_stream_that_is_cancelled_at_its_deadline_ends_by_its_deadline(
 
 
 @pytest.mark.parametrize("error_code", [NO_ERROR, ENHANCE_YOUR_CALM])
-async def test_goaway_lets_calls_finish_and_the_connection_is_leased_no_more(
+async def test_goaway_lets_calls_finish_and_ends_leasing_of_the_connection(
     http2_server, error_code
 ):
     """
-    That goes for "too_many_pings" as well (ENHANCE_YOUR_CALM).
+    "too_many_pings" (ENHANCE_YOUR_CALM) ends a connection in the same way.
 
-    The longer keepalive interval which it asks for is the business of gRPC's core: it
-    doubles the interval of the channel by itself, and the pool has no part in it.
+    That GOAWAY asks for a longer keepalive interval. gRPC's core handles this: it
+    doubles the interval of the channel by itself. The pool does nothing.
     """
-    # The free streams of the old connection are not used, and a new one is made.
+    # The pool leases no free stream of the old connection, and makes a new connection.
     options = {"max_connections": 4, "streams_per_connection": 5}
     async with opened(http2_server, **options) as pool:
         async with on_hold(http2_server, lambda: call(pool), 3) as ends:
@@ -260,8 +261,8 @@ async def test_goaway_lets_calls_finish_and_the_connection_is_leased_no_more(
         assert await call(pool) == "OK"
 
 
-async def test_an_idle_pool_replaces_what_was_told_to_go_away(http2_server):
-    # Nobody has to ask for it: the minimum is kept.
+async def test_an_idle_pool_replaces_a_connection_after_goaway(http2_server):
+    # No caller is needed: the pool keeps its minimum.
     async with opened(http2_server, min_connections=2, eager_init=True) as pool:
         http2_server.goaway(NO_ERROR)
         await eventually(lambda: pool._counters.closes == {"lost": 2}, PATIENCE)
@@ -270,9 +271,11 @@ async def test_an_idle_pool_replaces_what_was_told_to_go_away(http2_server):
         assert http2_server.accepted == 4
 
 
-async def test_goaway_again_and_again_fails_no_check_and_starts_no_storm(http2_server):
-    # Each costs no more connections than there were. Under a call that has just begun
-    # gRPC makes one more by itself, or fails it, and then the check is asked again.
+async def test_repeated_goaway_fails_no_check_and_starts_no_reconnect_storm(
+    http2_server,
+):
+    # Each GOAWAY costs no more connections than existed. If a call has just begun, gRPC
+    # makes one more connection or fails the call. The check is then retried.
     answers = Counter()
     stopped = False
     script, most = [NO_ERROR, ENHANCE_YOUR_CALM, ENHANCE_YOUR_CALM], 3
@@ -285,7 +288,7 @@ async def test_goaway_again_and_again_fails_no_check_and_starts_no_storm(http2_s
                 answers[number] += 1
 
         async def more():
-            # The second one was asked after this began: none meets two GOAWAYs.
+            # The second call began after this point, so no call gets two GOAWAYs.
             goals = {number: answers[number] + 2 for number in range(10)}
             await eventually(lambda: answers >= Counter(goals), PATIENCE)
 
@@ -306,7 +309,7 @@ async def test_goaway_again_and_again_fails_no_check_and_starts_no_storm(http2_s
 
 @pytest.mark.parametrize("limit", [1, 2])
 async def test_calls_beyond_the_servers_limit_wait_for_their_turn(http2_server, limit):
-    # None fails, also when the limit is lower than what the pool would send at once.
+    # No call fails, even if the limit is lower than the number of concurrent calls.
     http2_server.set_max_concurrent_streams(limit)
     options = {"max_connections": 2, "streams_per_connection": 10}
     async with opened(http2_server, **options) as pool:
@@ -328,7 +331,7 @@ async def test_calls_beyond_the_servers_limit_wait_for_their_turn(http2_server, 
 
 
 async def test_a_call_beyond_the_limit_ends_with_its_deadline(http2_server):
-    # The connection is not held to be dead, because the call before was answered.
+    # The connection is not considered dead, because the earlier call was answered.
     http2_server.set_max_concurrent_streams(1)
     options = {"max_connections": 1, "streams_per_connection": 2}
     async with opened(http2_server, **options) as pool:
@@ -342,7 +345,7 @@ async def test_a_call_beyond_the_limit_ends_with_its_deadline(http2_server):
 
 
 async def test_the_limit_of_streams_may_rise_and_fall_under_calls(http2_server):
-    # What is in flight stays, and the next calls keep to the new limit.
+    # Calls in flight stay, and the next calls respect the new limit.
     http2_server.set_max_concurrent_streams(1)
     options = {"max_connections": 1, "streams_per_connection": 6}
     async with opened(http2_server, **options) as pool:
@@ -357,7 +360,7 @@ async def test_the_limit_of_streams_may_rise_and_fall_under_calls(http2_server):
                 tasks.start_soon(one)
             await eventually(lambda: http2_server.in_flight == 1, PATIENCE)
             http2_server.set_max_concurrent_streams(4)
-            # gRPC makes use of a raised limit no sooner than with the next call.
+            # gRPC uses a raised limit only from the next call on.
             tasks.start_soon(one)
             await eventually(lambda: http2_server.in_flight == 4, PATIENCE)
             http2_server.set_max_concurrent_streams(2)
@@ -375,8 +378,9 @@ async def test_the_limit_of_streams_may_rise_and_fall_under_calls(http2_server):
 # -- answers that are errors ---------------------------------------------------------
 
 
-async def test_a_probe_that_is_answered_with_an_error_is_answered(http2_server):
-    # Several rounds close nothing: who says no is alive, whatever the words.
+async def test_a_probe_answered_with_an_error_counts_as_answered(http2_server):
+    # Several rounds close no connection: an error status shows that the server is
+    # alive.
     noes = [
         grpc.StatusCode.UNIMPLEMENTED,
         grpc.StatusCode.UNAUTHENTICATED,
@@ -407,10 +411,10 @@ async def test_a_probe_that_is_answered_with_an_error_is_answered(http2_server):
         grpc.StatusCode.UNAUTHENTICATED,
     ],
 )
-async def test_an_error_status_reaches_the_caller_and_nobody_is_suspected(
+async def test_an_error_status_reaches_the_caller_and_causes_no_suspicion(
     http2_server, code
 ):
-    # It is an answer, so a check is not repeated either.
+    # An error status is an answer, so a check is not retried either.
     async with opened(http2_server, max_connections=2) as pool:
         await fill(pool, 2)
         http2_server.status(code, "because of the moon", times=4)
@@ -424,7 +428,7 @@ async def test_an_error_status_reaches_the_caller_and_nobody_is_suspected(
         assert_untouched(pool, http2_server, connections=2)
 
 
-async def test_an_answer_that_is_too_large_fails_its_caller_and_nobody_else(
+async def test_a_too_large_answer_fails_only_its_caller(
     http2_server,
 ):
     # Small answers on the same connection arrive meanwhile and afterwards.
@@ -441,8 +445,8 @@ async def test_an_answer_that_is_too_large_fails_its_caller_and_nobody_else(
         assert_untouched(pool, http2_server)
 
 
-async def test_one_method_that_is_unavailable_costs_no_connection(http2_server):
-    # Each time the connection is probed by another method, and serves again.
+async def test_an_unavailable_method_costs_no_connection(http2_server):
+    # Each time another method probes the connection, and the connection serves again.
     async with opened(http2_server, max_connections=1) as pool:
         http2_server._script(only("Is", grpc.StatusCode.UNAVAILABLE), None)
         for n in range(10):
@@ -455,8 +459,8 @@ async def test_one_method_that_is_unavailable_costs_no_connection(http2_server):
         assert (http2_server.accepted, pool._counters.probe_failures) == (1, 0)
 
 
-async def test_many_checks_by_a_method_that_is_unavailable_are_no_storm(http2_server):
-    # Each is asked twice, and the pool makes no more connections than it may.
+async def test_many_checks_of_an_unavailable_method_start_no_storm(http2_server):
+    # Each check is sent twice, and the pool stays within its maximum of connections.
     ends = []
     options = {"max_connections": 3, "streams_per_connection": 5}
     async with opened(http2_server, **options) as pool:
@@ -479,8 +483,8 @@ async def test_many_checks_by_a_method_that_is_unavailable_are_no_storm(http2_se
         assert await check(pool)
 
 
-async def test_a_check_that_is_unavailable_once_is_asked_again(http2_server):
-    # The connection answers its probe first, and then the second time.
+async def test_a_check_that_is_unavailable_once_is_retried(http2_server):
+    # The connection first answers its probe, and then the retry.
     async with opened(http2_server, max_connections=1) as pool:
         http2_server.status(grpc.StatusCode.UNAVAILABLE, "starting", times=1)
         assert await check(pool)

@@ -1,4 +1,4 @@
-"""A server that ends each connection costs few connects, little memory and no hang."""
+"""Test that a server that ends each connection costs few connects and little memory."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ pytestmark = pytest.mark.real_clock
 
 PATIENCE = 20.0
 CONNECTS, MIB, CPU = 20, 20, 2.0
-"""What one check may cost: connects, MiB of memory, seconds of CPU time."""
+"""The allowed cost of one check: connects, MiB of memory, seconds of CPU time."""
 METHOD = "/aserto.authorizer.v2.Authorizer/Is"
 GRPC = tuple(map(int, grpc.__version__.split(".")[:2]))
 MAX_CONCURRENT_STREAMS = 3
 REFUSED_STREAM, ENHANCE_YOUR_CALM = 7, 11
 LAST = 2**31 - 1
-"""The number of the last stream in a GOAWAY that only warns."""
+"""The last stream id in a GOAWAY that only warns."""
 
 
 def settings(wire):
@@ -45,7 +45,7 @@ def settings(wire):
 
 
 def goaway(code=0, **options):
-    """Return a greeting that ends the connection, and leaves the socket open."""
+    """Return a greeting that ends the connection and leaves the socket open."""
 
     def greeting(wire):
         settings(wire)
@@ -78,13 +78,13 @@ def no_streams_and_goaway(wire):
 
 
 def acknowledged(wire):
-    # No SETTINGS of its own.
+    # Without its own SETTINGS frame.
     wire.send(frame(SETTINGS, ACK, 0))
     wire.goaway()
 
 
-# By greeting. What such a server answers does not matter: it answers well if it is
-# asked in time.
+# Servers by their greeting. Their answers do not matter: they answer well if the
+# request comes in time.
 GREETINGS = {
     **{f"GOAWAY with code {code}": goaway(code) for code in (*range(13), 2**32 - 1)},
     "GOAWAY for later streams": goaway(last=LAST),
@@ -116,12 +116,12 @@ def refuse_and_go(wire, stream, _method):
 
 
 def push_back(wire, stream, _method):
-    # gRPC would retry at once if a policy for retries said so.
+    # gRPC would retry at once if a retry policy allowed it.
     tail = [("grpc-status", "14"), ("grpc-retry-pushback-ms", "0")]
     wire.headers(stream, [*HEAD, *tail], end=True)
 
 
-# By what each request meets.
+# Servers by their reaction to each request.
 SCRIPTS = {
     "GOAWAY": go(),
     "GOAWAY too_many_pings": go(code=ENHANCE_YOUR_CALM, debug=b"too_many_pings"),
@@ -138,7 +138,7 @@ SCRIPTS = {
 }
 
 
-# These leave a check to its deadline.
+# With these servers a check ends at its deadline.
 SILENT = {"no streams", "no streams, and GOAWAY"}
 SILENT |= {"GOAWAY after this request", "GOAWAY for later requests"}
 SHORT, ENOUGH = 2.0, 5.0
@@ -155,7 +155,7 @@ def mib():
 
 
 async def ends_of(config, callers):
-    """Return how the checks of so many callers end, by their number."""
+    """Return the outcomes of the checks of *callers* callers, with counts."""
     ends = Counter()
 
     async def check():
@@ -170,7 +170,7 @@ async def ends_of(config, callers):
     return ends
 
 
-# Each costs one caller, and some cost many callers.
+# Some of these faults cost one caller each, others many callers.
 AT_ONCE = [
     *((name, 1) for name in GREETINGS),
     *((name, 20) for name in GREETINGS if "code" not in name),
@@ -179,11 +179,11 @@ AT_ONCE = [
 
 
 @pytest.mark.parametrize("name, callers", AT_ONCE)
-async def test_connections_that_are_ended_at_once_are_few_and_small(
+async def test_connections_ended_at_once_are_few_and_use_little_memory(
     frame_server, name, callers
 ):
     frame_server.greeting = GREETINGS[name]
-    # No second attempt of the pool, so that those of gRPC count.
+    # The pool makes no second attempt, so that only the attempts of gRPC count.
     timeout = SHORT if name in SILENT else ENOUGH
     config = flooded_config(frame_server, timeout, min_connections=0, max_retries=0)
     before = mib()
@@ -197,7 +197,7 @@ async def test_connections_that_are_ended_at_once_are_few_and_small(
 
 @pytest.mark.parametrize("callers", [1, 20])
 @pytest.mark.parametrize("name", SCRIPTS)
-async def test_connections_that_are_ended_by_each_call_are_few_and_small(
+async def test_connections_ended_by_each_call_are_few_and_use_little_memory(
     frame_server, name, callers
 ):
     frame_server.script = SCRIPTS[name]
@@ -211,10 +211,8 @@ async def test_connections_that_are_ended_by_each_call_are_few_and_small(
 
 
 @pytest.mark.parametrize("callers", [1, 20])
-async def test_connections_that_are_ended_with_their_first_answer_are_few(
-    frame_server, callers
-):
-    """No call can use such a connection, though its first probe was answered."""
+async def test_connections_ended_with_their_first_answer_are_few(frame_server, callers):
+    """No call can use such a connection, even though its first probe was answered."""
 
     def go_and_answer(wire, stream, method):
         wire.goaway(last=stream)
@@ -229,7 +227,7 @@ async def test_connections_that_are_ended_with_their_first_answer_are_few(
 
 
 def cost_of(frame_server, backend, callers):
-    """Return what the checks of so many callers cost a process of their own."""
+    """Return the cost of the checks of *callers* callers in a separate process."""
     program = Path(__file__).parents[1] / "kit" / "flooded.py"
     command = [sys.executable, program, frame_server.url, backend, str(callers), "5"]
     run = subprocess.run(
@@ -249,14 +247,14 @@ def cost_of(frame_server, backend, callers):
         (settings, SCRIPTS["GOAWAY too_many_pings"], "asyncio", 20),
     ],
 )
-def test_a_check_of_a_server_that_says_goaway_is_cheap(
+def test_a_check_against_a_server_that_sends_goaway_is_cheap(
     frame_server, greeting, script, backend, callers
 ):
-    """With its own retries, gRPC takes hundreds of MiB a second until the deadline."""
+    """With its own retries, gRPC uses hundreds of MiB a second until the deadline."""
     frame_server.greeting, frame_server.script = greeting, script
     cost = cost_of(frame_server, backend, callers)
     assert Counter(cost["ends"]).total() == callers
-    # Each ends with its reason, long before its deadline.
+    # Each check ends with its reason, long before its deadline.
     assert "DEADLINE_EXCEEDED" not in cost["ends"]
     assert cost["mib"] < MIB
     assert cost["cpu"] < CPU
@@ -269,14 +267,14 @@ def test_a_check_of_a_server_that_says_goaway_is_cheap(
     strict=False,
 )
 @pytest.mark.parametrize("code", [13, 70_007])
-def test_a_goaway_with_a_code_that_is_rare_does_no_harm(frame_server, code):
-    """HTTP_1_1_REQUIRED, and what Apache's httpd sends (AH03069)."""
+def test_a_goaway_with_a_rare_code_uses_little_memory(frame_server, code):
+    """HTTP_1_1_REQUIRED, and the GOAWAY that Apache's httpd sends (AH03069)."""
     frame_server.greeting = goaway(code)
     assert cost_of(frame_server, "asyncio", 1)["mib"] < MIB
 
 
 async def test_an_attempt_makes_one_connection(frame_server):
-    # Asked for its state, gRPC would connect again at once, over and over.
+    # If asked for its state, gRPC would reconnect at once, again and again.
     frame_server.greeting = closing(settings)
     connector = GrpcConnector(frame_server.options.target)
     failed = Counter()
@@ -307,8 +305,8 @@ async def ended(frame_server, end=go_and_close):
 
 
 @pytest.mark.parametrize("end", [go(), go_and_close, go(last=LAST)])
-async def test_a_call_on_a_connection_that_has_ended_connects_once(frame_server, end):
-    # So a lease outlives a GOAWAY; the pool replaces the connection nevertheless.
+async def test_a_call_on_an_ended_connection_connects_once(frame_server, end):
+    # So a lease survives a GOAWAY. The pool still replaces the connection.
     async with ended(frame_server, end) as connection:
         assert await connection.call(METHOD, b"", **ARGUMENTS)
         await connection.probe(PATIENCE)
@@ -317,7 +315,7 @@ async def test_a_call_on_a_connection_that_has_ended_connects_once(frame_server,
     assert (frame_server.accepted, frame_server.calls) == (2, {"Is": 3, "Info": 1})
 
 
-async def test_calls_on_a_connection_that_is_ended_each_time_connect_seldom(
+async def test_calls_on_a_repeatedly_ended_connection_connect_rarely(
     frame_server,
 ):
     calls = 20
@@ -329,11 +327,11 @@ async def test_calls_on_a_connection_that_is_ended_each_time_connect_seldom(
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
             verdict = connection.judge(caught.value)
             assert verdict in {Verdict.UNAVAILABLE, Verdict.BROKEN}
-    # A few reach gRPC before it knows that the socket is closed.
+    # A few calls reach gRPC before it notices that the socket is closed.
     assert frame_server.accepted <= 1 + 3 * calls
 
 
-async def test_a_call_that_cannot_connect_again_says_why(frame_server):
+async def test_a_call_that_cannot_reconnect_reports_why(frame_server):
     async with ended(frame_server) as connection:
         frame_server.greeting = closing(lambda _wire: None)
         for ask in (
@@ -346,7 +344,7 @@ async def test_a_call_that_cannot_connect_again_says_why(frame_server):
             assert "the server closed the connection" in caught.value.details()
 
 
-async def test_a_call_that_connects_again_has_no_more_time_than_others(frame_server):
+async def test_a_reconnecting_call_keeps_its_deadline(frame_server):
     async with ended(frame_server) as connection:
         frame_server.greeting = lambda _wire: None
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -354,7 +352,7 @@ async def test_a_call_that_connects_again_has_no_more_time_than_others(frame_ser
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_a_call_that_connects_again_ends_with_its_link(frame_server):
+async def test_a_reconnecting_call_ends_if_its_connection_is_closed(frame_server):
     async with ended(frame_server) as connection:
         frame_server.greeting = lambda _wire: None
         before = frame_server.accepted
@@ -371,7 +369,7 @@ async def test_a_call_that_connects_again_ends_with_its_link(frame_server):
             await connection.call(METHOD, b"", **ARGUMENTS)
 
 
-async def test_a_caller_may_give_up_while_its_call_connects_again(frame_server):
+async def test_a_caller_can_be_cancelled_while_its_call_reconnects(frame_server):
     async with ended(frame_server) as connection:
         frame_server.greeting = lambda _wire: None
         before = frame_server.accepted
@@ -385,10 +383,8 @@ async def test_a_caller_may_give_up_while_its_call_connects_again(frame_server):
     "script",
     ["GOAWAY", "GOAWAY, and a close", "REFUSED_STREAM", "REFUSED_STREAM and GOAWAY"],
 )
-async def test_a_call_that_the_server_did_not_begin_is_asked_again(
-    frame_server, script
-):
-    """The check makes up for the retries that gRPC does not make."""
+async def test_a_call_that_the_server_did_not_begin_is_retried(frame_server, script):
+    """The check replaces the retries that gRPC does not make."""
     met = []
 
     def once(wire, stream, method):
@@ -401,15 +397,15 @@ async def test_a_call_that_the_server_did_not_begin_is_asked_again(
     frame_server.script = once
     async with (config := flooded_config(frame_server)).connection_pool:
         assert await config.is_allowed(REQUEST, POLICY) is True
-    # One more if the first connection was asked for it again before it said GOAWAY.
+    # One more call if the first connection got it again before its GOAWAY.
     assert frame_server.calls["Is"] in (
         {2, 3} if script == "REFUSED_STREAM and GOAWAY" else {2}
     )
 
 
 @pytest.mark.parametrize("times", [1, 2] * 5)
-async def test_a_call_that_goaway_excludes_is_sent_once_more(frame_server, times):
-    # As gRPC's own retries would do it, but not again and again.
+async def test_a_call_excluded_by_goaway_is_sent_again_once(frame_server, times):
+    # As gRPC's own retries would do, but only once.
     rest = [go()] * times
 
     def script(*request):
@@ -426,7 +422,7 @@ async def test_a_call_that_goaway_excludes_is_sent_once_more(frame_server, times
     assert (frame_server.accepted, frame_server.calls) == (2, {"Is": 2})
 
 
-async def test_a_call_that_the_server_may_have_begun_is_not_sent_again(frame_server):
+async def test_a_call_that_the_server_may_have_begun_is_not_retried(frame_server):
     connection = await GrpcConnector(frame_server.options.target).connect(PATIENCE)
     frame_server.script = lambda wire, stream, _method: (
         wire.goaway(last=stream),
@@ -439,8 +435,8 @@ async def test_a_call_that_the_server_may_have_begun_is_not_sent_again(frame_ser
     assert (frame_server.accepted, frame_server.calls) == (1, {"Is": 1})
 
 
-async def test_callers_whose_connection_ended_share_the_next_one(frame_server):
-    # A caller that gives up does not take it from the others.
+async def test_callers_of_an_ended_connection_share_the_next_one(frame_server):
+    # A cancelled caller does not take the connection from the others.
     greeted, answers = [], []
     async with ended(frame_server) as connection:
         frame_server.greeting = greeted.append

@@ -1,9 +1,9 @@
 """
-The pool in front of a server on grpc-go, which Topaz is one of.
+Test the pool against a server on grpc-go, as Topaz is.
 
-The other servers of these tests are Python's, whose HTTP/2 is that of the client. What
-differs is how a server says goodbye, how it limits streams and sizes, and what it does
-to clients that ping it too often.
+The other servers of these tests run on Python, with the HTTP/2 library of the client.
+A Go server differs in how it sends GOAWAY, how it limits streams and sizes, and how it
+treats clients that ping too often.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ pytestmark = [
     ),
 ]
 
-# Far beyond what a test takes: who waits so long got no answer.
+# Far longer than a test takes: a caller that waits so long got no answer.
 PATIENCE = 30.0
 USERS = 200
 CONNECTIONS, STREAMS = 20, 10
@@ -51,7 +51,7 @@ CALM = "sent GOAWAY ENHANCE_YOUR_CALM"
 
 @pytest.fixture
 def peers():
-    """Start servers, and see that none was pinged too often."""
+    """Start servers, and check that none of them was pinged too often."""
     with contextlib.ExitStack() as running:
         started = []
 
@@ -62,13 +62,13 @@ def peers():
         yield start
         for peer in started:
             if peer.is_running:
-                peer.send(signal.SIGCONT)  # one that a failed test left frozen
+                peer.send(signal.SIGCONT)  # a process that a failed test left frozen
                 assert peer.count("Frames", CALM) == 0
 
 
 @asynccontextmanager
 async def opened(options, *peers, **settings):
-    """Open a pool, and see that it leaves no socket at the *peers*."""
+    """Open a pool, and check that it leaves no socket at the *peers*."""
     settings = {"min_connections": 0, "acquire_timeout": PATIENCE} | settings
     pool = ConnectionPool(**settings)
     pool.configure(options)
@@ -84,13 +84,13 @@ def peer_config(pool, check_timeout=PATIENCE):
 
 
 async def raw(pool, policy=ALLOWED, timeout=PATIENCE):
-    """Ask on a lease of one's own: nothing is asked twice."""
+    """Make a call on an explicit lease, without a retry."""
     async with pool.acquire() as conn:
         return await conn.decisions(policy_path=policy, timeout=timeout)
 
 
 def kind(error):
-    """Return what an error is, as a word."""
+    """Return the kind of an error as a word."""
     if isinstance(error, grpc.aio.AioRpcError):
         return error.code().name
     if isinstance(error, ConnectFailed):
@@ -99,15 +99,14 @@ def kind(error):
 
 
 class Traffic:
-    """Users who ask one question after the other, and what became of it."""
+    """Users who make one request after another, and their outcomes."""
 
     def __init__(self, pool, check_timeout):
         self.pool = pool
         self.config = peer_config(pool, check_timeout)
         self.answered = 0
         self.time = "before"
-        # With the time in which it was asked, what a failure was: of checks, and of
-        # calls on leases.
+        # Failures of checks and of calls on leases, each with the time of its request.
         self.failures = []
         self.lost = []
         self.stopped = False
@@ -130,18 +129,18 @@ class Traffic:
                 self.answered += 1
 
     async def flows(self, checks=2 * USERS):
-        """Wait until so many more are answered."""
+        """Wait until *checks* more requests are answered."""
         goal = self.answered + checks
         await eventually(lambda: self.answered >= goal, PATIENCE)
 
     def failed(self, time):
-        """Return how many of the checks failed that were asked in that time."""
+        """Return how many of the checks made in that time failed."""
         return sum(asked == time for asked, _ in self.failures)
 
 
 @asynccontextmanager
 async def traffic(options, *peers, leases=0, check_timeout=PATIENCE, **settings):
-    """Let users ask, *leases* of them on leases of their own."""
+    """Let users make requests, *leases* of them on explicit leases."""
     settings = {
         "max_connections": CONNECTIONS,
         "streams_per_connection": STREAMS,
@@ -165,17 +164,17 @@ def kinds(failures):
 
 
 def assert_untouched(pool, peer, connections=1):
-    """No connection was closed, made or suspected."""
+    """Assert that no connection was closed, made or suspected."""
     assert pool._counters.closes == {}
     assert pool.status().suspect == 0
     assert peer.count("Accepted") == peer.count("Open") == connections
 
 
-# -- what is answered ------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------
 
 
 @pytest.mark.uvloop
-async def test_a_server_on_grpc_go_decides_and_tells_its_version(peers):
+async def test_a_grpc_go_server_decides_and_returns_its_version(peers):
     peer = peers()
     async with opened(peer.options, peer) as pool, pool.acquire() as conn:
         assert await conn.decisions(policy_path=ALLOWED) == {"allowed": True}
@@ -191,7 +190,7 @@ async def test_a_server_on_grpc_go_decides_and_tells_its_version(peers):
 
 @pytest.fixture
 def authority(tmp_path):
-    """Make a CA and a certificate for the server, and return where they are."""
+    """Make a CA and a certificate for the server, and return their paths."""
     ca = trustme.CA()
     server = ca.issue_cert("127.0.0.1")
     server.private_key_pem.write_to_path(tmp_path / "key.pem")
@@ -203,9 +202,7 @@ def authority(tmp_path):
 
 
 @pytest.mark.uvloop
-async def test_tls_of_go_is_trusted_with_the_right_ca_and_with_no_other(
-    authority, peers
-):
+async def test_tls_of_go_is_trusted_only_with_the_right_ca(authority, peers):
     peer = peers(tls_cert=authority / "cert.pem", tls_key=authority / "key.pem")
 
     def options(ca):
@@ -225,7 +222,7 @@ async def test_tls_of_go_is_trusted_with_the_right_ca_and_with_no_other(
 # -- sizes and limits ------------------------------------------------------------------
 
 
-async def test_a_request_too_large_for_go_is_said_so_and_costs_no_connection(peers):
+async def test_a_request_too_large_for_go_is_reported_and_costs_no_connection(peers):
     peer = peers()
     large = {"text": "x" * 5 * 2**20}
     async with opened(peer.options, peer) as pool:
@@ -244,10 +241,10 @@ async def test_a_request_too_large_for_go_is_said_so_and_costs_no_connection(pee
         assert_untouched(pool, peer)
 
 
-async def test_metadata_that_go_takes_for_too_long_ends_the_call_or_the_connection(
+async def test_metadata_too_long_for_go_ends_the_call_or_the_connection(
     peers,
 ):
-    # gRPC's core sends whatever it is given, also when the server has told its limit.
+    # gRPC's core sends each message, even if the server has announced a limit.
     peer, usual = peers(max_header=8192), peers()
     request = is_request(ALLOWED, ("allowed",), None, None, None, None)
 
@@ -268,22 +265,22 @@ async def test_metadata_that_go_takes_for_too_long_ends_the_call_or_the_connecti
         assert await status(pool, many) == "INTERNAL"
         assert await raw(pool) == {"allowed": True}
         assert_untouched(pool, peer)
-        # Not even read to its end.
+        # The server does not even read it to its end.
         assert await status(pool, [("x", "y" * 9000)]) == "UNAVAILABLE"
         assert await raw(pool) == {"allowed": True}
-        # By the channel that noticed, or the probe that did not get through.
+        # The channel noticed it, or the probe did not get through.
         await eventually(lambda: sum(pool._counters.closes.values()) == 1)
         assert set(pool._counters.closes) <= {"lost", "unhealthy"}
         await eventually(lambda: peer.count("Open") == 1)
 
 
-async def test_more_calls_than_go_allows_on_a_connection_wait_and_none_fails(peers):
+async def test_calls_beyond_the_stream_limit_of_go_wait_and_do_not_fail(peers):
     peer = peers(max_streams=5, delay="2ms")
     limits = {"max_connections": 2, "streams_per_connection": 120}
     async with traffic(peer.options, peer, leases=100, **limits) as flow:
         await flow.flows(5 * USERS)
         assert flow.pool.status().streams_in_use == USERS
-        # Who is called off in the midst, at the server or before it, leaves room.
+        # A cancelled call leaves room, at the server or before it.
         for _ in range(10):
             with anyio.move_on_after(0.01):
                 async with anyio.create_task_group() as tasks:
@@ -295,35 +292,35 @@ async def test_more_calls_than_go_allows_on_a_connection_wait_and_none_fails(pee
     assert flow.failures == flow.lost == []
 
 
-# -- a server that says goodbye --------------------------------------------------------
+# -- a server that sends GOAWAY --------------------------------------------------------
 
 
-# Of connections that live less than 2 seconds the pool makes few at a time.
+# The pool makes only a few connections at a time that live less than 2 seconds.
 @pytest.mark.parametrize("age, rounds", [("2500ms", 3), ("1s", 1.5)])
-async def test_connections_that_grow_too_old_for_go_fail_neither_check_nor_call(
+async def test_connections_at_the_maximum_age_of_go_fail_no_check_and_no_call(
     age, rounds, peers
 ):
-    # All users have a call under way at once, which takes all connections.
+    # All users have a call in progress at the same time, which uses all connections.
     peer = peers(max_connection_age=age, delay="100ms")
     async with traffic(peer.options, peer, leases=100) as flow:
         await eventually(
             lambda: peer.count("Accepted") >= rounds * CONNECTIONS, PATIENCE
         )
         await flow.flows()
-        # Without those that were told to go and have calls left. The server may accept
-        # a connection before it takes note of the end of the one before.
+        # This excludes connections that got a GOAWAY and still have calls. The server
+        # may accept a connection before it counts the end of the previous one.
         assert peer.count("Most") <= 1.25 * CONNECTIONS
     assert flow.failures == flow.lost == []
 
 
-async def test_connections_that_go_finds_idle_for_too_long_cost_no_call(peers):
+async def test_connections_closed_by_go_as_idle_fail_no_call(peers):
     peer = peers(max_connection_idle="1s", delay="20ms")
     async with opened(peer.options, peer, max_connections=CONNECTIONS) as pool:
 
         async def user(number):
             for step in range(3):
                 assert await raw(pool) == {"allowed": True}
-                # About when the server says goodbye: before, after, and just then.
+                # Around the time of the GOAWAY: before, after, and at the same moment.
                 await anyio.sleep(0.99 + number / 1000 + step / 3000)
 
         async with anyio.create_task_group() as tasks:
@@ -338,12 +335,13 @@ async def test_connections_that_go_finds_idle_for_too_long_cost_no_call(peers):
 
 
 async def recovers(flow):
-    """See that the first attempt after the return of the server is enough."""
+    """Check that the first attempt after the return of the server succeeds."""
     failed_attempts = sum(flow.pool._counters.connect_failures.values())
     flow.time = "back"
     await flow.flows(1)
     flow.time = "after"
-    # One may have been under way when it returned, and to everybody it was told once.
+    # One attempt may have been in progress at the return. All waiting callers got its
+    # error.
     assert sum(flow.pool._counters.connect_failures.values()) <= failed_attempts + 1
     assert flow.failed("back") <= USERS
     await flow.flows(5 * USERS)
@@ -351,9 +349,7 @@ async def recovers(flow):
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-async def test_a_server_that_ends_and_returns_fails_checks_only_while_it_is_away(
-    end, peers
-):
+async def test_a_restarted_server_fails_checks_only_while_it_is_down(end, peers):
     peer = peers(delay="5ms")
     async with traffic(peer.options, peer, leases=100) as flow:
         flow.time = "ending"
@@ -362,11 +358,11 @@ async def test_a_server_that_ends_and_returns_fails_checks_only_while_it_is_away
         await eventually(lambda: flow.failed("away") >= USERS, PATIENCE)
         await run_sync(peer.start)
         await recovers(flow)
-        # What was under way was asked again, and told that there is nobody; or, if the
-        # server was just about to go, that it closed the connection.
+        # Checks in flight were retried, and the retry found no server. If the server
+        # was just about to exit, the error says that it closed the connection.
         assert {"refused"} <= kinds(flow.failures) <= {"refused", "other"}
-    # On a lease nothing is asked again. Also when the server ends in grace a call may
-    # fail: if it is begun when the connection has just been closed.
+    # A call on a lease is not retried. Even at a graceful shutdown such a call can
+    # fail: it may begin just after the connection was closed.
     assert kinds(flow.lost) <= {"refused", "other", "UNAVAILABLE"}
 
 
@@ -381,9 +377,7 @@ async def two_replicas(peers, **settings):
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-async def test_replicas_on_grpc_go_that_end_one_after_the_other_fail_no_check(
-    end, peers
-):
+async def test_a_rolling_restart_of_grpc_go_replicas_fails_no_check(end, peers):
     async with two_replicas(peers, leases=50) as (replicas, flow):
         for peer in replicas:
             await run_sync(peer.end, end)
@@ -391,12 +385,12 @@ async def test_replicas_on_grpc_go_that_end_one_after_the_other_fail_no_check(
             await run_sync(peer.start)
             await eventually(lambda peer=peer: peer.count("Calls", "Is"), PATIENCE)
     assert flow.failures == []
-    # Calls on leases are lost with a server that drops them, and only with such a one.
+    # Calls on leases are lost only with a server that drops them.
     lost = set() if end == signal.SIGTERM else {"UNAVAILABLE"}
     assert kinds(flow.lost) <= lost
 
 
-async def test_a_frozen_replica_fails_what_it_holds_and_little_more(peers):
+async def test_a_frozen_replica_fails_its_calls_and_few_others(peers):
     async with two_replicas(peers, check_timeout=2) as ((peer, _), flow):
         held = peer.count("Serving")
         peer.send(signal.SIGSTOP)
@@ -412,11 +406,11 @@ async def test_a_frozen_replica_fails_what_it_holds_and_little_more(peers):
         assert len(flow.failures) == failed
 
 
-async def test_a_server_that_freezes_alone_serves_as_before_when_it_goes_on(peers):
+async def test_a_single_frozen_server_serves_as_before_when_it_thaws(peers):
     peer = peers(delay="5ms")
     async with traffic(peer.options, peer, check_timeout=2) as flow:
         peer.send(signal.SIGSTOP)
-        # Some have leases left that were taken just before.
+        # Some users still have leases that they took just before.
         await eventually(
             lambda: all(c.condition == "leaving" for c in flow.pool.connections()),
             PATIENCE,
@@ -428,10 +422,10 @@ async def test_a_server_that_freezes_alone_serves_as_before_when_it_goes_on(peer
         await recovers(flow)
 
 
-# -- calls that are given up, and pings ------------------------------------------------
+# -- cancelled calls, and pings --------------------------------------------------------
 
 
-async def test_a_cancelled_check_is_cancelled_at_the_server(peers):
+async def test_a_cancelled_check_is_cancelled_on_the_server(peers):
     peer = peers()
     async with opened(peer.options, peer, streams_per_connection=50) as pool:
         for calls in (100, 200, 300):
@@ -453,13 +447,13 @@ async def test_a_cancelled_check_is_cancelled_at_the_server(peers):
 
 
 def hasten(monkeypatch, milliseconds):
-    """Let new connections ping so often, and as often as that without an answer."""
+    """Let new connections ping at this interval, with this many pings without data."""
     usual = _channel._channel_options
     changes = {
         "grpc.keepalive_time_ms": milliseconds,
-        # By default gRPC's core sends no third one for a minute.
+        # By default gRPC's core sends no third ping for a minute.
         "grpc.http2.max_pings_without_data": 0,
-        # Nor one that measures the bandwidth after an answer.
+        # Disable the ping that measures the bandwidth after an answer too.
         "grpc.http2.bdp_probe": 0,
     }
 
@@ -469,12 +463,14 @@ def hasten(monkeypatch, milliseconds):
     monkeypatch.setattr(_channel, "_channel_options", options)
 
 
-# The same options on all backends, and some seconds to wait for.
+# The options are the same on all backends, and the test waits some seconds.
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_pings_are_few_enough_for_go(monkeypatch, peers):
     options = dict(_channel._channel_options(10.0))
-    assert options["grpc.keepalive_time_ms"] > 300_000, "Go allows one in 5 minutes"
-    # In small: what is 5 minutes there is a second here.
+    assert options["grpc.keepalive_time_ms"] > 300_000, (
+        "Go allows one ping in 5 minutes"
+    )
+    # Scaled down: 5 minutes become one second here.
     hasten(monkeypatch, 1300)
     idle, busy = peers(min_ping="1s"), peers(min_ping="1s")
 
@@ -489,7 +485,7 @@ async def test_pings_are_few_enough_for_go(monkeypatch, peers):
         assert await raw(other) == {"allowed": True}
         tasks.start_soon(raw, pool, HELD)
         await eventually(lambda: pings(busy) >= 1)
-        # To a stricter server the fourth is the third too many.
+        # For a stricter server the fourth ping is the third one too many.
         with Gopeer(min_ping="1h") as strict:
             async with opened(strict.options, strict) as third:
                 with pytest.raises(grpc.aio.AioRpcError) as calmed:
@@ -500,7 +496,7 @@ async def test_pings_are_few_enough_for_go(monkeypatch, peers):
                 assert await raw(third) == {"allowed": True}
         await eventually(lambda: pings(busy) >= 4)
         tasks.cancel_scope.cancel()
-        assert pings(idle) == 0, "without calls there are none"
+        assert pings(idle) == 0, "without calls there are no pings"
         assert await raw(pool) == await raw(other) == {"allowed": True}
         assert_untouched(pool, busy)
         assert_untouched(other, idle)

@@ -1,8 +1,8 @@
 """
-Three habits of grpc.aio that no caller may ever meet, and gRPC on trio.
+Test that three traps of grpc.aio never reach a caller, and gRPC on trio.
 
-The controls run the same code against bare grpc.aio and show that the habits are
-there: the day one of them fails, gRPC was repaired and our cure can go.
+The controls run the same code against bare grpc.aio and show that the traps exist. If a
+control fails, gRPC was repaired and the workaround here can go.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IS = "/aserto.authorizer.v2.Authorizer/Is"
 
 
 def on_asyncio(test):
-    """Run a coroutine function as a test on asyncio alone, with and without uvloop."""
+    """Run a coroutine function as a test on asyncio only, with and without uvloop."""
 
     @pytest.mark.parametrize("use_uvloop", [False, True], ids=["asyncio", "uvloop"])
     @functools.wraps(test)
@@ -70,7 +70,7 @@ async def inner_scope(call, in_flight):
     with anyio.move_on_after(NEVER) as outer:
         with anyio.move_on_after(0.1) as inner:
             await call()
-        # The outer one goes on.
+        # The outer scope continues.
         await anyio.lowlevel.checkpoint()
     assert inner.cancelled_caught
     assert not outer.cancelled_caught
@@ -115,7 +115,7 @@ async def one_task_of_a_group(call, in_flight):
         tasks.start_soon(cancellable)
         await in_flight()
         scope.cancel()
-    # Not vanished: it ran to its end.
+    # The caller did not vanish: it ran to its end.
     assert ended == [True]
 
 
@@ -128,7 +128,7 @@ PROMISES = [
     task_group,
     one_task_of_a_group,
 ]
-# Cancelling the whole group works, because nobody looks at how its tasks end.
+# Cancelling the whole group works, because the group ignores how its tasks end.
 BROKEN = [promise for promise in PROMISES if promise is not task_group]
 
 
@@ -145,8 +145,8 @@ async def test_a_cancelled_call_ends_as_anyio_promises(authorizer, call, promise
 
     with anyio.fail_after(PATIENCE):
         await promise(call, in_flight)
-    # The server is told, if the call got there in time, and the connection is as good
-    # as before.
+    # The server gets the cancellation if the call arrived in time, and the connection
+    # stays good.
     await eventually(lambda: authorizer.cancelled == authorizer.calls["Info"])
     await eventually(lambda: authorizer.streams == 0)
     authorizer.heal()
@@ -155,7 +155,7 @@ async def test_a_cancelled_call_ends_as_anyio_promises(authorizer, call, promise
 
 
 @pytest.mark.parametrize("promise", BROKEN, ids=name)
-def test_a_cancelled_call_of_bare_grpc_does_not(authorizer, promise):
+def test_a_cancelled_call_of_bare_grpc_breaks_the_promise_of_anyio(authorizer, promise):
     authorizer.delay = NEVER
 
     async def in_flight():
@@ -168,8 +168,8 @@ def test_a_cancelled_call_of_bare_grpc_does_not(authorizer, promise):
             return task
 
     task = anyio.run(main, backend="asyncio")
-    # Nobody cancelled the task, and yet it ended as if somebody had; or, where a
-    # task group swallowed that, without having done its work.
+    # The task was not cancelled, and still ended as cancelled. If a task group
+    # swallowed that, the task ended without its work done.
     assert task.done()
     assert task.cancelled() or isinstance(task.exception(), AssertionError)
 
@@ -181,7 +181,7 @@ async def test_a_scope_that_ends_before_the_call_begins_sends_nothing(authorizer
     assert scope.cancelled_caught
     authorizer.delay = 0
     await call()
-    # On asyncio the request may be on its way by then; it is taken back.
+    # On asyncio the request may already be on its way. It is then cancelled.
     await eventually(lambda: authorizer.streams == 0)
     assert authorizer.calls["Info"] - authorizer.cancelled <= 2
 
@@ -197,7 +197,7 @@ async def test_a_shielded_call_is_not_cancelled(authorizer, call):
     assert authorizer.cancelled == 0
 
 
-async def test_cancelling_some_calls_leaves_the_others_of_the_connection_alone(
+async def test_cancelling_some_calls_does_not_affect_others_on_the_connection(
     authorizer, connection
 ):
     answers, ended, scopes, decided = [], [], [], []
@@ -236,18 +236,18 @@ async def test_cancelling_some_calls_leaves_the_others_of_the_connection_alone(
     assert authorizer.connections_accepted == 1
 
 
-async def test_a_cancelled_call_is_cancelled_however_often_one_tries(authorizer, call):
+async def test_a_call_is_cancelled_at_any_moment_in_many_tries(authorizer, call):
     authorizer.delay = NEVER
     with anyio.fail_after(PATIENCE):
         for step in range(50):
-            # Before, while and after the request is sent.
+            # Cancel before, while and after the request is sent.
             with anyio.move_on_after(step * 0.0001) as scope:
                 await call()
             assert scope.cancelled_caught
     await eventually(lambda: authorizer.streams == 0)
 
 
-async def test_an_answer_that_races_with_a_cancellation_is_one_of_the_two(
+async def test_an_answer_racing_with_a_cancellation_ends_as_one_of_the_two(
     authorizer, call
 ):
     outcomes = set()
@@ -310,12 +310,10 @@ async def test_a_native_task_group_sees_its_calls_cancelled(authorizer, use_uvlo
         await eventually(lambda: authorizer.cancelled == 2)
 
 
-# -- the server's own words
+# -- statuses and details of the server
 
 
-async def test_cancelled_by_the_server_is_an_answer_and_no_cancellation(
-    authorizer, call
-):
+async def test_a_cancelled_status_of_the_server_is_an_answer(authorizer, call):
     authorizer.fail("CANCELLED", "the policy engine gave up")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call()
@@ -336,7 +334,7 @@ async def test_every_status_arrives_with_code_and_details(authorizer, call, code
     assert b"embedded" in await call()
 
 
-async def test_a_deadline_is_the_servers_too(authorizer, call):
+async def test_a_deadline_applies_on_the_server_too(authorizer, call):
     authorizer.delay = NEVER
     with anyio.fail_after(PATIENCE), pytest.raises(grpc.aio.AioRpcError) as caught:
         await call(timeout=0.3)
@@ -348,7 +346,7 @@ async def test_a_deadline_is_the_servers_too(authorizer, call):
 
 
 class LongestStep(trio.abc.Instrument):
-    """Measures how long the loop was ever held up by one task."""
+    """Measures the longest time that one task blocked the loop."""
 
     def __init__(self):
         self.longest = 0.0
@@ -362,7 +360,7 @@ class LongestStep(trio.abc.Instrument):
             self.longest = max(self.longest, time.perf_counter() - self._began)
 
 
-def test_trio_never_waits_for_the_server(authorizer):
+def test_the_trio_loop_never_blocks_on_the_server(authorizer):
     authorizer.delay = 1.0
     answers, ticks = [], []
 
@@ -398,13 +396,13 @@ def test_trio_never_waits_for_the_server(authorizer):
         longest = trio.run(main)
     assert len(answers) == 50
     assert authorizer.connections_accepted == 50
-    # The server took a second for each answer, the loop at no time that long, even if
-    # it had to wait for a busy machine.
+    # The server took a second for each answer. The loop was never blocked that long,
+    # even on a busy machine.
     assert longest < 0.9
     assert len(ticks) > 20
 
 
-def test_no_thread_is_left_when_trio_has_ended(authorizer):
+def test_no_thread_is_left_after_trio_ended(authorizer):
     async def main():
         async def use():
             connection = await GrpcConnector(authorizer.options.target).connect(10)
@@ -418,7 +416,8 @@ def test_no_thread_is_left_when_trio_has_ended(authorizer):
     before = set(threading.enumerate())
     for _ in range(3):
         trio.run(main)
-        # Ours is gone at once; grpc's own may take a moment.
+        # The thread of this package is gone at once. gRPC's own threads may take a
+        # moment.
         left = set(threading.enumerate()) - before
         assert not [thread for thread in left if "topaz" in thread.name]
     deadline = time.monotonic() + PATIENCE
@@ -442,7 +441,7 @@ def test_all_connections_of_trio_share_one_thread(authorizer):
     assert len(trio.run(main)) == 1
 
 
-def test_a_connection_that_nobody_closed_does_not_keep_python_alive(authorizer):
+def test_an_unclosed_connection_does_not_keep_python_alive(authorizer):
     program = f"""
         import sys
         import anyio

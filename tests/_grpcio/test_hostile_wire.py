@@ -1,8 +1,8 @@
 """
-An answer that breaks HTTP/2 or gRPC is an error, whatever its message says.
+Test that any answer that violates HTTP/2 or gRPC is an error.
 
-A server writes frames by hand. Each answer here holds a message that allows, and breaks
-a rule that gRPC's core, or the transport, has to notice.
+A server writes frames by hand. Each answer contains a message that allows, and violates
+a rule that gRPC's core or the transport has to check.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from kit.fuzzing import examples
 
 pytestmark = pytest.mark.real_clock
 
-# Far beyond what a test takes.
+# Far longer than a test takes.
 PATIENCE = 20.0
-# For an answer that gRPC waits on until the deadline.
+# The time limit for an answer that gRPC waits for until the deadline.
 SOON = 0.3
 GRPC = tuple(map(int, grpc.__version__.split(".")[:2]))
 
@@ -84,7 +84,7 @@ def trailer(name, value):
 
 
 def frames(*steps):
-    """Return a script of what a wire is told in turn: names, then arguments."""
+    """Return a script that sends these frames in turn, given as names and arguments."""
 
     def script(wire, stream, _method):
         for name, *arguments in steps:
@@ -125,7 +125,7 @@ GOOD = {
 }
 
 HOSTILE = {
-    # What proxies and web servers say.
+    # Answers of proxies and web servers.
     **{
         f":status {value}": status(value)
         for value in (
@@ -145,7 +145,7 @@ HOSTILE = {
         [(":status", "200"), ("content-type", "text/html")], b"<p>allowed: true</p>"
     ),
     "JSON": answer(body=b'{"allowed":true}'),
-    # The status of gRPC.
+    # Violations in the gRPC status.
     **{
         f"grpc-status {value!r}": ending(value)
         for value in (
@@ -160,7 +160,7 @@ HOSTILE = {
     "headers that end": frames(("headers", HEAD, END), BODY, ("headers", TAIL, END)),
     "details of an error": trailer("grpc-status-details-bin", "CAc="),
     "details of an error in the headers": header("grpc-status-details-bin", "CAc="),
-    # The message.
+    # Violations in the message.
     "no message": answer(body=b""),
     "an empty message": answer(body=message(b"")),
     "a prefix that is cut": answer(body=message(ALLOW)[:3]),
@@ -175,7 +175,7 @@ HOSTILE = {
     "an encoding that nobody knows": header("grpc-encoding", "secret"),
     "another length": header("content-length", "0"),
     "another length in the trailers": trailer("content-length", "1000"),
-    # Frames.
+    # Violations in frames.
     "trailers without an end": frames(("headers", HEAD), BODY, ("headers", TAIL)),
     "trailers twice": frames(
         ("headers", HEAD), BODY, ("headers", TAIL), ("headers", TAIL, END)
@@ -221,7 +221,7 @@ HOSTILE = {
         if code != REFUSED_STREAM
     },
     "a close before the trailers": frames(("headers", HEAD), BODY, ("close",)),
-    # Headers.
+    # Violations in headers.
     **{
         f"{place.__name__} {name!r}": place(name, value)
         for place in (header, trailer)
@@ -253,7 +253,7 @@ SLOW = {
     ),
     "headers alone": frames(("headers", HEAD)),
     "nothing": frames(),
-    # The check is sent again until the deadline, because no server has begun it.
+    # The check is resent until its deadline, because no server has begun it.
     "a reset with 7 before the trailers": frames(
         ("headers", HEAD), BODY, ("reset", REFUSED_STREAM)
     ),
@@ -262,8 +262,8 @@ SLOW = {
     ),
 }
 
-# gRPC's core removes these fields, or lets the last one win: neither grpc.aio nor the
-# objects below it tell what they were. `docs/topaz.md` says so.
+# gRPC's core removes these fields, or uses the last one. Neither grpc.aio nor the
+# objects below it show the originals. `docs/topaz.md` documents this.
 HIDDEN = {
     **{
         f"content-type {value!r}": answer([(":status", "200"), ("content-type", value)])
@@ -299,7 +299,7 @@ async def opened(frame_server, timeout=PATIENCE):
 
 
 async def end_of(config, policy=POLICY):
-    """Return what a check answers, or the error it raises."""
+    """Return the answer of a check, or the error it raises."""
     try:
         return await config.is_allowed(REQUEST, policy)
     except (grpc.aio.AioRpcError, TopazError) as error:
@@ -311,7 +311,7 @@ def assert_error(end):
 
 
 def to_checks(script):
-    """Return a script that answers the probe well, and each check by *script*."""
+    """Return a script that answers the probe correctly, and each check by *script*."""
     return lambda *request: (script if request[-1] == "Is" else answer())(*request)
 
 
@@ -320,14 +320,14 @@ def of(scripts):
 
 
 @of(GOOD)
-async def test_an_answer_that_keeps_the_rules_counts(frame_server, script):
+async def test_an_answer_that_follows_the_protocol_counts(frame_server, script):
     frame_server.script = script
     async with opened(frame_server) as config:
         assert await end_of(config) is True
 
 
 @of(HOSTILE)
-async def test_an_answer_that_breaks_the_rules_is_an_error(frame_server, script):
+async def test_an_answer_that_violates_the_protocol_is_an_error(frame_server, script):
     frame_server.script = to_checks(script)
     async with opened(frame_server) as config:
         assert_error(await end_of(config))
@@ -335,16 +335,14 @@ async def test_an_answer_that_breaks_the_rules_is_an_error(frame_server, script)
 
 
 @of(SLOW)
-async def test_an_answer_that_does_not_end_is_an_error_at_its_deadline(
-    frame_server, script
-):
+async def test_an_unfinished_answer_is_an_error_at_its_deadline(frame_server, script):
     frame_server.script = to_checks(script)
     async with opened(frame_server, SOON) as config:
         assert_error(await end_of(config))
     assert frame_server.calls["Is"] >= 1
 
 
-# Each waits for new attempts to connect, so a few are enough by default.
+# Each case waits for new connect attempts, so a few cases suffice by default.
 PROBES = {
     *(":status 503", "grpc-status '7'", "no grpc-status", "a message that is cut"),
     *("HTTP/1.1", "a close before the trailers", "header 'connection'", "nothing"),
@@ -358,7 +356,7 @@ PROBES = {
         for name, script in (HOSTILE | SLOW).items()
     ],
 )
-async def test_a_check_is_an_error_also_if_the_probe_is_answered_like_it(
+async def test_a_check_is_an_error_if_the_probe_gets_the_same_hostile_answer(
     frame_server, script
 ):
     frame_server.script = script
@@ -379,17 +377,17 @@ async def test_a_compressed_message_without_an_encoding_is_an_error(frame_server
     reason="gRPC's core does not tell what it read", raises=AssertionError
 )
 @of(HIDDEN)
-async def test_what_grpc_hides_is_an_error(frame_server, script):
+async def test_a_violation_hidden_by_grpc_is_an_error(frame_server, script):
     frame_server.script = script
     async with opened(frame_server) as config:
         assert_error(await end_of(config))
 
 
 @pytest.mark.parametrize("name", ["connection", "x-lines"])
-async def test_a_call_of_grpc_aio_itself_is_checked_too(
+async def test_a_call_through_public_grpc_aio_is_checked_too(
     frame_server, name, monkeypatch
 ):
-    # As with a gRPC whose inside is not known.
+    # As with a gRPC version whose private attributes are unknown.
     monkeypatch.setattr(_call, "_call_class", _call.TaskCall)
     async with opened(frame_server) as config:
         assert await end_of(config) is True
@@ -426,7 +424,7 @@ async def test_the_answer_after_a_hostile_one_counts(frame_server):
         (HOSTILE["no message"], 503),
     ],
 )
-def test_a_route_is_open_only_by_a_clear_answer(frame_server, backend, script, code):
+def test_a_route_is_allowed_only_by_a_clear_answer(frame_server, backend, script, code):
     frame_server.script = script
     config = single_config(frame_server)
     app = FastAPI(lifespan=config.lifespan)
@@ -466,14 +464,14 @@ hostile = st.one_of(
     st.lists(st.sampled_from("0123456789"), min_size=1, max_size=4)
     .filter(lambda values: values[-1] != "0")
     .map(lambda values: ending(*values)),
-    # Cut off at any place, or gone on with anything.
+    # Truncate at any place, or append any bytes.
     st.tuples(st.integers(0, len(CORRECT) - 1), st.binary(max_size=30)).map(
         lambda cut: frames(("send", CORRECT[: cut[0]]), ("close",))
     ),
     st.tuples(st.integers(0, len(CORRECT) - 1), st.integers(0, 20)).map(
         lambda cut: frames(("send", CORRECT[: cut[0]]), ("reset", cut[1]), ("close",))
     ),
-    # Any message that does not say yes, and any frame of it.
+    # Any message that does not say yes, with any framing.
     st.binary(max_size=40)
     .filter(lambda data: ALLOW not in data)
     .map(lambda data: answer(body=message(data))),
@@ -490,7 +488,7 @@ hostile = st.one_of(
 @backends
 @examples(60)
 @given(script=hostile)
-def test_no_generated_answer_allows(backend, script):
+def test_no_generated_answer_is_an_allow(backend, script):
     async def use():
         with FrameServer(script) as frame_server:
             async with opened(frame_server, SOON) as config:
@@ -501,7 +499,9 @@ def test_no_generated_answer_allows(backend, script):
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_each_question_gets_its_own_answer(frame_server, seed):
-    """Answers come out of order, in pieces, and more than one for some streams."""
+    """
+    A server that answers out of order, in pieces, and more than once on some streams.
+    """
     random_ = random.Random(seed)
     decided = {f"app.p{number}": random_.random() < 0.5 for number in range(12)}
     waiting = []
@@ -523,7 +523,7 @@ async def test_each_question_gets_its_own_answer(frame_server, seed):
                 frame(DATA, 0, one, body[cut:]),
                 frame(HEADERS, END_HEADERS | 1, one, block(TAIL)),
             ]
-            # Nobody may read what comes after the end.
+            # No call may read the data after the end.
             steps.append(frame(DATA, 0, one, message(ALLOW)))
             pieces.append(steps)
         while pieces:
@@ -552,5 +552,5 @@ async def test_each_question_gets_its_own_answer(frame_server, seed):
     assert ends == decided
 
 
-def test_there_are_at_least_fifty_of_them():
+def test_there_are_at_least_fifty_hostile_answers():
     assert len(HOSTILE) + len(SLOW) >= 50

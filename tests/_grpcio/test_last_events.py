@@ -1,4 +1,4 @@
-"""gRPC reports to a loop all that it began there, before that loop is closed."""
+"""Test that gRPC reports all its operations to a loop before that loop is closed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from kit.backends import asyncio_only, backends
 
 @pytest.fixture
 def ports(embedded_authorizer):
-    """Servers that answer, refuse, and accept without an answer: plaintext and TLS."""
+    """
+    Servers that answer, refuse, or accept without an answer, in plaintext and TLS.
+    """
     with socket.socket() as silent, socket.socket() as refusing:
         silent.bind(("127.0.0.1", 0))
         silent.listen(1000)
@@ -93,7 +95,7 @@ async def pool_left_open(options, seconds):
 
 
 @pytest.mark.filterwarnings("ignore:the pool was not closed:ResourceWarning")
-# anyio says so of a task that asyncio.run cancels before its first step.
+# anyio logs this for a task that asyncio.run cancels before its first step.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.parametrize(
     "work",
@@ -107,10 +109,10 @@ async def pool_left_open(options, seconds):
 )
 @backends
 def test_nothing_is_reported_to_a_closed_loop(caplog, ports, backend, work):
-    # Less and more than all that takes, in steps of 0.2 ms.
+    # Time limits below and above the total duration, in steps of 0.2 ms.
     for step, options in zip(range(30), itertools.cycle(ports), strict=False):
         anyio.run(work, options, 0.0002 * (1 + step), backend=backend)
-    # A loop passes on what is left of others before it can do this.
+    # A loop delivers pending events of earlier loops before this ends.
     anyio.run(connect_out_of_time, ports[0], 5, backend=backend)
     logged = [record for record in caplog.records if record.name == "asyncio"]
     wrong = [record for record in logged if record.levelno >= logging.ERROR]
@@ -118,7 +120,7 @@ def test_nothing_is_reported_to_a_closed_loop(caplog, ports, backend, work):
 
 
 @asyncio_only
-async def test_the_report_is_waited_for_however_often_that_is_cancelled():
+async def test_waiting_for_the_report_survives_repeated_cancellation():
     operation = asyncio.get_running_loop().create_future()
     waiting = asyncio.ensure_future(until_reported(operation))
     for _ in range(3):
@@ -132,7 +134,7 @@ async def test_the_report_is_waited_for_however_often_that_is_cancelled():
 
 
 @asyncio_only
-async def test_the_report_is_not_waited_for_without_an_end():
+async def test_waiting_for_the_report_has_a_time_limit():
     operation = asyncio.get_running_loop().create_future()
     began = anyio.current_time()
     await until_reported(operation)
@@ -140,10 +142,10 @@ async def test_the_report_is_not_waited_for_without_an_end():
     assert not operation.done()
 
 
-# anyio cancels in each turn of the loop, so a virtual clock would never move.
+# anyio cancels in each turn of the loop, so a virtual clock would never advance.
 @asyncio_only
 @pytest.mark.real_clock
-async def test_the_report_is_waited_for_in_a_cancelled_scope():
+async def test_waiting_for_the_report_works_in_a_cancelled_scope():
     operation = asyncio.get_running_loop().create_future()
     with anyio.CancelScope() as scope:
         scope.cancel()

@@ -1,4 +1,4 @@
-"""The thread whose asyncio loop serves gRPC on trio."""
+"""Test the thread whose asyncio loop drives gRPC on trio."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastapi_topaz import ConnectFailed, ConnectionPool
 from kit.threads import in_a_thread
 
 
-# Far beyond what a test takes.
+# Far longer than a test takes.
 PATIENCE = 20.0
 
 
 @pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)
-async def test_an_error_lands_where_it_is_awaited():
+async def test_an_error_is_raised_where_it_is_awaited():
     from fastapi_topaz._grpcio.loop_thread import _Landing
 
     landing = _Landing()
@@ -36,7 +36,7 @@ async def test_an_error_lands_where_it_is_awaited():
         running.send(None)
 
 
-def test_what_lands_after_the_end_of_trio_is_dropped():
+def test_a_result_after_the_end_of_trio_is_dropped():
     from fastapi_topaz._grpcio.loop_thread import _Landing
 
     stepped = []
@@ -52,7 +52,7 @@ def test_what_lands_after_the_end_of_trio_is_dropped():
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)
-async def test_a_loop_that_cannot_be_made_is_a_failed_attempt(
+async def test_a_loop_that_cannot_be_created_is_a_failed_attempt(
     monkeypatch, embedded_authorizer
 ):
     from fastapi_topaz._grpcio import loop_thread as _loop_thread
@@ -73,7 +73,7 @@ async def test_a_loop_that_cannot_be_made_is_a_failed_attempt(
             assert await conn.info()
 
 
-def test_a_bug_in_the_loop_thread_is_told_of(monkeypatch):
+def test_a_bug_in_the_loop_thread_is_reported(monkeypatch):
     from fastapi_topaz._grpcio.loop_thread import LoopThread
 
     class Broken(LoopThread):

@@ -1,4 +1,4 @@
-"""The peer of a connection, read from channelz."""
+"""Test the peer of a connection, read from channelz."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from grpc._cython import cygrpc
 from kit.channels import connected
 
 
-# Far beyond what a test takes.
+# Far longer than a test takes.
 PATIENCE = 20.0
 
 
@@ -25,7 +25,7 @@ BOOKS = [
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("book", BOOKS)
-async def test_a_connection_works_where_its_peer_cannot_be_read(
+async def test_a_connection_works_if_its_peer_cannot_be_read(
     book, monkeypatch, embedded_authorizer
 ):
     monkeypatch.setattr(cygrpc, book, unreadable)
@@ -37,10 +37,10 @@ async def test_a_connection_works_where_its_peer_cannot_be_read(
 
 
 @pytest.mark.real_clock
-async def test_an_address_without_a_socket_is_nobodys_peer(
+async def test_an_address_without_a_socket_gives_no_peer(
     monkeypatch, embedded_authorizer
 ):
-    # As that of a server that was tried, and did not answer.
+    # As for a server that was tried and did not answer.
     monkeypatch.setattr(
         cygrpc, "channelz_get_subchannel", lambda _: b'{"subchannel": {}}'
     )
@@ -49,7 +49,7 @@ async def test_an_address_without_a_socket_is_nobodys_peer(
 
 
 @pytest.mark.real_clock
-async def test_a_socket_that_cannot_be_read_is_not_taken_for_lost(
+async def test_an_unreadable_socket_is_not_treated_as_lost(
     monkeypatch, embedded_authorizer
 ):
     async with connected(embedded_authorizer.options) as connection:

@@ -1,4 +1,4 @@
-"""The pool warns once if the api_key crosses a network in plaintext."""
+"""Test that the pool warns once if the api_key crosses a network in plaintext."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ ELSEWHERE = [
 
 
 @pytest.mark.parametrize("url", LOOPBACK)
-def test_a_loopback_is_known(url):
+def test_a_loopback_address_is_recognized(url):
     assert is_loopback(url)
 
 
 @pytest.mark.parametrize("url", ELSEWHERE)
-def test_anything_else_is_no_loopback(url):
+def test_other_addresses_are_not_loopback(url):
     assert not is_loopback(url)
 
 
@@ -74,9 +74,9 @@ def pool_of(**options):
 
 
 @pytest.mark.parametrize("url", ["topaz.example.com:8282", "dns:///10.0.0.1:8282"])
-async def test_a_key_in_plaintext_logs_one_warning(url, caplog):
+async def test_an_api_key_in_plaintext_logs_one_warning(url, caplog):
     pool = pool_of(url=url, api_key=KEY, insecure=True)
-    assert not warned(caplog), "logging may not be set up when pools are built"
+    assert not warned(caplog), "logging may not be configured when pools are built"
     for _ in range(3):
         await open_and_close(pool)
     (line,) = warned(caplog)
@@ -86,13 +86,13 @@ async def test_a_key_in_plaintext_logs_one_warning(url, caplog):
     assert KEY not in caplog.text
 
 
-async def test_each_authorizer_has_a_warning_of_its_own(caplog):
+async def test_each_authorizer_gets_its_own_warning(caplog):
     for url in ("one.example.com:8282", "two.example.com:8282"):
         await open_and_close(pool_of(url=url, api_key=KEY, insecure=True))
     assert ["one" in warned(caplog)[0], "two" in warned(caplog)[1]] == [True, True]
 
 
-async def test_the_first_acquire_warns_as_well(caplog):
+async def test_the_first_acquire_warns_too(caplog):
     config = TopazConfig(
         authorizer_options=AuthorizerOptions(
             url="ipv4:192.0.2.1:8282", api_key=KEY, insecure=True
@@ -119,6 +119,6 @@ async def test_the_first_acquire_warns_as_well(caplog):
     ],
     ids=str,
 )
-async def test_nothing_else_logs_a_warning(options, caplog):
+async def test_other_configurations_log_no_warning(options, caplog):
     await open_and_close(pool_of(**options))
     assert not warned(caplog)

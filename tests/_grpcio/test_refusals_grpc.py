@@ -1,4 +1,4 @@
-"""What the pool makes of the answers of a proxy whose server is down: real sockets."""
+"""Test how the pool handles answers of a proxy whose server is down: real sockets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def ask(pool):
 
 
 async def recovers(pool):
-    """Ask until a probe that was refused before has ended, too."""
+    """Make calls until a probe that was refused before has ended too."""
     with anyio.fail_after(PATIENCE):
         while True:
             try:
@@ -65,7 +65,7 @@ REFUSALS = {
     "headers": (headers("no healthy upstream"), "no healthy upstream"),
     "trailers": (trailers("no healthy upstream"), "no healthy upstream"),
     "no text": (headers(""), "UNAVAILABLE"),
-    # Words of gRPC that a proxy passes on from its own connection to the server.
+    # Error texts of gRPC that a proxy forwards from its own connection to the server.
     "Socket closed": (headers("Socket closed"), "Socket closed"),
     "Stream removed": (headers("Stream removed (Socket closed)"), "Socket closed"),
     "reset": (
@@ -82,7 +82,7 @@ REFUSALS = {
 }
 
 
-# Each takes more than a second, so by default some are met on one backend alone.
+# Each case takes more than a second, so by default some run on one backend only.
 ON_BOTH = {"HTTP 503", "HTTP 200 with a page", "headers", "trailers", "GOAWAY"}
 ON_BOTH |= {"HTTP 200 without a status", "streams are reset"}
 
@@ -102,7 +102,7 @@ ON_BOTH |= {"HTTP 200 without a status", "streams are reset"}
     ],
     indirect=["anyio_backend"],
 )
-async def test_an_answer_of_a_proxy_is_an_outage_and_closes_no_connection(
+async def test_a_proxy_answer_is_an_outage_and_closes_no_connection(
     lenient_http2_server, name, caplog
 ):
     refuse, text = REFUSALS[name]
@@ -132,7 +132,7 @@ async def test_an_answer_of_a_proxy_is_an_outage_and_closes_no_connection(
 
 
 @pytest.mark.parametrize("name", ["HTTP 502", "headers"])
-async def test_a_pool_that_opens_in_an_outage_keeps_what_it_connects(
+async def test_a_pool_opened_during_an_outage_keeps_its_connections(
     lenient_http2_server, name
 ):
     refuse, text = REFUSALS[name]
@@ -152,7 +152,7 @@ async def test_a_pool_that_opens_in_an_outage_keeps_what_it_connects(
             await recovers(pool)
 
 
-async def test_a_check_is_asked_again_on_a_connection_that_is_not_refused(
+async def test_a_refused_check_is_retried_on_a_connection_without_a_refusal(
     lenient_http2_server,
 ):
     async with make_unspread(lenient_http2_server, max_connections=2) as pool:
@@ -173,7 +173,7 @@ async def test_a_check_is_asked_again_on_a_connection_that_is_not_refused(
         (http(502), "status: 502", True),
     ],
 )
-async def test_the_words_of_a_proxy_are_for_the_caller_and_not_for_the_log(
+async def test_the_details_of_a_proxy_reach_the_caller_and_not_the_log(
     lenient_http2_server, caplog, refuse, text, is_logged
 ):
     async with make_unspread(lenient_http2_server, max_connections=1) as pool:
@@ -220,10 +220,10 @@ async def test_a_rate_limit_closes_no_connection(lenient_http2_server):
         assert lenient_http2_server.accepted == 5
 
 
-# -- a server that is no authorizer ---------------------------------------------------
+# -- a server that is not an authorizer -----------------------------------------------
 
 
-async def test_a_server_without_the_authorizer_fails_at_once_and_for_good(
+async def test_a_server_without_the_authorizer_fails_at_once_and_permanently(
     embedded_authorizer, caplog
 ):
     embedded_authorizer.fail("UNIMPLEMENTED")
@@ -244,7 +244,7 @@ async def test_a_server_without_the_authorizer_fails_at_once_and_for_good(
     await eventually(lambda: embedded_authorizer.connections_open == 0)
 
 
-async def test_a_connection_counts_once_its_first_probe_is_answered(
+async def test_a_connection_counts_after_its_first_probe_is_answered(
     lenient_http2_server,
 ):
     async with make_unspread(lenient_http2_server) as pool:
@@ -257,7 +257,7 @@ async def test_a_connection_counts_once_its_first_probe_is_answered(
         assert lenient_http2_server.calls == {"Info": 1, "Is": 1}
 
 
-async def test_a_connection_that_ends_under_its_first_probe_is_a_failed_attempt(
+async def test_a_connection_that_ends_in_its_first_probe_is_a_failed_attempt(
     lenient_http2_server,
 ):
     async with make_unspread(lenient_http2_server, max_retries=0) as pool:
@@ -271,7 +271,7 @@ async def test_a_connection_that_ends_under_its_first_probe_is_a_failed_attempt(
         assert pool._counters.connects == 0
 
 
-async def test_a_connection_that_answers_nothing_in_time_is_a_failed_attempt(
+async def test_a_connection_without_an_answer_in_time_is_a_failed_attempt(
     lenient_http2_server,
 ):
     async with make_unspread(
@@ -284,7 +284,7 @@ async def test_a_connection_that_answers_nothing_in_time_is_a_failed_attempt(
         lenient_http2_server.let_go()
 
 
-async def test_closing_the_pool_closes_a_connection_under_its_first_probe(
+async def test_closing_the_pool_closes_a_connection_in_its_first_probe(
     lenient_http2_server,
 ):
     pool = make_unspread(lenient_http2_server)
@@ -301,12 +301,12 @@ async def test_closing_the_pool_closes_a_connection_under_its_first_probe(
     await eventually(lambda: lenient_http2_server.open == 0, PATIENCE)
 
 
-# -- certainly not processed ----------------------------------------------------------
+# -- calls that were certainly not processed ------------------------------------------
 
 
 @pytest.mark.parametrize("times", [1, 2, 5])
 @pytest.mark.parametrize("how", ["REFUSED_STREAM", "GOAWAY"])
-async def test_a_check_that_was_not_processed_is_sent_again_for_free(
+async def test_an_unprocessed_check_is_resent_without_using_its_retry(
     lenient_http2_server, times, how
 ):
     async with make_unspread(lenient_http2_server, max_connections=2) as pool:
@@ -326,7 +326,7 @@ async def test_a_check_that_was_not_processed_is_sent_again_for_free(
         assert pool._counters.connect_failures == {}
 
 
-async def test_free_repeats_slow_down_and_end_with_the_budget(lenient_http2_server):
+async def test_free_resends_slow_down_and_end_with_the_budget(lenient_http2_server):
     async with make_unspread(lenient_http2_server, max_connections=1) as pool:
         await ask(pool)
         before = lenient_http2_server.calls["Is"]
@@ -335,7 +335,7 @@ async def test_free_repeats_slow_down_and_end_with_the_budget(lenient_http2_serv
         with anyio.fail_after(PATIENCE), pytest.raises(grpc.aio.AioRpcError) as no:
             await config.is_allowed(REQUEST, POLICY)
         assert is_unprocessed(no.value)
-        # Twice at once, then after 0.01, 0.02, 0.04, 0.08 and 0.16 s.
+        # Two at once, then after 0.01, 0.02, 0.04, 0.08 and 0.16 s.
         assert 3 <= lenient_http2_server.calls["Is"] - before <= 8
 
 
@@ -370,17 +370,17 @@ def error(code, details):
         (None, Ending.STATUS),
     ],
 )
-def test_the_text_of_an_error_tells_how_its_call_ended(details, found):
+def test_the_details_of_an_error_classify_how_its_call_ended(details, found):
     assert ending(error(grpc.StatusCode.UNAVAILABLE, details)) is found
     late = error(grpc.StatusCode.DEADLINE_EXCEEDED, details)
     assert ending(late) is Ending.TIMED_OUT
 
 
-def test_an_answer_that_grpc_itself_refuses_is_a_status():
+def test_an_answer_rejected_by_grpc_itself_is_a_status():
     too_large = "Stream removed (CLIENT: Received message larger than max (9 vs. 4))"
     found = ending(error(grpc.StatusCode.RESOURCE_EXHAUSTED, too_large))
     assert found is Ending.STATUS
 
 
-def test_nothing_but_a_grpc_error_is_unprocessed():
+def test_only_a_grpc_error_counts_as_unprocessed():
     assert not is_unprocessed(ConnectFailed("GOAWAY received"))

@@ -1,4 +1,4 @@
-"""Which urls are accepted, and what those that are refused are told."""
+"""Test which urls are accepted, and the messages for rejected ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ INCOMPLETE = {
     "ipv6:::1,[::2]:2": "ipv6:[::1]:8282,[::2]:2",
     "topaz:08282": "topaz:8282",
 }
-# A url, and the part of the message that says what is wrong with it.
+# A url, and the part of the message that explains its fault.
 REFUSED = {
     "topaz:0": "a port is a number from 1 to 65535",
     "topaz:65536": "a port is a number",
@@ -136,12 +136,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("url", COMPLETE)
-def test_a_complete_url_stays_as_it_is(url):
+def test_a_complete_url_is_unchanged(url):
     assert AuthorizerOptions(url=url).url == url
 
 
 @pytest.mark.parametrize("url", INCOMPLETE)
-def test_a_missing_port_is_8282(url):
+def test_a_missing_port_becomes_8282(url):
     options = AuthorizerOptions(url=url)
     assert options.url == INCOMPLETE[url]
     assert options == AuthorizerOptions(url=INCOMPLETE[url])
@@ -149,7 +149,7 @@ def test_a_missing_port_is_8282(url):
 
 
 @pytest.mark.parametrize("url", REFUSED)
-def test_a_bad_url_is_refused_with_its_fault_and_the_accepted_forms(url):
+def test_an_invalid_url_error_names_the_fault_and_the_accepted_forms(url):
     with pytest.raises(ValueError, match="url must be host:port") as caught:
         AuthorizerOptions(url=url)
     text = str(caught.value)
@@ -167,12 +167,12 @@ def test_a_password_in_a_url_is_not_shown(url):
     assert "s3" not in str(caught.value)
 
 
-def test_options_of_aserto_get_the_port_as_well():
+def test_aserto_options_get_the_default_port_too():
     given = aserto.client.AuthorizerOptions(url="topaz")
     assert AuthorizerOptions.coerce(given).url == "topaz:8282"
 
 
-def test_a_pool_takes_two_spellings_for_the_same_authorizer():
+def test_a_pool_treats_two_spellings_of_a_url_as_equal():
     pool = ConnectionPool()
     pool.configure(AuthorizerOptions(url="topaz"))
     pool.configure(AuthorizerOptions(url="topaz:8282"))
@@ -190,7 +190,7 @@ def test_a_pool_takes_two_spellings_for_the_same_authorizer():
         "ipv6:[::ffff:127.0.0.1]:{port}",
     ],
 )
-async def test_what_is_accepted_can_be_connected_to(url, embedded_authorizer):
+async def test_an_accepted_url_can_be_connected_to(url, embedded_authorizer):
     options = AuthorizerOptions(
         url=url.format(port=embedded_authorizer.port), insecure=True
     )
@@ -202,7 +202,7 @@ async def test_what_is_accepted_can_be_connected_to(url, embedded_authorizer):
 @pytest.mark.parametrize(
     "url", ["unix:{path}", "unix://{path}", "unix-abstract:fastapi-topaz-{pid}"]
 )
-async def test_a_socket_of_unix_can_be_connected_to(url, tmp_path):
+async def test_a_unix_socket_can_be_connected_to(url, tmp_path):
     url = url.format(path=tmp_path / "topaz.sock", pid=os.getpid())
     server = grpc.server(ThreadPoolExecutor(1))
     server.add_insecure_port(url)

@@ -1,4 +1,4 @@
-"""What a failed connect says of each way in which TLS goes wrong."""
+"""Test the error of a failed connect for each kind of TLS fault."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GOOD = Certificate(issuer=CA)
 PAST, FUTURE = (-2, -1), (1, 2)
 HEADERS = 1
 CONNECTING = {4, 6, 8}
-"""What a client sends before its first call: settings, pings, its window."""
+"""Frames that a client sends before its first call: SETTINGS, PING, WINDOW_UPDATE."""
 
 
 def alert(number):
@@ -44,7 +44,7 @@ def alert(number):
 
 
 def server_hello(minor):
-    """Return how a server begins that only knows TLS 1.*minor* - 1."""
+    """Return the greeting of a server that only supports TLS 1.*minor* - 1."""
     hello = bytes([3, minor]) + bytes(32) + b"\x00\xc0\x13\x00"
     hello = b"\x02" + len(hello).to_bytes(3, "big") + hello
     return bytes([22, 3, minor]) + len(hello).to_bytes(2, "big") + hello
@@ -54,7 +54,7 @@ def signed(**options):
     return tls(Certificate(issuer=CA, **options))
 
 
-# What a server does, and what the error has to say. All of them speak TLS.
+# The behaviour of a server, and the required error text. All of these speak TLS.
 SPEAK_TLS = {
     "expired": (lambda: signed(days=PAST), "has expired by the clock of this machine"),
     "not yet valid": (lambda: signed(days=FUTURE), "not yet valid by the clock"),
@@ -145,7 +145,7 @@ def ca_path(tmp_path_factory):
 
 
 async def refused_by_tls(server, ca_path, **options):
-    """Ask through a pool that has a key, and return how the connect failed."""
+    """Make a call through a pool with a key, and return the connect error."""
     options = {"url": f"127.0.0.1:{server.port}", "cert_file_path": ca_path, **options}
     pool = ConnectionPool(
         min_connections=0, connection_timeout=5, acquire_timeout=20, max_retries=0
@@ -160,7 +160,7 @@ async def refused_by_tls(server, ca_path, **options):
 
 
 def frames(sent):
-    """Return the kinds of the frames of HTTP/2 that a client has *sent*."""
+    """Return the kinds of the HTTP/2 frames that a client has *sent*."""
     sent = sent.removeprefix(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
     kinds = set()
     while len(sent) >= 9:
@@ -170,13 +170,13 @@ def frames(sent):
 
 
 def told_nothing(server):
-    """Say whether the server got no call: with a call it would get the key."""
+    """Return whether the server got no call. A call would carry the key."""
     # The key is compressed in its headers, so a search for its text finds nothing.
     return frames(server.decrypted) <= CONNECTING and b"PRI" not in server.clear
 
 
 @pytest.mark.parametrize("kind", SPEAK_TLS)
-async def test_each_fault_of_tls_is_named(kind, ca_path):
+async def test_each_tls_fault_is_named(kind, ca_path):
     make, said = SPEAK_TLS[kind]
     with TlsServer(make()) as server:
         error = await refused_by_tls(server, ca_path)
@@ -187,7 +187,7 @@ async def test_each_fault_of_tls_is_named(kind, ca_path):
 
 
 @pytest.mark.parametrize("kind", ALERTS)
-async def test_each_refusal_of_a_handshake_is_named(kind, ca_path):
+async def test_each_handshake_refusal_is_named(kind, ca_path):
     reply, said = ALERTS[kind]
     with TlsServer(reply=reply) as server:
         error = await refused_by_tls(server, ca_path)
@@ -198,7 +198,7 @@ async def test_each_refusal_of_a_handshake_is_named(kind, ca_path):
 
 
 @pytest.mark.parametrize("kind", PLAINTEXT)
-async def test_only_a_server_without_tls_is_answered_with_insecure(kind, ca_path):
+async def test_only_a_server_without_tls_leads_to_a_hint_at_insecure(kind, ca_path):
     with TlsServer(reply=PLAINTEXT[kind]) as server:
         error = await refused_by_tls(server, ca_path)
     assert "does not speak TLS on this port" in str(error)
@@ -207,7 +207,7 @@ async def test_only_a_server_without_tls_is_answered_with_insecure(kind, ca_path
     assert told_nothing(server)
 
 
-async def test_the_roots_of_grpc_do_not_know_a_private_ca():
+async def test_the_default_roots_of_grpc_reject_a_private_ca():
     with TlsServer(tls(GOOD)) as server:
         error = await refused_by_tls(server, None)
     assert "not signed by a CA that gRPC ships" in str(error)
@@ -215,7 +215,7 @@ async def test_the_roots_of_grpc_do_not_know_a_private_ca():
     assert told_nothing(server)
 
 
-async def test_a_server_that_hangs_up_on_a_handshake_may_want_a_certificate(ca_path):
+async def test_a_server_closing_a_handshake_leads_to_a_client_cert_hint(ca_path):
     with TlsServer() as server:
         error = await refused_by_tls(server, ca_path)
     assert "closed the connection before it was ready" in str(error)
@@ -223,8 +223,8 @@ async def test_a_server_that_hangs_up_on_a_handshake_may_want_a_certificate(ca_p
     assert "insecure=True" not in str(error)
 
 
-async def test_a_grpc_server_that_requires_client_certificates_may_be_one(ca_path):
-    # It sends no alert, so no client can be sure.
+async def test_a_grpc_server_requiring_client_certs_leads_to_that_hint(ca_path):
+    # The server sends no alert, so a client cannot be sure.
     server = grpc.server(ThreadPoolExecutor(1))
     credentials = grpc.ssl_server_credentials(
         [(GOOD.private_pem, GOOD.pem)], CA.pem, require_client_auth=True
@@ -240,7 +240,7 @@ async def test_a_grpc_server_that_requires_client_certificates_may_be_one(ca_pat
 
 
 @pytest.mark.parametrize("context", [lambda: tls(GOOD), lambda: tls(GOOD, clients=CA)])
-async def test_a_plaintext_client_of_a_tls_server_is_asked_about_tls(context):
+async def test_a_plaintext_connect_to_a_tls_server_leads_to_a_tls_hint(context):
     with TlsServer(context()) as server:
         error = await refused_by_tls(server, None, insecure=True)
     assert "is it using TLS? insecure=True was given" in str(error)
@@ -249,7 +249,7 @@ async def test_a_plaintext_client_of_a_tls_server_is_asked_about_tls(context):
     assert frames(server.clear) <= CONNECTING
 
 
-async def test_a_good_server_of_the_kit_gets_calls(ca_path):
+async def test_a_correct_server_of_the_kit_gets_calls(ca_path):
     options = {"cert_file_path": ca_path, "api_key": SECRET}
     with TlsServer(tls(GOOD)) as server:
         url = f"127.0.0.1:{server.port}"
@@ -273,21 +273,21 @@ def addresses(*hosts):
         yield names
 
 
-async def test_each_address_that_was_tried_is_listed_with_its_cause(ca_path):
+async def test_each_tried_address_is_listed_with_its_cause(ca_path):
     expired = signed(days=PAST, names=[NAME])
     with TlsServer(expired) as server, addresses("127.0.0.1", "127.0.0.2") as names:
         url = names.target(NAME, server.port)
-        # The order is random, and gRPC has the reason of the last one.
+        # The order is random, and gRPC reports the reason of the last address.
         for _ in range(4):
             error = await refused_by_tls(server, ca_path, url=url)
             text = str(error)
             first = text.index(f"ipv4:127.0.0.1:{server.port}: the server's certif")
             assert first < text.index(f"ipv4:127.0.0.2:{server.port}: nothing listens")
             assert error.reason == "tls"
-            assert not error.permanent, "the other one may come back"
+            assert not error.permanent, "the other address may come back"
 
 
-async def test_addresses_with_one_cause_share_it(ca_path):
+async def test_addresses_with_the_same_cause_share_it(ca_path):
     with TlsServer() as server:
         pass
     with addresses("127.0.0.1", "127.0.0.2", "127.0.0.3") as names:
@@ -310,7 +310,7 @@ async def test_a_message_does_not_grow_with_the_number_of_addresses(ca_path):
     assert "and 13 more: nothing listens there" in text
 
 
-# -- the texts of other versions ------------------------------------------------------
+# -- texts of other versions ----------------------------------------------------------
 
 HANDSHAKE = "Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000"
 NOT_SEEN = "Invalid certificate verification context: OK"
@@ -336,7 +336,7 @@ NOT_SEEN = "Invalid certificate verification context: OK"
         ("something new", "something new"),
     ],
 )
-def test_a_text_is_known_from_each_version(text, said):
+def test_error_texts_of_each_grpc_version_are_recognized(text, said):
     details = f"failed to connect to all addresses; last error: UNKNOWN: {text}"
     error = connect_failed(details, AuthorizerOptions().target)
     assert said in str(error)

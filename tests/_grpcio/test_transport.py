@@ -38,7 +38,7 @@ async def test_each_connection_owns_one_socket(either_authorizer):
     assert either_authorizer.connections_accepted == 10
 
 
-async def test_connections_made_at_once_own_one_socket_each(either_authorizer):
+async def test_concurrently_made_connections_own_one_socket_each(either_authorizer):
     connections = []
 
     async def connect():
@@ -83,7 +83,7 @@ async def test_many_calls_share_the_socket_of_their_connection(plaintext):
         assert plaintext.connections_open == 1
 
 
-async def test_the_name_localhost_is_as_good_as_the_address(either_authorizer):
+async def test_the_name_localhost_works_like_the_address(either_authorizer):
     url = f"localhost:{either_authorizer.port}"
     async with connected(
         attrs.evolve(either_authorizer.options, url=url)
@@ -105,7 +105,7 @@ async def test_a_rotated_certificate_file_is_used_by_new_connections(tls, tmp_pa
 # -- probes
 
 
-async def test_a_probe_that_is_answered_means_alive(either_authorizer):
+async def test_an_answered_probe_means_alive(either_authorizer):
     async with connected(either_authorizer.options) as connection:
         await connection.probe(5)
     assert either_authorizer.calls == {"Info": 1}
@@ -114,7 +114,7 @@ async def test_a_probe_that_is_answered_means_alive(either_authorizer):
 @pytest.mark.parametrize(
     "code", ["UNIMPLEMENTED", "UNAUTHENTICATED", "PERMISSION_DENIED"]
 )
-async def test_a_probe_that_the_server_refuses_means_alive(plaintext, code):
+async def test_a_probe_rejected_by_the_server_means_alive(plaintext, code):
     async with connected(plaintext.options) as connection:
         plaintext.fail(code)
         await connection.probe(5)
@@ -191,10 +191,10 @@ async def test_a_probe_of_a_closed_connection_is_connection_lost(plaintext):
     assert connection.judge(caught.value) is Verdict.BROKEN
 
 
-# -- what accuses the connection
+# -- which errors blame the connection
 
 
-async def test_only_a_lost_connection_accuses_the_connection(plaintext):
+async def test_only_a_lost_connection_is_blamed_on_the_connection(plaintext):
     async with connected(plaintext.options) as connection:
         for code, verdict in [
             ("UNAVAILABLE", Verdict.REFUSED),
@@ -210,7 +210,7 @@ async def test_only_a_lost_connection_accuses_the_connection(plaintext):
         assert connection.judge(ValueError("no")) is None
 
 
-async def test_a_dropped_socket_fails_the_call_that_was_using_it(plaintext):
+async def test_a_dropped_socket_fails_its_running_call(plaintext):
     plaintext.delay = 30
     caught = []
 
@@ -233,7 +233,7 @@ async def test_a_dropped_socket_fails_the_call_that_was_using_it(plaintext):
 # -- closing
 
 
-async def test_close_waits_for_calls_as_long_as_its_grace(plaintext):
+async def test_close_waits_for_calls_up_to_its_grace(plaintext):
     plaintext.delay = 0.3
     answers = []
     connection = await GrpcConnector(plaintext.options.target).connect(5)
@@ -251,7 +251,7 @@ async def test_close_waits_for_calls_as_long_as_its_grace(plaintext):
     await eventually(lambda: plaintext.connections_open == 0)
 
 
-async def test_close_ends_a_frozen_connection_when_its_grace_is_over(either_authorizer):
+async def test_close_ends_a_frozen_connection_after_its_grace(either_authorizer):
     connection = await GrpcConnector(either_authorizer.options.target).connect(5)
     either_authorizer.freeze()
     lost = []
@@ -270,7 +270,7 @@ async def test_close_ends_a_frozen_connection_when_its_grace_is_over(either_auth
     await eventually(lambda: either_authorizer.connections_open == 0)
 
 
-async def test_a_cancelled_close_closes_all_the_same(plaintext):
+async def test_a_cancelled_close_still_closes(plaintext):
     plaintext.delay = 30
     before = threads()
     connection = await GrpcConnector(plaintext.options.target).connect(5)

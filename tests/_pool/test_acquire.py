@@ -1,4 +1,4 @@
-"""Who gets a lease, who waits, and how each acquire is counted."""
+"""Test which callers get a lease or wait, and how each acquire is counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kit.pools import make_pool, queued
 # -- how each acquire is counted ----------------------------------------------------
 
 
-async def test_each_caller_who_is_served_is_counted_once_whether_it_waited_or_not():
+async def test_each_served_caller_is_counted_once_with_or_without_a_wait():
     async with make_pool(max_connections=1) as pool:
         for _ in range(3):
             async with pool.acquire():
@@ -32,7 +32,7 @@ async def test_each_caller_who_is_served_is_counted_once_whether_it_waited_or_no
         assert pool._counters.acquisitions == 6
 
 
-async def test_each_caller_whose_time_is_over_is_counted_once():
+async def test_each_timed_out_caller_is_counted_once():
     async with make_pool(max_connections=1) as pool, pool.acquire():
         for timeout in (0, 0, 1, 1):
             with pytest.raises(PoolTimeout):
@@ -41,7 +41,7 @@ async def test_each_caller_whose_time_is_over_is_counted_once():
         assert pool._counters.acquisitions == 1
 
 
-async def test_each_caller_who_is_refused_is_counted_once():
+async def test_each_rejected_caller_is_counted_once():
     async with make_pool(max_connections=1, max_waiting=0) as pool, pool.acquire():
         for _ in range(3):
             with pytest.raises(PoolSaturated):
@@ -49,7 +49,7 @@ async def test_each_caller_who_is_refused_is_counted_once():
         assert pool._counters.rejected == 3
 
 
-async def test_each_caller_who_fails_is_counted_once():
+async def test_each_failed_caller_is_counted_once():
     connector = FakeConnector(default=fail())
     async with make_pool(connector, max_retries=0) as pool:
         for count in (1, 2, 3):
@@ -58,7 +58,7 @@ async def test_each_caller_who_fails_is_counted_once():
             assert pool._counters.failed == count
 
 
-async def test_each_caller_who_is_cancelled_is_counted_once():
+async def test_each_cancelled_caller_is_counted_once():
     async with make_pool(max_connections=1) as pool, pool.acquire():
         for _ in range(3):
             with anyio.move_on_after(1):
@@ -66,7 +66,7 @@ async def test_each_caller_who_is_cancelled_is_counted_once():
         assert pool._counters.cancelled == 3
 
 
-async def test_each_caller_who_meets_a_closed_pool_is_counted_once():
+async def test_each_caller_of_a_closed_pool_is_counted_once():
     pool = make_pool(max_connections=1)
     held = await pool.acquire()
     async with anyio.create_task_group() as tasks:
@@ -87,7 +87,7 @@ async def test_each_caller_who_meets_a_closed_pool_is_counted_once():
     assert pool._counters.closed == 5
 
 
-async def test_each_lease_that_is_late_is_counted_once():
+async def test_each_late_lease_is_counted_once():
     async with make_pool(leak_threshold=1) as pool:
         leases = [await pool.acquire() for _ in range(3)]
         await anyio.sleep(5)
@@ -96,10 +96,10 @@ async def test_each_lease_that_is_late_is_counted_once():
             await pool.release(conn)
 
 
-# -- who may wait -------------------------------------------------------------------
+# -- how many callers may wait ------------------------------------------------------
 
 
-async def test_as_many_may_wait_as_max_waiting_says_besides_those_being_connected():
+async def test_max_waiting_does_not_count_callers_that_wait_for_a_connect():
     connector = FakeConnector(default=slow(1))
     async with make_pool(connector, max_connections=2, max_waiting=1) as pool:
         async with anyio.create_task_group() as tasks:
@@ -118,13 +118,13 @@ async def test_as_many_may_wait_as_max_waiting_says_besides_those_being_connecte
         assert len(served) == 3
 
 
-async def test_after_a_resize_nobody_gets_a_stream_beyond_the_new_capacity():
+async def test_after_a_resize_no_stream_beyond_the_new_capacity_is_leased():
     async with make_pool(max_connections=2, streams_per_connection=2) as pool:
         first, second, third = [await pool.acquire() for _ in range(3)]
         assert first.connection is second.connection is not third.connection
         await pool.release(second)
         pool.resize(0, 1)
-        # One of the two is on its way out, and the other one has a stream left.
+        # One of the two connections is leaving. The other one has a free stream.
         with pytest.raises(PoolTimeout):
             await pool.acquire(timeout=0)
         for conn in (first, third):
@@ -133,13 +133,13 @@ async def test_after_a_resize_nobody_gets_a_stream_beyond_the_new_capacity():
             pass
 
 
-async def test_what_an_acquire_finds_lost_is_closed_though_another_one_serves():
+async def test_a_lost_connection_found_by_acquire_is_closed_if_another_serves():
     connector = FakeConnector()
     async with make_pool(connector, max_connections=2) as pool:
         first, second = [await pool.acquire() for _ in range(2)]
         await pool.release(first)
         await pool.release(second)
-        await anyio.sleep(0.1)  # nothing is left to be done
+        await anyio.sleep(0.1)  # nothing is left to do
         connector.connections[1].hung_up = True
         async with pool.acquire() as conn:
             assert conn.connection.number == 1
@@ -147,7 +147,7 @@ async def test_what_an_acquire_finds_lost_is_closed_though_another_one_serves():
             assert connector.connections[1].closed == 1
 
 
-async def test_a_stream_that_comes_to_who_was_just_cancelled_was_used_until_then():
+async def test_a_stream_given_to_a_cancelled_caller_counts_as_used_until_then():
     async with make_pool(max_connections=1, max_idle_time=100) as pool:
         held = await pool.acquire()
         async with anyio.create_task_group() as tasks:
@@ -166,7 +166,7 @@ async def test_a_stream_that_comes_to_who_was_just_cancelled_was_used_until_then
         assert pool.status().idle == 1
 
 
-async def test_sending_away_who_holds_a_token_lends_none_to_those_behind():
+async def test_timing_out_a_token_holder_gives_no_token_to_later_callers():
     connector = FakeConnector(default=hang())
     pool = make_pool(connector, max_connections=1, connection_timeout=100)
     async with pool, anyio.create_task_group() as tasks:
@@ -183,7 +183,7 @@ async def test_sending_away_who_holds_a_token_lends_none_to_those_behind():
         assert pool._open_pool.limiter.borrowed_tokens == 1
 
 
-async def test_those_with_one_deadline_are_all_watched_by_the_timekeeper():
+async def test_callers_with_equal_deadlines_are_all_watched_by_the_timekeeper():
     async with make_pool(max_connections=1) as pool:
         held = await pool.acquire()
         async with anyio.create_task_group() as tasks:
@@ -202,7 +202,7 @@ async def test_those_with_one_deadline_are_all_watched_by_the_timekeeper():
         await pool.release(held)
 
 
-async def test_dismissed_callers_let_no_more_wait_than_max_waiting():
+async def test_dismissed_callers_do_not_raise_the_max_waiting_limit():
     options = {"max_connections": 1, "max_waiting": 1, "acquire_timeout": 50}
     async with make_pool(FakeConnector(default=hang()), **options) as pool:
 
@@ -216,13 +216,13 @@ async def test_dismissed_callers_let_no_more_wait_than_max_waiting():
             open_pool = pool._open_pool
             (claim,) = open_pool.state.waiting
             claim.deadline = open_pool.now()
-            # It holds the only token until it has had its turn.
+            # The claim holds the only token until its task runs again.
             open_pool.expire()
             others = [Claim(), Claim()]
             for other in others:
                 open_pool._refusals.check_saturation()
                 open_pool.state.enqueue(other)
-            # One waits for a connection and one for capacity, as many as may.
+            # One caller waits for a connection and one for capacity: the maximum.
             with pytest.raises(PoolSaturated):
                 open_pool._refusals.check_saturation()
             for other in others:

@@ -1,4 +1,4 @@
-"""What the host task of a pool does."""
+"""Test the background task of a pool."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kit.logs import lines_of
 from kit.pools import Making, make_pool
 
 
-async def test_a_bug_in_the_host_closes_the_pool_and_nothing_else(caplog, monkeypatch):
+async def test_a_bug_in_the_background_task_closes_only_the_pool(caplog, monkeypatch):
     connector = FakeConnector()
     pool = make_pool(connector, max_connections=1, idle_check_interval=10, name="main")
 
@@ -37,17 +37,17 @@ async def test_a_bug_in_the_host_closes_the_pool_and_nothing_else(caplog, monkey
         (record,) = [r for r in caplog.records if r.levelno == logging.CRITICAL]
         assert record.getMessage() == "pool 'main': its host task failed"
         assert repr(record.exc_info[1].exceptions) == "(RuntimeError('a bug'),)"
-        # Nor is it said that somebody forgot to close it.
+        # The log does not blame a missing close() either.
         assert lines_of(caplog, logging.ERROR) == []
         assert connector.open == []
         await pool.release(held)
-        # The next use opens it anew.
+        # The next use opens the pool again.
         async with pool.acquire() as conn:
             assert await conn.call("/a/b", b"works") == b"works"
     assert connector.open == []
 
 
-async def test_a_connection_that_cannot_refresh_liveness_stays(caplog):
+async def test_a_connection_with_a_failing_refresh_liveness_stays_open(caplog):
     class Blind(FakeConnection):
         def refresh_liveness(self):
             raise RuntimeError("too dark")

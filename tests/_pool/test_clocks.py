@@ -1,4 +1,4 @@
-"""Clocks that jump, stand still or are coarse make no wait of the pool longer."""
+"""Test that clocks that jump, stop or are coarse lengthen no wait of the pool."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from kit.pools import make_pool
 
 
 LONGEST_PAUSE = 2.0
-"""Seconds. The longest backoff of the pool."""
+"""The longest backoff of the pool, in seconds."""
 
 BACK = [-0.4, -1000.0, -1e6]
 
 
 async def wake(pool):
-    """Use *pool* once: that is when it sees that its clock has jumped."""
+    """Use *pool* once. The pool notices a clock jump when it is used."""
     with contextlib.suppress(PoolTimeout):
         async with pool.acquire(timeout=0):
             pass
@@ -52,7 +52,7 @@ async def wake(pool):
 
 
 @pytest.mark.parametrize("seconds", [*BACK, 1000.0])
-async def test_after_a_failed_attempt_and_a_jump_the_next_one_is_not_later(seconds):
+async def test_a_clock_jump_does_not_delay_the_attempt_after_a_failed_one(seconds):
     async with make_pool(FakeConnector([fail()]), max_retries=0) as pool:
         with pytest.raises(ConnectFailed):
             await pool.acquire()
@@ -63,7 +63,7 @@ async def test_after_a_failed_attempt_and_a_jump_the_next_one_is_not_later(secon
 
 
 @pytest.mark.parametrize("seconds", BACK)
-async def test_after_brief_connections_and_a_jump_the_next_one_is_not_later(seconds):
+async def test_a_clock_jump_does_not_delay_the_attempt_after_brief_connections(seconds):
     connector = FakeConnector()
     async with make_pool(connector) as pool:
         for _ in range(4):
@@ -75,7 +75,7 @@ async def test_after_brief_connections_and_a_jump_the_next_one_is_not_later(seco
             assert anyio.current_time() - began <= LONGEST_PAUSE
 
 
-async def test_a_clock_that_went_far_ahead_and_came_back_delays_nothing():
+async def test_a_clock_that_jumps_ahead_and_back_delays_nothing():
     connector = FakeConnector([fail()])
     async with make_pool(connector, max_retries=0) as pool:
         jump(1.7e6)
@@ -88,7 +88,7 @@ async def test_a_clock_that_went_far_ahead_and_came_back_delays_nothing():
 
 
 @pytest.mark.parametrize("seconds", BACK)
-async def test_an_attempt_that_hangs_ends_in_its_time_after_a_jump(seconds):
+async def test_a_hanging_attempt_times_out_on_time_after_a_clock_jump(seconds):
     connector = FakeConnector([hang()])
     pool = make_pool(connector, max_connections=1, connection_timeout=10)
     async with pool:
@@ -105,9 +105,7 @@ async def test_an_attempt_that_hangs_ends_in_its_time_after_a_jump(seconds):
 @pytest.mark.parametrize(
     "timeouts", [(5, 5), (50, 5)], ids=["in order", "out of order"]
 )
-async def test_a_caller_that_waits_is_sent_away_in_its_time_after_a_jump(
-    seconds, timeouts
-):
+async def test_a_waiting_caller_times_out_on_time_after_a_clock_jump(seconds, timeouts):
     waited = {}
 
     async def wait(name, timeout):
@@ -129,7 +127,9 @@ async def test_a_caller_that_waits_is_sent_away_in_its_time_after_a_jump(
 
 @pytest.mark.parametrize("seconds", BACK)
 @pytest.mark.parametrize("before", [False, True], ids=["under it", "before it"])
-async def test_a_refused_connection_is_probed_in_its_time_after_a_jump(seconds, before):
+async def test_a_refused_connection_is_probed_on_time_after_a_clock_jump(
+    seconds, before
+):
     connector = FakeConnector(answer=lambda _method, request: request)
     async with make_pool(connector, max_connections=1) as pool:
         await wake(pool)
@@ -156,7 +156,7 @@ async def test_a_refused_connection_is_probed_in_its_time_after_a_jump(seconds, 
 
 
 @pytest.mark.parametrize("seconds", BACK)
-async def test_idle_connections_are_reaped_in_their_time_after_a_jump(seconds):
+async def test_idle_connections_are_reaped_on_time_after_a_clock_jump(seconds):
     connector = FakeConnector()
     async with make_pool(connector, max_idle_time=100, idle_check_interval=10) as pool:
         await wake(pool)
@@ -169,7 +169,7 @@ async def test_idle_connections_are_reaped_in_their_time_after_a_jump(seconds):
 
 
 @pytest.mark.parametrize("seconds", BACK)
-async def test_connections_expire_and_are_probed_in_their_time_after_a_jump(seconds):
+async def test_connections_expire_and_are_probed_on_time_after_a_clock_jump(seconds):
     connector = FakeConnector()
     options = {"max_lifetime": 100, "health_check_interval": 10, "max_idle_time": 0}
     async with make_pool(connector, min_connections=1, **options) as pool:
@@ -187,7 +187,7 @@ async def test_connections_expire_and_are_probed_in_their_time_after_a_jump(seco
 
 
 @pytest.mark.parametrize("seconds", BACK)
-async def test_a_late_lease_is_reported_in_its_time_after_a_jump(seconds, caplog):
+async def test_a_late_lease_is_reported_on_time_after_a_clock_jump(seconds, caplog):
     async with make_pool(leak_threshold=100, max_connections=2) as pool, pool.acquire():
         await anyio.sleep(50)
         jump(seconds)
@@ -198,7 +198,7 @@ async def test_a_late_lease_is_reported_in_its_time_after_a_jump(seconds, caplog
 
 
 @pytest.mark.parametrize("seconds", [*BACK, 1000.0])
-async def test_a_jump_under_a_lease_makes_a_check_no_longer(seconds):
+async def test_a_clock_jump_during_a_lease_does_not_lengthen_a_check(seconds):
     timeouts = []
 
     class Slow(FakeConnector):
@@ -237,8 +237,11 @@ async def test_a_jump_under_a_lease_makes_a_check_no_longer(seconds):
 
 
 @pytest.mark.parametrize("seconds", [1000.0, -1000.0, 1.7e6])
-async def test_the_clock_of_the_loop_is_looked_up_at_each_read(seconds, monkeypatch):
-    """As freezegun with `real_asyncio=True` replaces it, in an open pool."""
+async def test_the_loop_clock_is_looked_up_at_each_read(seconds, monkeypatch):
+    """
+    The loop clock is replaced in an open pool, as by freezegun with
+    `real_asyncio=True`.
+    """
     async with make_pool(max_connections=1) as pool, pool.acquire():
         await anyio.sleep(1)
         loop = type(asyncio.get_running_loop()) if _on_asyncio() else None
@@ -270,7 +273,7 @@ class Source:
         return self.at
 
 
-def test_it_goes_on_with_the_loop_and_never_back():
+def test_the_clock_follows_the_loop_and_never_goes_back():
     source = Source()
     clock = Clock(source)
     seen = [clock.now()]
@@ -286,7 +289,7 @@ def test_it_goes_on_with_the_loop_and_never_back():
     assert seen[-1] - seen[-2] == pytest.approx(1)
 
 
-async def test_a_scope_keeps_the_time_it_has_left():
+async def test_a_cancel_scope_keeps_its_remaining_time_after_a_clock_jump():
     clock = OwnerLoop().clock
     end = clock.now() + 5
     with clock.deadline(end) as scope:
@@ -309,7 +312,7 @@ async def test_a_scope_keeps_the_time_it_has_left():
 
 
 def sums(reader):
-    """Return the sum of each histogram by its name."""
+    """Return the sum of each histogram, by name."""
     (resource,) = reader.get_metrics_data().resource_metrics
     (scope,) = resource.scope_metrics
     return {
@@ -320,14 +323,14 @@ def sums(reader):
 
 
 class CoarseLoop(asyncio.SelectorEventLoop):
-    """Its clock moves in steps of a minute."""
+    """A loop with a clock that moves in steps of a minute."""
 
     def time(self):
         return super().time() // 60 * 60
 
 
 class CoarseClock(trio.abc.Clock):
-    """Its clock moves in steps of a minute."""
+    """A Trio clock that moves in steps of a minute."""
 
     def start_clock(self):
         pass
@@ -346,7 +349,7 @@ class CoarseClock(trio.abc.Clock):
         ("trio", {"clock": CoarseClock()}),
     ],
 )
-def test_durations_are_exact_where_the_clock_of_the_loop_is_coarse(backend, options):
+def test_durations_are_exact_if_the_loop_clock_is_coarse(backend, options):
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader])
     busy = 0.003
@@ -381,7 +384,7 @@ def test_durations_are_exact_where_the_clock_of_the_loop_is_coarse(backend, opti
 
 
 class WallClock:
-    """A replacement for `time.time` that stands still, and may be set."""
+    """A replacement for `time.time` that stands still and can be set."""
 
     def __init__(self, now):
         self.now = now
@@ -404,9 +407,7 @@ def _kind(request, monkeypatch):
 
 @pytest.mark.real_clock
 @pytest.mark.usefixtures("_kind")
-async def test_a_wall_clock_that_lies_changes_no_deadline(
-    embedded_authorizer, wall_clock
-):
+async def test_a_wrong_wall_clock_changes_no_deadline(embedded_authorizer, wall_clock):
     pool = ConnectionPool(min_connections=0)
     pool.configure(embedded_authorizer.options)
     async with pool, pool.acquire() as conn:
@@ -429,7 +430,7 @@ async def test_a_wall_clock_that_lies_changes_no_deadline(
 
 
 @pytest.mark.usefixtures("wall_clock")
-def test_a_stream_reset_at_its_deadline_is_silence_whatever_the_wall_clock_says():
+def test_a_stream_reset_at_its_deadline_ignores_the_wall_clock():
     reset = grpc.aio.AioRpcError(
         grpc.StatusCode.CANCELLED,
         grpc.aio.Metadata(),

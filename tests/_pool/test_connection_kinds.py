@@ -1,4 +1,4 @@
-"""A connection that the pool cannot use is refused by name as soon as it is made."""
+"""Test that an unusable connection is rejected by name as soon as it is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kit.pools import make_pool
 
 
 class Right:
-    """A connection as small as it may be."""
+    """A connection with the minimal interface."""
 
     closed = 0
 
@@ -238,7 +238,7 @@ class Shop:
 
 
 @pytest.mark.parametrize("kind", WRONG, ids=lambda kind: kind.__name__)
-async def test_a_wrong_connection_is_refused_by_name(kind):
+async def test_an_unusable_connection_is_rejected_by_name(kind):
     shop = Shop(kind)
     began = anyio.current_time()
     async with make_pool(shop) as pool:
@@ -256,7 +256,7 @@ async def test_a_wrong_connection_is_refused_by_name(kind):
 
 
 @pytest.mark.parametrize("kind", [PlainProbe, PlainClose, AsyncIsLost])
-async def test_a_connection_that_is_refused_is_closed(kind):
+async def test_a_rejected_connection_is_closed(kind):
     shop = Shop(kind)
     async with make_pool(shop) as pool:
         with pytest.raises(ConnectFailed):
@@ -264,7 +264,7 @@ async def test_a_connection_that_is_refused_is_closed(kind):
     assert {made.closed for made in shop.made} == {1}
 
 
-# -- what may be right is not refused -------------------------------------------------
+# -- valid connections are not rejected -----------------------------------------------
 
 
 async def probe(_timeout):
@@ -277,7 +277,7 @@ class Callable:
 
 
 class Delegating:
-    """Returns the awaitables of another one."""
+    """Returns the awaitables of another connection."""
 
     def __init__(self):
         self.inner = Right()
@@ -341,11 +341,11 @@ async def test_wrappers_of_any_kind_are_accepted_and_used(kind):
         assert len(shop.made) == 1
 
 
-def test_a_connection_of_this_package_is_right():
+def test_a_connection_of_this_package_is_accepted():
     assert defect_of(FakeConnection(FakeConnector(), 1)) is None
 
 
-async def test_what_cannot_be_told_before_is_told_when_it_is_called(caplog):
+async def test_a_defect_visible_only_in_a_call_is_logged_at_the_call(caplog):
     class Odd(Right):
         def probe(self, timeout):
             return self.closed
@@ -359,7 +359,7 @@ async def test_what_cannot_be_told_before_is_told_when_it_is_called(caplog):
     assert "Odd.probe must be an `async def`" in caplog.text
 
 
-async def test_a_connect_that_is_no_coroutine_function_is_refused_at_once():
+async def test_a_connect_that_is_not_async_is_rejected_at_once():
     class Plain:
         def connect(self, timeout):
             return Right()
@@ -370,7 +370,7 @@ async def test_a_connect_that_is_no_coroutine_function_is_refused_at_once():
         assert e.value.permanent
 
 
-# -- a connection that the application discards ---------------------------------------
+# -- connections that the application discards ----------------------------------------
 
 
 async def test_a_discarded_connection_is_closed_and_never_leased_again():
@@ -398,20 +398,20 @@ async def test_a_discarded_connection_serves_its_other_leases_to_their_end():
             assert third.connection.number == 2
 
 
-async def test_discarding_is_no_outage_and_slows_nothing():
+async def test_discarding_is_not_an_outage_and_delays_nothing():
     connector = FakeConnector()
     async with make_pool(connector, max_connections=1) as pool:
         began = anyio.current_time()
         for _ in range(20):
             async with pool.acquire() as conn:
-                conn.connection.hung_up = True  # it has ended itself
+                conn.connection.hung_up = True  # the connection has ended by itself
                 await pool.release(conn, discard=True)
         assert anyio.current_time() == began
         assert pool.status().healthy
     assert pool._counters.closes == {"discarded": 20}
 
 
-async def test_a_discarded_connection_makes_room_for_a_caller_that_waits():
+async def test_a_discarded_connection_makes_room_for_a_waiting_caller():
     async with make_pool(max_connections=1) as pool:
         conn = await pool.acquire()
         async with anyio.create_task_group() as tasks:
@@ -426,7 +426,7 @@ async def test_a_discarded_connection_makes_room_for_a_caller_that_waits():
 
 
 @pytest.mark.parametrize("value", [1, None, "yes"])
-async def test_discard_is_a_bool(value):
+async def test_discard_must_be_a_bool(value):
     async with make_pool() as pool, pool.acquire() as conn:
         with pytest.raises(TypeError, match="discard must be True or False"):
             await pool.release(conn, discard=value)
@@ -452,7 +452,7 @@ async def lent_by_a_stack(pool):
 
 
 @pytest.mark.parametrize("lender", [lent, lent_by_a_manager, lent_by_a_stack])
-async def test_a_generator_that_is_closed_gives_its_lease_back_at_once(lender):
+async def test_a_closed_generator_returns_its_lease_at_once(lender):
     async with make_pool(max_connections=1) as pool:
         for _ in range(3):
             generator = lender(pool)
@@ -463,8 +463,10 @@ async def test_a_generator_that_is_closed_gives_its_lease_back_at_once(lender):
         assert pool._counters.reclaimed == 0
 
 
-async def test_a_generator_that_ends_in_the_midst_of_a_change_gives_back_later():
-    """As one that is garbage may: here in judge(), which the pool calls."""
+async def test_a_generator_that_ends_during_a_change_returns_its_lease_later():
+    """
+    A generator closed by garbage collection: here inside judge(), called by the pool.
+    """
     generators = []
 
     class Ending(FakeConnection):
@@ -492,7 +494,7 @@ async def test_a_generator_that_ends_in_the_midst_of_a_change_gives_back_later()
 
 
 @pytest.mark.parametrize("answer", [True, False, None, 0])
-def test_an_is_lost_that_is_a_bool_or_false_is_no_defect(answer):
+def test_an_is_lost_that_is_a_bool_or_returns_false_is_accepted(answer):
     class Sound:
         async def probe(self, timeout):
             pass

@@ -1,4 +1,4 @@
-"""One connection's life: its attempt, its probes, and how it is closed."""
+"""Test the life of one connection: its attempt, its probes, and its close."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("host_survives")
 
 
 class Recorded:
-    """A connection that fails its calls, and says when it was probed and closed."""
+    """A connection that fails its calls and records when it was probed and closed."""
 
     made = None
 
@@ -48,15 +48,15 @@ class Recorded:
 
 
 async def accuse(conn):
-    """Let a call fail on *conn*, so that it has to answer a probe."""
+    """Let a call fail on *conn*, so that the connection has to answer a probe."""
     with pytest.raises(ZeroDivisionError):
         await conn.call("/a.B/C", b"")
 
 
-# -- what others are given ------------------------------------------------------------
+# -- arguments of connectors and connections ------------------------------------------
 
 
-async def test_a_connector_and_its_connections_are_told_how_long_they_have():
+async def test_a_connector_and_its_connections_receive_their_timeouts():
     connector = MakingAny(Recorded)
     options = {"connection_timeout": 7, "health_check_timeout": 3}
     async with make_pool(connector, **options) as pool, pool.acquire() as conn:
@@ -66,7 +66,7 @@ async def test_a_connector_and_its_connections_are_told_how_long_they_have():
     assert Recorded.made.arguments == [("probe", 3), ("close", 0.0)]
 
 
-async def test_a_connection_is_observed_for_as_long_as_it_took_to_make():
+async def test_the_connect_duration_is_recorded_in_the_histogram():
     observed = []
 
     class Observer:
@@ -86,10 +86,10 @@ async def test_a_connection_is_observed_for_as_long_as_it_took_to_make():
     assert observed == [pytest.approx(3)]
 
 
-# -- attempts that fail ---------------------------------------------------------------
+# -- failed attempts ------------------------------------------------------------------
 
 
-async def test_a_connector_that_returns_nothing_is_not_asked_again():
+async def test_a_connector_that_returns_none_is_not_retried():
     connector = MakingAny(lambda: None)
     async with make_pool(connector) as pool:
         with pytest.raises(ConnectFailed) as caught:
@@ -98,7 +98,7 @@ async def test_a_connector_that_returns_nothing_is_not_asked_again():
         assert len(connector.timeouts) == 1
 
 
-async def test_a_process_that_was_forked_stays_so_and_is_not_tried_again():
+async def test_a_connect_in_a_forked_process_is_permanent_and_not_retried():
     connector = FakeConnector(default=fail(PoolError("this process was forked")))
     async with make_pool(connector) as pool:
         with pytest.raises(ConnectFailed, match="forked") as caught:
@@ -108,7 +108,7 @@ async def test_a_process_that_was_forked_stays_so_and_is_not_tried_again():
 
 
 class AlikeError(Exception):
-    """Has what a `ConnectFailed` has, and means something else by it."""
+    """Has the attributes of `ConnectFailed` with other meanings."""
 
     reason = "CERTIFICATE_VERIFY_FAILED"
     permanent = True
@@ -137,7 +137,7 @@ class Unreadable(Uninitialised):
     "kind",
     [OSError, AlikeError, Uninitialised, WithoutPermanent, WithoutReason, Unreadable],
 )
-async def test_only_a_whole_connect_failed_is_believed(kind):
+async def test_an_incomplete_connect_failed_counts_as_reason_other(kind):
     connector = FakeConnector(default=fail(kind()))
     async with make_pool(connector, max_retries=1) as pool:
         with pytest.raises(ConnectFailed, match="cannot connect to fake") as caught:
@@ -150,7 +150,7 @@ async def test_only_a_whole_connect_failed_is_believed(kind):
 # -- probes ---------------------------------------------------------------------------
 
 
-async def test_a_connection_that_answers_nothing_has_two_probes_and_both_count(caplog):
+async def test_a_silent_connection_gets_two_probes_and_both_count(caplog):
     class Silent(Recorded):
         async def answer(self):
             await anyio.sleep_forever()
@@ -186,7 +186,7 @@ async def test_a_connection_is_not_probed_twice_at_once():
         assert pool.status().suspect == 0
 
 
-async def test_a_connection_on_its_way_out_is_not_probed():
+async def test_a_leaving_connection_is_not_probed():
     async with make_pool(MakingAny(Recorded)) as pool:
         first, second = [await pool.acquire() for _ in range(2)]
         await accuse(first)
@@ -198,7 +198,7 @@ async def test_a_connection_on_its_way_out_is_not_probed():
             await pool.release(conn)
 
 
-async def test_a_round_of_health_checks_closes_what_hung_up_without_a_probe():
+async def test_a_health_check_round_closes_lost_connections_without_a_probe():
     connector = FakeConnector()
     async with make_pool(connector, health_check_interval=0.5) as pool:
         async with pool.acquire():
@@ -207,13 +207,13 @@ async def test_a_round_of_health_checks_closes_what_hung_up_without_a_probe():
         (connection,) = connector.connections
         probes = connection.probes
         connection.hung_up = True
-        await anyio.sleep(0.5)  # before anybody looks out for it
+        await anyio.sleep(0.5)  # before the loss watcher looks again
         assert (connection.probes, connection.closed) == (probes, 1)
         assert pool._counters.closes == {"lost": 1}
 
 
 class Late(Recorded):
-    """A connection whose probes end, as on a loop that was blocked, far too late."""
+    """A connection whose probes end far too late, as on a blocked loop."""
 
     times = 1
 
@@ -224,7 +224,7 @@ class Late(Recorded):
             raise OSError
 
 
-async def test_a_suspect_whose_probe_ended_too_late_to_prove_anything_has_another():
+async def test_a_suspect_is_probed_again_if_its_probe_ended_too_late():
     pool = make_pool(MakingAny(Late), health_check_timeout=2)
     async with pool, pool.acquire() as conn:
         await accuse(conn)
@@ -234,7 +234,7 @@ async def test_a_suspect_whose_probe_ended_too_late_to_prove_anything_has_anothe
         assert pool._counters.probe_failures == 0
 
 
-async def test_a_probe_is_excused_once():
+async def test_a_late_probe_is_excused_only_once():
     class Always(Late):
         times = 10
 
@@ -258,7 +258,7 @@ async def test_a_probe_is_excused_once():
         (TimeoutError(), "not established within connection_timeout=10 s"),
     ],
 )
-async def test_a_timeout_of_the_connector_is_told_in_its_own_words(error, told):
+async def test_a_connector_timeout_keeps_its_own_message(error, told):
     connector = FakeConnector([fail(error)])
     async with make_pool(connector, max_retries=0) as pool:
         with pytest.raises(ConnectFailed) as caught:
@@ -268,12 +268,12 @@ async def test_a_timeout_of_the_connector_is_told_in_its_own_words(error, told):
         assert caught.value.reason == "timeout"
 
 
-# -- cancellations of one's own -----------------------------------------------------
+# -- cancellations by the connector itself ------------------------------------------
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_cancellation_of_ones_own_after_the_deadline_is_a_timeout():
-    """Not one that has the scope's as its context, which anyio would know."""
+async def test_a_connectors_own_cancellation_after_the_deadline_is_a_timeout():
+    """A cancellation without the scope's as context. anyio would recognize that one."""
 
     class Late(FakeConnector):
         async def connect(self, timeout):
@@ -289,7 +289,7 @@ async def test_a_cancellation_of_ones_own_after_the_deadline_is_a_timeout():
 
 
 @pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)
-async def test_a_cancellation_of_asyncio_is_a_failure_on_trio():
+async def test_an_asyncio_cancelled_error_is_a_failure_on_trio():
     class Bridged(FakeConnector):
         async def connect(self, timeout):
             raise asyncio.CancelledError
@@ -300,10 +300,10 @@ async def test_a_cancellation_of_asyncio_is_a_failure_on_trio():
         assert repr(pool).startswith("<ConnectionPool open")
 
 
-# -- connections that cannot tell ---------------------------------------------------
+# -- connections whose is_lost or peer fails ----------------------------------------
 
 
-async def test_a_connection_that_cannot_say_whether_it_is_lost_serves():
+async def test_a_connection_with_a_failing_is_lost_still_serves():
     class Untold(FakeConnection):
         @property
         def is_lost(self):
@@ -315,7 +315,7 @@ async def test_a_connection_that_cannot_say_whether_it_is_lost_serves():
         assert pool.status().idle == 1
 
 
-async def test_a_connection_that_cannot_say_where_it_leads_is_shown_without():
+async def test_a_connection_without_a_peer_is_shown_without_it():
     class Nowhere(FakeConnection):
         @property
         def peer(self):

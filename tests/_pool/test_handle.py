@@ -1,4 +1,4 @@
-"""Leases: what a call carries, what its failure means, and how they go back."""
+"""Test leases: the arguments of calls, the effect of failures, and the release."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kit.pools import MakingAny, make_pool
 from kit.threads import in_a_thread
 
 
-async def test_a_connection_of_another_kind_carries_no_calls():
+async def test_a_connection_without_call_support_carries_no_calls():
     class Plain:
         async def probe(self, timeout):
             pass
@@ -35,14 +35,14 @@ async def test_a_connection_of_another_kind_carries_no_calls():
 
 
 @pytest.mark.parametrize("metadata", [["key"], [("key",)], [("a", "b", "c")], [7]])
-async def test_metadata_that_is_no_pairs_is_refused_without_showing_it(metadata):
+async def test_metadata_that_is_not_pairs_is_rejected_without_showing_it(metadata):
     async with make_pool() as pool, pool.acquire() as conn:
         with pytest.raises(TypeError, match="metadata must be pairs of str, got a"):
             await conn.call("/a/b", b"", metadata=metadata)
         assert conn.connection.calls == 0
 
 
-# -- how they go back ---------------------------------------------------------------
+# -- returning leases ---------------------------------------------------------------
 
 
 async def test_a_lease_cannot_be_released_on_another_loop():
@@ -56,7 +56,7 @@ async def test_a_lease_cannot_be_released_on_another_loop():
         assert pool.status().streams_in_use == 0
 
 
-async def test_a_lease_released_before_its_destroyed_block_is_done_goes_back_once():
+async def test_a_lease_released_before_its_destroyed_block_ends_returns_once():
     async with make_pool(max_connections=1) as pool:
         leases = []
 
@@ -73,12 +73,12 @@ async def test_a_lease_released_before_its_destroyed_block_is_done_goes_back_onc
         await pool.release(leases[0])
         assert pool.status().streams_in_use == 0
         async with pool.acquire():
-            # By now the loop had its turn.
+            # By now the loop has run a turn.
             await anyio.sleep(1)
             assert pool.status().streams_in_use == 1
 
 
-async def test_an_acquire_that_failed_may_be_entered_again():
+async def test_a_failed_acquire_can_be_entered_again():
     async with make_pool(max_connections=1) as pool:
         acquire = pool.acquire(timeout=0)
         async with pool.acquire():
@@ -88,7 +88,7 @@ async def test_an_acquire_that_failed_may_be_entered_again():
             assert await conn.call("/a.B/C", b"works") == b"works"
 
 
-def test_a_lease_of_a_closed_pool_goes_back_wherever_that_is_and_once():
+def test_a_lease_of_a_closed_pool_is_released_once_on_any_loop():
     async def leave(pool):
         conn = await pool.acquire()
         await pool.close(0)
@@ -102,11 +102,11 @@ def test_a_lease_of_a_closed_pool_goes_back_wherever_that_is_and_once():
             anyio.run(pool.release, conn, backend=second)
 
 
-# -- what becomes of a call that fails ----------------------------------------------
+# -- failed calls -------------------------------------------------------------------
 
 
 class Plain:
-    """A connection that can be called and probed, and says nothing of itself."""
+    """A connection with calls and probes, and without `judge`."""
 
     probes = 0
 
@@ -125,7 +125,7 @@ class Judging(Plain):
         return Verdict.UNAVAILABLE
 
 
-async def test_a_connection_that_judges_nothing_is_neither_blamed_nor_probed(caplog):
+async def test_a_connection_without_a_verdict_is_neither_blamed_nor_probed(caplog):
     async with make_pool(MakingAny(Plain)) as pool, pool.acquire() as conn:
         with pytest.raises(ZeroDivisionError):
             await conn.call("/a.B/C", b"")
@@ -135,7 +135,7 @@ async def test_a_connection_that_judges_nothing_is_neither_blamed_nor_probed(cap
         assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
-async def test_an_unavailable_connection_is_probed_at_once_and_no_other_one():
+async def test_only_the_unavailable_connection_is_probed_at_once():
     async with make_pool(MakingAny(Judging), max_connections=2) as pool:
         first, second = [await pool.acquire() for _ in range(2)]
         await anyio.sleep(5)
@@ -151,18 +151,20 @@ async def test_an_unavailable_connection_is_probed_at_once_and_no_other_one():
             await pool.release(conn)
 
 
-# -- what a call carries ------------------------------------------------------------
+# -- arguments of calls -------------------------------------------------------------
 
 
 class Recording(Plain):
-    """A connection that answers each call with its request, and notes what it got."""
+    """
+    A connection that answers each call with its request and records its arguments.
+    """
 
     async def call(self, method, request, **options):
         self.got = method, request, options
         return request
 
 
-async def test_a_call_carries_what_it_is_given():
+async def test_a_call_passes_its_arguments_to_the_connection():
     metadata = (("x-tenant", "a b"), ["x-key-bin", b"\0\xff"])
     async with make_pool(MakingAny(Recording)) as pool, pool.acquire() as conn:
         answer = await conn.call(
@@ -185,14 +187,14 @@ async def test_a_call_carries_what_it_is_given():
     "timeout, carried",
     [(0, 0), (0.0, 0.0), (0.25, 0.25), (7, 7), (10**12, None), (1e12, None)],
 )
-async def test_a_call_has_its_timeout_unless_that_is_for_ages(timeout, carried):
+async def test_a_call_passes_its_timeout_unless_it_is_very_long(timeout, carried):
     async with make_pool(MakingAny(Recording)) as pool, pool.acquire() as conn:
         await conn.call("/a.B/C", b"", timeout=timeout)
         assert conn.connection.got[2]["timeout"] == carried
 
 
 @pytest.mark.parametrize("timeout", [-1, -1.0, math.inf, math.nan])
-async def test_a_call_refuses_a_timeout_that_is_no_time(timeout):
+async def test_a_call_rejects_an_invalid_timeout(timeout):
     async with make_pool(MakingAny(Recording)) as pool, pool.acquire() as conn:
         with pytest.raises(ValueError, match=r"^timeout must be "):
             await conn.call("/a.B/C", b"", timeout=timeout)
@@ -211,7 +213,7 @@ async def test_a_call_refuses_a_timeout_that_is_no_time(timeout):
         ([("key", "\xe9")], ValueError),
     ],
 )
-async def test_a_call_refuses_metadata_that_grpc_would_not_carry(metadata, error):
+async def test_a_call_rejects_metadata_that_grpc_cannot_send(metadata, error):
     async with make_pool(MakingAny(Recording)) as pool, pool.acquire() as conn:
         with pytest.raises(error, match=r"^metadata "):
             await conn.call("/a.B/C", b"", metadata=metadata)

@@ -1,4 +1,4 @@
-"""Leases that are late, or that become garbage."""
+"""Test leases that are late or garbage-collected."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kit.logs import lines_of
 from kit.pools import make_pool
 
 
-async def test_a_lease_that_gets_lost_as_the_pool_ends_is_not_given_back(caplog):
+async def test_a_lease_dropped_while_the_pool_ends_is_not_returned(caplog):
     pool = make_pool(max_connections=1)
     leases = []
 
     class Drops(logging.Handler):
-        """Drops the lease in the last moment: garbage is collected at any."""
+        """Drop the lease at the last moment. Garbage collection can run at any time."""
 
         def emit(self, record):
             if "closed before" in record.getMessage():
@@ -43,10 +43,10 @@ async def test_a_lease_that_gets_lost_as_the_pool_ends_is_not_given_back(caplog)
     assert not any("took back" in line for line in lines_of(caplog, logging.WARNING))
 
 
-# -- leases that become garbage -----------------------------------------------------
+# -- garbage-collected leases -------------------------------------------------------
 
 
-async def test_a_lease_that_becomes_garbage_is_shown_with_its_warning():
+async def test_a_garbage_collected_lease_is_shown_in_its_warning():
     async with make_pool() as pool:
         conn = await pool.acquire()
         with pytest.warns(ResourceWarning, match="garbage-collected") as caught:
@@ -57,7 +57,7 @@ async def test_a_lease_that_becomes_garbage_is_shown_with_its_warning():
         assert pool.status().streams_in_use == 0
 
 
-async def test_who_drops_a_lease_is_warned_in_that_line():
+async def test_a_dropped_lease_warns_at_the_line_of_the_drop():
     async with make_pool() as pool:
         conn = await pool.acquire()
         with pytest.warns(ResourceWarning, match="garbage-collected") as caught:
@@ -69,7 +69,7 @@ async def test_who_drops_a_lease_is_warned_in_that_line():
 
 
 @pytest.mark.parametrize("threshold", [0, math.inf])
-async def test_no_threshold_and_one_that_nothing_reaches_watch_no_lease(threshold):
+async def test_no_lease_is_watched_with_no_threshold_or_an_infinite_one(threshold):
     async with make_pool(leak_threshold=threshold) as pool, pool.acquire():
         assert pool._open_pool.leaks is None
 
@@ -85,12 +85,12 @@ async def test_a_lease_is_late_exactly_at_the_threshold():
         await pool.release(conn)
 
 
-def test_nothing_that_is_out_means_not_to_look_before_it_could_be_late():
+def test_without_leases_the_next_look_is_one_threshold_later():
     leaks = Leaks("pool", 8.0, PoolCounters())
     assert leaks.look(100.0) == 108.0
 
 
-async def test_a_late_lease_that_becomes_garbage_is_still_known_by_its_holder(caplog):
+async def test_a_late_lease_that_becomes_garbage_still_names_its_holder(caplog):
     async with make_pool(leak_threshold=1) as pool:
         conn = await pool.acquire()
         await anyio.sleep(2)
@@ -106,8 +106,8 @@ async def test_a_late_lease_that_becomes_garbage_is_still_known_by_its_holder(ca
         assert "held by task" in line
 
 
-def test_a_place_is_told_by_its_innermost_frames_and_no_more():
-    # Two, because a line that repeats itself is shown three times only.
+def test_a_place_shows_only_its_innermost_frames():
+    # Two frames, because a traceback shows a repeated line only three times.
     def one(depth):
         return two(depth - 1) if depth else str(_Holder.here())
 
@@ -120,7 +120,7 @@ def test_a_place_is_told_by_its_innermost_frames_and_no_more():
     assert all(line.startswith("  ") for line in lines)
 
 
-async def test_a_task_without_a_name_is_told_of_as_such(monkeypatch):
+async def test_a_task_without_a_name_is_reported_as_unnamed(monkeypatch):
     class Task:
         name = None
 

@@ -1,4 +1,4 @@
-"""Misuse of a pool has an error of its own, which says what to write instead."""
+"""Test that misuse of a pool raises an error with the correct usage."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def config_of_alice(pool, **options):
 
 
 @pytest.mark.parametrize("there", ["asyncio", "trio"])
-async def test_another_loop_is_misuse_and_the_message_tells_the_two_apart(there):
+async def test_use_on_another_loop_is_misuse_and_the_message_names_both_loops(there):
     async with make_pool(name="main") as pool:
         conn = await pool.acquire()
 
@@ -78,7 +78,7 @@ async def test_another_loop_is_misuse_and_the_message_tells_the_two_apart(there)
         await pool.release(conn)
 
 
-def test_a_loop_that_does_not_run_any_more_is_told_as_such():
+def test_the_misuse_message_says_that_the_owner_loop_is_not_running():
     pool = make_pool()
     loop = asyncio.new_event_loop()
     loop.run_until_complete(pool.initialize())
@@ -97,7 +97,7 @@ async def test_a_pool_without_an_authorizer_is_misuse():
             await use()
 
 
-async def test_a_lease_that_was_released_is_misused():
+async def test_using_a_released_lease_is_misuse():
     async with make_pool() as pool:
         conn = await pool.acquire()
         await pool.release(conn)
@@ -110,7 +110,7 @@ async def test_a_lease_that_was_released_is_misused():
 
 
 def guarded(config):
-    """Return an application that guards its routes, and has no lifespan."""
+    """Return an application that guards its routes and has no lifespan."""
     app = FastAPI()
 
     @app.get("/auto", dependencies=[Depends(require_policy_auto(config))])
@@ -147,9 +147,7 @@ async def test_a_test_client_beside_a_running_lifespan_is_500_with_the_remedy(ca
 
 
 @pytest.mark.real_clock
-def test_a_pool_that_was_opened_before_a_fork_is_500_with_the_remedy(
-    caplog, monkeypatch
-):
+def test_a_pool_opened_before_a_fork_is_500_with_the_remedy(caplog, monkeypatch):
     config = config_of_alice(make_pool())
 
     async def main():
@@ -164,7 +162,7 @@ def test_a_pool_that_was_opened_before_a_fork_is_500_with_the_remedy(
 
 
 @pytest.mark.real_clock
-def test_grpc_that_was_inherited_by_a_fork_is_500_with_the_remedy(caplog, monkeypatch):
+def test_grpc_inherited_by_a_fork_is_500_with_the_remedy(caplog, monkeypatch):
     config = config_of_alice(ConnectionPool(max_retries=0))
     monkeypatch.setattr(_fork, "inherited_from", lambda: 1)
     app = guarded(config)
@@ -176,17 +174,17 @@ def test_grpc_that_was_inherited_by_a_fork_is_500_with_the_remedy(caplog, monkey
 
 
 @pytest.mark.real_clock
-def test_a_pool_that_was_never_configured_is_500_with_the_remedy(caplog):
+def test_an_unconfigured_pool_is_500_with_the_remedy(caplog):
     config = config_of_alice(ConnectionPool())
     config.connection_pool = ConnectionPool()
     assert_misused(guarded(config), caplog, "call configure(AuthorizerOptions(...))")
 
 
-# -- several threads open it ----------------------------------------------------------
+# -- opening from several threads -----------------------------------------------------
 
 
 class Validated(FakeConnector):
-    """Takes 50 ms to validate."""
+    """A connector whose validation takes 50 ms."""
 
     def __init__(self, error=None):
         super().__init__()
@@ -201,7 +199,7 @@ class Validated(FakeConnector):
 
 
 def race(use, count=4):
-    """Return the outcomes of *use* on loops of *count* threads that begin at once."""
+    """Return the outcomes of *use* on loops of *count* threads that start together."""
     outcomes = []
     start, end = threading.Barrier(count), threading.Barrier(count)
 
@@ -211,7 +209,7 @@ def race(use, count=4):
             outcomes.append(await use())
         except Exception as error:  # noqa: BLE001  (the outcome)
             outcomes.append(error)
-        # No loop ends before all have tried.
+        # No loop ends before all threads have tried.
         await anyio.to_thread.run_sync(end.wait, 30)
 
     def run(backend):
@@ -228,7 +226,7 @@ def race(use, count=4):
 
 @pytest.mark.filterwarnings("ignore:.*was not closed:ResourceWarning")
 @pytest.mark.parametrize("first", ["initialize", "acquire"])
-def test_of_several_threads_one_opens_the_pool(first):
+def test_only_one_of_several_threads_opens_the_pool(first):
     for _ in range(5):
         pool = make_pool(Validated())
 
@@ -249,7 +247,7 @@ def test_of_several_threads_one_opens_the_pool(first):
         )
 
 
-async def test_a_validation_that_fails_leaves_the_pool_to_others():
+async def test_a_failed_validation_does_not_block_later_attempts_to_open():
     connector = Validated(ValueError("no such file"))
     pool = make_pool(connector)
     for _ in range(2):
@@ -264,7 +262,7 @@ async def test_a_validation_that_fails_leaves_the_pool_to_others():
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
-async def test_a_pool_a_configuration_and_a_lease_cannot_be_copied(how):
+async def test_a_pool_a_config_and_a_lease_cannot_be_copied(how):
     pool = make_pool()
     with pytest.raises(TypeError, match="a ConnectionPool cannot be copied or pickled"):
         how(pool)
@@ -277,7 +275,7 @@ async def test_a_pool_a_configuration_and_a_lease_cannot_be_copied(how):
             how(conn)
 
 
-# -- wrong forms ----------------------------------------------------------------------
+# -- wrong syntax ---------------------------------------------------------------------
 
 RIGHT = "async with pool.acquire() as conn"
 
@@ -295,7 +293,7 @@ SLIPS = {
 
 
 @pytest.mark.parametrize("form", SLIPS.values(), ids=SLIPS)
-async def test_a_wrong_form_raises_an_error_that_shows_the_right_one(form):
+async def test_a_wrong_acquire_syntax_raises_an_error_with_the_right_one(form):
     names = {"aclosing": aclosing}
     exec(f"async def slip(pool):\n    {form}", names)
     async with make_pool(max_connections=1) as pool:
@@ -303,13 +301,13 @@ async def test_a_wrong_form_raises_an_error_that_shows_the_right_one(form):
             (TypeError, AttributeError, ValueError), match=re.escape(RIGHT)
         ):
             await names["slip"](pool)
-        # And nothing is lost: the lease of `await` comes back, without a warning.
+        # No lease leaks: the lease of `await` is returned without a warning.
         async with pool.acquire(timeout=1):
             assert pool.status().streams_in_use == 1
         assert pool._counters.reclaimed == 0
 
 
-async def test_a_lease_that_was_entered_by_mistake_can_still_be_used():
+async def test_a_lease_entered_by_mistake_is_still_usable():
     async with make_pool(max_connections=1) as pool:
         conn = await pool.acquire()
         with pytest.raises(TypeError, match=re.escape(RIGHT)):
@@ -320,7 +318,7 @@ async def test_a_lease_that_was_entered_by_mistake_can_still_be_used():
 
 
 @pytest.mark.parametrize("name", ["release", "close", "aclose"])
-async def test_a_lease_that_is_released_in_the_form_of_other_pools_can_be_released(
+async def test_a_lease_released_with_another_pools_syntax_is_still_releasable(
     name,
 ):
     async with make_pool(max_connections=1) as pool:
@@ -332,13 +330,13 @@ async def test_a_lease_that_is_released_in_the_form_of_other_pools_can_be_releas
         assert pool.status().streams_in_use == 0
 
 
-async def test_with_is_refused_by_a_pool():
+async def test_a_pool_rejects_plain_with():
     with pytest.raises(TypeError, match="`async with pool:`"), make_pool():
         pass
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_what_takes_a_coroutine_shows_the_right_form_and_the_rest_works():
+async def test_coroutine_consumers_show_the_right_syntax_and_others_work():
     async with make_pool() as pool:
         loop = asyncio.get_running_loop()
         for create in (asyncio.create_task, loop.create_task):
@@ -355,7 +353,7 @@ async def test_what_takes_a_coroutine_shows_the_right_form_and_the_rest_works():
             await pool.release(conn)
 
 
-def test_an_acquire_looks_like_nothing_that_it_is_not():
+def test_an_acquire_object_is_awaitable_and_has_no_lease_attributes():
     acquire = make_pool().acquire()
     assert inspect.isawaitable(acquire)
     assert not inspect.iscoroutine(acquire)
@@ -415,7 +413,7 @@ KINDS = ["with", "await", "exit stack", "context manager", "generator"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_timeout_names_the_leases_that_waiting_tasks_hold(kind):
+async def test_a_timeout_error_names_the_leases_held_by_waiting_tasks(kind):
     told = []
 
     async def caller():
@@ -431,20 +429,20 @@ async def test_a_timeout_names_the_leases_that_waiting_tasks_hold(kind):
         assert pool.status().streams_in_use == 0
 
 
-async def test_one_task_that_nests_alone_is_named_as_such():
+async def test_a_single_nesting_task_is_named_in_the_error():
     async with make_pool(max_connections=1) as pool, pool.acquire():
         with pytest.raises(PoolTimeout, match=NESTED.format(1, 1)):
             await pool.acquire(timeout=1)
 
 
-async def test_one_that_does_not_wait_is_told_of_the_leases_in_its_variables():
+async def test_a_timeout_of_0_names_the_leases_in_the_callers_variables():
     async with make_pool(max_connections=1) as pool, pool.acquire() as conn:
         with pytest.raises(PoolTimeout, match=NESTED.format(1, 1)):
             await pool.acquire(timeout=0)
         assert conn.connection
 
 
-async def test_a_check_under_a_lease_is_named_as_nested():
+async def test_a_check_during_a_lease_is_reported_as_nested():
     async with make_pool(max_connections=1) as pool:
         config = config_of_alice(pool, check_timeout=1)
         request = Request({"type": "http", "path_params": {}, "headers": []})
@@ -453,7 +451,7 @@ async def test_a_check_under_a_lease_is_named_as_nested():
                 await config.is_allowed(request, "myapp.GET.a")
 
 
-async def test_leases_of_tasks_that_do_not_wait_are_not_called_nested():
+async def test_leases_of_tasks_that_do_not_wait_are_not_reported_as_nested():
     async def hold():
         async with pool.acquire():
             await anyio.sleep(10)
@@ -485,7 +483,7 @@ async def test_the_search_for_nested_leases_is_bounded(monkeypatch):
             with pytest.raises(PoolTimeout):
                 await pool.acquire(timeout=0)
         assert len(searches) == 1
-        # Another pool's leases, and those that were released, are none of this pool's.
+        # Leases of another pool and released leases do not count for this pool.
         async with make_pool() as other, other.acquire() as conn:
             assert held_by([conn], pool._open_pool) == 0
 
@@ -502,7 +500,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments, error", BAD.values(), ids=BAD)
-async def test_an_argument_that_cannot_be_sent_is_its_own_error_on_a_full_pool(
+async def test_an_unsendable_argument_raises_its_own_error_on_a_full_pool(
     arguments, error
 ):
     async with make_pool(max_connections=1) as pool, pool.acquire():
@@ -516,7 +514,7 @@ async def test_an_argument_that_cannot_be_sent_is_its_own_error_on_a_full_pool(
 
 
 @pytest.mark.parametrize("context", [5, 0, "", "id=7", [], [("id", 7)]])
-async def test_a_resource_context_that_is_no_mapping_is_named(context):
+async def test_a_resource_context_that_is_not_a_mapping_is_named(context):
     async with make_pool() as pool:
         request = Request({"type": "http", "path_params": {}, "headers": []})
         with pytest.raises(TypeError, match="resource_context must be a mapping, got"):
@@ -527,7 +525,7 @@ async def test_a_resource_context_that_is_no_mapping_is_named(context):
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("url", ["127.0.0.1:1", "unused:1"])
-def test_a_provider_whose_answer_cannot_be_sent_is_500_and_not_503(url):
+def test_a_provider_with_an_unsendable_result_is_500_and_not_503(url):
     config = TopazConfig(
         authorizer_options=AuthorizerOptions(url=url, insecure=True),
         policy_path_root="myapp",
@@ -543,7 +541,7 @@ def test_a_provider_whose_answer_cannot_be_sent_is_500_and_not_503(url):
         assert "Retry-After" not in response.headers
 
 
-async def test_a_check_that_is_asked_again_is_encoded_once(monkeypatch):
+async def test_a_retried_check_is_encoded_once(monkeypatch):
     encoded, sent = [], []
     original = _config.is_request
 
@@ -569,8 +567,8 @@ async def test_a_check_that_is_asked_again_is_encoded_once(monkeypatch):
 
 
 @pytest.mark.parametrize("cls", [ConnectionPool, PooledConnection])
-def test_only_public_attributes_explain_that_they_are_absent(cls):
-    """Not `__del__`, which Python looks for when an object goes."""
+def test_only_missing_public_attributes_explain_themselves(cls):
+    """Excludes `__del__`, which Python looks up when an object is freed."""
     absent = {name for name in dir(cls) if not hasattr(cls, name)}
     assert {"release", "info"} & absent
     assert not [name for name in absent if name.startswith("_")]

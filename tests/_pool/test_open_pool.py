@@ -1,4 +1,4 @@
-"""The streams of an open pool, and who gets them."""
+"""Test how an open pool assigns its streams."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from fastapi_topaz.testing import FakeConnection
 from kit.pools import Making, make_pool
 
 
-async def test_a_stream_that_is_free_beyond_the_limit_is_not_lent():
+async def test_a_free_stream_beyond_the_limit_is_not_leased():
     pool = make_pool(max_connections=2, streams_per_connection=2)
     async with pool:
         first, second, third = [await pool.acquire() for _ in range(3)]
         assert first.connection is second.connection is not third.connection
         pool.resize(0, 1)
         await pool.release(first)
-        # Two of two are lent, and one of them by a connection that is to go.
+        # Two of two streams are leased, and one of them belongs to a leaving
+        # connection.
         assert (pool.status().streams_in_use, pool.status().leaving) == (2, 1)
         with pytest.raises(PoolTimeout):
             await pool.acquire(timeout=0)
@@ -28,7 +29,7 @@ async def test_a_stream_that_is_free_beyond_the_limit_is_not_lent():
         await pool.release(second)
 
 
-async def test_a_verdict_of_another_kind_accuses_nobody():
+async def test_an_unknown_verdict_accuses_no_connection():
     class Vague(FakeConnection):
         def judge(self, error):
             return "so so"
@@ -44,12 +45,12 @@ async def test_a_verdict_of_another_kind_accuses_nobody():
         assert (told.condition, told.last_error) == ("idle", "no answer")
 
 
-async def test_an_open_pool_is_told_from_others_in_a_debugger():
+async def test_the_repr_of_an_open_pool_identifies_it():
     async with make_pool(name="main") as pool:
         assert repr(pool._open_pool).startswith("<OpenPool of pool 'main' total=0 ")
 
 
-async def test_a_second_resize_passes_over_what_leaves_already():
+async def test_a_second_resize_skips_leaving_connections():
     pool = make_pool(max_connections=3)
     async with pool:
         leases = [await pool.acquire() for _ in range(3)]
@@ -63,7 +64,7 @@ async def test_a_second_resize_passes_over_what_leaves_already():
         assert (pool.status().total, pool.status().leaving) == (1, 0)
 
 
-async def test_a_lease_is_observed_for_as_long_as_it_was_out_and_waited_for():
+async def test_the_lease_and_wait_durations_are_recorded():
     observed = []
 
     class Observer:

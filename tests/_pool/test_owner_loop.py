@@ -1,4 +1,4 @@
-"""The event loop that a pool belongs to."""
+"""Test the event loop that owns a pool."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kit.threads import in_a_thread
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_what_comes_after_the_end_of_the_loop_is_not_called(backend):
+def test_callbacks_scheduled_after_the_loop_ended_are_not_called(backend):
     async def main():
         return _host.OwnerLoop()
 
@@ -23,7 +23,7 @@ def test_what_comes_after_the_end_of_the_loop_is_not_called(backend):
     assert called == []
 
 
-async def test_a_thread_without_a_loop_is_told_so():
+async def test_a_thread_without_a_loop_gets_an_error_that_says_so():
     async with make_pool(name="main") as pool:
         error = in_a_thread(pool.drain)
         assert isinstance(error, PoolError)

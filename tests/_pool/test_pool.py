@@ -1,4 +1,4 @@
-"""How a pool is configured, opens and closes, and what it tells meanwhile."""
+"""Test how a pool is configured, opened and closed, and its status meanwhile."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def closed_status(*, failing=False):
     )
 
 
-# -- what a pool tells while it is not open -------------------------------------------
+# -- the status of a pool that is not open --------------------------------------------
 
 
-async def test_a_pool_that_is_not_open_tells_its_limits_and_nothing_else():
+async def test_the_status_of_a_pool_that_is_not_open_has_only_its_limits():
     options = {"min_connections": 2, "max_connections": 7}
     pool = make_pool(**options, streams_per_connection=3)
     assert pool.status() == closed_status()
@@ -67,22 +67,22 @@ async def test_in_a_forked_child_an_open_pool_fails_and_has_no_connections():
 
 
 @pytest.mark.parametrize("name, told", [(None, "the pool"), ("main", "pool 'main'")])
-async def test_a_pool_is_told_by_its_name_if_it_has_one(name, told):
+async def test_an_error_names_the_pool_if_it_has_a_name(name, told):
     pool = make_pool(name=name)
     await pool.close()
     with pytest.raises(PoolClosed, match=f"^{told} is closed "):
         await pool.acquire()
 
 
-async def test_a_wrong_grace_is_told_by_its_name():
+async def test_an_invalid_grace_is_named():
     with pytest.raises(ValueError, match="grace must be at least 0 seconds"):
         await make_pool().close(-1)
 
 
-# -- how it opens ---------------------------------------------------------------------
+# -- opening --------------------------------------------------------------------------
 
 
-async def test_of_those_who_wait_for_a_close_to_open_it_again_one_does():
+async def test_only_one_caller_that_waits_for_a_close_reopens_the_pool():
     connector = Making(Lingering)
     pool = make_pool(connector, min_connections=1, eager_init=True)
     await pool.initialize()
@@ -96,7 +96,7 @@ async def test_of_those_who_wait_for_a_close_to_open_it_again_one_does():
     assert connector.open == []
 
 
-async def test_of_those_who_wait_for_the_end_of_a_cancelled_start_one_opens_the_pool():
+async def test_only_one_caller_that_waits_for_a_cancelled_start_opens_the_pool():
     connector = Making(Lingering, script=[ok(), hang()])
     pool = make_pool(connector, min_connections=2, eager_init=True)
     with anyio.move_on_after(1):
@@ -117,7 +117,7 @@ async def test_of_those_who_wait_for_the_end_of_a_cancelled_start_one_opens_the_
     assert connector.open == []
 
 
-async def test_each_who_gives_up_waiting_for_the_end_of_a_start_is_counted():
+async def test_each_caller_that_stops_waiting_for_a_start_is_counted():
     pool = make_pool(
         Making(Lingering, script=[ok(), hang()]), min_connections=2, eager_init=True
     )
@@ -130,10 +130,10 @@ async def test_each_who_gives_up_waiting_for_the_end_of_a_start_is_counted():
     await pool.close()
 
 
-# -- what the host does ---------------------------------------------------------------
+# -- the background task --------------------------------------------------------------
 
 
-async def test_each_second_another_connection_is_looked_at_closely():
+async def test_each_second_the_liveness_of_another_connection_is_refreshed():
     looked = []
 
     class Watched(FakeConnection):
@@ -147,12 +147,12 @@ async def test_each_second_another_connection_is_looked_at_closely():
     assert looked in ([1, 2, 1, 2], [2, 1, 2, 1])
 
 
-async def test_where_the_only_attempt_hangs_callers_fail_at_once():
+async def test_callers_fail_at_once_if_the_only_attempt_hangs():
     options = {"max_connections": 1, "acquire_timeout": 5, "connection_timeout": 10}
     async with make_pool(FakeConnector(default=hang()), **options) as pool:
         with pytest.raises(PoolTimeout):
             await pool.acquire()
-        # The first attempt has failed, and the next one takes too long already.
+        # The first attempt has failed, and the next one is already overdue.
         await anyio.sleep(10)
         began = anyio.current_time()
         with pytest.raises(ConnectFailed, match="not established within"):
@@ -160,10 +160,10 @@ async def test_where_the_only_attempt_hangs_callers_fail_at_once():
         assert anyio.current_time() == began
 
 
-# -- how it ends ----------------------------------------------------------------------
+# -- closing --------------------------------------------------------------------------
 
 
-async def test_a_lease_is_cut_off_after_the_grace_though_another_close_hangs():
+async def test_a_lease_is_cut_off_after_the_grace_if_another_close_hangs():
     closed = {}
 
     class Slow(FakeConnection):
@@ -182,7 +182,7 @@ async def test_a_lease_is_cut_off_after_the_grace_though_another_close_hangs():
 
 
 @pytest.mark.parametrize("count, leases", [(1, "a lease"), (2, "2 leases")])
-def test_a_loop_that_ends_under_leases_tells_how_many(caplog, count, leases):
+def test_a_loop_that_ends_with_leases_out_logs_how_many(caplog, count, leases):
     async def main():
         held.extend([await pool.acquire() for _ in range(count)])
 
@@ -196,7 +196,7 @@ def test_a_loop_that_ends_under_leases_tells_how_many(caplog, count, leases):
         assert f"the pool: closed before {leases} came back" in told
 
 
-async def test_a_cancelled_close_waits_until_all_is_closed():
+async def test_a_cancelled_close_waits_until_all_connections_are_closed():
     connector = Making(Lingering)
     pool = make_pool(connector)
     async with pool.acquire():
@@ -208,7 +208,7 @@ async def test_a_cancelled_close_waits_until_all_is_closed():
     assert connector.open == []
 
 
-async def test_a_cancelled_close_does_not_wait_for_who_will_not_be_cancelled():
+async def test_a_cancelled_close_does_not_wait_for_an_uncancellable_close():
     class Stubborn(FakeConnection):
         async def close(self, grace, /):
             with anyio.CancelScope(shield=True):
@@ -226,8 +226,10 @@ async def test_a_cancelled_close_does_not_wait_for_who_will_not_be_cancelled():
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_who_closes_a_pool_whose_host_was_cancelled_before_it_began_is_woken():
-    """asyncio.run cancels all tasks at its end, also those that had no turn yet."""
+async def test_close_returns_if_the_background_task_was_cancelled_early():
+    """
+    At its end asyncio.run cancels all tasks, including tasks that have not started.
+    """
     pool = make_pool()
     await pool.initialize()
     pool._open_pool.owner._task.cancel()
@@ -236,21 +238,21 @@ async def test_who_closes_a_pool_whose_host_was_cancelled_before_it_began_is_wok
     assert repr(pool).startswith("<ConnectionPool closed")
 
 
-# -- how it is configured -----------------------------------------------------------
+# -- configuration ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["connector", "meter_provider"])
-def test_what_cannot_be_that_is_refused_by_its_name(name):
+def test_an_argument_of_the_wrong_type_is_named(name):
     with pytest.raises(TypeError, match=f"{name} must .* got 'text'"):
         ConnectionPool(**{name: "text"})
 
 
-def test_a_truth_that_is_none_is_refused():
+def test_a_flag_that_is_not_a_bool_is_rejected():
     with pytest.raises(TypeError, match="semantic_conventions must be"):
         ConnectionPool(semantic_conventions=1)
 
 
-async def test_an_open_pool_cannot_be_led_elsewhere():
+async def test_an_open_pool_cannot_be_configured_for_another_authorizer():
     pool = ConnectionPool(min_connections=0)
     pool.configure(TOPAZ)
     async with pool:
@@ -262,7 +264,7 @@ async def test_an_open_pool_cannot_be_led_elsewhere():
     assert pool.authorizer_options.url == "elsewhere:8282"
 
 
-async def test_a_pool_with_a_connector_of_its_own_is_not_led_elsewhere():
+async def test_configure_does_not_replace_a_custom_connector():
     connector = FakeConnector()
     pool = make_pool(connector)
     pool.configure(TOPAZ)
@@ -271,7 +273,7 @@ async def test_a_pool_with_a_connector_of_its_own_is_not_led_elsewhere():
         assert conn.connection in connector.connections
 
 
-def test_what_cannot_even_be_shown_is_refused_by_its_class():
+def test_a_value_with_a_failing_repr_is_rejected_by_its_class_name():
     class Unseen:
         def __repr__(self):
             raise RuntimeError("do not look")
@@ -288,13 +290,13 @@ def test_a_pool_that_is_not_open_has_nothing_to_drain():
 
 
 async def cancelled_start(pool):
-    """Open *pool* and give that up, so that it closes again, which takes a second."""
+    """Open *pool* and cancel that. The pool then takes a second to close."""
     with anyio.move_on_after(1):
         await pool.initialize()
     assert repr(pool).startswith("<ConnectionPool closing")
 
 
-async def test_who_waits_for_the_end_of_a_cancelled_start_may_give_up():
+async def test_a_caller_that_waits_for_a_cancelled_start_can_give_up():
     script = Making(Lingering, script=[ok(), hang()])
     pool = make_pool(script, min_connections=2, eager_init=True)
     await cancelled_start(pool)
@@ -308,7 +310,7 @@ async def test_who_waits_for_the_end_of_a_cancelled_start_may_give_up():
     assert script.open == []
 
 
-async def test_who_waits_for_the_end_of_a_cancelled_start_may_find_it_closed():
+async def test_a_caller_that_waits_for_a_cancelled_start_can_find_it_closed():
     script = Making(Lingering, script=[ok(), hang()])
     pool = make_pool(script, min_connections=2, eager_init=True)
     await cancelled_start(pool)
@@ -317,17 +319,17 @@ async def test_who_waits_for_the_end_of_a_cancelled_start_may_find_it_closed():
         await pool.acquire()
 
 
-# -- its start ----------------------------------------------------------------------
+# -- the start ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("minimum", [0, 2])
-async def test_a_start_that_went_well_warns_of_nothing(caplog, minimum):
+async def test_a_successful_start_logs_no_warning(caplog, minimum):
     async with make_pool(min_connections=minimum, eager_init=True) as pool:
         assert pool.status().total == minimum
         assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
-async def test_a_start_that_no_retry_can_mend_ends_at_once_and_warns_of_it(caplog):
+async def test_a_permanent_failure_ends_the_start_at_once_with_a_warning(caplog):
     connector = FakeConnector(default=fail(ConnectFailed("never", permanent=True)))
     async with make_pool(connector, min_connections=1, eager_init=True) as pool:
         assert pool.status().total == 0

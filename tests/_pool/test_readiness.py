@@ -1,4 +1,4 @@
-"""When a pool calls itself ready, and what `is_ready()` costs: in virtual time."""
+"""Test when a pool reports ready, and the cost of `is_ready()`, in virtual time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def total(connector, name="probes"):
 
 # -- the last answer and the last failure ---------------------------------------------
 
-# All at the time 0: the order decides, and not the time.
+# All events happen at time 0, so only their order decides.
 FAILURES = {
     "an attempt to connect fails": (
         lambda s, _: s.connect_failed(s.begin(0.0), ERROR, 0.0)
@@ -58,13 +58,13 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_after_a_failure_a_pool_is_not_ready_until_the_next_answer(name):
+def test_after_a_failure_the_pool_is_not_ready_until_the_next_answer(name):
     state = make_state()
     slot, other = open_answered(state), open_answered(state)
     assert state.status().ready
     FAILURES[name](state, slot)
     assert not state.status().ready
-    assert slot.answered, "it is known that it answered at some time"
+    assert slot.answered, "the pool knows that the connection answered at some time"
     state.answered(other, 0.0)
     assert state.status().ready
     FAILURES[name](state, slot)
@@ -73,7 +73,7 @@ def test_after_a_failure_a_pool_is_not_ready_until_the_next_answer(name):
     assert state.failures == 2
 
 
-def test_a_connection_that_answered_nothing_is_not_ready_and_its_end_is_a_failure():
+def test_an_unanswered_connection_is_not_ready_and_its_end_is_a_failure():
     state = make_state()
     slot = open_answered(state, answered=False)
     assert not state.status().ready
@@ -84,12 +84,12 @@ def test_a_connection_that_answered_nothing_is_not_ready_and_its_end_is_a_failur
 
 
 @pytest.mark.parametrize("under_call", [False, True])
-def test_an_orderly_end_of_a_connection_that_answered_is_no_failure(under_call):
+def test_an_orderly_end_of_an_answered_connection_is_not_a_failure(under_call):
     state = make_state()
     slot = open_answered(state)
     slot.connection.lost = True
     if under_call:
-        state.unavailable(slot, 1.0)  # as a call that GOAWAY excluded
+        state.unavailable(slot, 1.0)  # as after a call that GOAWAY excluded
     else:
         assert state.retire_if_lost(slot, 1.0)
     assert state.status().total == 0
@@ -99,13 +99,13 @@ def test_an_orderly_end_of_a_connection_that_answered_is_no_failure(under_call):
 
 
 @pytest.mark.parametrize("reason", ["idle", "drain", "discarded", "resize"])
-def test_a_connection_that_the_pool_closes_leaves_it_ready(reason):
+def test_the_pool_stays_ready_after_it_closes_a_connection(reason):
     state = make_state()
     state.retire(open_answered(state), reason)
     assert (state.status().total, state.status().ready) == (0, True)
 
 
-def test_a_connection_that_answered_before_a_failure_leaves_nothing_when_it_closes():
+def test_closing_a_connection_answered_before_a_failure_changes_nothing():
     state = make_state()
     slot = open_answered(state)
     claim = Claim()
@@ -116,7 +116,7 @@ def test_a_connection_that_answered_before_a_failure_leaves_nothing_when_it_clos
     assert (state.status().total, state.status().ready) == (0, False)
 
 
-def test_an_answer_counts_though_its_connection_and_then_another_one_close():
+def test_an_answer_counts_even_if_two_connections_close_afterwards():
     state = make_state()
     silent, answering = open_answered(state, answered=False), open_answered(state)
     state.retire(answering, "drain")
@@ -124,7 +124,7 @@ def test_an_answer_counts_though_its_connection_and_then_another_one_close():
     assert (state.status().total, state.status().ready) == (0, True)
 
 
-def test_the_connection_to_be_asked_is_the_one_that_was_well_last():
+def test_the_connection_with_the_latest_answer_is_probed():
     state = make_state()
     old, last, new = (open_answered(state) for _ in range(3))
     old.proven_at, last.proven_at, new.proven_at = 1.0, 3.0, 2.0
@@ -134,7 +134,7 @@ def test_the_connection_to_be_asked_is_the_one_that_was_well_last():
     assert state.newest_proof({last, new, old}, 4.0) is None
 
 
-def test_no_connection_is_asked_that_is_suspect_leaves_or_is_lost():
+def test_suspect_leaving_and_lost_connections_are_not_probed():
     state = make_state()
     leaving, suspect, lost, well = (
         open_answered(state, answered=False) for _ in range(4)
@@ -151,20 +151,20 @@ def test_no_connection_is_asked_that_is_suspect_leaves_or_is_lost():
     assert state.newest_proof({well}, 1.0) is None
 
 
-def test_a_pool_that_closes_is_not_ready():
+def test_a_closing_pool_is_not_ready():
     state = make_state()
     open_answered(state)
     state.shut_down()
     assert not state.status().ready
 
 
-async def test_a_pool_is_ready_from_its_first_answer_until_it_is_closed():
+async def test_a_pool_is_ready_from_its_first_answer_until_close():
     pool = ConnectionPool(connector=FakeConnector(), min_connections=0)
     assert not pool.status().ready
     async with pool:
         assert not pool.status().ready
         async with pool.acquire() as conn:
-            assert not pool.status().ready, "connected is not yet an answer"
+            assert not pool.status().ready, "a connect is not an answer yet"
             await conn.call("/a/b", b"?")
             assert pool.status().ready
             assert pool.status().as_dict()["ready"] is True
@@ -175,7 +175,7 @@ async def test_a_pool_is_ready_from_its_first_answer_until_it_is_closed():
             conn.connection.frozen = False
             await conn.call("/a/b", b"?")
             assert pool.status().ready
-            # A call that its caller cancels tells nothing.
+            # A call that its caller cancels is no evidence.
             conn.connection.frozen = True
             with anyio.move_on_after(0.1):
                 await conn.call("/a/b", b"?")
@@ -183,10 +183,10 @@ async def test_a_pool_is_ready_from_its_first_answer_until_it_is_closed():
     assert not pool.status().ready
 
 
-# -- asking ---------------------------------------------------------------------------
+# -- probing --------------------------------------------------------------------------
 
 
-async def test_it_opens_the_pool_and_asks_once_a_second_at_most():
+async def test_is_ready_opens_the_pool_and_probes_at_most_once_a_second():
     connector = FakeConnector()
     config = unprobed_config(connector)
     pool = config.connection_pool
@@ -204,13 +204,13 @@ async def test_it_opens_the_pool_and_asks_once_a_second_at_most():
             await conn.call("/a/b", b"?")
         await anyio.sleep(0.9)
         assert await config.is_ready()
-        assert total(connector) == 2, "a call is an answer as well"
+        assert total(connector) == 2, "a call is an answer too"
         await pool.close()
         tasks.cancel_scope.cancel()
     assert connector.open == []
 
 
-async def test_a_hundred_at_once_cost_one_connection_and_one_probe():
+async def test_a_hundred_concurrent_calls_share_one_connection_and_one_probe():
     connector = FakeConnector()
     config, answers = unprobed_config(connector), []
 
@@ -227,7 +227,7 @@ async def test_a_hundred_at_once_cost_one_connection_and_one_probe():
             await anyio.sleep(2)
 
 
-async def test_a_hundred_at_once_fail_together():
+async def test_a_hundred_concurrent_calls_fail_together():
     connector = FakeConnector(default=fail("down"))
     config, answers = unprobed_config(connector), []
 
@@ -244,7 +244,7 @@ async def test_a_hundred_at_once_fail_together():
 
 @pytest.mark.parametrize("timeout", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("open_before", [False, True])
-async def test_no_answer_takes_no_longer_than_the_timeout(timeout, open_before):
+async def test_a_missing_answer_ends_at_the_timeout(timeout, open_before):
     connector = FakeConnector(default=ok() if open_before else hang())
     config = unprobed_config(
         connector, health_check_timeout=100.0, connection_timeout=100.0
@@ -286,7 +286,7 @@ async def test_a_probe_outlives_its_caller_and_its_late_answer_counts():
 
 
 @pytest.mark.parametrize("fault", ["alive", "refuses"])
-async def test_a_probe_that_fails_on_each_connection_is_not_ready(fault):
+async def test_the_pool_is_not_ready_if_probes_fail_on_all_connections(fault):
     connector = FakeConnector()
     config = unprobed_config(connector, max_connections=3)
     async with config.connection_pool as pool:
@@ -301,7 +301,7 @@ async def test_a_probe_that_fails_on_each_connection_is_not_ready(fault):
         assert total(connector) <= 9
 
 
-async def test_one_bad_connection_of_several_does_not_decide():
+async def test_one_bad_connection_among_several_keeps_the_pool_ready():
     connector = FakeConnector()
     config = unprobed_config(connector)
     async with config.connection_pool as pool:
@@ -314,7 +314,7 @@ async def test_one_bad_connection_of_several_does_not_decide():
         assert await config.is_ready()
 
 
-async def test_a_saturated_pool_is_asked_on_a_leased_connection():
+async def test_a_saturated_pool_is_probed_on_a_leased_connection():
     connector = FakeConnector()
     config = unprobed_config(connector, max_connections=1, max_waiting=0)
     async with config.connection_pool as pool, pool.acquire():
@@ -322,7 +322,7 @@ async def test_a_saturated_pool_is_asked_on_a_leased_connection():
         assert (connector.attempts, total(connector)) == (1, 1)
 
 
-async def test_a_saturated_pool_of_suspects_is_not_ready_in_time():
+async def test_a_saturated_pool_of_suspects_is_not_ready_at_the_timeout():
     connector = FakeConnector()
     config = unprobed_config(connector, max_connections=1)
     async with config.connection_pool as pool, pool.acquire() as conn:
@@ -335,7 +335,7 @@ async def test_a_saturated_pool_of_suspects_is_not_ready_in_time():
         assert anyio.current_time() - before == pytest.approx(0.5, abs=0.001)
 
 
-async def test_a_call_that_is_answered_while_no_connection_can_be_asked_is_enough():
+async def test_an_answered_call_suffices_if_no_connection_can_be_probed():
     connector = FakeConnector()
     config, answers = unprobed_config(connector, max_connections=1), []
 
@@ -347,7 +347,7 @@ async def test_a_call_that_is_answered_while_no_connection_can_be_asked_is_enoug
         for _ in range(2):
             with pytest.raises(TimeoutError):
                 await conn.call("/a/b", b"?", timeout=0.1)
-        await anyio.wait_all_tasks_blocked()  # its probe has begun, and will not end
+        await anyio.wait_all_tasks_blocked()  # its probe has begun and will not end
         conn.connection.frozen = False
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask)
@@ -358,8 +358,8 @@ async def test_a_call_that_is_answered_while_no_connection_can_be_asked_is_enoug
 
 
 @pytest.mark.parametrize("late", [False, True])
-async def test_a_probe_that_ends_too_late_is_made_again(late):
-    """The process was stopped meanwhile, so its time is no measure."""
+async def test_a_probe_that_ends_too_late_is_repeated(late):
+    """The process was stopped meanwhile, so the elapsed time is no measure."""
     connector = FakeConnector()
     config = unprobed_config(connector)
     async with config.connection_pool as pool:
@@ -381,7 +381,7 @@ async def test_a_probe_that_ends_too_late_is_made_again(late):
         assert pool.status().ready
 
 
-async def test_after_a_failure_it_asks_though_the_last_answer_is_new():
+async def test_after_a_failure_it_probes_even_if_the_last_answer_is_recent():
     connector = FakeConnector()
     config = unprobed_config(connector)
     async with config.connection_pool as pool:
@@ -394,7 +394,7 @@ async def test_after_a_failure_it_asks_though_the_last_answer_is_new():
             conn.connection.frozen = False
 
 
-async def test_a_connection_that_is_lost_before_any_answer_is_replaced_and_asked():
+async def test_a_connection_lost_before_any_answer_is_replaced_and_probed():
     connector = FakeConnector()
     config = unprobed_config(connector)
     async with config.connection_pool as pool:
@@ -405,7 +405,7 @@ async def test_a_connection_that_is_lost_before_any_answer_is_replaced_and_asked
         assert connector.attempts == 2
 
 
-def test_an_answered_probe_counts_though_another_connection_fails_at_once():
+def test_an_answered_probe_counts_if_another_connection_fails_at_once():
     state = make_state()
     open_answered(state)
     state.failed()
@@ -416,8 +416,8 @@ def test_an_answered_probe_counts_though_another_connection_fails_at_once():
     assert not _is_answered(open_pool, 0)
 
 
-async def test_it_counts_on_the_pool_as_a_check_does():
-    """A cancelled initialize() closes a pool that is used by no other caller."""
+async def test_is_ready_counts_as_a_user_of_the_pool_like_a_check():
+    """A cancelled initialize() closes a pool without other users."""
     connector = FakeConnector([ok()], default=hang())
     config = unprobed_config(connector, eager_init=True, min_connections=2)
     pool = config.connection_pool
@@ -430,7 +430,7 @@ async def test_it_counts_on_the_pool_as_a_check_does():
     await pool.close()
 
 
-async def test_a_caller_who_is_cancelled_leaves_nothing_and_the_next_one_asks():
+async def test_a_cancelled_caller_leaves_no_state_and_the_next_call_probes():
     connector = FakeConnector()
     config, answers = unprobed_config(connector), []
     async with config.connection_pool as pool:
@@ -447,16 +447,16 @@ async def test_a_caller_who_is_cancelled_leaves_nothing_and_the_next_one_asks():
                 tasks.start_soon(config.is_ready, 10)
                 await anyio.wait_all_tasks_blocked()
                 first.cancel()
-        assert pool.status().ready, "a cancelled call is no failure"
+        assert pool.status().ready, "a cancelled call is not a failure"
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask)
-            await anyio.sleep(4.5)  # the probe is lost after 5 s, and suspect
+            await anyio.sleep(4.5)  # the probe is lost after 5 s
             connection.frozen = False
         assert answers == [True]
         assert pool.status().streams_in_use == pool.status().waiting == 0
 
 
-async def test_down_and_up_again():
+async def test_ready_follows_an_outage_and_the_recovery():
     connector = FakeConnector(default=fail("down"))
     config = unprobed_config(connector)
     async with config.connection_pool as pool:
@@ -469,7 +469,7 @@ async def test_down_and_up_again():
         assert pool.status().ready
 
 
-async def test_a_pool_that_was_closed_stays_closed():
+async def test_is_ready_does_not_reopen_a_closed_pool():
     connector = FakeConnector()
     config = unprobed_config(connector)
     async with config.connection_pool as pool:
@@ -479,7 +479,7 @@ async def test_a_pool_that_was_closed_stays_closed():
     assert connector.open == []
 
 
-async def test_a_pool_that_closes_under_it_is_not_ready():
+async def test_a_pool_that_closes_during_the_call_is_not_ready():
     connector = FakeConnector()
     config, answers = unprobed_config(connector), []
 
@@ -500,7 +500,7 @@ async def test_a_pool_that_closes_under_it_is_not_ready():
 
 
 class Odd(FakeConnector):
-    """Makes connections whose probes raise any error."""
+    """A connector whose connections raise any given error in probes."""
 
     def __init__(self, error, verdict):
         super().__init__()
@@ -522,7 +522,7 @@ class Odd(FakeConnector):
     "error", [ValueError("odd"), TimeoutError(), RuntimeError(), KeyError("k")]
 )
 @pytest.mark.parametrize("verdict", [None, *Verdict])
-async def test_any_error_of_a_probe_is_not_ready(error, verdict):
+async def test_any_probe_error_means_not_ready(error, verdict):
     config = unprobed_config(Odd(error, verdict))
     async with config.connection_pool as pool:
         for _ in range(3):
@@ -531,7 +531,7 @@ async def test_any_error_of_a_probe_is_not_ready(error, verdict):
             await anyio.sleep(1)
 
 
-async def test_a_mistake_is_logged_with_its_remedy_and_is_not_ready(caplog):
+async def test_a_usage_error_is_logged_with_its_remedy_and_is_not_ready(caplog):
     config = TopazConfig(
         authorizer_options=AuthorizerOptions(insecure=True),
         policy_path_root="app",
@@ -557,7 +557,7 @@ async def test_a_mistake_is_logged_with_its_remedy_and_is_not_ready(caplog):
         ("1", TypeError),
     ],
 )
-async def test_a_timeout_that_is_no_number_of_seconds_is_refused(timeout, error):
+async def test_a_timeout_that_is_not_a_number_of_seconds_is_rejected(timeout, error):
     connector = FakeConnector()
     config = unprobed_config(connector)
     with pytest.raises(error, match="timeout"):

@@ -1,4 +1,4 @@
-"""What the errors of acquire() say."""
+"""Test the messages of the errors of acquire()."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastapi_topaz.testing import FakeConnector, fail, hang, slow
 from kit.pools import make_pool, queued
 
 
-async def test_whose_time_is_over_is_told_of_the_last_failure():
+async def test_a_timeout_error_has_the_last_failure():
     connector = FakeConnector(default=fail("nobody there"))
     async with make_pool(connector, acquire_timeout=0) as pool:
         with pytest.raises(PoolTimeout) as caught:
@@ -26,7 +26,7 @@ async def test_whose_time_is_over_is_told_of_the_last_failure():
         assert str(caught.value.__cause__) == "nobody there"
 
 
-async def test_whose_time_is_over_is_told_if_all_leases_are_out_and_only_then():
+async def test_a_timeout_error_says_whether_all_leases_are_out():
     connector = FakeConnector(default=slow(2))
     async with make_pool(connector, max_connections=2) as pool, pool.acquire():
         with pytest.raises(PoolTimeout) as caught:
@@ -37,7 +37,7 @@ async def test_whose_time_is_over_is_told_if_all_leases_are_out_and_only_then():
                 await pool.acquire(timeout=1)
 
 
-async def test_who_fails_is_told_what_the_attempt_said():
+async def test_a_failed_caller_gets_the_message_of_the_attempt():
     error = ConnectFailed("no", reason="tls", permanent=True)
     async with make_pool(FakeConnector(default=fail(error))) as pool:
         with pytest.raises(ConnectFailed) as caught:
@@ -46,7 +46,7 @@ async def test_who_fails_is_told_what_the_attempt_said():
         assert caught.value.__cause__ is error
 
 
-async def test_an_attempt_that_ended_otherwise_is_not_permanent():
+async def test_a_timed_out_attempt_is_not_permanent():
     connector = FakeConnector(default=hang())
     async with make_pool(connector, max_retries=0, connection_timeout=1) as pool:
         with pytest.raises(ConnectFailed) as caught:
@@ -54,7 +54,7 @@ async def test_an_attempt_that_ended_otherwise_is_not_permanent():
         assert (caught.value.reason, caught.value.permanent) == ("timeout", False)
 
 
-async def test_what_is_told_ends_with_the_counts():
+async def test_each_acquire_error_ends_with_the_counts():
     async with make_pool(max_connections=2, connector=FakeConnector([slow(2)])) as pool:
         with pytest.raises(PoolTimeout) as caught:
             await pool.acquire(timeout=1)
@@ -78,14 +78,14 @@ async def test_what_is_told_ends_with_the_counts():
         await pool.release(held)
 
 
-async def test_a_failure_that_tells_nothing_of_itself_is_not_permanent():
+async def test_a_failure_without_details_is_not_permanent():
     async with make_pool() as pool:
         error = pool._open_pool._refusals.failed(OSError("no"))
         assert (error.reason, error.permanent) == ("other", False)
 
 
 class Nameless:
-    """A connector that does not say where it connects to."""
+    """A connector without the address of its server."""
 
     async def connect(self, timeout, /):
         return await FakeConnector().connect(timeout)
@@ -102,11 +102,11 @@ class Unspeakable(Nameless):
 @pytest.mark.parametrize(
     "connector, target", [(Nameless(), "somewhere"), (Unspeakable(), "Unspeakable")]
 )
-async def test_a_connector_without_a_target_is_named_by_what_it_is(connector, target):
+async def test_a_connector_without_a_target_is_shown_by_its_class(connector, target):
     async with make_pool(connector) as pool, pool.acquire() as conn:
         assert repr(conn) == f"<PooledConnection to {target} leased>"
 
 
-async def test_a_wrong_timeout_is_told_by_its_name():
+async def test_an_invalid_timeout_is_named():
     with pytest.raises(ValueError, match="timeout must be at least 0 seconds"):
         make_pool().acquire(timeout=-1)

@@ -1,4 +1,4 @@
-"""A provider of meters for Prometheus."""
+"""Fixtures: a meter provider for Prometheus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guide's metric lines, through the SDK as a user sets it up."""
+"""Test the metric lines of the guide, through the SDK as users set it up."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def registry():
 
 
 def scrape(registry, prefix="topaz_pool"):
-    """Return the samples by name and the labels that are ours."""
+    """Return the samples by name and by this package's labels."""
     samples = {}
     for line in generate_latest(registry).decode().splitlines():
         if line.startswith(prefix):
@@ -53,7 +53,7 @@ def make_metered(provider, connector=None, **options):
     )
 
 
-async def test_the_five_lines_of_the_guide(provider, registry):
+async def test_the_five_metric_lines_of_the_guide(provider, registry):
     async with make_metered(provider, max_connections=3) as pool:
         leases = [await pool.acquire() for _ in range(3)]
         await pool.release(leases.pop())
@@ -72,14 +72,14 @@ async def test_the_five_lines_of_the_guide(provider, registry):
             await pool.release(conn)
 
 
-async def test_what_happens_to_connections_is_counted_by_reason(provider, registry):
+async def test_connection_events_are_counted_by_reason(provider, registry):
     connector = FakeConnector([fail()])
     async with make_metered(provider, connector) as pool:
         async with pool.acquire():
             pass
         pool.drain()
     samples = scrape(registry)
-    assert "topaz_pool_connects_total" not in samples, "a closed pool is not seen"
+    assert "topaz_pool_connects_total" not in samples, "a closed pool is not exported"
     async with make_metered(provider, FakeConnector([fail()])) as pool:
         async with pool.acquire():
             pass
@@ -88,9 +88,7 @@ async def test_what_happens_to_connections_is_counted_by_reason(provider, regist
         assert samples['topaz_pool_connect_failures_total{reason="refused"}'] == 1
 
 
-async def test_named_pools_are_told_apart_and_do_not_disturb_each_other(
-    provider, registry
-):
+async def test_named_pools_are_reported_separately(provider, registry):
     one, two = make_metered(provider, name="one"), make_metered(provider, name="two")
     async with one, two:
         async with one.acquire(), two.acquire(), two.acquire():
@@ -103,8 +101,8 @@ async def test_named_pools_are_told_apart_and_do_not_disturb_each_other(
 
 @pytest.mark.parametrize("order", [("late", "given"), ("given", "late")])
 @pytest.mark.parametrize("early", [True, False])
-def test_a_provider_that_one_finds_and_one_is_given_shows_both(order, early):
-    """In a process of its own, since it sets the global provider."""
+def test_an_injected_provider_and_the_global_one_show_both_pools(order, early):
+    """Run in a separate process, because the test sets the global provider."""
     program = f"""
 import anyio
 from fastapi_topaz import ConnectionPool
@@ -149,7 +147,7 @@ async def test_a_forked_child_reports_no_pools_of_its_parent(provider, registry)
     async with make_metered(provider):
         assert scrape(registry)["topaz_pool_healthy"] == 1
         with warnings.catch_warnings():
-            # Of Python 3.12 and newer, about threads that other tests may have left.
+            # A warning of Python 3.12 and newer about threads of other tests.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if not child:
@@ -157,7 +155,9 @@ async def test_a_forked_child_reports_no_pools_of_its_parent(provider, registry)
         assert os.waitpid(child, 0) == (child, 0)  # noqa: ASYNC222  (it ends at once)
 
 
-async def test_a_connector_without_a_target_is_called_by_its_class(provider, registry):
+async def test_a_connector_without_a_target_is_labelled_with_its_class(
+    provider, registry
+):
     class Odd(FakeConnector):
         target = property()  # raises AttributeError
 
@@ -168,11 +168,11 @@ async def test_a_connector_without_a_target_is_called_by_its_class(provider, reg
     ]
 
 
-async def test_a_pool_leaves_no_reference_behind(provider):
+async def test_metrics_keep_no_reference_to_a_closed_pool(provider):
     pool = make_metered(provider)
     async with pool, pool.acquire():
         pass
-    # The host task ends in the step after it has told so.
+    # The background task ends one step after it has signalled its end.
     await anyio.lowlevel.checkpoint()
     await anyio.lowlevel.checkpoint()
     reference = weakref.ref(pool)
@@ -181,7 +181,7 @@ async def test_a_pool_leaves_no_reference_behind(provider):
     assert reference() is None
 
 
-async def test_numbers_survive_a_reopening(provider, registry):
+async def test_counters_survive_a_reopening(provider, registry):
     pool = make_metered(provider)
     for count in (1, 2, 3):
         async with pool:
@@ -212,7 +212,7 @@ async def test_every_instrument_has_a_description_and_every_duration_a_unit():
     provider.shutdown()
 
 
-async def test_each_reason_is_there_before_anything_happened(provider, registry):
+async def test_each_reason_is_exported_before_its_first_event(provider, registry):
     async with make_metered(provider):
         samples = scrape(registry)
     for reason in ("refused", "resolve", "tls", "timeout", "other"):
@@ -222,7 +222,7 @@ async def test_each_reason_is_there_before_anything_happened(provider, registry)
         assert samples[f'topaz_pool_closes_total{{reason="{reason}"}}'] == 0
 
 
-async def test_each_call_of_acquire_is_counted_where_it_ended(provider, registry):
+async def test_each_acquire_is_counted_by_its_outcome(provider, registry):
     pool = make_metered(provider, max_connections=1, max_waiting=1, acquire_timeout=10)
     async with pool, anyio.create_task_group() as tasks:
         endings = []
@@ -257,7 +257,7 @@ async def test_each_call_of_acquire_is_counted_where_it_ended(provider, registry
         assert samples['topaz_pool_failed_total{reason="connect"}'] == 0
 
 
-async def test_retries_of_connecting_are_counted(provider, registry):
+async def test_connect_retries_are_counted(provider, registry):
     connector = FakeConnector([fail(), fail()])
     async with make_metered(provider, connector) as pool:
         async with pool.acquire():
@@ -267,7 +267,7 @@ async def test_retries_of_connecting_are_counted(provider, registry):
         assert samples["topaz_pool_connects_total"] == 1
 
 
-async def test_pools_of_one_name_are_reported_as_one(provider, registry):
+async def test_pools_with_the_same_name_are_reported_as_one(provider, registry):
     one, two = make_metered(provider), make_metered(provider)
     async with one, two, one.acquire(), two.acquire(), two.acquire():
         samples = scrape(registry)
@@ -276,7 +276,7 @@ async def test_pools_of_one_name_are_reported_as_one(provider, registry):
         assert samples["topaz_pool_streams_max"] == 20
 
 
-async def test_the_names_of_opentelemetry_come_on_request(provider, registry):
+async def test_opentelemetry_names_are_exported_on_request(provider, registry):
     pool = make_metered(provider, max_connections=7, semantic_conventions=True)
     async with pool, pool.acquire():
         samples = scrape(registry, "db_client")
@@ -291,18 +291,18 @@ async def test_the_names_of_opentelemetry_come_on_request(provider, registry):
     assert not scrape(registry, "db_client_connection_max")
 
 
-async def test_they_do_not_come_without(provider, registry):
+async def test_opentelemetry_names_are_not_exported_by_default(provider, registry):
     async with make_metered(provider) as pool, pool.acquire():
         assert not scrape(registry, "db_client")
 
 
 @pytest.mark.parametrize("wrong", [None, 1, "yes"])
-def test_whether_they_come_is_a_bool(wrong):
+def test_semantic_conventions_must_be_a_bool(wrong):
     with pytest.raises(TypeError, match="semantic_conventions must be True or False"):
         ConnectionPool(semantic_conventions=wrong)
 
 
-def test_a_provider_of_meters_that_are_none_is_refused():
+def test_an_invalid_meter_provider_is_rejected():
     class Provider:
         def get_meter(self, *_):
             return object()

@@ -1,10 +1,10 @@
 """
-What Prometheus sees of an application while its authorizer has a bad day.
+Test the metrics that Prometheus sees if the authorizer of an application fails.
 
-Set up as users do: the SDK with its Prometheus exporter, `/metrics` mounted in an
-application behind a real server, uvicorn for asyncio, hypercorn for trio. It counts
-for itself what became of each `acquire()`, and tells so in the same scrape: both must
-agree in each of them, not only in the end.
+The set-up is that of users: the SDK with its Prometheus exporter, `/metrics` mounted in
+an application on a real server, uvicorn for asyncio, hypercorn for trio. The
+application counts the outcome of each `acquire()` itself, and exports it in the same
+scrape. Both counts must agree in every scrape, not only at the end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ topaz_pool_timeouts_total 12
 topaz_pool_acquire_latency_seconds_bucket{le="0.001"} 14500
 """
 
-# How acquire() may end: as the pool counts it, and as the caller sees it.
+# The outcomes of acquire(): as counted by the pool, and as seen by the caller.
 ENDS = {
     "topaz_pool_acquisitions_total": "leased",
     "topaz_pool_timeouts_total": "PoolTimeout",
@@ -61,7 +61,7 @@ DURATIONS = ("acquire_latency", "hold_time", "connect_time")
 
 
 class CountedPool(topaz.ConnectionPool):
-    """Counts what its callers see, without looking at what the pool counts."""
+    """Counts the outcomes seen by its callers, without the counts of the pool."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -96,20 +96,20 @@ class CountedPool(topaz.ConnectionPool):
 
 
 def bare(text):
-    """Leave out the exporter's labels, and write whole numbers as the guide does."""
+    """Remove the exporter's labels, and format whole numbers as the guide does."""
     text = re.sub(r'otel_scope_\w+="[^"]*",?', "", text)
     return re.sub(r"(?m)\.0$", "", text.replace("{}", "").replace(",}", "}"))
 
 
 def samples(text):
-    """Return the values by series, and those of them that may never fall."""
+    """Return the values by series, and the series that may never decrease."""
     values, rising = {}, {}
     for family in text_string_to_metric_families(text):
         for name, labels, value, *_ in family.samples:
             own = {key: labels[key] for key in labels if "otel_" not in key}
             inside = ",".join(f'{key}="{own[key]}"' for key in sorted(own))
             series = f"{name}{{{inside}}}" if inside else name
-            assert series not in values, f"{series} comes twice"
+            assert series not in values, f"{series} appears twice"
             values[series] = value
             if family.type in {"counter", "histogram"}:
                 rising[series] = value
@@ -117,7 +117,7 @@ def samples(text):
 
 
 class Shop:
-    """An application, as its clients and a Prometheus see it."""
+    """An application, as seen by its clients and by Prometheus."""
 
     def __init__(self, pool, authorizer):
         self.pool, self.authorizer = pool, authorizer
@@ -167,7 +167,7 @@ class Shop:
         assert (await self.client.get(url)).json() == expected
 
     async def scrape(self):
-        """Return the values by series, having checked what holds at any moment."""
+        """Return the values by series, after checking the invariants."""
         response = await self.client.get("/metrics")
         now, rising = samples(response.raise_for_status().text)
         assert [name for name in self.before if now[name] < self.before[name]] == []
@@ -176,11 +176,11 @@ class Shop:
             assert now[name] == now[APP % end], name
         in_flight = now[APP % "asking"]
         assert sum(map(now.get, ENDS)) == now[APP % "asked"] - in_flight
-        # One who is served or sent away waits no more, and has yet to hear of it.
+        # A served or timed out caller no longer waits, but its task has not run yet.
         assert now[WAITING] <= in_flight
         counted = (APP % "leased", APP % "returned", "topaz_pool_connects_total")
         for what, name in zip(DURATIONS, counted, strict=True):
-            # A histogram is there once something was recorded.
+            # A histogram exists only after its first recorded value.
             assert now.get(f"topaz_pool_{what}_seconds_count", 0) == now[name]
         return now
 
@@ -188,7 +188,7 @@ class Shop:
         """Return the first scrape that fulfils *condition*."""
         deadline = anyio.current_time() + 30
         while not condition(now := await self.scrape()):
-            assert anyio.current_time() < deadline, f"not true in 30 s: {now}"
+            assert anyio.current_time() < deadline, f"not true within 30 s: {now}"
             await anyio.sleep(0.01)
         return now
 
@@ -207,7 +207,7 @@ class Shop:
                 self.answers = True
 
     async def rest(self, *left):
-        """Return a scrape when all is over, and so many connections are left."""
+        """Return a scrape after all activity ended with this many connections left."""
 
         def over(now):
             total = now["topaz_pool_connects_total"]
@@ -234,10 +234,11 @@ def shop(provider, embedded_authorizer, request):
     REGISTRY.unregister(pool)
 
 
-async def test_a_slow_authorizer(shop, anyio_backend_name):
+async def test_metrics_of_a_slow_authorizer(shop, anyio_backend_name):
     async with shop.open(anyio_backend_name):
         now = await shop.scrape()
-        # Also what has not happened is there, or its first increase would be lost.
+        # Series are exported before their first event. Otherwise the first increase
+        # would be lost.
         assert not any(now[FAILURES % reason] for reason in get_args(FailureReason))
         assert not any(now[CLOSES % reason] for reason in get_args(CloseReason))
         await shop.goods()
@@ -259,14 +260,14 @@ async def test_a_slow_authorizer(shop, anyio_backend_name):
             bounds = [float(name.split('"')[1]) for name in found]
             assert (len(bounds), bounds[0], bounds[-2]) == (17, 0.0001, 10.0)
             assert 0.001 in bounds
-    # What the SDK has recorded it keeps; the pool itself is not seen any more.
+    # The SDK keeps the values that it has recorded. The pool itself is gone.
     after, _ = samples(generate_latest().decode())
     left = {name.split("_seconds_")[0] for name in after if "topaz" in name}
     assert left == {f"topaz_pool_{what}" for what in DURATIONS}
 
 
 @pytest.mark.parametrize("shop", [3600.0], indirect=True)
-async def test_an_authorizer_that_is_killed_and_down_and_unwell(
+async def test_metrics_of_a_killed_a_stopped_and_a_failing_authorizer(
     shop, anyio_backend_name
 ):
     async with shop.open(anyio_backend_name):
@@ -282,7 +283,7 @@ async def test_an_authorizer_that_is_killed_and_down_and_unwell(
         now = await shop.scrape()
         assert [now[end] for end in ENDS][1:] == [0, 0, 0, 2, 0]
         failed = [why for why in get_args(FailureReason) if now[FAILURES % why]]
-        # One that ended right after the answer to its first probe is "unanswered".
+        # A connection that ended right after its first answered probe is "unanswered".
         assert {"refused"} <= set(failed) <= {"refused", "unanswered"}
         assert now["topaz_pool_connect_retries_total"] > 0
         assert now[IDLE] == now[BUSY] == shop.authorizer.connections_open == 0
@@ -290,7 +291,8 @@ async def test_an_authorizer_that_is_killed_and_down_and_unwell(
         assert gone == now["topaz_pool_connects_total"] >= 3
         shop.authorizer.start()
         closed = (await shop.until(lambda now: now[HEALTHY]))[CLOSES % "unhealthy"]
-        # As a proxy does whose server is down: an outage, which closes nothing.
+        # As a proxy in front of a stopped server does: an outage, which closes no
+        # connection.
         shop.authorizer.fail("UNAVAILABLE", methods=["Info"])
         now = await shop.until(lambda now: not now[HEALTHY])
         assert now["topaz_pool_probe_failures_total"] >= 2
@@ -301,7 +303,7 @@ async def test_an_authorizer_that_is_killed_and_down_and_unwell(
         assert shop.statuses == {200: 3, 503: 1}
 
 
-async def test_a_pool_that_is_closed_and_opened_again(shop, anyio_backend_name):
+async def test_metrics_of_a_closed_and_reopened_pool(shop, anyio_backend_name):
     @shop.app.post("/reopen")
     async def reopen():
         await shop.pool.close(grace=60)
@@ -323,7 +325,7 @@ async def test_a_pool_that_is_closed_and_opened_again(shop, anyio_backend_name):
         assert shop.statuses == {200: 4}
 
 
-async def test_the_lines_of_the_guide_to_the_last_digit(
+async def test_the_exact_metric_lines_of_the_guide(
     provider, embedded_authorizer, anyio_backend_name
 ):
     pool = topaz.ConnectionPool(
@@ -345,7 +347,7 @@ async def test_the_lines_of_the_guide_to_the_last_digit(
             for _ in range(15_234 - 14_500):
                 tasks.start_soon(lease)
             await eventually(lambda: pool.status().waiting == 15_234 - 14_500)
-            # Until the last of them has waited for longer, too.
+            # Wait until the last of them has waited longer, too.
             await anyio.sleep(0.002)
             await pool.release(leases.pop())
         for _ in range(14_500 - 10):
@@ -396,7 +398,7 @@ anyio.run(main, 3, True, backend="{backend}")
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_global_provider_may_be_missing_or_come_after_the_first_leases(backend):
+def test_a_global_provider_may_be_missing_or_set_after_the_first_leases(backend):
     command = [sys.executable, "-c", LATE.format(backend=backend)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.stderr, done.returncode) == ("", 0)
@@ -404,6 +406,6 @@ def test_a_global_provider_may_be_missing_or_come_after_the_first_leases(backend
     assert now["topaz_pool_acquisitions_total"] == 2 + 3 + 4
     assert now["topaz_pool_connects_total"] == 2
     assert now[IDLE] == 1
-    # Nobody recorded how long the first ones took.
+    # The durations of the first leases were not recorded.
     assert now["topaz_pool_acquire_latency_seconds_count"] == 4
     assert now["topaz_pool_hold_time_seconds_count"] == 4

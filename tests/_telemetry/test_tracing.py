@@ -1,4 +1,4 @@
-"""One span for each check, its context on the wire, and nobody's secrets in it."""
+"""Test that each check has one span, sends its context, and leaks no secret."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SECRET = "hunter2"
 
 
 class Traced:
-    """A configuration whose spans are kept, and a request to ask with."""
+    """A configuration with recorded spans, and a request for checks."""
 
     def __init__(self, authorizer, *, processor=None, sampler=None, **options):
         self.exporter = InMemorySpanExporter()
@@ -77,14 +77,16 @@ def authorizer(embedded_authorizer):
 
 
 def parent_of(check):
-    """Return trace and span that the authorizer was told of, and whether sampled."""
+    """
+    Return the trace and span id that the authorizer received, and the sampled flag.
+    """
     parts = check.metadata["traceparent"].split("-")
     _, trace_id, span_id, flags = (int(part, 16) for part in parts)
     return trace_id, span_id, bool(flags & 1)
 
 
 def recorded(authorizer):
-    """Let everything pass, and return a list of what was asked."""
+    """Allow everything, and return the list of received checks."""
     asked = []
     authorizer.policies = lambda check: asked.append(check) or True
     return asked
@@ -110,12 +112,12 @@ async def test_a_check_is_one_span_with_its_outcome(authorizer):
             "topaz.outcome": "allowed",
         }
         assert span.status.status_code is StatusCode.UNSET
-        assert not span.events, "it did not wait"
+        assert not span.events, "the check did not wait"
         assert await traced.ask("myapp.GET.others") is False
         assert traced.span.attributes["topaz.outcome"] == "denied"
 
 
-async def test_a_check_that_fails_says_with_what_and_no_more(authorizer):
+async def test_a_failed_check_records_only_its_error_type(authorizer):
     traced = Traced(authorizer)
     async with traced.pool:
         authorizer.fail(
@@ -130,7 +132,7 @@ async def test_a_check_that_fails_says_with_what_and_no_more(authorizer):
         assert SECRET not in span.to_json()
 
 
-async def test_a_check_without_a_lease_says_so(authorizer):
+async def test_a_check_without_a_lease_records_that(authorizer):
     traced = Traced(authorizer, pool={"max_connections": 1, "acquire_timeout": 0.01})
     async with traced.pool, traced.pool.acquire(timeout=10):
         with pytest.raises(PoolTimeout):
@@ -138,7 +140,7 @@ async def test_a_check_without_a_lease_says_so(authorizer):
     assert traced.span.attributes["error.type"] == "PoolTimeout"
 
 
-async def test_the_wait_for_a_lease_is_an_event_if_there_was_one(authorizer):
+async def test_a_wait_for_a_lease_is_a_span_event(authorizer):
     traced = Traced(authorizer, pool={"max_connections": 1})
     async with traced.pool, anyio.create_task_group() as tasks:
         async with traced.pool.acquire():
@@ -150,7 +152,7 @@ async def test_the_wait_for_a_lease_is_an_event_if_there_was_one(authorizer):
         assert event.attributes["topaz.wait"] > 0
 
 
-async def test_a_check_asked_once_more_is_one_span_that_says_so(authorizer):
+async def test_a_retried_check_is_one_span_with_a_retry_mark(authorizer):
     traced = Traced(authorizer)
     async with traced.pool:
         await traced.ask()
@@ -177,7 +179,7 @@ async def test_a_cancelled_check_ends_its_span(authorizer):
         assert traced.span.attributes["topaz.outcome"] == "cancelled"
 
 
-async def test_the_span_is_that_of_the_task_only_while_it_asks(authorizer):
+async def test_the_span_is_current_only_during_the_check(authorizer):
     traced = Traced(authorizer)
     tracer = traced.provider.get_tracer("application")
     async with traced.pool:
@@ -191,7 +193,7 @@ async def test_the_span_is_that_of_the_task_only_while_it_asks(authorizer):
 # -- on the wire --------------------------------------------------------------------
 
 
-async def test_the_authorizer_is_told_of_the_span(authorizer):
+async def test_the_span_context_is_sent_to_the_authorizer(authorizer):
     asked = recorded(authorizer)
     traced = Traced(authorizer)
     async with traced.pool:
@@ -200,7 +202,7 @@ async def test_the_authorizer_is_told_of_the_span(authorizer):
     assert parent_of(asked[0]) == (span.context.trace_id, span.context.span_id, True)
 
 
-async def test_that_a_trace_is_not_sampled_is_passed_on(authorizer):
+async def test_an_unsampled_flag_is_sent_to_the_authorizer(authorizer):
     asked = recorded(authorizer)
     traced = Traced(authorizer, sampler=ALWAYS_OFF)
     async with traced.pool:
@@ -209,7 +211,7 @@ async def test_that_a_trace_is_not_sampled_is_passed_on(authorizer):
     assert not traced.exporter.get_finished_spans()
 
 
-async def test_calls_on_a_lease_of_ones_own_carry_the_callers_context(authorizer):
+async def test_calls_on_an_explicit_lease_carry_the_callers_context(authorizer):
     asked = recorded(authorizer)
     traced = Traced(authorizer)
     tracer = traced.provider.get_tracer("application")
@@ -249,7 +251,7 @@ async def test_metadata_of_the_caller_wins(authorizer):
 
 
 class Odd(TextMapPropagator):
-    """Puts into the carrier what gRPC would not send."""
+    """Puts values into the carrier that gRPC would not send."""
 
     fields = frozenset()
 
@@ -285,7 +287,7 @@ async def test_a_propagator_cannot_break_a_check(
     assert failed == (type(propagator) is Raising)
 
 
-# -- what breaks, or is not there -----------------------------------------------------
+# -- errors, and missing providers ----------------------------------------------------
 
 
 class Broken(SpanProcessor):
@@ -305,9 +307,7 @@ class Broken(SpanProcessor):
 
 
 @pytest.mark.parametrize("moment", ["start", "event", "end"])
-async def test_tracing_that_raises_fails_no_check(
-    moment, authorizer, monkeypatch, caplog
-):
+async def test_a_tracing_error_fails_no_check(moment, authorizer, monkeypatch, caplog):
     monkeypatch.setattr("fastapi_topaz._telemetry.tracing._broken", set())
     traced = Traced(authorizer, processor=Broken(moment))
     async with traced.pool:
@@ -318,7 +318,7 @@ async def test_tracing_that_raises_fails_no_check(
     assert any("checks continue without it" in r.message for r in caplog.records)
 
 
-async def test_what_the_authorizer_said_is_not_in_the_traceback_of_that(
+async def test_a_tracing_error_traceback_has_no_authorizer_details(
     authorizer, monkeypatch, caplog
 ):
     monkeypatch.setattr("fastapi_topaz._telemetry.tracing._broken", set())
@@ -331,7 +331,7 @@ async def test_what_the_authorizer_said_is_not_in_the_traceback_of_that(
     assert SECRET not in caplog.text
 
 
-async def test_a_check_that_is_garbage_ends_its_span_without_a_word(authorizer, caplog):
+async def test_a_garbage_collected_check_ends_its_span_silently(authorizer, caplog):
     authorizer.delay = 30
     traced = Traced(authorizer)
     async with traced.pool:
@@ -341,7 +341,7 @@ async def test_a_check_that_is_garbage_ends_its_span_without_a_word(authorizer, 
             def __await__(self):
                 yield from check.__await__()
 
-        # Run to its first wait, as a task would that nobody holds, then destroyed.
+        # Run it to its first wait, like a task without references. Then destroy it.
         step = Never().__await__()
         with contextlib.suppress(BaseException):
             contextvars.Context().run(step.send, None)
@@ -351,7 +351,7 @@ async def test_a_check_that_is_garbage_ends_its_span_without_a_word(authorizer, 
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_provider_that_is_set_late_is_found(backend, authorizer):
+def test_a_tracer_provider_set_late_is_used(backend, authorizer):
     program = f"""
         import anyio
         from fastapi import Request
@@ -401,7 +401,7 @@ def test_the_span_of_a_request_is_the_parent_of_its_check(backend, authorizer):
     tracer = traced.provider.get_tracer("application")
 
     async def traced_request():
-        # What an instrumentation of FastAPI does around it all.
+        # The outer span, as an instrumentation of FastAPI creates it.
         with tracer.start_as_current_span("request"):
             yield
 
@@ -423,7 +423,7 @@ def test_the_span_of_a_request_is_the_parent_of_its_check(backend, authorizer):
     ]
 
 
-def test_a_wrong_provider_is_refused(authorizer):
+def test_an_invalid_tracer_provider_is_rejected(authorizer):
     with pytest.raises(TypeError, match="tracer_provider must be a TracerProvider"):
         TopazConfig(
             authorizer_options=authorizer.options,

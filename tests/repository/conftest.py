@@ -1,4 +1,4 @@
-"""What tests of the examples request."""
+"""Fixtures for the tests of the examples."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def authorizer(embedded_authorizer):
 
 @pytest.fixture
 def warnings_are(request):
-    """What this run of the tests makes of warnings, as options for another Python."""
+    """The warning filters of this test run, as options for another Python."""
     chosen = request.config.getoption("pythonwarnings") or ["error"]
     return [f"-W{each}" for each in chosen]

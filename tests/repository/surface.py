@@ -1,9 +1,9 @@
 """
-What users can rely on, as text: names, signatures, log lines, metrics and spans.
+Print the surface that users rely on: names, signatures, logs, metrics and spans.
 
     python tests/repository/surface.py > tests/repository/surface.txt
 
-`test_surface.py` compares. A change of the internals leaves the text as it is.
+`test_surface.py` compares. A change of the internals does not change the text.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def described(name, thing):
 
 
 def described_member(name, value):
-    function = getattr(value, "__func__", value)  # of a static or a class method
+    function = getattr(value, "__func__", value)  # a static or a class method
     if not inspect.isfunction(function):
         return name
     kind = "async " if inspect.iscoroutinefunction(function) else ""
@@ -81,7 +81,9 @@ def names():
 
 
 def log_lines():
-    """Yield the name of each logger with the levels of its lines, read from source."""
+    """
+    Yield the name of each logger with the levels of its lines, read from the source.
+    """
     levels = defaultdict(set)
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -93,7 +95,7 @@ def log_lines():
             and call.args
             and isinstance(call.args[0], ast.Constant)
         }
-        # The limited lines of a module without a logger of its own.
+        # The rate-limited lines of a module without its own logger.
         shared = "config._log_limit" in path.read_text()
         for logger in loggers or {f"fastapi_topaz.{'fastapi' if shared else 'pool'}"}:
             levels[logger].update(level for call in calls for level in levels_of(call))
@@ -103,7 +105,7 @@ def log_lines():
 
 
 def levels_of(call):
-    """Yield the levels of the line that *call* logs, if it logs one."""
+    """Yield the levels of the line that *call* logs, if it logs."""
     owner, _, method = ast.unparse(call.func).rpartition(".")
     if owner in {"logger", "_LOGGER"} and method in {*LEVELS, "exception"}:
         yield method.replace("exception", "error")
@@ -114,7 +116,7 @@ def levels_of(call):
 
 
 class Recorder(MeterProvider):
-    """Writes down which instruments are made."""
+    """Records which instruments are created."""
 
     def __init__(self):
         self.made = set()
@@ -168,7 +170,7 @@ async def spans():
 
 
 def surface():
-    """Return all of it."""
+    """Return the complete text."""
     parts = {
         "names": names(),
         "loggers and their levels": log_lines(),

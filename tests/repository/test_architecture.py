@@ -1,4 +1,4 @@
-"""The map of the repository names files, functions and classes that are there."""
+"""Test that ARCHITECTURE.md names files, functions and classes that exist."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ SOURCE = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`(_\w+/[\w/]+\.py)`", MAP))))
-def test_each_file_of_the_map_exists(path):
+def test_each_file_named_in_architecture_md_exists(path):
     assert (PACKAGE / path).is_file()
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(\w+)\(\)`", MAP))))
-def test_each_function_of_the_map_exists(name):
+def test_each_function_named_in_architecture_md_exists(name):
     assert re.search(rf"def {name}\(", SOURCE)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`([A-Z]\w+)`", MAP))))
-def test_each_class_of_the_map_exists(name):
+def test_each_class_named_in_architecture_md_exists(name):
     assert re.search(rf"^(class )?{name}\b", SOURCE, re.MULTILINE)
 
 
-def test_each_folder_is_in_the_map():
+def test_each_folder_is_named_in_architecture_md():
     folders = {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}
     named = set(re.findall(r"^\| `([\w/]+)` \|", MAP, re.MULTILINE))
     assert named == {path.relative_to(PACKAGE).as_posix() for path in folders}

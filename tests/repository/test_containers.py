@@ -1,4 +1,4 @@
-"""The containers of the examples."""
+"""Test the containers of the examples."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def dockerfile_command():
     return json.loads(words)
 
 
-def test_each_container_is_pinned_checked_and_for_this_machine_only(services):
+def test_each_container_is_pinned_health_checked_and_on_localhost(services):
     assert set(services) == {"topaz", "app", "prometheus"}
     for service in services.values():
         assert set(service) <= {
@@ -88,7 +88,7 @@ def test_each_container_is_pinned_checked_and_for_this_machine_only(services):
         assert seconds(check["timeout"]) < seconds(check["interval"])
 
 
-def test_all_that_is_mounted_is_there(services):
+def test_every_mounted_file_exists(services):
     named = parsed("docker-compose.yaml")["volumes"]
     used = set()
     for service in services.values():
@@ -103,7 +103,7 @@ def test_all_that_is_mounted_is_there(services):
     assert used == set(named)
 
 
-def test_the_image_is_built_from_what_is_there(services):
+def test_the_image_is_built_from_existing_files(services):
     build = services["app"]["build"]
     context = (COMPOSE / build["context"]).resolve()
     assert context == ROOT
@@ -131,7 +131,7 @@ def test_prometheus_scrapes_the_application_and_has_the_alerts(services):
     (rules,) = config["rule_files"]
     alerts = ROOT / "observability" / "alerts.yaml"
     assert (COMPOSE / mounted[rules]).samefile(alerts)
-    # Four of them in the shortest window of the alerts.
+    # Four scrapes in the shortest window of the alerts.
     assert 4 * seconds(config["global"]["scrape_interval"]) <= 5 * 60
     (job,) = config["scrape_configs"]
     (target,) = job["dns_sd_configs"]
@@ -140,7 +140,7 @@ def test_prometheus_scrapes_the_application_and_has_the_alerts(services):
     assert str(target["port"]) == words[words.index("--port") + 1] == "8000"
 
 
-def test_topaz_listens_where_the_pool_connects_to(services):
+def test_topaz_listens_on_the_address_of_the_pool(services):
     config = parsed("topaz", "config.yaml")
     assert config["version"] == 2
     api = config["api"]
@@ -164,7 +164,7 @@ def test_topaz_listens_where_the_pool_connects_to(services):
     assert f"./topaz/policies:{bundle}:ro" in services["topaz"]["volumes"]
 
 
-def test_topaz_has_all_the_policies_that_the_examples_ask_for():
+def test_topaz_has_all_policies_of_the_examples():
     packages = {}
     for path in POLICIES.iterdir():
         text = path.read_text()
@@ -213,13 +213,13 @@ def test_the_container_runs_an_application_with_metrics(
         subprocess.run([sys.executable, "-c", here], check=True, timeout=50)
 
 
-def test_topaz_is_the_release_that_is_tested(services):
+def test_topaz_is_the_tested_release(services):
     release = re.search(r'TOPAZ_RELEASE = "v(.+)"', (ROOT / "noxfile.py").read_text())
     assert services["topaz"]["image"].endswith(f"/topaz:{release[1]}")
 
 
 def with_free_ports(text):
-    """Return a configuration with other ports, and the address of each old one."""
+    """Return a configuration with other ports, and the new address of each old one."""
     with contextlib.ExitStack() as free:
 
         def here(match):
@@ -231,7 +231,7 @@ def with_free_ports(text):
 
 
 @pytest.mark.skipif(REAL is None, reason=MISSING)
-async def test_topaz_takes_the_configuration_and_the_policy_of_the_quickstart(tmp_path):
+async def test_topaz_accepts_the_configuration_of_the_quickstart(tmp_path):
     home = tmp_path / "quickstart"
     shutil.copytree(EXAMPLES / "quickstart", home)
     text, ports = with_free_ports((home / "topaz.yaml").read_text())
@@ -255,7 +255,7 @@ async def test_topaz_takes_the_configuration_and_the_policy_of_the_quickstart(tm
 
 
 @pytest.mark.skipif(REAL is None, reason=MISSING)
-async def test_topaz_takes_its_configuration_and_policies(tmp_path):
+async def test_topaz_accepts_its_configuration_and_policies(tmp_path):
     text, ports = with_free_ports((COMPOSE / "topaz" / "config.yaml").read_text())
     text = text.replace("/policies", str(POLICIES)).replace("/db", str(tmp_path))
     with Topazd([REAL], tmp_path) as server:

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for what the pool really exports."""
+"""Test that the dashboard and the alerts query exported metrics."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ GRAPHS = [panel for panel in PANELS if panel["type"] != "text"]
 TARGETS = [(panel["title"], target) for panel in GRAPHS for target in panel["targets"]]
 VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
 
-# Prometheus adds these to whatever it scrapes.
+# Prometheus adds these labels to every scraped series.
 SCRAPE = {"job", "instance"}
 
 
 @attrs.frozen
 class Exported:
-    """What a scrape shows: each metric's type, and its labels with their values."""
+    """A scrape: the type of each metric, and its labels with their values."""
 
     types: dict[str, str]
     labels: dict[str, dict[str, set[str]]]
@@ -70,13 +70,13 @@ def exported():
 
 @attrs.define
 class Query:
-    """A walk through a query that asserts that it may have an answer."""
+    """A walk through a query that asserts that the query can have a result."""
 
     exported: Exported
     names: set[str] = attrs.Factory(set)
 
     def labels(self, text):
-        """Return the labels of the answer."""
+        """Return the labels of the result."""
         text = text.replace("$__rate_interval", "5m")
         assert "$__" not in text
         return self._of(promql.parse(text), None)
@@ -99,7 +99,7 @@ class Query:
             case promql.BinaryExpr():
                 left, right = (self._of(e, function) for e in (expr.lhs, expr.rhs))
                 assert not (expr.modifier and expr.modifier.matching), "not needed yet"
-                # Otherwise nothing on one side finds anything on the other.
+                # Otherwise no series on one side matches a series on the other.
                 assert None in (left, right) or left == right, str(expr)
                 labels = right if left is None else left
             case _:
@@ -141,16 +141,16 @@ class Query:
 
 
 @pytest.mark.parametrize("title, target", TARGETS)
-def test_each_query_of_the_dashboard_asks_for_what_is_exported(exported, title, target):
+def test_each_dashboard_query_uses_exported_metrics(exported, title, target):
     labels = Query(exported).labels(target["expr"])
     shown = re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])
-    assert set(shown) == labels, "the legend tells the series apart"
-    # Of a pool without a name nothing else might be left of it.
+    assert set(shown) == labels, "the legend distinguishes the series"
+    # For a pool without a name the legend must not be empty.
     assert re.sub(r"\{\{pool\}\}|\s", "", target["legendFormat"])
 
 
 @pytest.mark.parametrize("alert", RULES)
-def test_each_alert_asks_for_what_is_exported_and_can_say_where(exported, alert):
+def test_each_alert_uses_exported_metrics_and_can_name_its_source(exported, alert):
     rule = RULES[alert]
     labels = Query(exported).labels(rule["expr"])
     assert {"job", "instance", "pool"} <= labels
@@ -176,12 +176,12 @@ def test_each_alert_asks_for_what_is_exported_and_can_say_where(exported, alert)
         "rate(topaz_pool_timeouts_total[$__range])",
     ],
 )
-def test_a_query_that_can_have_no_answer_is_found(exported, spoiled):
+def test_a_query_without_a_possible_result_is_detected(exported, spoiled):
     with pytest.raises(AssertionError):
         Query(exported).labels(spoiled)
 
 
-def test_the_dashboard_leaves_no_metric_out(exported):
+def test_the_dashboard_shows_every_metric(exported):
     query = Query(exported)
     for _, target in TARGETS:
         query.labels(target["expr"])
@@ -190,13 +190,13 @@ def test_the_dashboard_leaves_no_metric_out(exported):
     assert shown == {suffix.sub("", name) for name in exported.types}
 
 
-def test_each_variable_is_filled_from_what_is_exported_and_used(exported):
+def test_each_variable_is_used_and_filled_from_exported_labels(exported):
     for name in VARIABLES.keys() - {"datasource"}:
         variable = VARIABLES[name]
         asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"])
         assert asked[2] == name in Query(exported).labels(asked[1])
         assert variable["query"]["query"] == variable["definition"]
-        # Also what has no such label, as a pool without a name.
+        # This includes series without that label, as of a pool without a name.
         assert variable["includeAll"]
         assert variable["allValue"] == ".*"
         assert variable["refresh"]
@@ -205,7 +205,7 @@ def test_each_variable_is_filled_from_what_is_exported_and_used(exported):
     assert used == set(VARIABLES)
 
 
-def test_all_that_is_asked_for_comes_from_the_data_source_that_was_chosen():
+def test_every_query_uses_the_selected_data_source():
     chosen = {"type": "prometheus", "uid": "${datasource}"}
     queries = [v for v in VARIABLES.values() if v["type"] == "query"]
     for asking in [*GRAPHS, *(target for _, target in TARGETS), *queries]:
@@ -215,7 +215,7 @@ def test_all_that_is_asked_for_comes_from_the_data_source_that_was_chosen():
         assert len(refs) == len(set(refs)) > 0
 
 
-def test_each_panel_explains_itself_and_has_a_unit():
+def test_each_panel_has_a_description_and_a_unit():
     titles = [panel["title"] for panel in DASHBOARD["panels"]]
     assert len(titles) == len(set(titles))
     assert all(panel["description"] for panel in PANELS)
@@ -226,7 +226,7 @@ def test_each_panel_explains_itself_and_has_a_unit():
         assert set(re.findall(r'"([A-Z][^"]+)"', text)) <= set(titles)
 
 
-def test_panels_lie_side_by_side():
+def test_panels_do_not_overlap():
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(ids) == len(set(ids))
     places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
@@ -236,7 +236,7 @@ def test_panels_lie_side_by_side():
     assert all(0 <= p["x"] < p["x"] + p["w"] <= 24 for p in places)
 
 
-def test_there_are_the_alerts_that_a_pool_needs_and_each_says_what_it_means():
+def test_the_expected_alerts_exist_and_explain_themselves():
     assert RULES.keys() >= {
         "TopazPoolSaturated",
         "TopazPoolAcquireSlow",

@@ -1,4 +1,4 @@
-"""Beside the files of the other library of this name, the package is not imported."""
+"""Test that the package refuses to import beside the other library of this name."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PACKAGE = Path(fastapi_topaz.__file__).parent
 
 @pytest.fixture
 def site(tmp_path):
-    """Return a folder like `site-packages`, with the package alone."""
+    """Return a folder like `site-packages` that contains only the package."""
     shutil.copytree(PACKAGE, tmp_path / "site" / "fastapi_topaz")
     return tmp_path / "site"
 
 
 def add(folder, name, *files):
-    """Install these empty files in *folder*, as the distribution *name*."""
+    """Install these empty files in *folder* as the distribution *name*."""
     metadata = folder / f"{name.replace('-', '_')}-1.1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text(f"Name: {name}\nVersion: 1.1.0\n")
@@ -45,7 +45,7 @@ def imported(*folders):
 
 
 @pytest.mark.parametrize("file", ["fastapi_topaz/cache.py", "fastapi_topaz/a/b.py"])
-def test_files_of_the_other_library_in_the_same_folder_are_an_import_error(site, file):
+def test_the_other_library_in_the_same_folder_is_an_import_error(site, file):
     add(site, "fastapi-topaz", "fastapi_topaz-1.1.0.dist-info/METADATA", file)
     result = imported(site)
     assert result.returncode == 1

@@ -1,4 +1,4 @@
-"""The example of a pool for another service."""
+"""Test the example of a pool for another service."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.real_clock
 
 
 class Stock(grpc.GenericRpcHandler):
-    """The service that the example talks to: as many as the name has letters."""
+    """The service of the example: it counts the letters of a name."""
 
     def __init__(self):
         self.serving = True
@@ -67,7 +67,7 @@ def example():
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_the_command_for_another_service(stock, tmp_path, warnings_are, backend):
+def test_the_command_for_another_service_works(stock, tmp_path, warnings_are, backend):
     line = command(EXAMPLES / "another_service.py").replace("trio", backend)
     env = environment(tmp_path, STOCK_URL=stock.target)
     ended = run(program(line, options=warnings_are), env=env)
@@ -76,7 +76,7 @@ def test_the_command_for_another_service(stock, tmp_path, warnings_are, backend)
     assert ended.stdout.splitlines() == ["apples: 6", "pears: 5"]
 
 
-def test_the_command_of_the_connector(stock, tmp_path, warnings_are):
+def test_the_command_of_the_connector_works(stock, tmp_path, warnings_are):
     line = command(EXAMPLES / "own_connector.py")
     env = environment(tmp_path, STOCK_URL=stock.target)
     ended = run(program(line, options=warnings_are), env=env)
@@ -91,10 +91,10 @@ async def arrived(stock):
 
 async def flush(stock, example):
     """
-    See that grpc.aio has told this loop of all that ended.
+    Wait until grpc.aio has reported all ended calls to this loop.
 
-    What is left of a call that was cut off, it would tell the loop of the next test
-    instead, and fail because this one is closed.
+    Otherwise it would report the rest of a cut-off call to the loop of the next test,
+    and fail because this loop is closed.
     """
     connection = await example.StockConnector(stock.target).connect(5.0)
     await connection.close(0)
@@ -114,7 +114,7 @@ async def test_each_connection_of_the_connector_is_a_socket(stock, example):
 
 
 @asyncio_only
-async def test_a_call_of_the_connector_is_cancelled_as_anyio_does_it(stock, example):
+async def test_a_call_of_the_connector_is_cancelled_like_any_anyio_call(stock, example):
     async with ConnectionPool(connector=example.StockConnector(stock.target)) as pool:
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as tasks:
@@ -128,7 +128,7 @@ async def test_a_call_of_the_connector_is_cancelled_as_anyio_does_it(stock, exam
 
 
 @asyncio_only
-async def test_a_call_that_its_pool_is_closed_under_is_lost(stock, example):
+async def test_a_call_during_the_close_of_its_pool_is_lost(stock, example):
     pool = ConnectionPool(connector=example.StockConnector(stock.target))
     lost = []
 
@@ -147,7 +147,7 @@ async def test_a_call_that_its_pool_is_closed_under_is_lost(stock, example):
 
 
 @asyncio_only
-async def test_a_call_that_the_server_cancels_is_answered(stock, example):
+async def test_a_call_cancelled_by_the_server_counts_as_answered(stock, example):
     async with ConnectionPool(connector=example.StockConnector(stock.target)) as pool:
         with pytest.raises(grpc.aio.AioRpcError, match="no such article") as raised:
             await example.count(pool, "none")
@@ -157,7 +157,7 @@ async def test_a_call_that_the_server_cancels_is_answered(stock, example):
 
 
 @asyncio_only
-async def test_a_server_that_does_not_serve_gets_no_connection(stock, example):
+async def test_a_not_serving_server_gets_no_connection(stock, example):
     stock.serving = False
     connector = example.StockConnector(stock.target)
     async with ConnectionPool(connector=connector, retry_on_failure=False) as pool:
@@ -167,7 +167,7 @@ async def test_a_server_that_does_not_serve_gets_no_connection(stock, example):
 
 
 @asyncio_only
-async def test_a_server_that_ceases_to_serve_fails_its_probes(stock, example):
+async def test_a_server_that_stops_serving_fails_its_probes(stock, example):
     async with (
         ConnectionPool(connector=example.StockConnector(stock.target)) as pool,
         pool.acquire() as conn,

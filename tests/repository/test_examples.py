@@ -1,8 +1,8 @@
 """
-The examples: each by the command that it names, in a process of its own.
+Test the examples: each with its documented command, in a separate process.
 
-They ask the embedded authorizer over a socket. The applications run in this process,
-too, on both backends, where one can see that their pools are closed in the end.
+They use the embedded authorizer over a socket. The applications also run in this
+process, on both backends. There the tests see that their pools are closed at the end.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ pytestmark = pytest.mark.real_clock
 APPLICATIONS = ["lifespan_app", "hooks_app", "explicit_acquire"]
 
 
-# -- as this process imports them -----------------------------------------------------
+# -- imported into this process -------------------------------------------------------
 
 
 @contextlib.contextmanager
 def served(name, backend, authorizer):
-    """Serve the application of an example; see its pool opened and closed."""
+    """Serve the application of an example, and check that its pool opens and closes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOPAZ_URL", authorizer.url)
         module = load(name)
@@ -74,7 +74,7 @@ def test_an_application_answers_and_closes_its_pool(name, backend, authorizer):
         assert client.get("/documents", headers={"x-user": "bob"}).json() == ["1", "2"]
 
 
-def test_the_application_of_the_guide(authorizer):
+def test_the_application_of_the_guide_runs(authorizer):
     with served("lifespan_app", "asyncio", authorizer) as client:
         bob = {"x-user": "bob"}
         assert client.get("/documents/2", headers=bob).json() == {"id": "2"}
@@ -90,7 +90,7 @@ def test_the_startup_hook_waits_for_the_first_connection(authorizer):
         assert authorizer.connections_open == 1
 
 
-def test_a_lease_of_ones_own(authorizer):
+def test_an_explicit_lease_in_the_example_works(authorizer):
     with served("explicit_acquire", "asyncio", authorizer) as client:
         alice, bob = {"x-user": "alice"}, {"x-user": "bob"}
         path = "/documents/1/rights"
@@ -105,7 +105,7 @@ def test_a_lease_of_ones_own(authorizer):
             assert client.get(path, headers=alice).status_code == 200
 
 
-def test_on_trio_many_questions_at_once(authorizer):
+def test_many_concurrent_questions_on_trio(authorizer):
     with served("trio_app", "trio", authorizer) as client:
         assert statuses(client) == [200, 403, 403]
         assert client.get("/documents", headers={"x-user": "alice"}).json() == ["1"]
@@ -119,7 +119,7 @@ def test_on_trio_many_questions_at_once(authorizer):
         assert authorizer.connections_accepted <= 2
 
 
-# -- as their users run them ----------------------------------------------------------
+# -- run as by users ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_on_trio_many_questions_at_once(authorizer):
         "trio_app",
     ],
 )
-def test_the_command_of_an_application(name, authorizer, tmp_path, warnings_are):
+def test_the_command_of_an_application_works(name, authorizer, tmp_path, warnings_are):
     line = command(EXAMPLES / f"{name}.py")
     port = ("--port", "0") if line.startswith("uvicorn") else ("--bind", "127.0.0.1:0")
     env = environment(tmp_path, TOPAZ_URL=authorizer.url)
@@ -147,7 +147,7 @@ def test_the_command_of_an_application(name, authorizer, tmp_path, warnings_are)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_the_command_of_the_program(backend, authorizer, tmp_path, warnings_are):
+def test_the_command_of_the_program_works(backend, authorizer, tmp_path, warnings_are):
     line = command(EXAMPLES / "plain_anyio.py")
     env = environment(tmp_path, TOPAZ_URL=authorizer.url)
     *start, last = program(line, options=warnings_are)
@@ -175,15 +175,15 @@ def gunicorn(*more):
     return program(line, "--bind", "127.0.0.1:0", *more)
 
 
-def test_the_command_of_several_workers(authorizer, tmp_path):
+def test_the_command_of_several_workers_works(authorizer, tmp_path):
     env = environment(tmp_path, TOPAZ_URL=authorizer.url)
     two = gunicorn("--workers=2")
     with (
-        # Told to end while it begins, a worker just ends.
+        # A worker that is stopped while it starts just ends.
         started(two, cwd=EXAMPLES, env=env, workers=2) as (url, printed),
         httpx.Client(base_url=url, trust_env=False) as client,
     ):
-        # The parent has built the pool, and opened nothing.
+        # The parent has built the pool and opened no connection.
         assert statuses(client) == [200, 403, 403]
         assert client.get("/health").json()["connection_pool"]["total"] >= 1
     text = "".join(printed)
@@ -193,15 +193,15 @@ def test_the_command_of_several_workers(authorizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_replaces_another_has_a_pool_of_its_own(authorizer, tmp_path):
+def test_a_replacement_worker_has_its_own_pool(authorizer, tmp_path):
     env = environment(tmp_path, TOPAZ_URL=authorizer.url)
     few = ("--workers=1", "--max-requests=2", "--max-requests-jitter=0")
     alice = {"x-user": "alice"}
     with started(gunicorn(*few), cwd=EXAMPLES, env=env) as (url, printed):
-        # The pool of a worker makes two; so these are those of three workers.
+        # The pool of a worker makes two connections, so these belong to three workers.
         while authorizer.connections_accepted <= 4:
-            # Connected anew: the worker that ends closes what it has accepted, also
-            # what it has not read from yet.
+            # Each request uses a new connection. An ending worker closes its accepted
+            # connections, even if it has not read their requests.
             with contextlib.suppress(httpx.TransportError):
                 answer = httpx.get(f"{url}/documents", headers=alice, trust_env=False)
                 assert answer.status_code == 200
@@ -215,7 +215,7 @@ def test_workers_are_not_killed_before_their_pools_are_closed():
     assert grace == conf.POOL
     assert conf.Worker.CONFIG_KWARGS["timeout_graceful_shutdown"] == conf.REQUESTS
     assert conf.graceful_timeout > conf.REQUESTS + conf.POOL
-    # A heartbeat comes twice in the timeout, and none once a worker ends.
+    # The heartbeat comes twice per timeout. An ending worker sends none.
     assert conf.timeout / 2 > conf.REQUESTS + conf.POOL
 
 
@@ -236,7 +236,7 @@ def test_the_readme_lists_each_example_with_its_command():
     assert all((EXAMPLES / target).exists() for _, target, _ in rows)
 
 
-def test_the_readme_says_who_may_do_what():
+def test_the_permission_table_of_the_readme_matches_the_policies():
     text = (EXAMPLES / "README.md").read_text()
     rows = re.findall(
         r"^\| `(myapp\S+)` \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE

@@ -1,4 +1,4 @@
-"""What is public, at run time and for type checkers, is one list."""
+"""Test that the public names are the same at run time and for type checkers."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_the_public_names_are_these():
 
 
 @pytest.mark.parametrize("module", [fastapi_topaz, testing])
-def test_all_is_sorted_and_true(module):
+def test_all_is_sorted_and_complete(module):
     assert sorted(module.__all__) == sorted(set(module.__all__))
     assert all(hasattr(module, name) for name in module.__all__)
 
 
-def test_the_errors_form_the_tree_that_is_documented():
+def test_the_error_hierarchy_matches_the_documentation():
     tree = {
         "PoolError": (exceptions.TopazError,),
         "PoolTimeout": (exceptions.PoolError, TimeoutError),
@@ -87,7 +87,7 @@ def test_the_package_is_typed():
 
 
 def test_importing_needs_no_extra():
-    """Neither trio nor what only tests and the demo need."""
+    """The import loads neither trio nor the dependencies of tests and the demo."""
     program = """
 import sys
 blocked = {"trio", "trustme", "pytest", "typer", "rich", "httpx", "uvicorn",
@@ -116,8 +116,8 @@ asyncio.run(main())
     assert result.stdout == "{'allowed': True}\n", result.stderr
 
 
-def test_fastapi_is_imported_where_it_is_needed():
-    """It takes longer to import than all else; a program without it uses pools, too."""
+def test_fastapi_is_imported_only_if_needed():
+    """FastAPI is the slowest import. A program without FastAPI uses pools, too."""
     program = """
 import sys
 import fastapi_topaz
@@ -134,7 +134,7 @@ print("fastapi" in sys.modules)
         fastapi_topaz.no  # noqa: B018
 
 
-def test_the_changelog_knows_the_version():
+def test_the_changelog_has_the_version():
     version = importlib.metadata.version("fastapi-topaz-pool")
     text = (ROOT / "CHANGELOG.md").read_text()
     assert "## [Unreleased]" in text or f"## [{version}]" in text

@@ -1,9 +1,9 @@
 """
-The snippets of the connection pooling guide, as they are written.
+Test the snippets of the connection pooling guide, as they are written.
 
-They run against the embedded authorizer over a socket, in an application behind a
-real server: uvicorn for asyncio, hypercorn for trio. Only what a snippet leaves to
-its reader is filled in: the `...` of a call, `AuthorizerOptions`, `get_identity`.
+They run against the embedded authorizer over a socket, in an application on a real
+server: uvicorn for asyncio, hypercorn for trio. The tests fill in only the parts that a
+snippet leaves open: the `...` of a call, `AuthorizerOptions`, `get_identity`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def authorizer(embedded_authorizer_tls):
 
 @pytest.fixture
 def names(authorizer):
-    """What the snippets take as given."""
+    """The names that the snippets assume."""
 
     def options(url):
         assert url == "localhost:8282"
@@ -153,13 +153,13 @@ def names(authorizer):
 
 def run(snippet, names):
     with warnings.catch_warnings():
-        # FastAPI prefers a lifespan by now, and still does what the guide says.
+        # FastAPI now prefers a lifespan, but still supports the hooks of the guide.
         warnings.filterwarnings("ignore", "(?s).*on_event is deprecated")
         exec(compile(snippet, "guide", "exec"), names)
 
 
 def flow(names):
-    """Make the lines of the acquisition flow a function."""
+    """Turn the lines of the acquisition flow into a function."""
     body = textwrap.indent(ACQUISITION.replace("(...)", "(**question)"), "    ")
     source = f"async def flow(pool, question):\n{body}\n    return result\n"
     exec(compile(source, "guide", "exec"), names)
@@ -167,7 +167,7 @@ def flow(names):
 
 
 @backends
-def test_every_snippet_in_one_application(backend, names, authorizer):
+def test_every_snippet_works_in_one_application(backend, names, authorizer):
     run(BASIC, names)
     run(HOOKS, names)
     run(HEALTH, names)
@@ -207,7 +207,7 @@ def test_every_snippet_in_one_application(backend, names, authorizer):
 
 
 @backends
-def test_the_lifespan_instead_of_the_hooks(backend, names, authorizer):
+def test_the_lifespan_replaces_the_hooks(backend, names, authorizer):
     run(BASIC, names)
     config = names["config"]
     app = FastAPI(lifespan=config.lifespan)
@@ -224,14 +224,14 @@ def test_the_lifespan_instead_of_the_hooks(backend, names, authorizer):
 
 
 @backends
-def test_the_pool_of_each_worker(backend, names, authorizer):
+def test_each_worker_has_its_own_pool(backend, names, authorizer):
     run(BASIC, names)
     run(WORKERS, names)
     options = names["connection_pool"].options
     assert (options.min_connections, options.max_connections) == (1, 5)
 
 
-def test_the_defaults_are_those_of_the_table():
+def test_the_defaults_match_the_table():
     parameters = inspect.signature(ConnectionPool).parameters
     defaults = {name: parameters[name].default for name in DEFAULTS}
     assert defaults == DEFAULTS

@@ -1,4 +1,4 @@
-"""A folder of the package imports only the folders below it."""
+"""Test that a folder of the package imports only the folders below it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 TESTS = Path(__file__).parent.parent
 PACKAGE = TESTS.parent / "fastapi_topaz"
 
-# From the ground up. The modules beside the folders are the ground, but for the
-# entrances: they import what they like.
+# From the bottom up. The modules beside the folders are the bottom, except for the
+# entry points: these import any folder.
 FOLDERS = {
     ".": set(),
     "_pool/state": set(),
@@ -28,11 +28,11 @@ FOLDERS = {
     "_cli": None,
     "entrances": None,
 }
-"""Each folder with the libraries that it may import; None is any."""
+"""The libraries that each folder may import. None means any."""
 
 ENTRANCES = {"__init__.py", "__main__.py", "cli.py"}
 PRIVATE = 8
-"""Private modules that may stand beside the folders."""
+"""The private modules that may be directly in the package folder."""
 
 
 def module_of(path):
@@ -56,7 +56,7 @@ def folder_of(module):
 
 
 def imports(module):
-    """Yield what *module* imports, also for type checkers only."""
+    """Yield the imports of *module*, including imports for type checkers only."""
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -69,7 +69,7 @@ def imports(module):
 
 
 @each_module
-def test_imports_go_downwards(module):
+def test_a_folder_imports_only_folders_below_it(module):
     order = list(FOLDERS)
     own = order.index(folder_of(module))
     for name in imports(module):
@@ -77,13 +77,13 @@ def test_imports_go_downwards(module):
             assert order.index(folder_of(name)) <= own, f"{name} is above {module}"
 
 
-def test_no_imports_go_in_a_circle():
+def test_there_are_no_import_circles():
     graph = {module: set(imports(module)) & MODULES.keys() for module in MODULES}
     TopologicalSorter(graph).prepare()
 
 
 @each_module
-def test_each_folder_knows_only_its_own_libraries(module):
+def test_each_folder_imports_only_its_own_libraries(module):
     allowed = FOLDERS[folder_of(module)]
     known = {"fastapi_topaz", "attrs", *sys.stdlib_module_names}
     used = {name.partition(".")[0] for name in imports(module)} - known
@@ -99,7 +99,7 @@ def test_the_state_has_no_coroutines_and_no_clock(module):
     assert not {"time", "asyncio", "threading", "random"} & set(imports(module))
 
 
-def test_few_private_modules_stand_beside_the_folders():
+def test_few_private_modules_are_directly_in_the_package():
     private = [path.name for path in PACKAGE.glob("_*.py") if path.name[1] != "_"]
     assert len(private) <= PRIVATE, private
 
@@ -139,13 +139,13 @@ def test_tests_of_behaviour_import_nothing_private(path):
             assert not name.startswith("fastapi_topaz") or "._" not in name, name
 
 
-def test_a_file_of_tests_has_at_most_600_lines():
+def test_a_test_file_has_at_most_600_lines():
     lengths = {path: len(path.read_text().splitlines()) for path in TESTS.rglob("*.py")}
     assert not [path for path, length in lengths.items() if length > 600]
 
 
-def test_no_helper_of_tests_is_written_twice():
-    """What several files of tests use is in `tests/kit`."""
+def test_no_test_helper_is_defined_twice():
+    """Helpers used by several test files are in `tests/kit`."""
     found = {}
     for path in TESTS.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:

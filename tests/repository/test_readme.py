@@ -1,4 +1,4 @@
-"""What the README and the pages say is true: commands, code, tables."""
+"""Test that the README and the pages are true: commands, code, tables."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 
 
 def blocks_of(text, language):
-    """Return the code blocks of a page, also those of a list."""
+    """Return the code blocks of a page, including blocks in lists."""
     found = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
     return [textwrap.dedent(block) for block in found]
 
@@ -45,7 +45,7 @@ def test_the_readme_has_at_most_120_lines():
     assert len(README.splitlines()) <= 120
 
 
-def test_the_quickstart_is_that_of_the_examples():
+def test_the_quickstart_matches_the_example():
     (app,) = blocks_of(README, "python")
     assert (QUICKSTART / "main.py").read_text().partition('"""\n\n')[2].replace(
         "from __future__ import annotations\n\n", ""
@@ -55,7 +55,7 @@ def test_the_quickstart_is_that_of_the_examples():
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_the_quickstart_answers_as_it_says(backend, embedded_authorizer):
+def test_the_quickstart_gives_the_printed_answers(backend, embedded_authorizer):
     embedded_authorizer.policies = {
         "myapp.GET.documents.__id": lambda check: check.identity.value == "alice"
     }
@@ -71,7 +71,7 @@ def test_the_quickstart_answers_as_it_says(backend, embedded_authorizer):
             assert client.get(path, headers={"x-user": user}).text == answer
 
 
-def test_each_link_of_the_pages_leads_somewhere():
+def test_each_link_of_the_pages_has_a_target():
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
     for page in pages:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
@@ -85,7 +85,7 @@ def test_ci_runs_the_test_command_word_for_word():
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_the_application_of_the_page_runs(backend, embedded_authorizer):
+def test_the_application_of_the_testing_page_runs(backend, embedded_authorizer):
     embedded_authorizer.policies = {
         "myapp.GET.documents.__id": lambda check: (
             check.identity.value == "alice" and check.resource["id"] == "7"
@@ -126,7 +126,7 @@ def test_the_probes_of_the_page_on_readiness_run(backend, embedded_authorizer):
         authorizer_options=embedded_authorizer.options,
         policy_path_root="myapp",
         identity_provider=lambda _request: Identity(IdentityType.NONE),
-        # One connection, so that no second one answers at a moment of its own.
+        # One connection, so that no second one answers at another moment.
         connection_pool=ConnectionPool(min_connections=0),
     )
     app = FastAPI(lifespan=config.lifespan)
@@ -142,7 +142,7 @@ def test_the_probes_of_the_page_on_readiness_run(backend, embedded_authorizer):
         assert probe("/readyz") == (200, {"ready": True})
         embedded_authorizer.freeze()
         for entry in config.connection_pool._open_pool.state.open:
-            entry.proven_at -= 1  # as if it had answered so long ago
+            entry.proven_at -= 1  # as if it had answered that long ago
         assert probe("/readyz") == (503, {"ready": False})
         assert probe("/livez") == (200, {"status": "ok"})
         embedded_authorizer.thaw()
@@ -150,7 +150,7 @@ def test_the_probes_of_the_page_on_readiness_run(backend, embedded_authorizer):
     assert not config.connection_pool.status().ready
 
 
-def test_the_manifest_of_the_page_on_readiness_fits_its_routes_and_the_default():
+def test_the_readiness_manifest_matches_the_routes_and_the_default():
     (manifest,) = re.findall(r"```yaml\n(.*?)```", READINESS, re.DOTALL)
     probes = yaml.safe_load(manifest)
     paths = {probe["httpGet"]["path"] for probe in probes.values()}
@@ -186,7 +186,7 @@ def test_the_metrics_are_in_the_table_as_the_code_has_them():
     assert re.findall(row, OBSERVABILITY, re.MULTILINE) == expected
 
 
-def test_every_reason_is_told():
+def test_every_reason_is_documented():
     for reasons in (CloseReason, FailureReason):
         for reason in get_args(reasons):
             assert f"`{reason}`" in OBSERVABILITY
@@ -194,15 +194,15 @@ def test_every_reason_is_told():
     assert listed.replace(", 10", " and 10") in OBSERVABILITY
 
 
-def test_every_name_of_opentelemetry_is_told():
+def test_every_opentelemetry_name_is_documented():
     for instrument in (*DB_CLIENT.levels, *DB_CLIENT.events, *DB_CLIENT.durations):
         short = instrument.name.removeprefix("db.client.connection")
         assert f"`{short}`" in OBSERVABILITY or f"`{instrument.name}`" in OBSERVABILITY
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_the_application_that_is_scraped_runs(backend, embedded_authorizer):
-    """In a process of its own, since it sets the global provider."""
+def test_the_application_with_metrics_runs(backend, embedded_authorizer):
+    """Run in a separate process, because the test sets the global provider."""
     (code,) = re.findall(r"```python\n(.*?)```", OBSERVABILITY, re.DOTALL)
     program = f"""
 import httpx

@@ -1,4 +1,4 @@
-"""What users rely on changes only where a change of `surface.txt` says so."""
+"""Test that the public surface changes only together with `surface.txt`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real_clock
 
 HERE = Path(__file__).parent
 
-# What `import fastapi_topaz` loads of other projects, with what these load in turn.
+# Modules of other projects that `import fastapi_topaz` loads, with their own imports.
 IMPORTED = {
     *("aserto", "anyio", "attr", "attrs", "google", "grpc", "idna", "opentelemetry"),
     *("sniffio", "typing_extensions", "importlib_metadata", "zipp", "deprecated"),
@@ -23,13 +23,17 @@ IMPORTED = {
 }
 
 
-def test_names_signatures_log_lines_metrics_and_spans_are_those_of_the_file():
-    """If a change is meant, run `tests/repository/surface.py` into `surface.txt`."""
+def test_the_public_surface_matches_surface_txt():
+    """
+    After an intended change, run `tests/repository/surface.py` into `surface.txt`.
+    """
     assert surface().splitlines() == (HERE / "surface.txt").read_text().splitlines()
 
 
 def test_an_import_loads_no_more_than_it_needs():
-    """What is loaded decides how long it takes; `benchmarks/imports.py` measures it."""
+    """
+    The loaded modules decide the import time. `benchmarks/imports.py` measures it.
+    """
     program = """
 import sys
 before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""An embedded authorizer, and a client."""
+"""Fixtures: an embedded authorizer and a client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the embedded authorizer decides."""
+"""Test the decisions of the embedded authorizer."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_function_sees_the_whole_request(authorizer, stub):
     )
 
 
-def test_a_check_is_frozen_and_its_repr_names_nobody():
+def test_a_check_is_frozen_and_its_repr_has_no_identity():
     check = Check(
         policy_path="app.x",
         decisions=("allowed",),
@@ -96,7 +96,7 @@ def test_a_check_is_frozen_and_its_repr_names_nobody():
         check.policy_path = "other"
 
 
-def test_an_async_function_may_wait_and_answer_by_decision(authorizer, stub):
+def test_an_async_function_may_wait_and_return_a_mapping(authorizer, stub):
     async def policy(check):
         await asyncio.sleep(0)
         return dict.fromkeys(check.decisions, False)
@@ -111,7 +111,7 @@ def test_one_function_answers_for_every_path(authorizer, stub):
     assert ask(stub, "any.POST") == {"allowed": False}
 
 
-def test_policies_may_be_changed_in_place_and_are_a_copy(authorizer, stub):
+def test_policies_are_copied_and_may_be_changed_in_place(authorizer, stub):
     mine = {"app.GET.x": False}
     authorizer.policies = mine
     mine["app.GET.x"] = True
@@ -123,7 +123,7 @@ def test_policies_may_be_changed_in_place_and_are_a_copy(authorizer, stub):
 @pytest.mark.parametrize(
     "answer", [None, 1, "yes", {"allowed": object()}, {1: True}, ["allowed"]]
 )
-def test_an_answer_that_is_no_answer_is_an_error(authorizer, stub, answer):
+def test_an_invalid_policy_answer_is_an_error(authorizer, stub, answer):
     authorizer.policies = {"app.GET.x": lambda _check: answer}
     code, details = status_of(stub.Is, is_request())
     assert code is grpc.StatusCode.INVALID_ARGUMENT
@@ -132,7 +132,9 @@ def test_an_answer_that_is_no_answer_is_an_error(authorizer, stub, answer):
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes", ["yes"], {"yes": True}])
-def test_without_a_boolean_there_is_no_decision_at_all(authorizer, stub, caplog, value):
+def test_a_decision_that_is_not_a_boolean_leaves_no_decisions(
+    authorizer, stub, caplog, value
+):
     odd = {"allowed": value, "visible": True}
     authorizer.policies = {"app.GET.x": lambda _check: odd}
     assert ask(stub, "app.GET.x", "visible", "allowed") == {}
@@ -168,16 +170,16 @@ def test_a_policy_that_raises_is_an_error_and_logged(authorizer, stub, caplog):
         ({"": True}, ValueError),
     ],
 )
-def test_what_is_no_policy_is_refused_when_assigned(policies, error):
+def test_an_invalid_policy_is_rejected_when_assigned(policies, error):
     with pytest.raises(error, match="policies"):
         EmbeddedAuthorizer(policies)
 
 
-def test_no_policies_is_an_empty_dict():
+def test_no_policies_are_an_empty_dict():
     assert EmbeddedAuthorizer().policies == {}
 
 
-# -- Is, and what every call needs --------------------------------------------------
+# -- Is, and the checks of every call -----------------------------------------------
 
 
 def without(request, field):
@@ -233,20 +235,20 @@ def without(request, field):
         (is_request("app.GET.x", "*"), "INVALID_ARGUMENT", "data.app.GET.x.* is not "),
     ],
 )
-def test_is_refuses_as_topaz_does(authorizer, stub, request_, code, text):
+def test_is_rejects_the_same_requests_as_topaz(authorizer, stub, request_, code, text):
     authorizer.policies = {"app.GET.x": {"allowed": True}, "my-docs": True}
     got, details = status_of(stub.Is, request_)
     assert got.name == code
     assert text in details
 
 
-def test_a_segment_that_is_no_identifier_is_quoted(authorizer, stub):
+def test_a_segment_that_is_not_an_identifier_is_quoted(authorizer, stub):
     for path in ('app.GET["my-docs"].__id', r'app.GET["a\"b\\c"]'):
         authorizer.policies = {path: True}
         assert ask(stub, path) == {"allowed": True}
 
 
-def test_those_who_are_not_in_the_directory_are_not_found():
+def test_unknown_identities_are_not_found():
     with (
         EmbeddedAuthorizer({"app.GET.x": True}, identities=["rick"]) as authorizer,
         connect(authorizer) as stub,
@@ -269,6 +271,6 @@ def test_those_who_are_not_in_the_directory_are_not_found():
         assert known(IdentityType.JWT, "rick") == "OK"
         assert known(IdentityType.SUB, "morty") == "NOT_FOUND"
         assert known(IdentityType.JWT, "morty") == "NOT_FOUND"
-        # Nobody is looked up for these.
+        # These identities are not looked up.
         assert known(IdentityType.MANUAL, "morty") == "OK"
         assert known(IdentityType.NONE, "") == "OK"

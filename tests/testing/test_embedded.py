@@ -38,7 +38,7 @@ from kit.waiting import until
 pytestmark = pytest.mark.real_clock
 
 
-# A fixture is requested by its name in the module of the test.
+# pytest finds a fixture by its name in the test module.
 __all__ = ["embedded_authorizer", "embedded_authorizer_tls"]
 
 
@@ -50,10 +50,10 @@ def is_listening(port):
     return True
 
 
-# -- who is let in
+# -- authentication
 
 
-def test_the_api_key_and_the_tenant_are_needed_except_for_info():
+def test_the_api_key_and_the_tenant_are_required_except_for_info():
     guarded = EmbeddedAuthorizer({"app.GET.x": True}, api_key="k1", tenant_id="t1")
     with guarded, connect(guarded) as stub:
         options = guarded.options
@@ -86,14 +86,14 @@ def tls(request):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_tls_with_the_right_ca(tls, host):
+def test_tls_with_the_right_ca_works(tls, host):
     assert tls.options.insecure is False
     assert tls.options.cert_file_path == tls.ca_cert_path
     with connect(tls, url=f"{host}:{tls.port}") as stub:
         assert ask(stub) == {"allowed": True}
 
 
-def test_tls_with_the_ca_of_somebody_else(tls):
+def test_tls_with_another_ca_fails(tls):
     with EmbeddedAuthorizer(tls=True) as other:
         assert other.ca_cert_path != tls.ca_cert_path
         with connect(tls, ca=other.ca_cert_path) as stub:
@@ -102,7 +102,7 @@ def test_tls_with_the_ca_of_somebody_else(tls):
     assert "CERTIFICATE_VERIFY_FAILED" in details
 
 
-def test_tls_keeps_its_ca_over_a_restart_and_removes_it_in_the_end():
+def test_tls_keeps_its_ca_over_a_restart_and_deletes_it_at_the_end():
     authorizer = EmbeddedAuthorizer({"app.GET.x": True}, tls=True)
     assert authorizer.ca_cert_path is None
     with authorizer:
@@ -129,7 +129,7 @@ def test_constructing_starts_nothing():
     before = set(threading.enumerate()), psutil.Process().num_fds()
     authorizer = EmbeddedAuthorizer(tls=True)
     threads, fds = before
-    # Of those before, gRPC's own may have ended meanwhile.
+    # Some of gRPC's own earlier threads may have ended meanwhile.
     assert set(threading.enumerate()) <= threads
     assert psutil.Process().num_fds() <= fds
     for name in ("port", "url", "options"):
@@ -149,12 +149,12 @@ def test_constructing_starts_nothing():
         {"tenant_id": "\n"},
     ],
 )
-def test_bad_arguments_are_refused_at_construction(arguments):
+def test_invalid_arguments_are_rejected_at_construction(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         EmbeddedAuthorizer(**arguments)
 
 
-def test_one_name_is_no_collection_of_identities():
+def test_a_single_str_is_rejected_as_identities():
     with pytest.raises(TypeError, match="identities must be"):
         EmbeddedAuthorizer(identities="rick")
 
@@ -189,7 +189,7 @@ def test_stop_closes_the_sockets_of_clients(authorizer):
             pass
 
 
-def test_a_port_of_ones_own_and_one_that_is_taken(authorizer):
+def test_a_chosen_port_is_used_and_a_busy_port_is_an_error(authorizer):
     threads = threading.active_count()
     second = EmbeddedAuthorizer(port=authorizer.port)
     with pytest.raises(OSError, match="in use"):
@@ -211,7 +211,7 @@ def test_a_client_of_the_old_server_finds_the_new_one(authorizer):
         assert decided(response) == {"allowed": True}
 
 
-async def test_it_is_an_async_context_manager_on_both_backends():
+async def test_the_authorizer_is_an_async_context_manager_on_both_backends():
     async with EmbeddedAuthorizer({"app.GET.x": True}) as authorizer:
         with connect(authorizer) as stub:
             assert ask(stub) == {"allowed": True}
@@ -219,7 +219,7 @@ async def test_it_is_an_async_context_manager_on_both_backends():
     assert not is_listening(port)
 
 
-def test_two_in_one_process_and_an_aio_client_at_the_same_time():
+def test_two_authorizers_and_an_aio_client_share_one_process():
     async def client(url):
         async with grpc.aio.insecure_channel(url, options=OWN_SOCKET) as channel:
             stub = AuthorizerStub(channel)
@@ -240,7 +240,7 @@ def test_two_in_one_process_and_an_aio_client_at_the_same_time():
 # -- counting
 
 
-def test_each_channel_with_a_pool_of_its_own_is_a_socket(authorizer):
+def test_each_channel_with_its_own_subchannel_pool_is_a_socket(authorizer):
     channels = [grpc.insecure_channel(authorizer.url, OWN_SOCKET) for _ in range(10)]
     for channel in channels:
         AuthorizerStub(channel).Info(InfoRequest(), timeout=10)
@@ -255,7 +255,7 @@ def test_each_channel_with_a_pool_of_its_own_is_a_socket(authorizer):
     assert authorizer.connections_accepted == 10
 
 
-def test_channels_that_share_a_pool_are_one_socket(authorizer):
+def test_channels_with_a_shared_subchannel_pool_are_one_socket(authorizer):
     channels = [grpc.insecure_channel(authorizer.url) for _ in range(10)]
     for channel in channels:
         AuthorizerStub(channel).Info(InfoRequest(), timeout=10)
@@ -280,11 +280,11 @@ def test_calls_are_counted_by_method_and_reset(authorizer, stub):
     assert authorizer.connections_open == 1
 
 
-# -- nothing is left
+# -- leaks
 
 
 @pytest.mark.parametrize("grace", [0.0, 1.0])
-def test_fifty_starts_leave_no_descriptor_thread_or_port(grace):
+def test_fifty_starts_leak_no_descriptor_thread_or_port(grace):
     process = psutil.Process()
     authorizer = EmbeddedAuthorizer({"app.GET.x": True})
 
@@ -301,7 +301,7 @@ def test_fifty_starts_leave_no_descriptor_thread_or_port(grace):
         cycle()
     until(lambda: process.num_fds() <= fds)
     until(lambda: threading.active_count() <= threads)
-    # gRPC has a pool of threads without Python, which grows by a few under load.
+    # gRPC has a pool of non-Python threads, which grows by a few under load.
     assert process.num_threads() <= native + 8
     assert authorizer.connections_accepted == 53
     assert not is_listening(authorizer.port)
@@ -318,7 +318,7 @@ def python(*arguments, **options):
     )
 
 
-def test_a_server_that_nobody_stopped_does_not_disturb_the_exit():
+def test_a_running_server_does_not_disturb_the_exit_of_python():
     done = python(
         "-c",
         textwrap.dedent("""

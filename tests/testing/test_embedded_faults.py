@@ -28,7 +28,7 @@ REQUEST = IsRequest(
     policy_context=PolicyContext(path="app.x", decisions=["allowed"]),
     identity_context=IdentityContext(type=1),  # type: ignore[arg-type]
 )
-# What an HTTP/2 client says first: the preface and an empty SETTINGS frame.
+# The first bytes of an HTTP/2 client: the preface and an empty SETTINGS frame.
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
@@ -78,7 +78,7 @@ def read_to_the_end(client):
 # -- delay
 
 
-def test_delay_holds_every_answer(authorizer, stub):
+def test_delay_delays_every_answer(authorizer, stub):
     authorizer.delay = 0.2
     for call, request in ((stub.Is, REQUEST), (stub.Info, InfoRequest())):
         began = time.monotonic()
@@ -89,7 +89,7 @@ def test_delay_holds_every_answer(authorizer, stub):
 
 
 @pytest.mark.parametrize("delay", [-1, math.nan])
-def test_a_delay_must_be_a_time(authorizer, delay):
+def test_a_delay_must_be_a_valid_duration(authorizer, delay):
     with pytest.raises(ValueError, match="delay"):
         authorizer.delay = delay
     with pytest.raises(TypeError, match="delay"):
@@ -119,21 +119,21 @@ def test_fail_answers_with_the_status_until_healed(authorizer, stub):
     assert is_allowed(stub.Is(REQUEST, timeout=10))
 
 
-def test_fail_a_number_of_times(authorizer, stub):
+def test_fail_can_be_limited_to_a_number_of_calls(authorizer, stub):
     authorizer.fail("resource_exhausted", times=2)
     assert code_of(stub.Is) == "RESOURCE_EXHAUSTED"
     assert code_of(stub.Is) == "RESOURCE_EXHAUSTED"
     assert is_allowed(stub.Is(REQUEST, timeout=10))
 
 
-def test_fail_some_methods_only(authorizer, stub):
+def test_fail_can_be_limited_to_some_methods(authorizer, stub):
     authorizer.fail("UNIMPLEMENTED", times=1, methods=["Info"])
     assert is_allowed(stub.Is(REQUEST, timeout=10))
     assert code_of(stub.Info, InfoRequest()) == "UNIMPLEMENTED"
     assert stub.Info(InfoRequest(), timeout=10)
 
 
-def test_the_last_fail_counts_and_outlives_a_restart(authorizer):
+def test_the_last_fail_applies_and_survives_a_restart(authorizer):
     authorizer.fail("UNAVAILABLE")
     authorizer.fail("ABORTED")
     authorizer.stop()
@@ -152,7 +152,7 @@ def test_the_last_fail_counts_and_outlives_a_restart(authorizer):
         ({"code": "ABORTED", "methods": ["is"]}, "methods"),
     ],
 )
-def test_fail_refuses_what_is_no_failure(arguments, text):
+def test_fail_rejects_an_invalid_failure(arguments, text):
     with pytest.raises(ValueError, match=text):
         EmbeddedAuthorizer().fail(**arguments)
 
@@ -160,7 +160,7 @@ def test_fail_refuses_what_is_no_failure(arguments, text):
 # -- freeze and thaw
 
 
-def test_frozen_calls_get_no_answer_and_finish_once_thawed(authorizer, stub):
+def test_frozen_calls_get_no_answer_and_finish_after_the_thaw(authorizer, stub):
     authorizer.freeze()
     assert code_of(stub.Is, timeout=0.2) == "DEADLINE_EXCEEDED"
     pending = stub.Is.future(REQUEST, timeout=20)
@@ -173,7 +173,7 @@ def test_frozen_calls_get_no_answer_and_finish_once_thawed(authorizer, stub):
     assert authorizer.connections_accepted == 1
 
 
-def test_an_answer_is_held_as_well(authorizer, stub):
+def test_freeze_holds_a_finished_answer_too(authorizer, stub):
     authorizer.delay = 0.3
     pending = stub.Is.future(REQUEST, timeout=20)
     until(lambda: authorizer.streams == 1)
@@ -255,7 +255,7 @@ def test_drop_fails_calls_and_clients_come_back(authorizer, stub):
         try:
             return is_allowed(stub.Is(REQUEST, timeout=20, wait_for_ready=True))
         except grpc.RpcError as error:
-            # It went to the old connection: gRPC has not noticed its end yet.
+            # The call went to the old connection: gRPC has not noticed its end yet.
             if error.code() is not grpc.StatusCode.UNAVAILABLE:
                 raise
             return False
@@ -264,12 +264,12 @@ def test_drop_fails_calls_and_clients_come_back(authorizer, stub):
     assert authorizer.connections_accepted == 2
 
 
-def test_drop_a_negative_number(authorizer):
+def test_drop_rejects_a_negative_number(authorizer):
     with pytest.raises(ValueError, match="count"):
         authorizer.drop_connections(-1)
 
 
-def test_dropping_while_stopped_drops_nothing():
+def test_dropping_on_a_stopped_server_does_nothing():
     assert EmbeddedAuthorizer().drop_connections() == 0
 
 
@@ -277,7 +277,7 @@ def test_dropping_while_stopped_drops_nothing():
 
 
 @pytest.mark.parametrize("limit, peak", [(2, 2), (None, 6)])
-def test_max_concurrent_streams_limits_what_runs_at_once(limit, peak):
+def test_max_concurrent_streams_limits_concurrent_calls(limit, peak):
     running = 0
     most = 0
     gate = threading.Event()
@@ -298,14 +298,14 @@ def test_max_concurrent_streams_limits_what_runs_at_once(limit, peak):
         calls = [stub.Is.future(REQUEST, timeout=20) for _ in range(6)]
         until(lambda: authorizer.streams == peak)
         gate.set()
-        # gRPC fails calls that raced past the limit instead of queueing them.
+        # gRPC fails calls that exceed the limit in a race instead of queueing them.
         codes = [call.code() for call in calls]
     assert most == peak
     assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
     assert codes.count(grpc.StatusCode.OK) >= peak
 
 
-def test_calls_given_up_by_the_client_are_counted(authorizer, stub):
+def test_calls_cancelled_by_the_client_are_counted(authorizer, stub):
     authorizer.delay = math.inf
     pending = stub.Is.future(REQUEST, timeout=20)
     until(lambda: authorizer.streams == 1)
@@ -320,7 +320,7 @@ def test_calls_given_up_by_the_client_are_counted(authorizer, stub):
     assert authorizer.cancelled == 0
 
 
-def test_a_hard_stop_ends_calls_and_is_no_cancellation(authorizer, stub):
+def test_a_hard_stop_ends_calls_without_counting_cancellations(authorizer, stub):
     authorizer.delay = math.inf
     pending = stub.Is.future(REQUEST, timeout=20)
     until(lambda: authorizer.streams == 1)
@@ -329,7 +329,7 @@ def test_a_hard_stop_ends_calls_and_is_no_cancellation(authorizer, stub):
     assert authorizer.streams == authorizer.cancelled == 0
 
 
-def test_a_graceful_stop_lets_calls_finish_and_no_longer(authorizer, stub):
+def test_a_graceful_stop_ends_as_soon_as_its_calls_finish(authorizer, stub):
     authorizer.delay = 0.5
     pending = stub.Is.future(REQUEST, timeout=20)
     until(lambda: authorizer.streams == 1)
@@ -340,7 +340,7 @@ def test_a_graceful_stop_lets_calls_finish_and_no_longer(authorizer, stub):
     assert authorizer.connections_open == 0
 
 
-def test_a_graceful_stop_ends_calls_that_take_longer(authorizer, stub):
+def test_a_graceful_stop_ends_calls_that_exceed_the_grace(authorizer, stub):
     authorizer.delay = math.inf
     pending = stub.Is.future(REQUEST, timeout=20)
     until(lambda: authorizer.streams == 1)
@@ -354,7 +354,7 @@ async def calls_over_restarts(authorizer, restarts):
 
     async def ask(stub):
         while not over:
-            # Waits for a server, but would not repeat a call that was lost.
+            # The client waits for a server, but would not repeat a lost call.
             answer = await stub.Is(REQUEST, timeout=20, wait_for_ready=True)
             answers.append(is_allowed(answer))
 
@@ -382,12 +382,12 @@ def test_a_graceful_restart_loses_no_call(authorizer):
 
 
 @pytest.mark.parametrize("grace", [-1, math.inf, math.nan])
-def test_grace_is_a_finite_time(authorizer, grace):
+def test_grace_must_be_finite(authorizer, grace):
     with pytest.raises(ValueError, match="grace"):
         authorizer.stop(grace)
 
 
-def test_a_policy_may_use_the_controls_but_not_stop(authorizer, stub):
+def test_a_policy_may_use_the_controls_except_stop(authorizer, stub):
     def stopping(_check):
         authorizer.stop()
 
@@ -410,13 +410,13 @@ def test_a_policy_may_use_the_controls_but_not_stop(authorizer, stub):
 
 
 async def relay_to_a_slow_reader(size, *, hang_up):
-    """Send *size* bytes; return what the relay kept, what was left, what arrived."""
+    """Send *size* bytes. Return the bytes kept by the relay, left over, and arrived."""
     opened = asyncio.get_running_loop().create_future()
 
     async def keep(reader, writer):
         opened.set_result((reader, writer))
 
-    # Little is buffered outside of the relay, so that it has to push back.
+    # Small buffers outside of the relay, so that it has to apply backpressure.
     target = await asyncio.start_server(keep, "127.0.0.1", 0, limit=1024)
     relay = Relay()
     port = relay.open(0)
@@ -426,7 +426,7 @@ async def relay_to_a_slow_reader(size, *, hang_up):
     (pair,) = relay.pairs
     client.write(bytes(size))
     kept = 0
-    # Until nothing moves any more: all buffers are full.
+    # Wait until nothing moves any more: all buffers are full.
     before = -1
     while before != (before := client.transport.get_write_buffer_size()):
         await asyncio.sleep(0.1)
@@ -447,7 +447,7 @@ async def relay_to_a_slow_reader(size, *, hang_up):
     return kept, before, arrived
 
 
-def test_the_relay_pushes_back_on_a_fast_client():
+def test_the_relay_applies_backpressure_to_a_fast_client():
     size = 64 * 1024 * 1024
     kept, left, arrived = asyncio.run(relay_to_a_slow_reader(size, hang_up=False))
     assert 0 < kept < 1024 * 1024
@@ -455,14 +455,14 @@ def test_the_relay_pushes_back_on_a_fast_client():
     assert arrived == size
 
 
-def test_what_a_client_sent_before_it_hung_up_still_arrives():
+def test_data_sent_before_a_client_closed_still_arrives():
     size = 64 * 1024 * 1024
     kept, left, arrived = asyncio.run(relay_to_a_slow_reader(size, hang_up=True))
     assert kept < arrived < size
     assert left > 0
 
 
-def test_a_frozen_relay_keeps_a_bounded_amount(authorizer):
+def test_a_frozen_relay_buffers_a_bounded_amount(authorizer):
     authorizer.freeze()
     with dial(authorizer) as client:
         client.settimeout(0.2)
@@ -474,7 +474,7 @@ def test_a_frozen_relay_keeps_a_bounded_amount(authorizer):
 
 async def relay_to_nobody(*, frozen):
     with socket.socket() as silent:
-        # Bound, so that nobody else gets the port, but not listening.
+        # Bound, so that no other process gets the port, but not listening.
         silent.bind(("127.0.0.1", 0))
         relay = Relay()
         relay.set_frozen(frozen)
@@ -498,7 +498,7 @@ def test_a_relay_without_a_server_closes_unless_frozen(frozen):
 
 
 class SlowRelay(Relay):
-    """Connects to the server only when it may."""
+    """A relay that connects to the server only when the test allows it."""
 
     def __init__(self):
         super().__init__()
@@ -537,7 +537,7 @@ async def relay_to_a_client_that_left():
     return received
 
 
-def test_a_client_that_left_while_the_relay_connected_leaves_no_socket():
+def test_a_client_that_closes_during_the_relay_connect_leaks_no_socket():
     assert asyncio.run(relay_to_a_client_that_left()) == b""
 
 
@@ -555,5 +555,5 @@ async def relay_that_is_closed():
         return transport.is_closing(), relay.accepted, len(relay.pairs)
 
 
-def test_a_client_accepted_while_the_door_closes_is_turned_away():
+def test_a_client_accepted_while_the_relay_closes_is_disconnected():
     assert asyncio.run(relay_that_is_closed()) == (True, 0, 0)

@@ -1,4 +1,4 @@
-"""DecisionTree, Query, Compile and the calls about policies."""
+"""Test DecisionTree, Query, Compile and the calls about policies."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_decision_tree_decides_all_paths_under_the_root(authorizer, stub):
     assert tree(stub, "web", "*") == {"web.GET": {}}
 
 
-def test_decision_tree_of_one_function_is_the_root_alone(authorizer, stub):
+def test_decision_tree_of_one_function_is_only_the_root(authorizer, stub):
     authorizer.policies = lambda _check: True
     assert tree(stub, "app", "allowed") == {"app": {"allowed": True}}
 
@@ -107,7 +107,7 @@ def test_query_without_a_name_gives_the_value_of_the_expression(authorizer, stub
     assert "bindings" not in result
 
 
-def test_query_tells_where_each_statement_stands(authorizer, stub):
+def test_query_returns_the_location_of_each_statement(authorizer, stub):
     authorizer.policies = QUERIED
     text = "  a = data.app.x ; data.app.y.any\n\n b = data.app.x"
     (result,) = query(stub, text)
@@ -117,13 +117,13 @@ def test_query_tells_where_each_statement_stands(authorizer, stub):
     ] == [("a = data.app.x", 1, 3), ("data.app.y.any", 1, 20), ("b = data.app.x", 3, 2)]
 
 
-def test_query_of_what_policies_have_in_common_gives_them_all(authorizer, stub):
+def test_query_of_a_common_prefix_returns_all_its_policies(authorizer, stub):
     authorizer.policies = {"app.x": True, "app.x.y": {"allowed": False}, "apple": True}
     bindings = {"x": {"x": {"allowed": True, "y": {"allowed": False}}}}
     assert query(stub, "x = data.app")[0]["bindings"] == bindings
 
 
-def test_query_adds_nothing_to_what_a_policy_has_returned(authorizer, stub):
+def test_query_does_not_change_the_value_returned_by_a_policy(authorizer, stub):
     returned = {"kind": "draft"}
     authorizer.policies = {"app.x": lambda _: {"y": returned}, "app.x.y": True}
     bindings = {"x": {"y": {"kind": "draft", "allowed": True}}}
@@ -136,16 +136,16 @@ def test_query_adds_nothing_to_what_a_policy_has_returned(authorizer, stub):
     [
         "x = data.nope",
         "data.app.x; data.app.x.nope",
-        # Of several, each must hold.
+        # If there are several, each must hold.
         "x = data.app.x; data.app.x.visible",
     ],
 )
-def test_query_of_something_undefined_has_no_result(authorizer, stub, text):
+def test_query_of_an_undefined_path_has_no_result(authorizer, stub, text):
     authorizer.policies = QUERIED
     assert query(stub, text) == []
 
 
-def test_query_takes_the_resource_from_the_context_or_else_the_input(authorizer, stub):
+def test_query_reads_the_resource_from_the_context_or_the_input(authorizer, stub):
     authorizer.policies = QUERIED
     statement = "x = data.app.z.allowed"
     seven = '{"resource": {"id": 7}}'
@@ -157,7 +157,7 @@ def test_query_takes_the_resource_from_the_context_or_else_the_input(authorizer,
     assert result["bindings"] == {"x": False}
 
 
-def test_query_asks_for_the_decisions_of_the_policy_context(authorizer, stub):
+def test_query_evaluates_the_decisions_of_the_policy_context(authorizer, stub):
     authorizer.policies = QUERIED
     context = PolicyContext(path="app", decisions=["visible", "enabled"])
     (result,) = query(stub, "x = data.app.y", policy_context=context)
@@ -178,7 +178,9 @@ def test_query_asks_for_the_decisions_of_the_policy_context(authorizer, stub):
         ),
     ],
 )
-def test_query_and_compile_refuse_the_rest(authorizer, stub, kind, fields, text):
+def test_query_and_compile_reject_unsupported_rego(
+    authorizer, stub, kind, fields, text
+):
     call = stub.Query if kind is QueryRequest else stub.Compile
     code, details = status_of(call, kind(**{"identity_context": NOBODY, **fields}))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
@@ -189,7 +191,9 @@ def test_query_and_compile_refuse_the_rest(authorizer, stub, kind, fields, text)
 @pytest.mark.parametrize(
     "text, problem", [("{", "is not JSON"), ("[]", "must be a JSON object")]
 )
-def test_an_input_that_is_no_object_is_internal_as_in_topaz(stub, kind, text, problem):
+def test_an_input_that_is_not_an_object_is_internal_as_in_topaz(
+    stub, kind, text, problem
+):
     call = stub.Query if kind is QueryRequest else stub.Compile
     code, details = status_of(
         call, kind(query="data.a", input=text, identity_context=NOBODY)
@@ -209,14 +213,14 @@ def test_an_input_that_is_no_object_is_internal_as_in_topaz(stub, kind, text, pr
         ("data.app.x.allowed; data.app.x.visible", False),
     ],
 )
-def test_compile_leaves_nothing_or_no_solution(authorizer, stub, text, always):
+def test_compile_returns_an_empty_query_or_no_solution(authorizer, stub, text, always):
     authorizer.policies = QUERIED
     request = CompileRequest(query=text, identity_context=NOBODY)
     response = stub.Compile(request, timeout=10)
     assert MessageToDict(response.result) == ({"queries": [[]]} if always else {})
 
 
-def test_compile_leaves_what_a_variable_is(authorizer, stub):
+def test_compile_returns_the_value_of_a_variable(authorizer, stub):
     rules = {"allowed": True, "tags": ["a", 1, None]}
     authorizer.policies = {"app.x": lambda _check: rules}
     request = CompileRequest(
@@ -244,7 +248,7 @@ def test_compile_leaves_what_a_variable_is(authorizer, stub):
     }
 
 
-def test_list_policies_makes_a_module_of_each_path(authorizer, stub):
+def test_list_policies_returns_a_module_for_each_path(authorizer, stub):
     authorizer.policies = {
         "app.y": lambda _check: True,
         "app.x": {"allowed": True, "visible": False},
@@ -288,7 +292,7 @@ def test_get_policy_without_a_match_is_not_found(stub):
     assert "[nope]" in details
 
 
-def test_info_tells_a_version_and_unknown_methods_are_unimplemented(authorizer, stub):
+def test_info_has_a_version_and_unknown_methods_are_unimplemented(authorizer, stub):
     assert stub.Info(InfoRequest(), timeout=10).version == "embedded"
     with grpc.insecure_channel(authorizer.url) as channel:
         unknown = channel.unary_unary("/grpc.health.v1.Health/Check")

@@ -1,4 +1,4 @@
-"""Servers, and proxies before them that break connections."""
+"""Fixtures: servers, and proxies in front of them that break connections."""
 
 from __future__ import annotations
 

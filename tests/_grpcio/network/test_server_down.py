@@ -1,4 +1,4 @@
-"""The server is killed, down, or accepts and says nothing."""
+"""Test a server that is killed, is down, or accepts and stays silent."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from kit.pools import queued
 
 @sockets
 @pytest.mark.parametrize("end", ["RST", "FIN"])
-async def test_calls_in_flight_on_a_killed_server_end_with_an_error_of_their_own(
+async def test_each_call_in_flight_on_a_killed_server_gets_its_own_error(
     end, authorizer, proxy, gate
 ):
     authorizer.policies = {PATH: gate}
@@ -63,7 +63,7 @@ async def test_calls_in_flight_on_a_killed_server_end_with_an_error_of_their_own
         assert caught.value.reason == "refused"
         await soon(lambda: sum(pool._counters.closes.values()) == 3)
         assert pool.status().total == 0
-        # The first one by itself, the others by that or by their probe.
+        # The first connection is lost by its own call, the others by a call or a probe.
         assert set(pool._counters.closes) <= {"lost", "unhealthy"}
 
         gate.is_open = True
@@ -74,7 +74,7 @@ async def test_calls_in_flight_on_a_killed_server_end_with_an_error_of_their_own
 
 
 @sockets
-async def test_cut_connections_have_their_siblings_probed_and_are_replaced(
+async def test_after_cut_connections_siblings_are_probed_and_cut_ones_replaced(
     replicas, gate
 ):
     replicas[0].policies[PATH] = gate
@@ -91,7 +91,9 @@ async def test_cut_connections_have_their_siblings_probed_and_are_replaced(
             assert all(is_a_lost_connection(error) for error in outcomes)
             await soon(lambda: all(replicas.calls(i)["Info"] >= 3 for i in (0, 2)))
             gate.is_open = True
-        assert outcomes.count({"allowed": True}) == 6, "they were probed, and no more"
+        assert outcomes.count({"allowed": True}) == 6, (
+            "the connections were probed, and nothing more"
+        )
         for conn in leases:
             await pool.release(conn)
         await soon(lambda: replicas.proxy.accepted >= 12)
@@ -99,9 +101,7 @@ async def test_cut_connections_have_their_siblings_probed_and_are_replaced(
 
 
 @sockets
-async def test_a_check_whose_connection_is_cut_is_asked_again_on_another(
-    replicas, gate
-):
+async def test_a_check_on_a_cut_connection_is_retried_on_another(replicas, gate):
     replicas[0].policies[PATH] = gate
     async with pool_to(replicas.options, min_connections=3, eager_init=True) as pool:
         config = patient_config(pool, replicas.options)
@@ -117,7 +117,7 @@ async def test_a_check_whose_connection_is_cut_is_asked_again_on_another(
 
 
 @sockets
-async def test_checks_survive_that_all_connections_are_cut_at_once(
+async def test_checks_survive_the_loss_of_all_connections_at_once(
     authorizer, proxy, gate
 ):
     authorizer.policies = {PATH: gate}
@@ -135,7 +135,7 @@ async def test_checks_survive_that_all_connections_are_cut_at_once(
 
 
 @sockets
-async def test_a_check_that_is_lost_with_its_server_fails_with_the_reason(
+async def test_a_check_lost_with_its_server_fails_with_the_reason(
     authorizer, proxy, gate
 ):
     authorizer.policies = {PATH: gate}
@@ -157,7 +157,7 @@ async def test_a_check_that_is_lost_with_its_server_fails_with_the_reason(
 
 @sockets
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "lazy"])
-async def test_a_pool_that_starts_before_its_server_says_why_and_recovers(
+async def test_a_pool_started_before_its_server_reports_why_and_recovers(
     eager, proxy, caplog
 ):
     proxy.refuse()
@@ -190,11 +190,11 @@ async def test_a_pool_that_starts_before_its_server_says_why_and_recovers(
         assert pool.status().healthy
 
 
-# -- F3: refused for a while --------------------------------------------------------
+# -- F3: connects are refused for a while -------------------------------------------
 
 
 @sockets
-async def test_refused_callers_fail_with_each_attempt_and_add_none_of_their_own(proxy):
+async def test_refused_callers_fail_with_each_attempt_and_add_no_attempt(proxy):
     proxy.refuse()
     async with pool_to(via(proxy)) as pool:
 
@@ -209,14 +209,14 @@ async def test_refused_callers_fail_with_each_attempt_and_add_none_of_their_own(
                 for _ in range(50):
                     tasks.start_soon(caller)
         assert pool._counters.failed == 150
-        # Two at once, then three retries, then one for each time they asked again.
+        # Two attempts at once, then three retries, then one for each later request.
         assert pool._counters.connect_failures["refused"] <= 15
         proxy.listen()
         assert await served(pool)
 
 
 @sockets
-async def test_who_waits_when_the_server_is_back_is_served_in_order_by_the_next_attempt(
+async def test_the_next_attempt_serves_waiting_callers_in_order(
     proxy,
 ):
     proxy.refuse()
@@ -237,7 +237,7 @@ async def test_who_waits_when_the_server_is_back_is_served_in_order_by_the_next_
             with paced(pool):
                 await soon(lambda: failures.get("refused", 0) >= 7)
             proxy.listen()
-            # One may have been under way while the door opened.
+            # One attempt may have been in progress when the server came back.
             before = failures["refused"]
         assert failures["refused"] <= before + 1
         assert order == list(range(10))
@@ -250,7 +250,7 @@ async def test_who_waits_when_the_server_is_back_is_served_in_order_by_the_next_
 
 @sockets
 @pytest.mark.parametrize("tls", [False, True], ids=["plaintext", "tls"])
-async def test_a_server_that_accepts_and_hangs_costs_an_attempt_its_time(tls, caplog):
+async def test_a_server_that_accepts_and_hangs_makes_an_attempt_time_out(tls, caplog):
     with (
         EmbeddedAuthorizer({PATH: True}, tls=tls) as authorizer,
         Proxy([authorizer.port]) as proxy,
@@ -271,11 +271,10 @@ async def test_a_server_that_accepts_and_hangs_costs_an_attempt_its_time(tls, ca
 
 
 @sockets
-async def test_while_one_backend_hangs_the_others_serve_all_who_wait(
-    authorizer, caplog
-):
-    # Nobody accepts: the kernel does, and stays silent. gRPC tries again by itself
-    # before it is told to stop: of two in turn, each attempt might begin at this one.
+async def test_while_one_backend_hangs_the_others_serve_all_waiters(authorizer, caplog):
+    # No server accepts: the kernel does, and then stays silent. gRPC also retries by
+    # itself before it is told to stop. With two addresses in turn, each attempt might
+    # begin at this one.
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         Proxy([silent.getsockname()[1], *[authorizer.port] * 2]) as proxy,
@@ -288,16 +287,18 @@ async def test_while_one_backend_hangs_the_others_serve_all_who_wait(
             async def caller():
                 leases.append(conn := await pool.acquire())
                 assert await conn.decisions(**ASK) == {"allowed": True}
-                # Nobody takes the connection of another.
+                # No caller takes the connection of another.
                 await soon(lambda: len(leases) == 4)
                 await pool.release(conn)
 
             async with anyio.create_task_group() as tasks:
                 for _ in range(4):
                     tasks.start_soon(caller)
-            # At times gRPC has tried again in the last moment of an attempt.
+            # gRPC sometimes retries in the last moment of an attempt.
             assert pool._counters.connect_failures.keys() <= {"timeout"}
             assert pool.status().total == 4
             forget_errors(caplog)
             await soon(lambda: authorizer.connections_open == 4)
-            assert proxy.accepted > authorizer.connections_accepted, "the silent one"
+            assert proxy.accepted > authorizer.connections_accepted, (
+                "the silent backend"
+            )

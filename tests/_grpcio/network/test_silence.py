@@ -1,4 +1,4 @@
-"""Connections that are silent, break off or are slow."""
+"""Test connections that are silent, cut off or slow."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ silences = pytest.mark.parametrize("silence", ["half_open", "freeze"])
 
 @sockets
 @silences
-async def test_two_calls_without_an_answer_have_all_silent_connections_evicted(
-    silence, proxy
-):
+async def test_two_unanswered_calls_evict_all_silent_connections(silence, proxy):
     options = {"health_check_timeout": 0.3, "connection_timeout": 1, "max_retries": 0}
     pool = pool_to(via(proxy), min_connections=2, eager_init=True, **options)
     async with pool:
@@ -58,7 +56,7 @@ async def test_two_calls_without_an_answer_have_all_silent_connections_evicted(
         for conn in leases:
             await pool.release(conn)
         await soon(lambda: pool._counters.closes == {"unhealthy": 2})
-        # A channel says READY for ever; nobody gets one of them again.
+        # gRPC reports READY on the silent channels. The pool never leases them again.
         with pytest.raises(ConnectFailed) as refused:
             await pool.acquire(timeout=PATIENCE)
         assert refused.value.reason == "timeout"
@@ -67,7 +65,7 @@ async def test_two_calls_without_an_answer_have_all_silent_connections_evicted(
 
 
 @sockets
-async def test_silent_connections_that_nobody_uses_are_evicted_by_the_health_check(
+async def test_the_health_check_evicts_unused_silent_connections(
     proxy,
 ):
     pool = pool_to(
@@ -90,7 +88,7 @@ async def test_silent_connections_that_nobody_uses_are_evicted_by_the_health_che
 
 @sockets
 @silences
-async def test_of_three_replicas_a_silent_one_fails_only_the_checks_it_holds(
+async def test_one_silent_replica_of_three_fails_only_the_checks_it_holds(
     silence, replicas
 ):
     pool = pool_to(
@@ -121,14 +119,14 @@ async def test_of_three_replicas_a_silent_one_fails_only_the_checks_it_holds(
             await soon(lambda: all(replicas.calls(i)["Is"] for i in range(3)))
             getattr(replicas.proxy, silence)(replicas[1].port)
             await soon(lambda: failures)
-            # Whatever was sent before the fault has arrived by now.
+            # All data sent before the fault has arrived by now.
             since = anyio.current_time()
             await soon(
                 lambda: all(e.proven_at > since for e in pool._open_pool.state.open)
             )
             tasks.cancel_scope.cancel()
         for error in failures:
-            # Their own deadline: it ended while they asked, or while they waited.
+            # These calls hit their own deadline, in the call or in the queue.
             assert isinstance(error, PoolTimeout | grpc.aio.AioRpcError)
             if isinstance(error, grpc.aio.AioRpcError):
                 assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -142,12 +140,14 @@ async def test_of_three_replicas_a_silent_one_fails_only_the_checks_it_holds(
         assert outcomes == [True] * 100
 
 
-# -- F10: a response breaks off -----------------------------------------------------
+# -- F10: a response is truncated ---------------------------------------------------
 
 
 @contextlib.contextmanager
 def one_proxy_each(replicas):
-    """One proxy before each replica, and one before them all: to hit only one."""
+    """
+    Put a proxy in front of each replica, and one in front of all, to hit only one.
+    """
     with contextlib.ExitStack() as stack:
         each = [
             stack.enter_context(Proxy([replicas[index].port])) for index in range(3)
@@ -163,9 +163,7 @@ breaks = pytest.mark.parametrize(
 
 @sockets
 @breaks
-async def test_a_response_that_breaks_off_fails_its_caller_and_nobody_else(
-    fault, replicas, gate
-):
+async def test_a_truncated_response_fails_only_its_caller(fault, replicas, gate):
     replicas[0].policies[PATH] = gate
     with one_proxy_each(replicas) as (proxy, each):
         options = {"min_connections": 3, "eager_init": True}
@@ -182,7 +180,9 @@ async def test_a_response_that_breaks_off_fails_its_caller_and_nobody_else(
             (error,) = outcomes.errors
             assert is_a_lost_connection(error)
             assert outcomes.count({"allowed": True}) == 2
-            assert replicas.calls(1)["Is"] == 1, "it was answered, but not heard"
+            assert replicas.calls(1)["Is"] == 1, (
+                "the server answered, and the answer was lost"
+            )
             for conn in leases:
                 await pool.release(conn)
             closes = pool._counters.closes
@@ -192,7 +192,7 @@ async def test_a_response_that_breaks_off_fails_its_caller_and_nobody_else(
 
 @sockets
 @breaks
-async def test_a_check_whose_response_breaks_off_is_answered_by_another_replica(
+async def test_a_check_with_a_truncated_response_is_answered_by_another_replica(
     fault, replicas, gate
 ):
     replicas[0].policies[PATH] = gate
@@ -216,7 +216,7 @@ async def test_a_check_whose_response_breaks_off_is_answered_by_another_replica(
 
 
 @sockets
-async def test_a_slow_server_makes_the_queue_shed_load_and_no_new_connections(
+async def test_a_slow_server_sheds_load_from_the_queue_without_new_connections(
     authorizer,
 ):
     pace = 0.002
@@ -256,7 +256,7 @@ async def test_a_slow_server_makes_the_queue_shed_load_and_no_new_connections(
             before = done
             await soon(lambda: done > before + 100)
             tasks.cancel_scope.cancel()
-        # Those that wait for capacity, and those that are about to be served.
+        # Callers that wait for capacity, and callers that are about to be served.
         assert 5 <= max(waiting) <= 5 + 3
         assert authorizer.connections_accepted == 3, "neither then nor afterwards"
         assert not counters.closes

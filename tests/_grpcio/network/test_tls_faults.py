@@ -1,4 +1,4 @@
-"""TLS handshakes that are slow or fail."""
+"""Test TLS handshakes that are slow or fail."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def test_a_tls_handshake_over_the_limit_is_a_failed_attempt(
 
 
 @sockets
-async def test_a_slow_tls_handshake_keeps_nobody_from_a_connection_that_is_there(
+async def test_a_slow_tls_handshake_does_not_block_an_existing_connection(
     tls, tls_proxy
 ):
     options = {"max_connections": 2, "connection_timeout": HOURS}
@@ -95,7 +95,7 @@ async def test_a_slow_tls_handshake_keeps_nobody_from_a_connection_that_is_there
             async with pool.acquire(timeout=0) as conn:
                 assert await conn.decisions(**ASK) == {"allowed": True}
         assert outcomes == [{"allowed": True}]
-        assert pool.status().connecting == 1, "and its attempt goes on"
+        assert pool.status().connecting == 1, "the attempt continues"
         tls_proxy.heal()
         await soon(lambda: pool.status().total == 2)
         assert not pool._counters.connect_failures
@@ -135,9 +135,7 @@ def plaintext(_authority):
     [expired, for_another_name, of_an_unknown_ca, plaintext],
     ids=lambda function: function.__name__,
 )
-async def test_what_tls_refuses_is_permanent_until_the_server_is_put_right(
-    wrong, tmp_path
-):
+async def test_a_tls_failure_is_permanent_until_the_server_is_fixed(wrong, tmp_path):
     authority = trustme.CA()
     path = str(tmp_path / "ca.pem")
     authority.cert_pem.write_to_path(path)
@@ -145,7 +143,7 @@ async def test_what_tls_refuses_is_permanent_until_the_server_is_put_right(
     authorizer._certificates = wrong(authority)
     with authorizer:
         options = AuthorizerOptions(url=authorizer.url, cert_file_path=path)
-        # It is no matter of retries: there would be enough of them.
+        # Retries do not matter here: the test allows enough of them.
         endless = {"max_retries": 1_000_000, "acquire_timeout": HOURS}
         async with pool_to(options, **endless) as pool:
 
@@ -161,7 +159,7 @@ async def test_what_tls_refuses_is_permanent_until_the_server_is_put_right(
                     for _ in range(50):
                         tasks.start_soon(caller)
             assert pool._counters.failed == 150
-            # Two at once, then one for each time they asked again.
+            # Two attempts at once, then one for each later request.
             assert set(pool._counters.connect_failures) == {"tls"}
             assert pool._counters.connect_failures["tls"] <= 12
             assert authorizer.connections_accepted <= 24

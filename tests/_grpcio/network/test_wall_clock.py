@@ -1,4 +1,4 @@
-"""The wall clock jumps."""
+"""Test jumps of the wall clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kit.network import checked, patient_config, pool_to, sockets, soon
 def jump(monkeypatch):
     """Set the wall clock to another time."""
     real = time.time
-    # The core of gRPC reads the clock itself, and what drives it must read the same.
+    # gRPC's core reads the clock itself. Its driver must read the same clock.
     for module in (grpc.aio._utils, _call):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(time=real))
 
@@ -32,7 +32,9 @@ def jump(monkeypatch):
 
 
 @pytest.mark.parametrize("seconds", [3600, -3600])
-async def test_a_jump_of_the_wall_clock_ends_no_life_and_changes_no_turn(jump, seconds):
+async def test_a_wall_clock_jump_closes_no_connection_and_shifts_no_probe(
+    jump, seconds
+):
     connector = FakeConnector()
     pool = ConnectionPool(
         connector=connector, min_connections=2, eager_init=True, idle_check_interval=1
@@ -61,7 +63,7 @@ async def test_a_jump_of_the_wall_clock_ends_no_life_and_changes_no_turn(jump, s
 
 @sockets
 @pytest.mark.parametrize("seconds", [3600, -3600])
-async def test_a_jump_of_the_wall_clock_is_not_noticed_by_real_connections(
+async def test_a_wall_clock_jump_does_not_affect_real_connections(
     jump, seconds, authorizer
 ):
     options = {"min_connections": 2, "eager_init": True, "idle_check_interval": 0.01}
@@ -75,9 +77,11 @@ async def test_a_jump_of_the_wall_clock_is_not_noticed_by_real_connections(
             rounds = len(reaped)
             assert await checked(config)
             await soon(lambda rounds=rounds: len(reaped) > rounds + 3)
-        # One more makes the pool look at all lifetimes.
+        # One more lease makes the pool check the lifetimes of all connections.
         async with pool.acquire(), pool.acquire(), pool.acquire():
             assert pool.status().total == 3
         assert authorizer.connections_accepted == 3
-        assert authorizer.calls == {"Is": 4, "Info": 3}, "no probe but the first ones"
+        assert authorizer.calls == {"Is": 4, "Info": 3}, (
+            "no probe except the first ones"
+        )
         assert not pool._counters.closes

@@ -1,4 +1,6 @@
-"""The attempts to connect: rounds, pauses, hope, and servers that hang up at once."""
+"""
+Test the connect attempts: rounds, pauses, giving up, and servers that close at once.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from fastapi_topaz.exceptions import ConnectFailed
 
 
 def pause(attempts, now):
-    """Return how long those who wait have to wait for the next attempt."""
+    """Return how long waiting callers have to wait for the next attempt."""
     return pytest.approx(attempts.next_attempt(waiting=True) - now)
 
 
@@ -38,7 +40,7 @@ def hopeless(attempts, now=0.0, **options):
 
 
 def pauses(attempts, now=0.0):
-    """Return the pauses of the pool for itself, and for those who wait."""
+    """Return the pauses before the next attempt: without and with waiting callers."""
     return tuple(
         pytest.approx(attempts.next_attempt(waiting=waiting) - now)
         for waiting in (False, True)
@@ -48,13 +50,13 @@ def pauses(attempts, now=0.0):
 # -- rounds and pauses --------------------------------------------------------------
 
 
-def test_the_first_attempt_may_be_made_at_once():
+def test_the_first_attempt_starts_at_once():
     attempts = make_attempts()
     for waiting in (False, True):
         assert attempts.next_attempt(waiting=waiting) == float("-inf")
 
 
-def test_attempts_that_were_begun_together_fail_as_one_round():
+def test_attempts_begun_together_fail_as_one_round():
     attempts = make_attempts(random=0.5)
     slots = [attempts.begin(0.0) for _ in range(5)]
     for slot in slots:
@@ -63,7 +65,7 @@ def test_attempts_that_were_begun_together_fail_as_one_round():
     assert pauses(attempts, now=1.0) == (0.05, 0.05)
 
 
-def test_a_late_failure_of_a_round_does_not_make_its_pause_longer():
+def test_a_late_failure_of_a_round_does_not_lengthen_its_pause():
     attempts = make_attempts()
     first, second = attempts.begin(0.0), attempts.begin(0.0)
     attempts.failed(first, ConnectFailed("no"), 1.0)
@@ -73,14 +75,14 @@ def test_a_late_failure_of_a_round_does_not_make_its_pause_longer():
     assert str(attempts.error) == "still no"
 
 
-def test_an_attempt_begun_after_a_failure_is_of_the_next_round():
+def test_an_attempt_begun_after_a_failure_is_in_the_next_round():
     attempts = make_attempts()
     fail(attempts)
     fail(attempts)
     assert attempts.failures == 2
 
 
-def test_the_pause_doubles_up_to_a_cap_that_is_lower_while_somebody_waits():
+def test_the_pause_doubles_up_to_a_cap_that_is_lower_with_waiters():
     attempts = make_attempts()
     seen = []
     for _ in range(7):
@@ -98,7 +100,7 @@ def test_no_pause_is_shorter_than_its_floor():
         assert pauses(attempts) == (FLOOR, FLOOR)
 
 
-def test_one_success_makes_up_for_all_failures():
+def test_one_success_resets_all_failures():
     attempts = make_attempts()
     for _ in range(5):
         fail(attempts)
@@ -110,19 +112,19 @@ def test_one_success_makes_up_for_all_failures():
     assert pauses(attempts) == (0.1, 0.1)
 
 
-def test_a_cancelled_attempt_is_no_failure():
+def test_a_cancelled_attempt_is_not_a_failure():
     attempts = make_attempts()
     slot = attempts.begin(0.0)
     attempts.cancelled(slot)
     assert not attempts.under_way
     assert attempts.failures == 0
-    attempts.cancelled(slot)  # as each attempt is that has ended
+    attempts.cancelled(slot)  # as after each attempt that has ended
 
 
 # -- attempts that take too long ----------------------------------------------------
 
 
-def test_an_attempt_that_takes_too_long_is_expected_only_while_nobody_waits():
+def test_an_overdue_attempt_does_not_count_for_waiting_callers():
     attempts = make_attempts()
     attempts.begin(10.0)
     attempts.begin(10.5)
@@ -130,25 +132,25 @@ def test_an_attempt_that_takes_too_long_is_expected_only_while_nobody_waits():
     assert not attempts.overdue(10.0 + PATIENCE - 0.01)
     assert attempts.coming(waiting=True) == 2
     assert attempts.overdue(10.0 + PATIENCE)
-    assert not attempts.overdue(10.0 + PATIENCE), "no news"
+    assert not attempts.overdue(10.0 + PATIENCE), "an attempt becomes overdue only once"
     assert attempts.coming(waiting=True) == 1
     assert attempts.coming(waiting=False) == 2
     assert attempts.next_overdue() == 10.5 + PATIENCE
 
 
-def test_there_is_nothing_to_look_out_for_without_an_attempt():
+def test_without_a_pending_attempt_none_becomes_overdue():
     attempts = make_attempts()
     assert attempts.next_overdue() == float("inf")
     assert not attempts.overdue(1e9)
     attempts.begin(0.0)
     attempts.overdue(PATIENCE)
-    assert attempts.next_overdue() == float("inf"), "it is late already"
+    assert attempts.next_overdue() == float("inf"), "the attempt is already overdue"
 
 
-# -- hope ---------------------------------------------------------------------------
+# -- when waiting becomes hopeless --------------------------------------------------
 
 
-def test_hope_is_lost_after_as_many_attempts_as_one_demand_is_worth():
+def test_waiting_is_hopeless_after_max_retries():
     attempts = make_attempts()
     for round_ in range(3):
         assert not hopeless(attempts, max_retries=2), round_
@@ -156,14 +158,14 @@ def test_hope_is_lost_after_as_many_attempts_as_one_demand_is_worth():
     assert hopeless(attempts, max_retries=2)
 
 
-def test_without_retries_hope_is_lost_with_the_first_round():
+def test_without_retries_waiting_is_hopeless_after_the_first_round():
     attempts = make_attempts()
     fail(attempts)
     assert hopeless(attempts, max_retries=5, retry_on_failure=False)
     assert not hopeless(attempts, max_retries=5)
 
 
-def test_hope_is_lost_when_the_first_failed_attempt_began_an_acquire_timeout_ago():
+def test_waiting_is_hopeless_an_acquire_timeout_after_the_first_failure():
     attempts = make_attempts()
     slow = attempts.begin(10.0)
     attempts.failed(slow, ConnectFailed("no"), 13.0)
@@ -173,7 +175,7 @@ def test_hope_is_lost_when_the_first_failed_attempt_began_an_acquire_timeout_ago
     assert not hopeless(attempts, 1e9, acquire_timeout=float("inf"), max_retries=9)
 
 
-def test_an_outage_begins_anew_after_a_success():
+def test_a_success_restarts_the_count_of_an_outage():
     attempts = make_attempts()
     fail(attempts, now=10.0)
     succeed(attempts, now=11.0)
@@ -182,13 +184,13 @@ def test_an_outage_begins_anew_after_a_success():
     assert hopeless(attempts, 17.0, acquire_timeout=5)
 
 
-def test_what_no_retry_can_mend_is_hopeless_at_once():
+def test_a_permanent_failure_is_hopeless_at_once():
     attempts = make_attempts()
     fail(attempts, reason="tls", permanent=True)
     assert hopeless(attempts, max_retries=5)
 
 
-def test_there_is_hope_while_an_attempt_is_under_way_that_is_not_overdue():
+def test_waiting_is_not_hopeless_while_an_attempt_is_on_time():
     attempts = make_attempts()
     fail(attempts, permanent=True)
     attempts.begin(0.0)
@@ -199,18 +201,18 @@ def test_there_is_hope_while_an_attempt_is_under_way_that_is_not_overdue():
     assert not hopeless(attempts, PATIENCE)
 
 
-def test_there_is_hope_until_an_attempt_has_failed():
+def test_waiting_is_not_hopeless_before_an_attempt_fails():
     attempts = make_attempts()
     attempts.begin(0.0)
     attempts.overdue(PATIENCE)
     assert not hopeless(attempts, 1e9, max_retries=0)
 
 
-# -- connections that end before they answer anything --------------------------------
+# -- connections that end before their first answer ----------------------------------
 
 
 def end(attempts, now, *, answered=False):
-    """End a connection, which is a failure unless it *answered* something."""
+    """End a connection. This is a failure unless the connection *answered*."""
     error = None if answered else ConnectFailed("ended", reason="unanswered")
     attempts.ended(Slot(started_at=now, answered=answered), error, now)
 
@@ -229,7 +231,7 @@ def test_unanswered_connections_pace_the_next_attempts_with_growing_pauses():
     assert attempts.error.reason == "unanswered"
 
 
-def test_without_retries_an_unanswered_connection_ends_all_hope():
+def test_without_retries_an_unanswered_connection_makes_it_hopeless():
     attempts = make_attempts()
     succeed(attempts)
     end(attempts, 0.0)
@@ -239,7 +241,7 @@ def test_without_retries_an_unanswered_connection_ends_all_hope():
     assert not hopeless(attempts, retry_on_failure=False)
 
 
-def test_hope_ends_an_acquire_timeout_after_the_unanswered_connection_was_begun():
+def test_an_unanswered_connection_is_hopeless_after_an_acquire_timeout():
     attempts = make_attempts()
     attempts.ended(Slot(started_at=1.0), ConnectFailed("ended"), 3.0)
     attempts.ended(Slot(started_at=2.0), ConnectFailed("ended"), 4.0)
@@ -247,7 +249,7 @@ def test_hope_ends_an_acquire_timeout_after_the_unanswered_connection_was_begun(
     assert hopeless(attempts, 6.0, acquire_timeout=5)
 
 
-def test_an_attempt_that_fails_with_an_unanswered_connection_is_the_same_failure():
+def test_an_attempt_failing_with_an_unanswered_connection_counts_once():
     attempts = make_attempts()
     together = attempts.begin(0.0)
     end(attempts, 0.0)
@@ -257,7 +259,7 @@ def test_an_attempt_that_fails_with_an_unanswered_connection_is_the_same_failure
     assert attempts.failures == 2
 
 
-def test_an_attempt_under_way_is_of_the_round_that_an_unanswered_connection_ends():
+def test_a_running_attempt_is_in_the_round_of_an_unanswered_connection():
     attempts = make_attempts()
     fail(attempts)
     succeed(attempts)
@@ -267,7 +269,7 @@ def test_an_attempt_under_way_is_of_the_round_that_an_unanswered_connection_ends
     assert attempts.failures == 1
 
 
-def test_a_connection_that_answered_ends_without_a_pause():
+def test_the_end_of_an_answered_connection_causes_no_pause():
     attempts = make_attempts()
     end(attempts, 0.0, answered=True)
     assert attempts.next_attempt(waiting=True) == float("-inf")
@@ -275,7 +277,7 @@ def test_a_connection_that_answered_ends_without_a_pause():
     assert (attempts.failures, attempts.error) == (0, None)
 
 
-def test_an_idle_connection_that_ends_late_is_no_failure_and_forgives_none():
+def test_a_late_idle_end_is_not_a_failure_and_resets_none():
     attempts = make_attempts()
     end(attempts, 0.0)
     attempts.ended(Slot(), None, 1.0)
@@ -284,7 +286,7 @@ def test_an_idle_connection_that_ends_late_is_no_failure_and_forgives_none():
     assert pauses(attempts, now=2.0) == (0.2, 0.2)
 
 
-def test_after_a_connection_that_answered_the_pauses_begin_anew():
+def test_an_answered_connection_resets_the_pauses():
     attempts = make_attempts()
     for now in (0.0, 1.0, 2.0):
         end(attempts, now)
@@ -307,21 +309,21 @@ def test_a_success_does_not_end_the_pause_after_an_unanswered_connection():
     attempts = make_attempts()
     end(attempts, 0.0)
     succeed(attempts, 0.05)
-    # Nor may the next one follow that success at once.
+    # The next attempt may not follow that success at once either.
     assert pauses(attempts) == (0.15, 0.15)
 
 
-def test_of_two_pauses_the_longer_one_counts():
+def test_the_longer_of_two_pauses_counts():
     attempts = make_attempts()
     end(attempts, 0.0)
     fail(attempts)
     fail(attempts)
     assert pauses(attempts) == (0.4, 0.4), "these are failures two and three"
     end(attempts, 0.35)
-    assert pauses(attempts) == (0.55, 0.55), "the second one of these"
+    assert pauses(attempts) == (0.55, 0.55), "the second of these failures"
 
 
-def test_attempts_are_made_one_at_a_time_for_a_while_after_an_unanswered_connection():
+def test_attempts_are_single_for_a_while_after_an_unanswered_connection():
     attempts = make_attempts()
     assert not attempts.is_cautious(0.0)
     end(attempts, 0.0)
@@ -334,7 +336,7 @@ def test_attempts_are_made_one_at_a_time_for_a_while_after_an_unanswered_connect
     assert not attempts.is_cautious(1e9)
 
 
-def test_a_connection_is_newer_than_a_failure_if_it_was_begun_after_it():
+def test_a_connection_begun_after_a_failure_is_newer():
     attempts = make_attempts()
     fail(attempts, now=1.0)
     newer = [attempts.is_newer(Slot(started_at=now)) for now in (0.9, 1.0, 1.1)]
@@ -345,7 +347,7 @@ def test_a_connection_is_newer_than_a_failure_if_it_was_begun_after_it():
 
 @pytest.mark.parametrize("minimum", [1, 2, 5])
 @pytest.mark.parametrize("connects_in, lives", [(0.001, 0.001), (0.01, 0.05)])
-def test_a_server_that_accepts_and_hangs_up_sees_few_attempts(
+def test_a_server_that_accepts_and_closes_gets_few_attempts(
     minimum, connects_in, lives
 ):
     options = ConnectionPool(min_connections=minimum).options
@@ -374,10 +376,10 @@ def test_a_server_that_accepts_and_hangs_up_sees_few_attempts(
     assert 20 < begun < 20 * 10
 
 
-# -- edges --------------------------------------------------------------------------
+# -- edge cases ---------------------------------------------------------------------
 
 
-def test_a_later_round_counts_once_as_well():
+def test_a_later_round_counts_once_too():
     attempts = make_attempts()
     fail(attempts)
     for failures in (2, 3, 4):
@@ -386,7 +388,7 @@ def test_a_later_round_counts_once_as_well():
         assert attempts.failures == failures
 
 
-def test_a_round_that_ends_late_is_none_of_those_that_began_since():
+def test_a_late_end_of_an_old_round_does_not_count_again():
     attempts = make_attempts()
     late = attempts.begin(0.0)
     for _ in range(3):
@@ -396,19 +398,19 @@ def test_a_round_that_ends_late_is_none_of_those_that_began_since():
 
 
 @pytest.mark.parametrize("timeout, is_hopeless", [(0, False), (0.5, True)])
-def test_a_caller_who_never_waits_has_no_time_that_could_be_over(timeout, is_hopeless):
+def test_an_acquire_timeout_of_0_does_not_make_it_hopeless(timeout, is_hopeless):
     attempts = make_attempts()
     fail(attempts)
     assert hopeless(attempts, 1.0, acquire_timeout=timeout) is is_hopeless
 
 
-def test_an_error_of_anybodys_own_may_be_mended_by_a_retry():
+def test_a_foreign_error_is_worth_a_retry():
     attempts = make_attempts()
     attempts.failed(attempts.begin(0.0), OSError("no such luck"), 0.0)
     assert not hopeless(attempts, max_retries=3)
 
 
-def test_unanswered_connections_are_forgotten_after_a_minute_and_not_before():
+def test_unanswered_connections_are_forgotten_after_exactly_a_minute():
     for later, pause in ((FORGIVEN, 0.2), (FORGIVEN + 0.001, 0.1)):
         attempts = make_attempts()
         end(attempts, 0.0)
@@ -417,7 +419,7 @@ def test_unanswered_connections_are_forgotten_after_a_minute_and_not_before():
         assert pauses(attempts, until + later)[1] == pause
 
 
-def test_an_unanswered_connection_that_ends_as_the_pause_ends_is_the_next_one():
+def test_an_unanswered_end_exactly_at_the_end_of_a_pause_counts_as_next():
     attempts = make_attempts()
     end(attempts, 0.0)
     until = attempts.next_attempt(waiting=True)
@@ -425,7 +427,7 @@ def test_an_unanswered_connection_that_ends_as_the_pause_ends_is_the_next_one():
     assert pauses(attempts, until)[1] == 0.2
 
 
-def test_an_attempt_that_fails_after_a_later_one_succeeded_is_no_outage():
+def test_a_failure_after_a_later_success_is_not_an_outage():
     attempts = make_attempts()
     late = attempts.begin(0.0)
     fail(attempts)
@@ -434,24 +436,24 @@ def test_an_attempt_that_fails_after_a_later_one_succeeded_is_no_outage():
     assert (attempts.failures, attempts.error) == (0, None)
 
 
-def test_a_failure_that_nobody_followed_up_is_forgotten_and_no_other():
+def test_only_a_failure_without_a_next_attempt_is_forgotten():
     for now, forgotten in ((1.1, False), (1.11, True)):
         attempts = make_attempts()
-        assert not attempts.forget(now), "there is none"
-        fail(attempts)  # and another may be made at 0.1
+        assert not attempts.forget(now), "there is no failure"
+        fail(attempts)  # and the next attempt may start at 0.1
         assert attempts.forget(now) is forgotten
         assert attempts.failures == (not forgotten)
         assert (attempts.error is None) is forgotten
 
 
-def test_while_an_attempt_is_under_way_no_failure_is_forgotten():
+def test_no_failure_is_forgotten_during_an_attempt():
     attempts = make_attempts()
     attempts.begin(0.0)
     fail(attempts)
     assert not attempts.forget(60.0)
 
 
-def test_the_last_failure_of_a_round_is_the_one_to_follow_up():
+def test_the_last_failure_of_a_round_starts_the_forget_timer():
     attempts = make_attempts()
     first, last = attempts.begin(0.0), attempts.begin(0.0)
     attempts.failed(first, ConnectFailed("no"), 0.0)
@@ -460,14 +462,14 @@ def test_the_last_failure_of_a_round_is_the_one_to_follow_up():
     assert attempts.forget(11.1)
 
 
-def test_nothing_has_failed_before_the_first_attempt():
+def test_no_failure_exists_before_the_first_attempt():
     assert Attempts(lambda: 1.0).error is None
 
 
-# -- two things at the same time ----------------------------------------------------
+# -- simultaneous events ------------------------------------------------------------
 
 
-def test_pauses_between_attempts_end_exactly_when_the_caution_does():
+def test_pauses_between_attempts_end_exactly_with_the_caution():
     attempts = Attempts(lambda: 1.0)
     end(attempts, 0.5)
     attempts.succeeded(attempts.begin(0.5))
@@ -477,7 +479,7 @@ def test_pauses_between_attempts_end_exactly_when_the_caution_does():
     assert attempts.next_attempt(waiting=False) < later
 
 
-def test_a_loss_exactly_when_the_last_one_would_be_forgiven_still_counts_with_it():
+def test_a_loss_exactly_at_the_forget_time_counts_with_the_last_one():
     attempts = Attempts(lambda: 1.0)
     end(attempts, 0.5)
     later = attempts.next_attempt(waiting=False) + FORGIVEN
@@ -485,7 +487,7 @@ def test_a_loss_exactly_when_the_last_one_would_be_forgiven_still_counts_with_it
     assert pause(attempts, later) == 0.2
 
 
-def test_a_loss_exactly_at_the_end_of_a_pause_is_another_one():
+def test_a_loss_exactly_at_the_end_of_a_pause_counts_separately():
     attempts = Attempts(lambda: 1.0)
     end(attempts, 0.5)
     later = attempts.next_attempt(waiting=False)

@@ -1,4 +1,4 @@
-"""The pauses between rounds of connecting."""
+"""Test the pauses between rounds of connect attempts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from fastapi_topaz._pool.state.backoff import BASE, CAP, DEMAND_CAP, FLOOR, full
     share=strategies.floats(0, 1, exclude_max=True),
     cap=strategies.sampled_from([CAP, DEMAND_CAP]),
 )
-def test_a_pause_is_never_shorter_than_the_floor_nor_longer_than_the_cap(
-    failures, share, cap
-):
+def test_a_pause_is_between_the_floor_and_the_cap(failures, share, cap):
     assert FLOOR <= full_jitter(failures, share, cap) < cap
 
 
@@ -22,7 +20,7 @@ def test_a_pause_is_never_shorter_than_the_floor_nor_longer_than_the_cap(
     failures=strategies.integers(1, 100),
     share=strategies.floats(0, 1, exclude_max=True),
 )
-def test_whoever_waits_never_waits_longer_than_the_pool_would(failures, share):
+def test_the_pause_for_waiting_callers_is_never_the_longer_one(failures, share):
     assert full_jitter(failures, share, DEMAND_CAP) <= full_jitter(failures, share)
 
 
@@ -33,7 +31,7 @@ def test_the_pause_doubles_up_to_its_cap():
     assert demanded == [0.1, 0.2, 0.4, 0.5, 0.5]
 
 
-def test_the_whole_pause_is_jittered_so_that_a_fleet_does_not_stay_in_step():
+def test_the_whole_pause_is_jittered_to_spread_a_fleet():
     assert full_jitter(1, 1.0) == BASE
     assert full_jitter(40, 0.25) == CAP / 4
     assert full_jitter(40, 0.0) == FLOOR == 0.05

@@ -16,7 +16,7 @@ from fastapi_topaz._pool.state.options import PoolOptions
 
 pytestmark = pytest.mark.real_clock
 
-# The table of the guide, and the parameters that came after it.
+# The table of the guide, plus the parameters added later.
 DEFAULTS = {
     "min_connections": 2,
     "max_connections": 10,
@@ -42,7 +42,7 @@ COUNTS = {
     "streams_per_connection": 1,
     "max_waiting": 0,
 }
-# Where 0 means "at once" or "never", and infinity is a way to say "without end".
+# Times where 0 means "at once" or "never", and infinity means "no limit".
 TIMES = [
     "acquire_timeout",
     "max_idle_time",
@@ -51,7 +51,7 @@ TIMES = [
     "max_lifetime",
     "leak_threshold",
 ]
-# Where neither 0 nor infinity makes sense.
+# Times where neither 0 nor infinity is valid.
 LIMITS = ["connection_timeout", "health_check_timeout"]
 FLAGS = ["eager_init", "retry_on_failure"]
 SECRET = "s3cret"
@@ -64,11 +64,11 @@ def names_and_shows(error, name, value):
 # -- the pool
 
 
-def test_the_defaults_are_those_of_the_guide():
+def test_the_defaults_match_the_guide():
     assert attrs.asdict(ConnectionPool().options) == DEFAULTS
 
 
-def test_the_signature_tells_the_same_defaults():
+def test_the_signature_has_the_same_defaults():
     parameters = inspect.signature(ConnectionPool).parameters
     told = {name: parameter.default for name, parameter in parameters.items()}
     others = {"connector": None, "meter_provider": None, "semantic_conventions": False}
@@ -77,7 +77,7 @@ def test_the_signature_tells_the_same_defaults():
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}
 
 
-def test_the_example_of_the_guide_is_accepted():
+def test_the_example_in_the_guide_is_accepted():
     pool = ConnectionPool(
         min_connections=2,
         max_connections=10,
@@ -134,14 +134,14 @@ def test_the_least_count_is_accepted_and_one_less_is_not(name, minimum):
     "value", [True, False, 1.0, math.nan, "1", b"1", [1]], ids=repr
 )
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_count_is_an_int(name, value):
+def test_a_count_must_be_an_int(name, value):
     with pytest.raises(TypeError, match=name) as caught:
         ConnectionPool(**{name: value})
     assert names_and_shows(caught.value, name, value)
 
 
 @pytest.mark.parametrize("name", [name for name in COUNTS if name != "max_waiting"])
-def test_a_count_is_not_none(name):
+def test_a_count_must_not_be_none(name):
     with pytest.raises(TypeError, match=name):
         ConnectionPool(**{name: None})
 
@@ -162,7 +162,7 @@ def test_an_omitted_min_connections_is_2_or_max_connections(most, least):
     assert pool.options.min_connections == least
     assert type(pool.options.min_connections) is int
     assert pool.status().min_connections == least
-    # It is a number from then on, which a resize does not change by itself.
+    # The value is a fixed number from then on. A resize does not change it.
     with pytest.raises(ValueError, match="min_connections"):
         pool.resize(2, 1)
     pool.resize(least, most)
@@ -177,7 +177,7 @@ def test_min_connections_may_be_max_connections():
     "value", [-1, -0.001, -math.inf, math.nan, 10**400], ids=lambda v: str(v)[:8]
 )
 @pytest.mark.parametrize("name", TIMES + LIMITS)
-def test_a_time_is_not_negative_and_a_number(name, value):
+def test_a_time_must_be_a_nonnegative_number(name, value):
     with pytest.raises(ValueError, match=name) as caught:
         ConnectionPool(**{name: value})
     assert value == 10**400 or names_and_shows(caught.value, name, value)
@@ -185,7 +185,7 @@ def test_a_time_is_not_negative_and_a_number(name, value):
 
 @pytest.mark.parametrize("value", [True, False, "5", "5s", b"5", None, [5]], ids=repr)
 @pytest.mark.parametrize("name", TIMES + LIMITS)
-def test_a_time_is_a_number_of_seconds(name, value):
+def test_a_time_must_be_a_number_of_seconds(name, value):
     with pytest.raises(TypeError, match=name) as caught:
         ConnectionPool(**{name: value})
     assert names_and_shows(caught.value, name, value)
@@ -193,14 +193,14 @@ def test_a_time_is_a_number_of_seconds(name, value):
 
 @pytest.mark.parametrize("value", [0, 0.0, math.inf])
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_limit_of_an_attempt_is_more_than_0_and_finite(name, value):
+def test_a_connect_limit_must_be_positive_and_finite(name, value):
     with pytest.raises(ValueError, match=name) as caught:
         ConnectionPool(**{name: value})
     assert names_and_shows(caught.value, name, value)
 
 
 @pytest.mark.parametrize("name", ["idle_check_interval", "health_check_interval"])
-def test_an_interval_may_not_keep_the_loop_busy(name):
+def test_an_interval_must_be_at_least_1_ms(name):
     assert ConnectionPool(**{name: 0.001})
     for value in (5e-324, 1e-6, 0.00099):
         with pytest.raises(ValueError, match=name) as caught:
@@ -208,7 +208,7 @@ def test_an_interval_may_not_keep_the_loop_busy(name):
         assert names_and_shows(caught.value, name, value)
 
 
-def test_a_lifetime_may_not_keep_the_server_busy():
+def test_a_lifetime_must_be_0_or_at_least_1_s():
     assert ConnectionPool(max_lifetime=1)
     with pytest.raises(
         ValueError, match=r"max_lifetime must be 0 \(never\) or at least 1 s"
@@ -218,13 +218,13 @@ def test_a_lifetime_may_not_keep_the_server_busy():
 
 @pytest.mark.parametrize("value", [0, 0.0, 1, 1.5, math.inf])
 @pytest.mark.parametrize("name", TIMES)
-def test_a_time_may_be_0_or_endless(name, value):
+def test_a_time_may_be_0_or_infinite(name, value):
     assert getattr(ConnectionPool(**{name: value}).options, name) == value
 
 
 @pytest.mark.parametrize("value", [0, 1, "yes", None, 1.0], ids=repr)
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_flag_is_true_or_false(name, value):
+def test_a_flag_must_be_a_bool(name, value):
     with pytest.raises(TypeError, match=name) as caught:
         ConnectionPool(**{name: value})
     assert names_and_shows(caught.value, name, value)
@@ -235,7 +235,7 @@ def test_a_flag_is_true_or_false(name, value):
     [("", ValueError), (" ", ValueError), (5, TypeError), (b"x", TypeError)],
     ids=repr,
 )
-def test_a_name_is_a_text(value, error):
+def test_a_name_must_be_a_str(value, error):
     with pytest.raises(error, match="name") as caught:
         ConnectionPool(name=value)
     assert names_and_shows(caught.value, "name", value)
@@ -246,7 +246,7 @@ def test_a_name_is_a_text(value, error):
     [5, "localhost:8282", object(), print],
     ids=lambda value: type(value).__name__,
 )
-def test_a_connector_can_connect(value):
+def test_a_connector_must_have_a_connect_method(value):
     with pytest.raises(TypeError, match="connector") as caught:
         ConnectionPool(connector=value)
     assert names_and_shows(caught.value, "connector", value)
@@ -259,7 +259,7 @@ def test_an_unknown_parameter_is_an_error():
         ConnectionPool(2, 10)
 
 
-def test_resizing_checks_as_the_constructor_does():
+def test_resize_validates_like_the_constructor():
     pool = ConnectionPool()
     for least, most, error in [
         (-1, 5, ValueError),
@@ -270,13 +270,13 @@ def test_resizing_checks_as_the_constructor_does():
     ]:
         with pytest.raises(error, match="connections"):
             pool.resize(least, most)
-    # What was refused has changed nothing.
+    # A rejected resize changes nothing.
     assert attrs.asdict(pool.options) == DEFAULTS
     pool.resize(1, 5)
     assert (pool.options.min_connections, pool.options.max_connections) == (1, 5)
 
 
-def test_options_do_not_change():
+def test_pool_options_are_immutable():
     options = ConnectionPool().options
     assert isinstance(options, PoolOptions)
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
@@ -307,7 +307,7 @@ def test_credentials_become_metadata():
 @pytest.mark.parametrize(
     "url", ["topaz:8282", "127.0.0.1:1", "[::1]:8282", "dns:///topaz:8282", "unix:/s"]
 )
-def test_any_target_of_grpc_is_a_url(url):
+def test_any_grpc_target_is_accepted_as_url(url):
     assert AuthorizerOptions(url=url).url == url
 
 
@@ -325,14 +325,14 @@ def test_any_target_of_grpc_is_a_url(url):
     ],
     ids=repr,
 )
-def test_a_bad_url_is_refused(url, error):
+def test_an_invalid_url_is_rejected(url, error):
     with pytest.raises(error, match="url") as caught:
         AuthorizerOptions(url=url)
     assert names_and_shows(caught.value, "url", url)
 
 
 @pytest.mark.parametrize("name", ["tenant_id", "api_key", "cert_file_path"])
-def test_an_empty_text_of_the_authorizer_counts_as_none(name):
+def test_an_empty_authorizer_option_counts_as_none(name):
     options = AuthorizerOptions(**{name: ""})
     assert getattr(options, name) is None
     assert options == AuthorizerOptions()
@@ -347,8 +347,8 @@ def test_an_empty_certificate_path_does_not_contradict_plaintext():
 
 
 @pytest.mark.parametrize("name", ["tenant_id", "api_key", "cert_file_path"])
-def test_a_text_of_the_authorizer_is_not_blank(name):
-    # A blank is no unset variable, but one that went wrong.
+def test_a_blank_authorizer_option_is_rejected(name):
+    # A blank string is not an unset variable. It is a sign of a mistake.
     with pytest.raises(ValueError, match=name):
         AuthorizerOptions(**{name: " "})
     with pytest.raises(TypeError, match=name):
@@ -357,7 +357,7 @@ def test_a_text_of_the_authorizer_is_not_blank(name):
 
 @pytest.mark.parametrize("ending", ["\n", "\r\nx: y", "\x00", "ü", "\x7f"], ids=repr)
 @pytest.mark.parametrize("name", ["tenant_id", "api_key"])
-def test_what_cannot_be_a_header_is_refused_without_showing_it(name, ending):
+def test_an_invalid_header_value_is_rejected_without_showing_it(name, ending):
     with pytest.raises(ValueError, match=name) as caught:
         AuthorizerOptions(**{name: SECRET + ending})
     assert SECRET not in repr(caught.value)
@@ -379,7 +379,7 @@ def test_the_api_key_is_not_in_the_repr():
 
 
 @pytest.mark.parametrize("value", [0, 1, "yes", None], ids=repr)
-def test_insecure_is_true_or_false(value):
+def test_insecure_must_be_a_bool(value):
     with pytest.raises(TypeError, match="insecure") as caught:
         AuthorizerOptions(insecure=value)
     assert names_and_shows(caught.value, "insecure", value)
@@ -391,12 +391,12 @@ def test_a_certificate_and_plaintext_exclude_each_other():
     assert "cert_file_path='ca.pem'" in str(caught.value)
 
 
-def test_a_certificate_may_be_a_path_and_need_not_exist_yet():
+def test_a_certificate_may_be_a_path_that_does_not_exist_yet():
     path = pathlib.Path("/nonexistent", "ca.pem")
     assert AuthorizerOptions(cert_file_path=path).cert_file_path == str(path)
 
 
-def test_authorizer_options_are_values():
+def test_authorizer_options_compare_by_value():
     assert AuthorizerOptions(url="a:1") == AuthorizerOptions(url="a:1")
     assert AuthorizerOptions(url="a:1") != AuthorizerOptions(url="a:2")
     assert hash(AuthorizerOptions(url="a:1")) == hash(AuthorizerOptions(url="a:1"))
@@ -406,7 +406,7 @@ def test_authorizer_options_are_values():
         AuthorizerOptions("localhost:8282")
 
 
-def test_options_of_aserto_are_taken_over():
+def test_aserto_options_are_converted():
     given = aserto.client.AuthorizerOptions(
         url="topaz:1", tenant_id="t", api_key="k", cert_file_path="ca.pem"
     )
@@ -417,7 +417,7 @@ def test_options_of_aserto_are_taken_over():
     assert AuthorizerOptions.coerce(own) is own
 
 
-def test_options_of_aserto_are_checked_as_well():
+def test_aserto_options_are_validated_too():
     with pytest.raises(ValueError, match="url"):
         AuthorizerOptions.coerce(
             aserto.client.AuthorizerOptions(url="https://topaz:8282")
@@ -427,7 +427,7 @@ def test_options_of_aserto_are_checked_as_well():
 # -- identities
 
 
-def test_the_types_are_those_of_aserto():
+def test_the_identity_types_match_aserto():
     ours = {name: int(kind) for name, kind in IdentityType.__members__.items()}
     for name, number in AsertoIdentityType.items():
         assert ours[name] == number
@@ -436,7 +436,7 @@ def test_the_types_are_those_of_aserto():
     assert set(ours.values()) == set(AsertoIdentityType.values())
 
 
-def test_the_long_names_are_the_short_ones():
+def test_long_identity_type_names_are_aliases():
     assert IdentityType.IDENTITY_TYPE_SUB is IdentityType.SUB
     assert IdentityType["IDENTITY_TYPE_JWT"] is IdentityType.JWT
 
@@ -444,7 +444,7 @@ def test_the_long_names_are_the_short_ones():
 @pytest.mark.parametrize(
     "kind", [IdentityType.SUB, IdentityType.JWT, IdentityType.MANUAL]
 )
-def test_an_identity_has_a_type_and_a_value(kind):
+def test_an_identity_needs_a_type_and_a_value(kind):
     identity = Identity(kind, "alice")
     assert (identity.type, identity.value) == (kind, "alice")
     assert identity == Identity(type=int(kind), value="alice")
@@ -458,7 +458,7 @@ def test_an_anonymous_identity_needs_no_value():
     assert Identity(IdentityType.NONE).value is None
 
 
-def test_the_type_unknown_is_refused():
+def test_the_identity_type_unknown_is_rejected():
     with pytest.raises(ValueError, match="type"):
         Identity(IdentityType.IDENTITY_TYPE_UNKNOWN, "alice")
 
@@ -475,13 +475,13 @@ def test_the_type_unknown_is_refused():
     ],
     ids=repr,
 )
-def test_a_bad_type_of_identity_is_refused(kind, error):
+def test_an_invalid_identity_type_is_rejected(kind, error):
     with pytest.raises(error, match="type"):
         Identity(kind, "alice")
 
 
 @pytest.mark.parametrize("value", [SECRET.encode(), [SECRET], {SECRET: 1}], ids=repr)
-def test_a_bad_value_of_an_identity_is_refused_and_not_shown(value):
+def test_an_invalid_identity_value_is_rejected_and_not_shown(value):
     with pytest.raises(TypeError, match="value") as caught:
         Identity(IdentityType.SUB, value)
     assert SECRET not in str(caught.value)
@@ -493,13 +493,13 @@ def test_swapped_arguments_do_not_show_the_value():
     assert SECRET not in str(caught.value)
 
 
-def test_the_value_of_an_identity_is_not_in_the_repr():
+def test_the_identity_value_is_not_in_the_repr():
     identity = Identity(IdentityType.JWT, SECRET)
     assert SECRET not in repr(identity)
     assert "JWT" in repr(identity)
 
 
-def test_identities_are_values():
+def test_identities_compare_by_value():
     assert Identity(IdentityType.SUB, "a") == Identity(IdentityType.SUB, "a")
     assert Identity(IdentityType.SUB, "a") != Identity(IdentityType.JWT, "a")
     assert len({Identity(IdentityType.SUB, "a"), Identity(IdentityType.SUB, "a")}) == 1
@@ -507,7 +507,7 @@ def test_identities_are_values():
         Identity(IdentityType.SUB, "a").value = "b"
 
 
-def test_identities_of_aserto_are_taken_over():
+def test_aserto_identities_are_converted():
     given = aserto.client.Identity(AsertoIdentityType.IDENTITY_TYPE_SUB, "alice")
     assert Identity.coerce(given) == Identity(IdentityType.SUB, "alice")
     assert Identity.coerce(None) == Identity(IdentityType.NONE)
@@ -516,7 +516,7 @@ def test_identities_of_aserto_are_taken_over():
 
 
 @pytest.mark.parametrize("given", [SECRET, SECRET.encode(), {"sub": SECRET}], ids=repr)
-def test_what_is_no_identity_is_refused_and_not_shown(given):
+def test_a_value_that_is_not_an_identity_is_rejected_and_not_shown(given):
     with pytest.raises(TypeError, match="identity") as caught:
         Identity.coerce(given)
     assert SECRET not in str(caught.value)

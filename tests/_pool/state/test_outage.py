@@ -1,4 +1,4 @@
-"""When the state is in an outage."""
+"""Test when the state is in an outage."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kit.states import ERROR, Link, answer, due, make_state, open_some, refuse
 # -- an outage ----------------------------------------------------------------------
 
 
-def test_a_pool_that_was_never_refused_has_no_error_and_fails_at_nothing():
+def test_a_pool_without_refusals_has_no_outage_error():
     state = make_state()
     assert state.error is None
     assert state.status().failing is False
 
 
-def test_it_is_an_outage_once_nothing_was_answered_for_a_while():
+def test_an_outage_starts_after_a_while_without_an_answer():
     state = make_state()
     slots = open_some(state, 2)
     for slot in slots:
@@ -32,10 +32,10 @@ def test_it_is_an_outage_once_nothing_was_answered_for_a_while():
     assert state.is_refused
     assert state.error is ERROR
     assert not state.status().healthy
-    assert not refuse(state, slots[0], 5.0), "it is the same outage"
+    assert not refuse(state, slots[0], 5.0), "it is still the same outage"
 
 
-def test_one_connection_that_was_not_refused_makes_it_no_outage():
+def test_one_connection_without_a_refusal_prevents_an_outage():
     state = make_state()
     refused, doubted = open_some(state, 2)
     state.refused(refused, 1.0)
@@ -62,12 +62,12 @@ def test_the_first_answer_ends_an_outage():
     assert not state.outage.declared
     assert state.status().healthy
     assert state.status().failing is False
-    assert state.error is ERROR, "the other one is refused still"
+    assert state.error is ERROR, "the other connection is still refused"
     answer(state, slots[1], 3.1)
     assert state.error is None
 
 
-def test_no_error_is_left_once_the_only_connection_answers():
+def test_the_outage_error_is_cleared_if_the_only_connection_answers():
     state, (slot,) = outage(1)
     answer(state, slot, 3.0)
     assert state.error is None
@@ -75,27 +75,27 @@ def test_no_error_is_left_once_the_only_connection_answers():
     assert state.error is None
 
 
-def test_no_error_is_left_if_refused_connections_close_and_another_answers():
+def test_the_outage_error_is_cleared_if_another_connection_answers():
     state, slots = outage(2)
     for slot in slots:
         state.retire(slot, "lifetime")
-    assert state.error is ERROR, "nothing has answered since"
+    assert state.error is ERROR, "no connection has answered since"
     (other,) = open_some(state, 1, 3.0)
     answer(state, other, 3.1)
     assert state.error is None
 
 
-def test_a_call_that_is_answered_ends_an_outage():
+def test_an_answered_call_ends_an_outage():
     state, slots = outage()
     slots[0].proven_at = 2.0
     state.refused(slots[1], 3.1)
-    assert state.outage.declared, "it was answered before"
+    assert state.outage.declared, "the connection had answered before"
     slots[0].proven_at = 3.0
     state.refused(slots[1], 3.1)
     assert state.status().failing is False
 
 
-def test_an_outage_lasts_while_its_connections_are_lost_and_made_again():
+def test_an_outage_lasts_while_connections_are_lost_and_replaced():
     state, slots = outage()
     for slot in slots:
         state.lost(slot, "lost", 3.0)
@@ -103,16 +103,20 @@ def test_an_outage_lasts_while_its_connections_are_lost_and_made_again():
     assert not state.status().healthy
     for slot in slots:
         state.closed(slot)
-    assert state.shortfall(tokens=0, now=3.0) == 1, "one, to find the end of it"
+    assert state.shortfall(tokens=0, now=3.0) == 1, (
+        "one attempt, to find the end of the outage"
+    )
     slot = state.begin(3.0)
     state.connected(slot, Link(), 3.1)
     refuse(state, slot, 3.1, began=3.05)
     assert state.is_refused
-    assert due(state, 3.1 + PAUSE - 0.01) == [], "as long as that of the others"
+    assert due(state, 3.1 + PAUSE - 0.01) == [], (
+        "the pause is as long as that of the others"
+    )
     assert due(state, 3.1 + PAUSE) == [slot]
 
 
-def test_in_an_outage_no_connection_is_reaped_or_replaced():
+def test_during_an_outage_no_connection_is_reaped_or_replaced():
     state, slots = outage(max_idle_time=10, max_lifetime=0)
     state.reap(100.0)
     state.rotation.drain(slots)
@@ -125,7 +129,7 @@ def test_in_an_outage_no_connection_is_reaped_or_replaced():
     assert len(state.to_close) == 2
 
 
-def test_while_nothing_is_answered_attempts_are_rare_and_single():
+def test_without_answers_attempts_are_rare_and_single():
     state = make_state(max_connections=5)
     (slot,) = open_some(state, 1)
     for _ in range(3):
@@ -136,7 +140,9 @@ def test_while_nothing_is_answered_attempts_are_rare_and_single():
     assert state.shortfall(tokens=3, now=1.0) == 1
     attempt = state.begin(1.0)
     assert state.next_attempt() == 1.0 + ATTEMPT
-    assert due(state, 1.0 + PAUSE - 0.01) == [], "it is as good as a probe"
+    assert due(state, 1.0 + PAUSE - 0.01) == [], (
+        "an answered call counts like an answered probe"
+    )
     state.attempts.cancelled(attempt)
     assert state.shortfall(tokens=3, now=1.5) == 0
     assert state.shortfall(tokens=3, now=1.0 + ATTEMPT) == 1
@@ -144,14 +150,14 @@ def test_while_nothing_is_answered_attempts_are_rare_and_single():
     assert state.shortfall(tokens=3, now=1.6) == 2
 
 
-def test_callers_are_overdue_if_no_probe_ends_for_a_while():
+def test_an_outage_is_overdue_if_no_probe_ends_for_a_while():
     state, _ = outage()
     assert not state.outage.is_overdue(2.0 + OVERDUE - 0.01)
     assert state.outage.is_overdue(2.0 + OVERDUE)
     assert not Outage().is_overdue(2.0)
 
 
-def test_a_clock_that_is_set_back_delays_nothing_for_long():
+def test_a_clock_set_back_delays_nothing_for_long():
     state, slots = outage()
     state.begin(2.0)
     now = -1000.0
@@ -168,7 +174,7 @@ def test_a_clock_that_is_set_back_delays_nothing_for_long():
     assert state.is_refused
 
 
-def test_a_pause_that_is_longer_than_twice_the_longest_is_of_a_clock_set_back():
+def test_a_pause_over_twice_the_longest_means_a_clock_set_back():
     state, (slot,) = outage(1)
     refuse(state, slot, 3.0)
     assert due(state, 3.0 - 0.9 * PAUSE) == []
@@ -179,7 +185,7 @@ def test_a_pause_that_is_longer_than_twice_the_longest_is_of_a_clock_set_back():
 
 
 def lost(*, answered=False, lived=100.0, reason="lost", **history):
-    """Return a state one of whose connections ended after that."""
+    """Return a state with one connection that ended after the given history."""
     state = make_state()
     (slot,) = open_some(state, 1)
     slot.answered = answered
@@ -207,9 +213,7 @@ def lost(*, answered=False, lived=100.0, reason="lost", **history):
         ({"leased": True, "refused": True}, False),
     ],
 )
-def test_a_connection_that_never_answered_fails_unless_it_ends_idle_and_late(
-    history, failed
-):
+def test_an_unanswered_end_is_a_failure_unless_idle_and_late(history, failed):
     state, slot = lost(**history)
     assert state.unanswered_ends == [slot] * failed
     assert state.attempts.failures == failed
@@ -219,7 +223,7 @@ def test_a_connection_that_never_answered_fails_unless_it_ends_idle_and_late(
         assert "topaz:8282" in str(state.attempts.error)
 
 
-def test_the_error_of_a_connection_that_never_answered_says_what_it_said_last():
+def test_the_error_of_an_unanswered_connection_has_its_last_error():
     state = make_state()
     (slot,) = open_some(state, 1)
     slot.answered, slot.last_error = False, "Socket closed"
@@ -227,7 +231,7 @@ def test_the_error_of_a_connection_that_never_answered_says_what_it_said_last():
     assert str(state.attempts.error).endswith(": Socket closed")
 
 
-def test_the_error_names_no_more_than_is_known():
+def test_the_error_omits_unknown_details():
     state = PoolState(make_state().options, lambda: 1.0)
     (slot,) = open_some(state, 1)
     slot.answered = False
@@ -238,7 +242,7 @@ def test_the_error_names_no_more_than_is_known():
     )
 
 
-def test_the_first_end_without_an_answer_stays_news_until_it_is_told():
+def test_the_first_unanswered_end_is_kept_until_it_is_logged():
     state = make_state()
     for _ in range(2):
         slot = state.begin(0.0)
@@ -247,7 +251,7 @@ def test_the_first_end_without_an_answer_stays_news_until_it_is_told():
         assert state.first_unanswered
 
 
-def test_only_the_first_of_those_that_end_unanswered_is_news():
+def test_only_the_first_unanswered_end_is_recorded():
     state = make_state()
     for slot in open_some(state, 3):
         slot.answered = False
@@ -256,7 +260,7 @@ def test_only_the_first_of_those_that_end_unanswered_is_news():
         state.first_unanswered = False
 
 
-def test_a_newer_connection_that_answered_ends_the_row_of_unanswered_ones():
+def test_a_newer_answered_connection_ends_the_series_of_unanswered_ones():
     state = make_state()
     for now in (0.0, 1.0):
         (slot,) = open_some(state, 1, now)

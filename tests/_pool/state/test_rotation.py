@@ -1,4 +1,4 @@
-"""Which connections are replaced, when, and that it is one after the other."""
+"""Test which connections are replaced, when, and that it happens one at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def make_rotation(random=0.5, *, spreads=True):
 
 
 def reasons(rotation, slots, now):
-    """Return why each of the *slots* that has expired by *now* did."""
+    """Return the reason of each of *slots* that expired by *now*."""
     rotation.expire(slots, now)
     return [rotation.reason(e) for e in slots if e in rotation._expired]
 
@@ -48,14 +48,14 @@ def test_lifetimes_are_shortened_by_up_to_a_tenth(random, lifetime):
     assert reasons(rotation, [slot], 7.0 + lifetime) == ["lifetime"]
 
 
-def test_max_lifetime_0_is_for_ever():
+def test_max_lifetime_0_means_no_limit():
     rotation, slot = make_rotation(), Slot()
     rotation.begin(slot, 0.0, 7.0)
     assert rotation.next_at([slot]) == float("inf")
     assert reasons(rotation, [slot], 1e9) == []
 
 
-def test_what_has_expired_already_is_not_waited_for():
+def test_an_expired_connection_no_longer_sets_the_next_wake_up():
     rotation, first, second = make_rotation(), Slot(), Slot()
     first.expires_at, second.expires_at = 10.0, 20.0
     assert rotation.next_at([first, second]) == 10.0
@@ -64,7 +64,7 @@ def test_what_has_expired_already_is_not_waited_for():
     assert rotation.next() is first
 
 
-def test_the_first_reason_to_be_replaced_is_the_one_that_counts():
+def test_the_first_reason_for_a_replacement_counts():
     rotation, slot = make_rotation(), Slot(expires_at=10.0)
     rotation.drain([slot])
     assert reasons(rotation, [slot], 10.0) == ["drain"]
@@ -76,7 +76,7 @@ def test_a_retired_connection_needs_no_replacement():
     assert rotation.is_idle()
     first.retired = "drain"
     assert rotation.next() is second
-    assert not rotation.is_idle(), "it waits for its last lease"
+    assert not rotation.is_idle(), "the connection waits for its last lease"
     rotation.forget(first)
     rotation.forget(second)
     assert rotation.is_idle()
@@ -87,7 +87,7 @@ def test_a_retired_connection_needs_no_replacement():
 
 
 @pytest.mark.parametrize("random, share", [(0.0, 0.75), (0.5, 1.0), (1.0, 1.25)])
-def test_after_a_loss_connections_spread_anew_three_times_each_jittered(random, share):
+def test_after_a_loss_connections_are_spread_three_times_with_jitter(random, share):
     rotation, slot = make_rotation(random), Slot()
     rotation.lost(100.0)
     for delay in (2.0, 8.0, 32.0):
@@ -106,7 +106,7 @@ def test_connections_to_one_server_are_not_spread():
     assert reasons(rotation, [slot], 1e9) == []
 
 
-def test_one_more_loss_begins_the_spreading_anew():
+def test_another_loss_restarts_the_spreading():
     rotation, slot = make_rotation(), Slot()
     rotation.lost(100.0)
     rotation.expire([slot], 102.0)
@@ -114,14 +114,14 @@ def test_one_more_loss_begins_the_spreading_anew():
     assert rotation.next_at([slot]) == 105.0
 
 
-def test_spreading_that_was_slept_through_is_made_up_for_once():
+def test_missed_spreading_rounds_are_made_up_for_once():
     rotation, slot = make_rotation(), Slot()
     rotation.lost(100.0)
     assert reasons(rotation, [slot], 1e9) == ["spread"]
     assert rotation.next_at([slot]) == float("inf")
 
 
-def test_connections_made_since_are_spread_the_next_time_only():
+def test_newer_connections_are_spread_only_in_the_next_round():
     rotation, old, new = make_rotation(), Slot(), Slot()
     rotation.lost(100.0)
     rotation.expire([old], 102.0)
@@ -137,14 +137,14 @@ def test_a_lost_connection_spreads_the_others():
     assert reasons(state.rotation, state.open, 102.0) == ["spread"]
 
 
-def test_the_end_of_an_outage_spreads_because_servers_come_back_one_by_one():
+def test_the_end_of_an_outage_spreads_connections():
     state = make_rotating(spreads=True, max_lifetime=0)
     state.connect_failed(state.attempts.begin(60.0), ConnectFailed("no"), 60.0)
     open_one(state, 100.0)
     assert state.rotation.next_at(state.open) == 100.0 + RESPREAD[0]
 
 
-def test_an_attempt_that_fails_while_others_serve_spreads_nothing():
+def test_a_failed_attempt_spreads_nothing_while_connections_serve():
     state = make_rotating(spreads=True, max_lifetime=0)
     open_one(state, 50.0)
     state.connect_failed(state.attempts.begin(60.0), ConnectFailed("no"), 60.0)
@@ -152,7 +152,7 @@ def test_an_attempt_that_fails_while_others_serve_spreads_nothing():
     assert state.rotation.next_at(state.open) == float("inf")
 
 
-def test_a_connection_that_was_only_closed_spreads_nothing():
+def test_a_connection_closed_by_the_pool_spreads_nothing():
     state = make_rotating(spreads=True, max_lifetime=0)
     state.retire(open_one(state), "idle")
     assert state.rotation.next_at(state.open) == float("inf")
@@ -161,7 +161,7 @@ def test_a_connection_that_was_only_closed_spreads_nothing():
 # -- replacing, one at a time -------------------------------------------------------
 
 
-def test_an_expired_connection_serves_until_its_replacement_is_there():
+def test_an_expired_connection_serves_until_its_replacement_is_ready():
     state = make_rotating(min_connections=1, max_lifetime=10.0)
     old = open_one(state)
     state.rotation.expire(state.open, 10.0)
@@ -184,7 +184,7 @@ def test_connections_are_replaced_one_at_a_time():
     for gone in slots:
         assert wanted(state) == 1
         attempt = state.attempts.begin(0.0)
-        assert wanted(state) == 0, "one is under way"
+        assert wanted(state) == 0, "one replacement is in progress"
         state.connected(attempt, object(), 0.0)
         assert state.to_close.pop() is gone
         assert state.to_close == []
@@ -194,7 +194,7 @@ def test_connections_are_replaced_one_at_a_time():
     assert len(state.open) == 3
 
 
-def test_an_expired_connection_stays_while_no_other_can_be_made():
+def test_an_expired_connection_stays_while_connecting_fails():
     state = make_rotating(min_connections=1)
     slot = open_one(state)
     drain(state)
@@ -217,7 +217,7 @@ def test_a_full_pool_makes_room_before_it_replaces():
     assert second.retired == "drain"
 
 
-def test_in_a_full_pool_one_leased_connection_at_a_time_takes_no_more_leases():
+def test_a_full_pool_drains_one_leased_connection_at_a_time():
     state = make_rotating(max_connections=3, streams_per_connection=2)
     slots = [open_one(state) for _ in range(3)]
     leases = [taken(state) for _ in range(6)]
@@ -229,7 +229,7 @@ def test_in_a_full_pool_one_leased_connection_at_a_time_takes_no_more_leases():
         state.give_back(claim, 1.0)
     assert state.to_close == [first]
     state.retire_expired()
-    assert len(state.open) == 2, "not while there is no replacement"
+    assert len(state.open) == 2, "not before there is a replacement"
     state.closed(first)
     state.retire_expired()
     assert wanted(state) == 1
@@ -237,7 +237,7 @@ def test_in_a_full_pool_one_leased_connection_at_a_time_takes_no_more_leases():
     assert sum(slot.retired is not None for slot in state.open) == 1
 
 
-def test_an_idle_connection_makes_room_while_a_leased_one_waits_for_its_last_lease():
+def test_an_idle_connection_makes_room_while_a_leased_one_drains():
     state = make_rotating(min_connections=2, max_connections=2)
     open_one(state)
     open_one(state)
@@ -245,7 +245,7 @@ def test_an_idle_connection_makes_room_while_a_leased_one_waits_for_its_last_lea
     idle = next(slot for slot in state.open if slot is not leased)
     state.rotation.drain([leased, idle])
     state.retire_expired()
-    assert state.to_close == [idle], "it closes at once"
+    assert state.to_close == [idle], "the connection closes at once"
     state.retire_expired()
     assert leased.retired is None, "one at a time"
 
@@ -257,11 +257,11 @@ def test_a_surplus_idle_connection_is_drained_without_a_replacement():
     assert state.to_close == [first]
     state.closed(first)
     state.retire_expired()
-    assert second.retired is None, "the last one is the minimum"
+    assert second.retired is None, "the last connection is the minimum"
     assert wanted(state) == 1
 
 
-def test_no_idle_connection_is_surplus_while_somebody_waits():
+def test_no_idle_connection_is_surplus_while_callers_wait():
     state = make_rotating(max_connections=2)
     slot = open_one(state)
     state.enqueue(Claim())
@@ -270,7 +270,7 @@ def test_no_idle_connection_is_surplus_while_somebody_waits():
     assert wanted(state) == 1
 
 
-def test_a_pool_that_is_not_used_yet_drains_without_replacements():
+def test_an_unused_pool_drains_without_replacements():
     state = make_rotating(min_connections=1, keeps_minimum=False)
     slot = open_one(state)
     drain(state)

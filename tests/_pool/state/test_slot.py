@@ -1,4 +1,4 @@
-"""A slot, and a connection that cannot tell whether it is lost."""
+"""Test slots, and connections whose `is_lost` fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kit.states import make_state, open_one, taken
 
 
 class Silent:
-    """A connection without the attribute: looking for it raises."""
+    """A connection without the attribute: reading `is_lost` raises."""
 
     @property
     def is_lost(self):
@@ -19,7 +19,7 @@ class Confused:
         raise ZeroDivisionError
 
 
-def test_a_connection_whose_is_lost_cannot_be_had_is_never_asked():
+def test_a_connection_with_an_unreadable_is_lost_is_never_asked():
     slot = Slot()
     slot.watch(Silent())
     assert slot.is_lost is None
@@ -27,7 +27,7 @@ def test_a_connection_whose_is_lost_cannot_be_had_is_never_asked():
     assert slot.last_error is None
 
 
-def test_a_connection_that_fails_to_tell_is_not_gone_and_not_asked_again():
+def test_a_connection_with_a_raising_is_lost_is_kept_and_asked_once():
     slot = Slot()
     slot.watch(Confused())
     assert not slot.is_gone()
@@ -35,7 +35,7 @@ def test_a_connection_that_fails_to_tell_is_not_gone_and_not_asked_again():
     assert slot.last_error == "is_lost() raised ZeroDivisionError"
 
 
-def test_a_connection_that_fails_to_tell_is_leased_all_the_same():
+def test_a_connection_with_a_raising_is_lost_is_still_leased():
     state = make_state()
     slot = open_one(state, connection=Confused())
     assert taken(state).slot is slot

@@ -1,4 +1,4 @@
-"""What a state tells of itself: that it adds up, and when it calls itself healthy."""
+"""Test the snapshot of the state: its sums, and when it reports healthy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_status_adds_up():
     assert str(status) == "total=3 busy=2 waiting=4 connecting=1"
 
 
-def test_the_status_tells_the_suspect_from_the_leaving():
+def test_the_status_distinguishes_suspect_and_leaving_connections():
     state = make_state(streams_per_connection=1)
     for _ in range(4):
         open_telling(state)
@@ -70,7 +70,7 @@ def test_a_pool_stays_healthy_while_its_suspects_wait_for_their_probes():
     assert state.status().healthy
 
 
-def test_a_pool_stays_healthy_while_all_its_connections_are_replaced():
+def test_a_pool_stays_healthy_while_all_connections_are_replaced():
     state = make_state()
     slot = open_telling(state)
     taken(state)
@@ -89,7 +89,7 @@ def test_a_pool_of_suspects_is_unhealthy_once_an_attempt_to_connect_fails():
     assert state.status().healthy
 
 
-def test_each_connection_tells_where_it_leads_and_how_it_is():
+def test_each_connection_snapshot_has_its_peer_and_condition():
     state = make_state()
     slot = open_telling(state, 10.0, peer="ipv4:10.0.0.7:8282")
     (status,) = connection_statuses(state.open, 15.0)
@@ -106,7 +106,7 @@ def test_each_connection_tells_where_it_leads_and_how_it_is():
     assert (status.age, status.idle_for) == (10.0, 3.0)
 
 
-def test_a_connection_that_does_not_know_where_it_leads_tells_nothing_of_it():
+def test_a_connection_snapshot_without_a_peer_omits_it():
     state = make_state()
     open_telling(state)
     assert connection_statuses(state.open, 0.0)[0].peer is None

@@ -1,4 +1,4 @@
-"""The transitions of the pure state: no event loop, no clock, no I/O."""
+"""Test the transitions of the pure state: no event loop, no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def waiting(state, count=1):
 # -- leases -------------------------------------------------------------------------
 
 
-def test_nothing_is_taken_from_an_empty_pool():
+def test_an_empty_pool_gives_no_lease():
     state = make_state()
     assert not state.take(Claim(), 0.0)
     assert state.in_use == 0
@@ -39,7 +39,7 @@ def test_the_most_recently_used_connection_is_taken_first():
     assert taken(state).slot is second
 
 
-def test_a_connection_takes_leases_up_to_its_streams_before_the_next_one_is_used():
+def test_a_connection_is_filled_to_its_streams_before_the_next_is_used():
     state = make_state(max_connections=2, streams_per_connection=3)
     open_one(state)
     open_one(state)
@@ -50,7 +50,7 @@ def test_a_connection_takes_leases_up_to_its_streams_before_the_next_one_is_used
     assert not state.take(Claim(), 0.0)
 
 
-def test_a_newcomer_does_not_pass_those_who_wait():
+def test_a_new_caller_does_not_overtake_waiting_callers():
     state = make_state()
     open_one(state)
     (waiter,) = waiting(state)
@@ -58,7 +58,7 @@ def test_a_newcomer_does_not_pass_those_who_wait():
     assert state.serve(tokens=1, now=0.0) == [waiter]
 
 
-def test_waiters_are_served_in_order_and_only_if_they_hold_a_token():
+def test_waiters_are_served_in_order_and_only_with_a_token():
     state = make_state(max_connections=3)
     first, second, third = waiting(state, 3)
     open_one(state)
@@ -79,7 +79,7 @@ def test_a_returned_stream_can_be_taken_again():
     assert taken(state)
 
 
-def test_whoever_gives_up_leaves_the_queue_or_gives_back_what_it_just_got():
+def test_a_withdrawn_caller_leaves_the_queue_or_returns_its_lease():
     state = make_state()
     open_one(state)
     first, second, third = waiting(state, 3)
@@ -93,7 +93,7 @@ def test_whoever_gives_up_leaves_the_queue_or_gives_back_what_it_just_got():
 # -- connecting ---------------------------------------------------------------------
 
 
-def test_no_connection_is_wanted_while_nobody_asks():
+def test_no_connection_is_wanted_without_callers():
     state = make_state(min_connections=2)
     assert state.shortfall(tokens=0, now=0.0) == 0
 
@@ -106,14 +106,14 @@ def test_a_pool_in_use_is_filled_to_its_minimum():
     assert state.shortfall(tokens=0, now=0.0) == 1
 
 
-def test_whoever_waits_puts_the_pool_in_use():
+def test_a_waiting_caller_puts_the_pool_in_use():
     state = make_state(min_connections=2)
     (waiter,) = waiting(state)
     state.withdraw(waiter, 0.0)
     assert state.shortfall(tokens=0, now=0.0) == 2
 
 
-def test_whoever_does_not_wait_has_one_connection_made_if_there_is_none():
+def test_want_one_requests_one_connection_if_there_is_none():
     state = make_state()
     state.want_one()
     assert state.shortfall(tokens=0, now=0.0) == 1
@@ -132,9 +132,9 @@ def test_a_caller_that_does_not_wait_puts_the_pool_in_use():
     assert state.shortfall(tokens=0, now=0.0) == 2
 
 
-def test_after_a_failure_attempts_go_on_until_one_succeeds_though_nobody_asks():
-    # Else a pool that keeps no connections would call itself failing for ever, and
-    # whoever routes requests by that would never send one again.
+def test_attempts_continue_without_callers_until_one_succeeds():
+    # Otherwise a pool without connections would report a failure without end. A load
+    # balancer that routes by health would then never send another request.
     state = make_state(min_connections=0)
     state.want_one()
     for now in (0.0, 9.0, 18.0):
@@ -148,15 +148,13 @@ def test_after_a_failure_attempts_go_on_until_one_succeeds_though_nobody_asks():
 @pytest.mark.parametrize(
     "streams, waiters, wanted", [(1, 1, 1), (4, 4, 1), (4, 5, 2), (50, 51, 2)]
 )
-def test_as_many_connections_are_wanted_as_the_waiting_streams_need(
-    streams, waiters, wanted
-):
+def test_the_wanted_connections_cover_the_waiting_streams(streams, waiters, wanted):
     state = make_state(streams_per_connection=streams)
     waiting(state, waiters)
     assert state.shortfall(tokens=waiters, now=0.0) == wanted
 
 
-def test_attempts_are_ramped_from_two_to_as_many_as_there_are_connections():
+def test_attempts_ramp_up_from_two_to_the_number_of_connections():
     state = make_state(max_connections=30)
     waiting(state, 30)
     assert state.shortfall(tokens=30, now=0.0) == RAMP == 2
@@ -167,10 +165,10 @@ def test_attempts_are_ramped_from_two_to_as_many_as_there_are_connections():
     assert state.shortfall(tokens=30, now=0.0) == 3
     state.serve(tokens=30, now=0.0)
     state.retire(next(iter(state.open)), "drain")
-    assert state.shortfall(tokens=30, now=0.0) == 2, "that one is leaving"
+    assert state.shortfall(tokens=30, now=0.0) == 2, "this connection is leaving"
 
 
-def test_those_without_a_token_want_no_connection():
+def test_callers_without_a_token_want_no_connection():
     state = make_state()
     waiting(state, 5)
     assert state.shortfall(tokens=1, now=0.0) == 1
@@ -189,7 +187,7 @@ def test_open_connecting_and_closing_never_exceed_the_maximum():
     assert state.shortfall(tokens=9, now=0.0) == 1
 
 
-def test_after_a_failure_attempts_are_made_one_at_a_time_after_their_backoff():
+def test_after_a_failure_attempts_are_single_and_wait_for_the_backoff():
     state = make_state(random=lambda: 1.0)
     waiting(state, 5)
     fail_one(state, now=1.0)
@@ -201,10 +199,10 @@ def test_after_a_failure_attempts_are_made_one_at_a_time_after_their_backoff():
     open_one(state, now=1.5)
     assert state.shortfall(tokens=5, now=1.5) == 1
     state.attempts.begin(1.5)
-    assert state.shortfall(tokens=5, now=1.5) == 0, "two are under way"
+    assert state.shortfall(tokens=5, now=1.5) == 0, "two attempts are in progress"
 
 
-def test_the_backoff_is_shorter_while_somebody_waits():
+def test_the_backoff_is_shorter_while_callers_wait():
     state = make_state(random=lambda: 1.0, min_connections=1)
     (waiter,) = waiting(state)
     for _ in range(5):
@@ -216,7 +214,7 @@ def test_the_backoff_is_shorter_while_somebody_waits():
     assert state.shortfall(tokens=0, now=1.5) == 0
 
 
-def test_an_unanswered_connection_paces_those_that_follow_and_they_come_singly():
+def test_after_an_unanswered_connection_attempts_are_paced_and_single():
     state = make_state(random=lambda: 1.0)
     waiting(state, 5)
     state.lost(open_one(state), "lost", now=0.5)
@@ -224,11 +222,11 @@ def test_an_unanswered_connection_paces_those_that_follow_and_they_come_singly()
     assert state.shortfall(tokens=5, now=0.6) == 1
     assert state.shortfall(tokens=5, now=0.6 + BRIEF) == 1
     open_one(state, now=0.6)
-    assert state.shortfall(tokens=5, now=0.65) == 0, "the pace goes on"
+    assert state.shortfall(tokens=5, now=0.65) == 0, "the backoff continues"
     assert state.shortfall(tokens=5, now=0.6 + BRIEF) == 2
 
 
-def test_attempts_that_hang_are_doubled_for_those_who_wait_and_for_nobody_else():
+def test_hanging_attempts_are_doubled_only_for_waiting_callers():
     state = make_state(min_connections=2)
     (waiter,) = waiting(state)
     state.attempts.begin(0.0)
@@ -240,23 +238,23 @@ def test_attempts_that_hang_are_doubled_for_those_who_wait_and_for_nobody_else()
     assert state.shortfall(tokens=0, now=PATIENCE) == 0
 
 
-def test_waiting_is_not_hopeless_while_a_connection_is_open_or_under_way():
+def test_waiting_is_not_hopeless_with_a_connection_open_or_in_progress():
     state = make_state(max_retries=0)
     slot = open_one(state)
     taken(state)
     fail_one(state)
     assert not state.hopeless(0.0)
     state.suspect(slot, 0.0)
-    assert not state.hopeless(0.0), "a probe decides"
+    assert not state.hopeless(0.0), "the probe decides"
     state.retire(slot, "unhealthy")
-    assert state.hopeless(0.0), "it takes no more leases"
+    assert state.hopeless(0.0), "the connection takes no more leases"
     state.attempts.begin(0.0)
     assert not state.hopeless(0.0)
     state.attempts.overdue(PATIENCE)
     assert state.hopeless(PATIENCE)
 
 
-def test_those_who_waited_for_what_is_hopeless_are_told_why():
+def test_waiting_callers_get_the_error_if_waiting_is_hopeless():
     state = make_state()
     first, second = waiting(state, 2)
     error = ConnectFailed("no")
@@ -267,10 +265,10 @@ def test_those_who_waited_for_what_is_hopeless_are_told_why():
     assert state.in_use == 0
 
 
-# -- going --------------------------------------------------------------------------
+# -- closing ------------------------------------------------------------------------
 
 
-def test_a_retired_connection_closes_when_its_last_lease_is_back():
+def test_a_retired_connection_closes_with_its_last_released_lease():
     state = make_state(streams_per_connection=2)
     slot = open_one(state)
     leases = [taken(state), taken(state)]
@@ -283,7 +281,7 @@ def test_a_retired_connection_closes_when_its_last_lease_is_back():
     assert state.to_close == [slot]
 
 
-def test_the_first_reason_to_go_is_the_one_that_counts():
+def test_the_first_closing_reason_counts():
     state = make_state()
     slot = open_one(state)
     taken(state)
@@ -292,7 +290,7 @@ def test_the_first_reason_to_go_is_the_one_that_counts():
     assert slot.retired == "unhealthy"
 
 
-def test_the_reaper_closes_what_was_idle_too_long_down_to_the_minimum():
+def test_the_reaper_closes_idle_connections_down_to_the_minimum():
     state = make_state(min_connections=1, max_idle_time=10.0)
     old, older, fresh = (open_one(state, now) for now in (1.0, 0.0, 5.0))
     state.reap(9.9)
@@ -300,7 +298,7 @@ def test_the_reaper_closes_what_was_idle_too_long_down_to_the_minimum():
     state.reap(11.0)
     assert state.to_close == [older, old]
     state.reap(1000.0)
-    assert list(state.open) == [fresh], "the last one is the minimum"
+    assert list(state.open) == [fresh], "the last connection is the minimum"
 
 
 def test_the_reaper_leaves_leased_connections_alone():
@@ -311,7 +309,7 @@ def test_the_reaper_leaves_leased_connections_alone():
     assert state.to_close == []
     state.give_back(claim, 100.0)
     state.reap(100.5)
-    assert state.to_close == [], "it was just used"
+    assert state.to_close == [], "the connection was just used"
 
 
 def test_max_idle_time_0_reaps_nothing():
@@ -331,7 +329,7 @@ def test_lowering_the_maximum_retires_idle_connections_first():
     assert busy.retired is None
 
 
-def test_lowering_the_maximum_below_the_leases_closes_on_release_only():
+def test_lowering_the_maximum_below_the_leases_closes_on_release():
     state = make_state(max_connections=2)
     open_one(state)
     open_one(state)
@@ -357,10 +355,10 @@ def test_shutting_down_closes_idle_connections_and_waits_for_leases():
     assert busy in state.to_close
     state.give_back(claim, 1.0)
     assert state.in_use == 0
-    assert len(state.to_close) == 2, "closed once"
+    assert len(state.to_close) == 2, "the connection is closed once"
 
 
-def test_a_connection_that_comes_after_the_shutdown_is_closed():
+def test_a_connection_made_after_the_shutdown_is_closed():
     state = make_state()
     slot = state.attempts.begin(0.0)
     state.shut_down()
@@ -369,10 +367,10 @@ def test_a_connection_that_comes_after_the_shutdown_is_closed():
     assert not state.take(Claim(), 0.0)
 
 
-# -- what is left behind ------------------------------------------------------------
+# -- cleanup ------------------------------------------------------------------------
 
 
-def test_what_is_given_back_is_held_no_more():
+def test_a_returned_claim_holds_no_slot():
     state = make_state()
     open_one(state)
     claim = taken(state)
@@ -380,7 +378,7 @@ def test_what_is_given_back_is_held_no_more():
     assert claim.slot is None
 
 
-def test_those_who_are_sent_away_know_it_and_why():
+def test_dismissed_and_failed_waiters_know_the_reason():
     state = make_state()
     first, second = waiting(state, 2)
     first.deadline = 5.0
@@ -399,20 +397,20 @@ def test_the_last_failure_is_kept():
     assert state.attempts.error is error
 
 
-def test_a_connection_that_is_on_its_way_out_is_not_lost():
+def test_a_retired_connection_is_not_reported_as_lost():
     state = make_state()
     slot = open_one(state)
     claim = taken(state)
     state.retire(slot, "drain")
     state.lost(slot, "lost", 0.1)
     assert slot.retired == "drain"
-    assert state.next_attempt() == float("-inf"), "it was not brief"
+    assert state.next_attempt() == float("-inf"), "the connection was not short-lived"
     state.give_back(claim, 0.2)
     state.lost(slot, "lost", 0.3)
     assert state.next_attempt() == float("-inf")
 
 
-def test_each_knows_why_it_goes():
+def test_each_retired_connection_knows_its_reason():
     state = make_state(max_idle_time=10)
     idle = open_one(state)
     state.reap(10.0)
@@ -421,7 +419,7 @@ def test_each_knows_why_it_goes():
     assert (idle.retired, other.retired) == ("idle", "close")
 
 
-def test_nothing_that_is_abandoned_may_be_leased():
+def test_an_abandoned_state_leases_no_connection():
     state = make_state(streams_per_connection=2)
     open_one(state)
     taken(state)
@@ -435,13 +433,13 @@ def test_nothing_that_is_abandoned_may_be_leased():
 # -- how many connections are wanted ------------------------------------------------
 
 
-def test_a_state_spreads_nothing_unless_its_connector_does():
+def test_a_state_spreads_connections_only_if_its_connector_does():
     state = make_state(max_lifetime=0)
     state.lost(open_one(state), "lost", 9.0)
     assert state.rotation.next_at(state.open) == float("inf")
 
 
-def test_a_leased_one_that_is_lost_is_news_though_nothing_is_to_be_done_for_it():
+def test_a_lost_leased_connection_is_recorded_as_an_unhandled_loss():
     state = make_state(max_connections=1)
     slot = open_one(state)
     taken(state)
@@ -451,7 +449,7 @@ def test_a_leased_one_that_is_lost_is_news_though_nothing_is_to_be_done_for_it()
     assert not state.to_close + state.to_probe
 
 
-def test_those_who_hold_a_stream_want_no_second_connection_for_their_token():
+def test_lease_holders_want_no_second_connection_for_their_token():
     state = make_state(max_connections=3)
     open_one(state)
     taken(state)
@@ -460,7 +458,7 @@ def test_those_who_hold_a_stream_want_no_second_connection_for_their_token():
     assert state.shortfall(tokens=2, now=0.0) == 1
 
 
-def test_an_outage_is_not_probed_by_attempts_while_a_connection_is_left():
+def test_no_attempt_probes_an_outage_while_a_connection_remains():
     state = make_state()
     open_one(state)
     for now in (10.0, 20.0):
@@ -469,7 +467,7 @@ def test_an_outage_is_not_probed_by_attempts_while_a_connection_is_left():
     assert state.shortfall(tokens=0, now=99.0) == 0
 
 
-def test_a_connection_that_comes_after_the_shutdown_goes_because_of_it():
+def test_a_connection_made_after_the_shutdown_has_that_closing_reason():
     state = make_state()
     slot = state.attempts.begin(0.0)
     state.shut_down()
@@ -477,7 +475,7 @@ def test_a_connection_that_comes_after_the_shutdown_goes_because_of_it():
     assert slot.retired == "close"
 
 
-def test_no_more_connections_are_wanted_than_there_is_room_for():
+def test_the_wanted_connections_fit_into_the_maximum():
     state = make_state(max_connections=2)
     state.retire(open_one(state), "drain")
     assert (len(state.closing), state.room()) == (1, 1)
@@ -486,21 +484,21 @@ def test_no_more_connections_are_wanted_than_there_is_room_for():
     assert state.shortfall(tokens=2, now=0.0) == 1
 
 
-def test_a_pool_that_was_shut_down_wants_no_connection_though_there_is_room():
+def test_a_shut_down_pool_with_room_wants_no_connection():
     state = make_state(min_connections=2)
     state.enqueue(Claim())
     state.shut_down()
     assert state.shortfall(tokens=1, now=0.0) == 0
 
 
-def test_a_stream_that_is_taken_back_from_who_gave_up_was_used_until_then():
+def test_a_stream_of_a_withdrawn_caller_counts_as_used_until_then():
     state = make_state()
     slot = open_one(state)
     state.withdraw(taken(state), 7.0)
     assert slot.last_used_at == 7.0
 
 
-def test_an_expired_connection_that_closed_keeps_no_other_from_being_replaced():
+def test_a_closed_expired_connection_does_not_block_other_replacements():
     state = make_state()
     slot = open_one(state)
     taken(state)
@@ -511,22 +509,20 @@ def test_an_expired_connection_that_closed_keeps_no_other_from_being_replaced():
     assert state.rotation.is_idle()
 
 
-# -- hope ---------------------------------------------------------------------------
+# -- when waiting becomes hopeless --------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "timeout, after, hopeless",
     [(0.5, 0.4, False), (0.5, 0.5, True), (0.0, 0.0, False), (0.0, 99.0, False)],
 )
-def test_hope_ends_with_the_time_of_one_demand_unless_that_is_no_time(
-    timeout, after, hopeless
-):
+def test_waiting_is_hopeless_after_a_nonzero_acquire_timeout(timeout, after, hopeless):
     state = make_state(acquire_timeout=timeout)
     fail_one(state)
     assert state.hopeless(after) is hopeless
 
 
-def test_an_error_that_does_not_say_whether_it_is_permanent_is_not():
+def test_an_error_without_a_permanent_flag_is_not_permanent():
     state = make_state()
     fail_one(state, error=OSError("no"))
     assert not state.hopeless(0.0)

@@ -1,4 +1,4 @@
-"""What the state makes of refusals, and of connections that end: no clock, no I/O."""
+"""Test how the state handles refusals and ended connections: no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kit.states import answer, due, make_state, open_some, refuse
 
 
 def run(state, until, now, *, refused=lambda _entry: True):
-    """Let probes be answered at once until then, and return when each was made."""
+    """Answer probes at once until the given time, and return the time of each probe."""
     made = []
     while (now := max(now, state.outage.next_at(now))) < until:
         for slot in due(state, now):
@@ -30,7 +30,7 @@ def run(state, until, now, *, refused=lambda _entry: True):
 # -- refused calls ------------------------------------------------------------------
 
 
-def test_a_refused_connection_gets_no_lease_until_its_probe_is_answered():
+def test_a_refused_connection_is_not_leased_until_its_probe_is_answered():
     state = make_state()
     (slot,) = open_some(state, 1)
     state.refused(slot, 1.0)
@@ -38,14 +38,14 @@ def test_a_refused_connection_gets_no_lease_until_its_probe_is_answered():
     assert (state.status().suspect, state.status().healthy) == (1, True)
     assert state.outage.next_at(1.0) == 1.0
     assert due(state, 1.0) == [slot]
-    assert due(state, 1.0) == [], "it is being probed"
+    assert due(state, 1.0) == [], "a probe is in progress"
     answer(state, slot, 1.1)
     assert state.take(Claim(), 1.1)
     assert not state.outage.refused
     assert state.outage.next_at(1.1) == float("inf")
 
 
-def test_a_refusal_says_nothing_of_what_goes_is_gone_or_is_accused_already():
+def test_a_refusal_is_ignored_for_leaving_closed_or_suspect_connections():
     state = make_state()
     leaving, lost, suspect = open_some(state, 3)
     claim = Claim()
@@ -73,7 +73,7 @@ def test_a_refusal_says_nothing_of_what_goes_is_gone_or_is_accused_already():
         lambda state, slot: refuse(state, slot, 1.0),
     ],
 )
-def test_a_connection_that_ends_with_a_refusal_before_any_answer_is_a_failure(accuse):
+def test_a_connection_refused_and_ended_before_any_answer_is_a_failure(accuse):
     state = make_state()
     (slot,) = open_some(state, 1)
     slot.answered, slot.connection.lost = False, True
@@ -82,7 +82,7 @@ def test_a_connection_that_ends_with_a_refusal_before_any_answer_is_a_failure(ac
     assert state.attempts.failures == 1
 
 
-def test_a_server_that_cannot_be_had_is_asked_on_that_connection_at_once():
+def test_an_unavailable_call_is_followed_by_a_probe_of_its_connection():
     state = make_state()
     (slot,) = open_some(state, 1)
     state.unavailable(slot, 1.0)
@@ -90,7 +90,7 @@ def test_a_server_that_cannot_be_had_is_asked_on_that_connection_at_once():
     assert slot.suspected_at == 1.0
 
 
-def test_a_suspect_whose_probe_is_refused_is_refused():
+def test_a_suspect_with_a_refused_probe_becomes_refused():
     state = make_state()
     (slot,) = open_some(state, 1)
     state.suspect(slot, 1.0)
@@ -99,7 +99,7 @@ def test_a_suspect_whose_probe_is_refused_is_refused():
     assert slot.retired is None
 
 
-def test_a_connection_whose_health_check_is_refused_gets_no_lease():
+def test_a_connection_with_a_refused_health_check_is_not_leased():
     state = make_state()
     (slot,) = open_some(state, 1)
     refuse(state, slot, 1.1, began=1.0)
@@ -108,7 +108,7 @@ def test_a_connection_whose_health_check_is_refused_gets_no_lease():
     assert (slot.suspected_at, slot.refusals) == (1.0, 1)
 
 
-def test_a_refused_connection_that_leaves_is_not_probed_again():
+def test_a_refused_leaving_connection_is_not_probed_again():
     state = make_state()
     (slot,) = open_some(state, 1)
     assert state.take(Claim(), 0.0)
@@ -118,18 +118,18 @@ def test_a_refused_connection_that_leaves_is_not_probed_again():
     assert state.outage.next_at(1.0) == float("inf")
 
 
-def test_a_refused_connection_that_answers_a_call_but_no_probe_gets_another_probe():
+def test_a_refused_connection_that_answers_a_call_is_probed_again():
     state = make_state()
     (slot,) = open_some(state, 1)
     state.refused(slot, 1.0)
     slot.proven_at = 1.5
     state.unanswered(slot, 6.0)
     assert state.to_probe == [slot]
-    assert not state.outage.refused, "it would be probed twice"
+    assert not state.outage.refused, "a second probe would be made"
     assert slot.retired is None
 
 
-def test_a_refused_connection_that_answers_nothing_is_closed():
+def test_a_silent_refused_connection_is_closed():
     state = make_state()
     (slot,) = open_some(state, 1)
     state.refused(slot, 1.0)
@@ -138,7 +138,7 @@ def test_a_refused_connection_that_answers_nothing_is_closed():
     assert not state.outage.refused
 
 
-def test_a_refused_connection_that_is_lost_is_forgotten():
+def test_a_lost_refused_connection_is_forgotten():
     state = make_state()
     slot, other = open_some(state, 2)
     state.refused(slot, 1.0)
@@ -148,7 +148,7 @@ def test_a_refused_connection_that_is_lost_is_forgotten():
     assert state.status().total == 1
 
 
-# -- how often ----------------------------------------------------------------------
+# -- the rate of probes -------------------------------------------------------------
 
 
 def test_pauses_between_refused_probes_grow_up_to_a_limit():
@@ -162,7 +162,7 @@ def test_pauses_between_refused_probes_grow_up_to_a_limit():
 
 
 @pytest.mark.parametrize("count", [1, 3, 10])
-def test_in_an_outage_at_most_four_probes_a_second_are_made_of_all_in_turn(count):
+def test_during_an_outage_at_most_four_probes_a_second_are_made(count):
     state = make_state()
     slots = open_some(state, count)
     for slot in slots:
@@ -174,7 +174,7 @@ def test_in_an_outage_at_most_four_probes_a_second_are_made_of_all_in_turn(count
     assert max(e.refusals for e in slots) - min(e.refusals for e in slots) <= 3
 
 
-def test_those_that_were_refused_by_no_call_are_probed_at_once_a_few_at_a_time():
+def test_connections_without_a_refused_call_are_probed_first_in_batches():
     state = make_state()
     slots = open_some(state, 6)
     state.refused(slots[0], 1.0)
@@ -188,7 +188,7 @@ def test_those_that_were_refused_by_no_call_are_probed_at_once_a_few_at_a_time()
     assert due(state, 1.2) != []
 
 
-def test_what_was_proven_after_the_refusal_is_not_doubted():
+def test_a_connection_proven_after_the_refusal_stays_ready():
     state = make_state()
     slot, answering, silent = open_some(state, 3)
     state.refused(slot, 1.0)
@@ -199,7 +199,7 @@ def test_what_was_proven_after_the_refusal_is_not_doubted():
     assert {*state.ready} == {answering, silent}
 
 
-def test_a_connection_proven_in_the_moment_of_a_refusal_is_doubted():
+def test_a_connection_proven_exactly_at_a_refusal_is_doubted():
     state = make_state()
     slot, other = open_some(state, 2, now=1.0)
     state.refused(slot, 1.0)
@@ -208,7 +208,7 @@ def test_a_connection_proven_in_the_moment_of_a_refusal_is_doubted():
     assert other.suspect
 
 
-def test_a_refused_connection_is_well_only_if_its_answer_is_newer_than_the_refusal():
+def test_only_an_answer_newer_than_the_refusal_clears_a_connection():
     state = make_state()
     slot, refused, answering = open_some(state, 3)
     state.refused(slot, 1.0)
@@ -221,7 +221,7 @@ def test_a_refused_connection_is_well_only_if_its_answer_is_newer_than_the_refus
 
 @pytest.mark.parametrize("at", [1.0, 1.05, 1.1])
 @pytest.mark.parametrize("closes", [False, True])
-def test_an_answered_probe_is_no_silence_also_if_its_connection_closes(at, closes):
+def test_an_answered_probe_prevents_silence_even_if_it_closes(at, closes):
     state = make_state()
     refused, answering = open_some(state, 2)
     state.refused(refused, 1.0)
@@ -232,7 +232,7 @@ def test_an_answered_probe_is_no_silence_also_if_its_connection_closes(at, close
     assert not state.outage.is_silent
 
 
-def test_a_call_that_is_answered_as_the_probe_is_refused_is_no_silence():
+def test_a_call_answered_exactly_at_a_refused_probe_prevents_silence():
     state = make_state()
     refused, answering = open_some(state, 2)
     state.refused(refused, 1.0)
@@ -241,7 +241,7 @@ def test_a_call_that_is_answered_as_the_probe_is_refused_is_no_silence():
     assert not state.outage.is_silent
 
 
-def test_a_connection_that_is_refused_for_long_beside_others_ends_no_silence():
+def test_a_long_refused_connection_does_not_end_a_silence():
     state = make_state()
     old, new = open_some(state, 2)
     state.refused(old, 1.0)
@@ -256,10 +256,12 @@ def test_a_connection_that_is_refused_for_long_beside_others_ends_no_silence():
     new.proven_at = 6.3
     refuse(state, old, 6.4)
     assert not state.outage.is_silent
-    assert list(state.outage.refused) == [old], "a call on the other was answered"
+    assert list(state.outage.refused) == [old], (
+        "a call on the other connection was answered"
+    )
 
 
-def test_a_few_refused_beside_others_share_four_probes_a_second():
+def test_refused_connections_among_good_ones_share_four_probes_a_second():
     state = make_state()
     slots = open_some(state, 10)
     for slot in slots[:5]:
@@ -276,7 +278,7 @@ def test_a_few_refused_beside_others_share_four_probes_a_second():
     assert set(state.outage.refused) == set(slots[:5])
 
 
-def test_pauses_of_a_connection_that_is_refused_beside_others_grow_up_to_a_limit():
+def test_pauses_of_a_refused_connection_among_good_ones_grow_to_a_limit():
     state = make_state()
     refused, well = open_some(state, 2)
     state.refused(refused, 1.0)
@@ -291,7 +293,7 @@ def test_pauses_of_a_connection_that_is_refused_beside_others_grow_up_to_a_limit
     assert pauses == pytest.approx([0.05, 0.1, 0.2, 0.3, 0.3, 0.3], abs=0.003)
 
 
-def test_the_last_of_several_that_are_refused_does_not_wait_for_the_turns_of_others():
+def test_the_last_refused_connection_waits_for_only_one_pause():
     state = make_state()
     *refused, well = open_some(state, 6)
     for slot in refused:
@@ -308,7 +310,7 @@ def test_the_last_of_several_that_are_refused_does_not_wait_for_the_turns_of_oth
     assert due(state, 1.1 + PAUSE) == [last]
 
 
-def test_there_is_nothing_to_do_before_a_probe_ends_while_the_most_are_under_way():
+def test_no_probe_is_due_while_the_maximum_is_running():
     state = make_state()
     *refused, well = open_some(state, AT_ONCE + 2)
     for slot in refused:
@@ -320,7 +322,7 @@ def test_there_is_nothing_to_do_before_a_probe_ends_while_the_most_are_under_way
     assert state.outage.next_at(1.1) <= 1.1
 
 
-def test_there_is_nothing_to_do_while_the_one_that_is_refused_is_being_probed():
+def test_no_probe_is_due_while_the_only_refused_one_is_probed():
     state = make_state()
     (slot,) = open_some(state, 1)
     state.refused(slot, 1.0)
@@ -330,7 +332,7 @@ def test_there_is_nothing_to_do_while_the_one_that_is_refused_is_being_probed():
     assert state.outage.next_at(1.1) == 1.1 + OVERDUE
 
 
-def test_a_probe_that_begins_as_another_is_refused_is_the_next_round():
+def test_a_probe_begun_exactly_at_a_refusal_is_in_the_next_round():
     state = make_state()
     one, other = open_some(state, 2)
     state.refused(one, 1.0)
@@ -341,7 +343,7 @@ def test_a_probe_that_begins_as_another_is_refused_is_the_next_round():
     assert len(due(state, 1.31)) == 1
 
 
-def test_probes_that_were_under_way_together_make_one_pause():
+def test_concurrent_refused_probes_cause_one_pause():
     state = make_state()
     one, other = open_some(state, 2)
     state.refused(one, 1.0)
@@ -353,7 +355,7 @@ def test_probes_that_were_under_way_together_make_one_pause():
     assert len(due(state, 1.18)) == 1
 
 
-def test_a_probe_that_hangs_keeps_no_other_from_being_made():
+def test_hanging_probes_do_not_block_other_probes():
     state = make_state()
     slots = open_some(state, 4)
     for slot in slots:
@@ -364,7 +366,7 @@ def test_a_probe_that_hangs_keeps_no_other_from_being_made():
     assert found == [1, 1, 1, 1, 0]
 
 
-def test_with_the_first_answer_all_others_are_probed_again():
+def test_the_first_answer_makes_all_others_due_for_a_probe():
     state = make_state()
     slots = open_some(state, 5)
     for slot in slots:
@@ -377,7 +379,7 @@ def test_with_the_first_answer_all_others_are_probed_again():
     assert len(due(state, 21.1)) == AT_ONCE
 
 
-def test_with_the_first_answer_in_a_short_silence_the_others_are_probed_at_once():
+def test_the_first_answer_in_a_short_silence_probes_the_others_at_once():
     state = make_state()
     slots = open_some(state, 3)
     for slot in slots:

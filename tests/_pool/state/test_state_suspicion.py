@@ -1,4 +1,4 @@
-"""What the state makes of calls and probes that fail, and of servers that hang up."""
+"""Test how the state handles failed calls and probes, and lost connections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def open_several(state, count):
 
 
 def probes(state):
-    """Return the entries that are to be probed now, and forget them."""
+    """Return and clear the slots to be probed now."""
     slots = list(state.to_probe)
     state.to_probe.clear()
     return slots
@@ -37,7 +37,7 @@ def test_a_suspect_is_not_leased_until_a_probe_is_answered():
     assert taken(state, 2.0).slot is slot
 
 
-def test_a_suspect_is_probed_at_once_and_once():
+def test_a_suspect_is_probed_once_and_at_once():
     state = make_state()
     slot = open_one(state)
     state.suspect(slot, 1.0)
@@ -46,7 +46,7 @@ def test_a_suspect_is_probed_at_once_and_once():
     assert slot.suspected_at == 1.0
 
 
-def test_a_suspect_whose_lease_comes_back_still_waits_for_its_probe():
+def test_a_suspect_with_a_returned_lease_still_waits_for_its_probe():
     state = make_state()
     slot = open_one(state)
     claim = taken(state)
@@ -57,7 +57,7 @@ def test_a_suspect_whose_lease_comes_back_still_waits_for_its_probe():
     assert taken(state, 1.0)
 
 
-def test_an_answer_makes_nothing_ready_that_is_full_or_about_to_go():
+def test_an_answer_does_not_make_a_full_or_leaving_connection_ready():
     state = make_state()
     full, leaving = open_several(state, 2)
     leases = [taken(state), taken(state)]
@@ -71,7 +71,7 @@ def test_an_answer_makes_nothing_ready_that_is_full_or_about_to_go():
     assert taken(state, 1.0).slot is full
 
 
-def test_what_is_about_to_go_is_not_suspected_any_more():
+def test_a_leaving_connection_stops_being_a_suspect():
     state = make_state()
     slot = open_one(state)
     taken(state)
@@ -82,7 +82,7 @@ def test_what_is_about_to_go_is_not_suspected_any_more():
     assert slot.retired == "drain"
 
 
-def test_a_call_that_ends_after_its_connection_was_closed_accuses_nothing():
+def test_a_call_that_ends_after_its_connection_closed_accuses_nothing():
     state = make_state()
     slot = open_one(state)
     state.retire(slot, "idle")
@@ -98,7 +98,7 @@ def test_a_call_that_ends_after_its_connection_was_closed_accuses_nothing():
 # -- probes -------------------------------------------------------------------------
 
 
-def test_a_first_failed_probe_makes_suspect_and_asks_for_a_second_one_at_once():
+def test_the_first_failed_probe_makes_a_suspect_with_a_second_probe():
     state = make_state()
     slot, other = open_several(state, 2)
     state.unanswered(slot, 1.0)
@@ -107,7 +107,7 @@ def test_a_first_failed_probe_makes_suspect_and_asks_for_a_second_one_at_once():
     assert probes(state) == [slot]
 
 
-def test_the_second_failed_probe_retires():
+def test_the_second_failed_probe_retires_the_connection():
     state = make_state()
     slot = open_one(state)
     state.unanswered(slot, 1.0)
@@ -116,7 +116,7 @@ def test_the_second_failed_probe_retires():
     assert state.to_close == [slot]
 
 
-def test_an_answer_between_two_failed_probes_makes_up_for_the_first():
+def test_an_answer_between_two_failed_probes_resets_the_first():
     state = make_state()
     slot = open_one(state)
     state.unanswered(slot, 1.0)
@@ -125,7 +125,7 @@ def test_an_answer_between_two_failed_probes_makes_up_for_the_first():
     assert slot.retired is None
 
 
-def test_one_failed_probe_is_the_end_of_what_a_call_had_made_suspect():
+def test_one_failed_probe_retires_a_connection_suspected_by_a_call():
     state = make_state()
     slot = open_one(state)
     state.suspect(slot, 1.0)
@@ -133,7 +133,7 @@ def test_one_failed_probe_is_the_end_of_what_a_call_had_made_suspect():
     assert slot.retired == "unhealthy"
 
 
-def test_an_unhealthy_connection_closes_when_its_last_lease_is_back():
+def test_an_unhealthy_connection_closes_with_its_last_released_lease():
     state = make_state()
     slot = open_one(state)
     claim = taken(state)
@@ -145,7 +145,7 @@ def test_an_unhealthy_connection_closes_when_its_last_lease_is_back():
     assert state.to_close == [slot]
 
 
-def test_an_unhealthy_connection_makes_those_suspect_that_have_not_answered_since():
+def test_an_unhealthy_connection_makes_silent_siblings_suspect():
     state = make_state()
     slot, silent, answering = open_several(state, 3)
     state.unanswered(slot, 1.0)
@@ -159,7 +159,7 @@ def test_an_unhealthy_connection_makes_those_suspect_that_have_not_answered_sinc
 # -- calls --------------------------------------------------------------------------
 
 
-def test_a_server_that_cannot_be_had_makes_its_own_connection_suspect_only():
+def test_an_unavailable_call_makes_only_its_own_connection_suspect():
     state = make_state()
     slot, other = open_several(state, 2)
     state.suspect(slot, 1.0)
@@ -174,7 +174,7 @@ def test_a_broken_call_makes_all_siblings_suspect():
     assert set(probes(state)) == set(slots)
 
 
-def test_a_broken_connection_makes_its_siblings_suspect_once_and_not_once_per_call():
+def test_a_broken_connection_makes_its_siblings_suspect_only_once():
     state = make_state()
     broken, *siblings = open_several(state, 3)
     state.broke(broken, 1.0)
@@ -187,7 +187,7 @@ def test_a_broken_connection_makes_its_siblings_suspect_once_and_not_once_per_ca
     assert probes(state) == []
 
 
-def test_a_connection_that_has_answered_and_breaks_again_accuses_again():
+def test_a_connection_that_answers_and_breaks_again_accuses_again():
     state = make_state()
     broken, sibling = open_several(state, 2)
     state.broke(broken, 1.0)
@@ -197,7 +197,7 @@ def test_a_connection_that_has_answered_and_breaks_again_accuses_again():
     assert suspects(broken, sibling) == [True, True]
 
 
-def test_what_answered_in_the_moment_of_the_break_is_not_suspected():
+def test_a_sibling_that_answers_exactly_at_the_break_is_not_suspected():
     state = make_state()
     broken, sibling = open_several(state, 2)
     sibling.proven_at = 1.0
@@ -205,7 +205,7 @@ def test_what_answered_in_the_moment_of_the_break_is_not_suspected():
     assert suspects(broken, sibling) == [True, False]
 
 
-def test_one_call_without_an_answer_is_no_reason_for_suspicion_but_two_are():
+def test_two_calls_without_an_answer_cause_suspicion_and_one_does_not():
     state = make_state()
     slot, other = open_several(state, 2)
     state.timed_out(slot, 1.0)
@@ -215,7 +215,7 @@ def test_one_call_without_an_answer_is_no_reason_for_suspicion_but_two_are():
     assert probes(state) == [slot]
 
 
-def test_an_answer_between_two_calls_without_one_starts_the_count_anew():
+def test_an_answer_between_two_unanswered_calls_resets_the_count():
     state = make_state()
     slot = open_one(state)
     state.timed_out(slot, 1.0)
@@ -236,10 +236,10 @@ def test_a_slow_server_is_cleared_by_its_probe():
     assert not slot.suspect
 
 
-# -- proven too long ago ------------------------------------------------------------
+# -- proofs that are too old --------------------------------------------------------
 
 
-def test_after_a_jump_of_the_clock_connections_are_suspected_instead_of_leased():
+def test_after_a_clock_jump_connections_are_suspected_and_not_leased():
     state = make_state(health_check_interval=30, health_check_timeout=5)
     slots = open_several(state, 2)
     assert not state.take(Claim(), 70.1)
@@ -251,13 +251,13 @@ def test_after_a_jump_of_the_clock_connections_are_suspected_instead_of_leased()
     assert state.serve(tokens=1, now=70.2) == [waiter]
 
 
-def test_a_connection_is_leased_as_long_as_its_next_probe_may_be_under_way():
+def test_a_connection_is_leased_while_its_next_probe_can_be_running():
     state = make_state(health_check_interval=30, health_check_timeout=5)
     open_one(state)
     assert taken(state, 70.0)
 
 
-def test_those_who_wait_get_what_was_proven_since():
+def test_waiting_callers_get_the_recently_proven_connection():
     state = make_state(health_check_interval=30, health_check_timeout=5)
     proven, stale = open_several(state, 2)
     proven.proven_at = 60.0
@@ -267,13 +267,13 @@ def test_those_who_wait_get_what_was_proven_since():
     assert probes(state) == [stale]
 
 
-def test_without_health_checks_nothing_is_ever_proven_too_long_ago():
+def test_without_health_checks_no_proof_expires():
     state = make_state(health_check_interval=0)
     open_one(state)
     assert taken(state, 1e9)
 
 
-# -- lost ---------------------------------------------------------------------------
+# -- lost connections ---------------------------------------------------------------
 
 
 def test_a_lost_connection_is_not_leased_but_closed():
@@ -288,7 +288,7 @@ def test_a_lost_connection_is_not_leased_but_closed():
     assert probes(state) == []
 
 
-def test_a_lost_connection_is_noticed_when_it_is_looked_at():
+def test_a_lost_connection_is_noticed_at_the_next_look():
     state = make_state()
     well, lost = open_several(state, 2)
     lost.connection.lost = True
@@ -296,7 +296,7 @@ def test_a_lost_connection_is_noticed_when_it_is_looked_at():
     assert state.to_close == [lost]
 
 
-def test_a_connection_that_cannot_tell_is_not_lost():
+def test_a_connection_without_is_lost_is_not_lost():
     state = make_state()
     slot = state.attempts.begin(0.0)
     state.connected(slot, object(), 0.0)
@@ -304,7 +304,7 @@ def test_a_connection_that_cannot_tell_is_not_lost():
     assert taken(state, 1.0)
 
 
-def test_a_suspect_that_is_lost_needs_no_probe():
+def test_a_lost_suspect_needs_no_probe():
     state = make_state()
     slot, sibling = open_several(state, 2)
     slot.connection.lost = sibling.connection.lost = True
@@ -313,7 +313,7 @@ def test_a_suspect_that_is_lost_needs_no_probe():
     assert set(state.to_close) == {slot, sibling}
 
 
-def test_a_lost_connection_closes_when_its_last_lease_is_back():
+def test_a_lost_connection_closes_with_its_last_released_lease():
     state = make_state()
     slot = open_one(state)
     claim = taken(state)
@@ -326,7 +326,7 @@ def test_a_lost_connection_closes_when_its_last_lease_is_back():
 
 
 @pytest.mark.parametrize("lived, wanted", [(BRIEF - 0.1, 0), (BRIEF, 1)])
-def test_only_a_connection_that_lived_long_is_replaced_at_once(lived, wanted):
+def test_only_a_long_lived_connection_is_replaced_at_once(lived, wanted):
     state = make_state()
     slot = open_one(state, 10.0)
     state.enqueue(Claim())
@@ -334,10 +334,10 @@ def test_only_a_connection_that_lived_long_is_replaced_at_once(lived, wanted):
     assert state.shortfall(tokens=1, now=10.0 + lived) == wanted
 
 
-# -- edges --------------------------------------------------------------------------
+# -- edge cases ---------------------------------------------------------------------
 
 
-def test_a_connection_that_cannot_tell_whether_it_is_lost_is_asked_once():
+def test_a_connection_with_a_raising_is_lost_is_asked_once():
     asked = []
 
     class Odd:
@@ -355,7 +355,7 @@ def test_a_connection_that_cannot_tell_whether_it_is_lost_is_asked_once():
     assert slot.last_error == "is_lost() raised OSError"
 
 
-def test_a_call_that_timed_out_as_another_was_answered_counts():
+def test_a_timeout_at_the_moment_of_another_answer_counts():
     state = make_state()
     slot = open_one(state)
     slot.proven_at = 5.0
@@ -365,7 +365,7 @@ def test_a_call_that_timed_out_as_another_was_answered_counts():
     assert suspects(slot) == [True]
 
 
-def test_an_answer_of_the_moment_of_the_suspicion_does_not_excuse():
+def test_an_answer_exactly_at_the_suspicion_does_not_clear_it():
     state = make_state()
     slot = open_one(state)
     state.suspect(slot, 0.0)
@@ -373,10 +373,10 @@ def test_an_answer_of_the_moment_of_the_suspicion_does_not_excuse():
     assert slot.retired == "unhealthy"
 
 
-# -- since when, and what next ------------------------------------------------------
+# -- start of a suspicion, and its consequences -------------------------------------
 
 
-def test_the_second_timeout_is_when_the_suspicion_begins():
+def test_the_suspicion_begins_at_the_second_timeout():
     state = make_state()
     slot = open_one(state)
     state.timed_out(slot, 1.0)
@@ -384,7 +384,7 @@ def test_the_second_timeout_is_when_the_suspicion_begins():
     assert slot.suspected_at == 2.0
 
 
-def test_a_suspect_that_answered_a_call_meanwhile_is_suspected_anew():
+def test_a_suspect_that_answered_a_call_meanwhile_is_suspected_again():
     state = make_state()
     slot = open_one(state)
     state.suspect(slot, 1.0)
@@ -397,7 +397,7 @@ def test_a_suspect_that_answered_a_call_meanwhile_is_suspected_anew():
     assert slot.retired == "unhealthy"
 
 
-def test_those_that_are_suspected_with_an_unhealthy_one_are_so_from_then_on():
+def test_siblings_of_an_unhealthy_connection_are_suspected_from_then_on():
     state = make_state(max_connections=2)
     slot, other = open_one(state), open_one(state)
     state.suspect(slot, 1.0)
@@ -405,10 +405,10 @@ def test_those_that_are_suspected_with_an_unhealthy_one_are_so_from_then_on():
     assert (other.suspect, other.suspected_at) == (True, 6.0)
 
 
-# -- two things at the same time ----------------------------------------------------
+# -- simultaneous events ------------------------------------------------------------
 
 
-def test_an_answer_in_the_moment_of_a_timeout_is_none_since_it():
+def test_an_answer_exactly_at_a_timeout_does_not_count_as_later():
     state = make_state()
     slot = open_one(state)
     slot.proven_at = 1.0
@@ -418,7 +418,7 @@ def test_an_answer_in_the_moment_of_a_timeout_is_none_since_it():
     assert slot.suspect
 
 
-def test_who_is_suspected_in_the_moment_of_its_last_answer_has_not_answered_since():
+def test_a_suspicion_exactly_at_the_last_answer_is_not_answered():
     state = make_state()
     slot = open_one(state)
     state.suspect(slot, 0.0)

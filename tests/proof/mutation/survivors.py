@@ -48,9 +48,9 @@ QUICK = """
 and not trio and not asyncio+eager and not asyncio+shuffled and not random_cancellation
 and not never_expire and not attempts_never_stop and not rate_of_attempts
 and not whatever_the_length and not keeps_idle
-and not never_closed and not outage_do_not_grow and not finds_and_one_is_given
+and not never_closed and not outage_do_not_grow and not an_injected_provider_and
 and not in_any_thread and not fail_fast_with_the_cause and not half_a_second
-and not faster_than_failed and not warned_in_that_line
+and not faster_than_failed and not at_the_line_of_the_drop
 """
 """
 One backend. No gRPC, because it does not survive a fork. No test that takes a second.
