@@ -272,3 +272,11 @@ def test_a_newer_answered_connection_ends_the_series_of_unanswered_ones():
     slot.answered = False
     state.lost(slot, "lost", 3.0)
     assert state.attempts.unanswered == 1
+
+
+def test_a_silence_lasts_until_the_last_refused_connection_is_gone():
+    state, slots = outage(2)
+    state.retire(slots[0], "lifetime")
+    assert state.outage.is_silent
+    state.retire(slots[1], "lifetime")
+    assert not state.outage.is_silent

@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from fastapi_topaz._pool.state.attempts import BRIEF, PATIENCE
-from fastapi_topaz._pool.state.pool_state import RAMP
+from fastapi_topaz._pool.state.pool_state import RAMP, PoolState
 from fastapi_topaz._pool.state.slot import Claim
 from fastapi_topaz.exceptions import ConnectFailed
 from kit.states import fail_one, make_state, open_one, taken
@@ -48,6 +48,40 @@ def test_a_connection_is_filled_to_its_streams_before_the_next_is_used():
     assert slots[3:] == [slots[3]] * 3
     assert slots[0] is not slots[3]
     assert not state.take(Claim(), 0.0)
+
+
+def test_waiting_callers_fill_a_connection_to_its_streams():
+    state = make_state(max_connections=2, streams_per_connection=3)
+    slot = open_one(state)
+    waiters = waiting(state, 4)
+    assert state.serve(tokens=4, now=0.0) == waiters[:3]
+    assert slot.leases == 3
+    state.give_back(waiters[0], 0.0)
+    assert slot.leases == 2
+    assert state.serve(tokens=3, now=0.0) == waiters[3:]
+    assert slot.leases == 3
+
+
+def test_waiting_callers_get_a_connection_until_its_proof_is_too_old():
+    state = make_state()
+    interval = state.options.health_check_interval
+    too_old = 2 * (interval + state.options.health_check_timeout)
+    slot = open_one(state)
+    waiters = waiting(state, 2)
+    assert state.serve(tokens=1, now=too_old) == waiters[:1]
+    state.give_back(waiters[0], too_old)
+    assert state.serve(tokens=1, now=too_old + 0.1) == []
+    assert slot.suspect
+
+
+def test_the_state_does_not_spread_connections_by_default():
+    state = PoolState(make_state().options, lambda: 1.0)
+    slot = open_one(state)
+    other = open_one(state)
+    state.lost(slot, "lost", 10.0)
+    state.rotation.expire(state.open, 1000.0)
+    assert state.rotation.next() is None
+    assert other in state.open
 
 
 def test_a_new_caller_does_not_overtake_waiting_callers():
