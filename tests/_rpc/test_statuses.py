@@ -1,0 +1,60 @@
+"""Test what the end of a call says about its connection and about a retry."""
+
+from __future__ import annotations
+
+import grpc
+import grpc.aio
+import pytest
+
+from fastapi_topaz import ConnectionLost, Verdict
+from fastapi_topaz._rpc.statuses import is_worth_a_retry, verdict
+
+
+OTHERS = sorted(
+    set(grpc.StatusCode)
+    - {
+        *(grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE),
+        *(grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED),
+    },
+    key=str,
+)
+
+
+def ended(code, details="a text of the server"):
+    metadata = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(code, metadata, metadata, details)
+
+
+@pytest.mark.parametrize(
+    "code, lost, expected",
+    [
+        (grpc.StatusCode.UNAVAILABLE, False, Verdict.REFUSED),
+        (grpc.StatusCode.UNAVAILABLE, True, Verdict.BROKEN),
+        (grpc.StatusCode.CANCELLED, False, Verdict.UNAVAILABLE),
+        (grpc.StatusCode.CANCELLED, True, Verdict.BROKEN),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, False, Verdict.SILENT),
+        *((code, False, Verdict.ANSWERED) for code in OTHERS),
+        *((code, True, Verdict.ANSWERED) for code in OTHERS),
+    ],
+)
+def test_a_status_of_the_server_gives_this_verdict(code, lost, expected):
+    assert verdict(ended(code), lambda: lost) is expected
+
+
+@pytest.mark.parametrize(
+    "lost, expected", [(True, Verdict.UNAVAILABLE), (False, Verdict.REFUSED)]
+)
+def test_a_goaway_counts_only_if_the_connection_has_ended(lost, expected):
+    """A proxy may quote the GOAWAY of its own connection."""
+    error = ended(grpc.StatusCode.UNAVAILABLE, "GOAWAY received")
+    assert verdict(error, lambda: lost) is expected
+
+
+def test_a_lost_connection_is_broken_and_other_errors_say_nothing():
+    assert verdict(ConnectionLost("x"), lambda: False) is Verdict.BROKEN
+    assert verdict(ValueError("x"), lambda: True) is None
+
+
+@pytest.mark.parametrize("code", OTHERS)
+def test_a_check_with_another_status_is_not_repeated(code):
+    assert not is_worth_a_retry(ended(code))
