@@ -216,7 +216,7 @@ def remarks(row, rounds):
     if row["rounds"] < rounds:
         yield (
             f"did not finish: stopped after {row['rounds']} of {rounds} rounds, "
-            f"because somebody was stuck in {row['stuck']} of them."
+            f"because a task was stuck in {row['stuck']} of them."
         )
     if row["killed"]:
         yield (

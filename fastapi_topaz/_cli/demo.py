@@ -43,10 +43,10 @@ __all__ = [
     "DemoFailed",
     "Tally",
     "application",
+    "identity_of",
     "policies",
     "send",
     "serving",
-    "whoever",
 ]
 
 
@@ -81,7 +81,7 @@ def policies(root: str) -> Policies:
     }
 
 
-def whoever(request: Request) -> Identity:
+def identity_of(request: Request) -> Identity:
     """
     Return the identity in the header `x-user`, without a check.
 

@@ -26,10 +26,10 @@ from fastapi_topaz._cli.demo import (
     DemoFailed,
     Tally,
     application,
+    identity_of,
     policies,
     send,
     serving,
-    whoever,
 )
 from fastapi_topaz._distribution import DISTRIBUTION
 from fastapi_topaz.testing import EmbeddedAuthorizer
@@ -150,7 +150,7 @@ def demo(
             config = TopazConfig(
                 authorizer_options=options,
                 policy_path_root=policy_root,
-                identity_provider=whoever,
+                identity_provider=identity_of,
                 connection_pool=ConnectionPool(streams_per_connection=streams),
             )
             anyio.run(_open_and_close, config.connection_pool)

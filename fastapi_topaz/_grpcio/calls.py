@@ -36,7 +36,7 @@ class Calls:
         self._channel = channel
         self._target = target
         self._metadata = tuple(metadata)
-        # By call, whom its end is told.
+        # Maps each call to the callback that runs when it ends.
         self._waiting: dict[Call, Callable[[], object]] = {}
         self._on_quiet: Callable[[], object] | None = None
         self.closed = False
@@ -127,4 +127,4 @@ class Calls:
 
 
 def _nobody() -> None:
-    """Be told of an end that nobody waits for any more."""
+    """Ignore the end of a call whose caller has left."""

@@ -1,7 +1,7 @@
 """
 How a channel is set up and becomes ready for calls, or why it does not.
 
-All of this is for a channel that owns one TCP connection: see `link`.
+All of this is for a channel that owns one TCP connection: see `connection`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """
 One gRPC channel that owns one TCP connection.
 
-Everything here runs on the asyncio loop that opened the link: the application's
+Everything here runs on the asyncio loop that opened the connection: the application's
 own, or that of the loop thread when the application runs on trio.
 
-Closing a channel of grpc.aio raises CancelledError in whoever awaits a call, although
-nobody cancelled them. Here that is `ConnectionLost`. What else is unlike what callers
-expect, `call` sees to.
+If a channel of grpc.aio is closed, each task that awaits a call gets CancelledError,
+although it was not cancelled. Here it gets `ConnectionLost`. `call` also corrects the
+other differences from what callers expect.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class GrpcConnection:
         try:
             async with asyncio.timeout(timeout):
                 await until_ready(channel, target)
-            # Making the link takes 0.3 ms. By then it shows if the server hangs up.
+            # This takes 0.3 ms. By then it shows if the server hangs up.
             link = cls(channel, peer, target)
             if link.is_lost():
                 raise hung_up(target)
@@ -138,7 +138,7 @@ class GrpcConnection:
     # -- calls ------------------------------------------------------------------
 
     def new_calls(self, target: Target) -> Calls:
-        """Return a book of calls on this link, for one thread to make them in."""
+        """Return a book of calls on this connection, for one thread to make them in."""
         return Calls(self._channel, target.url, target.metadata)
 
     async def call(
@@ -194,7 +194,7 @@ class GrpcConnection:
 
         Raises:
             grpc.aio.AioRpcError: There is no connection, or not in time.
-            ConnectionLost: The link is closed.
+            ConnectionLost: The connection is closed.
         """
         if self._calls.closed:
             raise self._calls.lost(method)
@@ -260,7 +260,7 @@ class GrpcConnection:
             grpc.aio.AioRpcError: No answer within *timeout* seconds, no connection,
                 or an answer that is not the authorizer's own: UNAVAILABLE, or one
                 without a `grpc-status`.
-            ConnectionLost: The link was closed meanwhile.
+            ConnectionLost: The connection was closed meanwhile.
         """
         await self._ask(timeout)
 

@@ -1,5 +1,5 @@
 """
-gRPC for trio: a link that lives on the loop thread, driven from trio tasks.
+gRPC for trio: a connection that lives on the loop thread, driven from trio tasks.
 
 Nothing here blocks trio's thread. A call is begun in it, and its end comes through the
 loop thread, which costs one wake-up of each.
@@ -144,7 +144,7 @@ async def _let_go(thread: LoopThread) -> None:
 
 class TrioGrpcConnection:
     """
-    A link on the loop thread; the `Connection` of a pool on trio.
+    A connection on the loop thread; the `Connection` of a pool on trio.
 
     Strictly private.
     """
@@ -155,7 +155,7 @@ class TrioGrpcConnection:
         self._link = link
         self._thread = thread
         self._target = target
-        # Those of trio's thread; the link has a book of its own for the other.
+        # The calls of trio's thread. The loop thread has a book of its own.
         self._calls = link.new_calls(target)
         self.judge = link.judge
         self.is_lost = link.is_lost
