@@ -104,6 +104,8 @@ class DirectCall:
 
     def drop(self) -> None:
         """Free what it holds in the core; it has ended, and no task will look at it."""
+        if self._future is not None:  # its end was lost, or is yet to be passed on
+            self._future.remove_done_callback(self._step)
         self._core = self._work = self._future = None
 
     def outcome(self) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastapi_topaz._grpcio.call import call_class
+from fastapi_topaz._grpcio.closed_loop import call_later
 from fastapi_topaz._grpcio.failures import in_time
 from fastapi_topaz._rpc.statuses import NotSent
 from fastapi_topaz.exceptions import ConnectionLost
@@ -114,6 +115,13 @@ class Calls:
             # Its task may be kept, and a call in its frames keeps the socket open.
             self._waiting[call] = call.drop
             call.abandon()
+        if self._waiting:
+            call_later(LAST_CALLS, self._drop)
+
+    def _drop(self) -> None:
+        # The loop had queued the ends of these calls when it closed, so they are lost.
+        for call in list(self._waiting):
+            call.drop()
 
     def when_quiet(self, then: Callable[[], object]) -> None:
         """Call *then*, once, when the last of the calls has ended."""

@@ -127,6 +127,32 @@ def test_a_closed_loop_leaves_no_open_socket_or_file_descriptor(
     until(lambda: process.num_fds() <= before)
 
 
+def test_a_loop_closed_with_the_end_of_a_call_queued_leaves_no_open_socket(
+    embedded_authorizer,
+):
+    # gRPC reads the ends of all calls of the process in any of its loops, here in the
+    # authorizer's, and queues each in the loop of its call. asyncio drops the queue of
+    # a loop that closes.
+    pool = ConnectionPool(min_connections=1)
+    pool.configure(embedded_authorizer.options)
+    loop = asyncio.new_event_loop()
+
+    def stop_with_the_first_answer_queued(loop):
+        if not embedded_authorizer.calls["Info"]:
+            loop.call_soon(stop_with_the_first_answer_queued, loop)
+            return
+        until(lambda: any("_handle_callback_wrapper" in str(x) for x in loop._ready))
+        loop.stop()
+
+    task = loop.create_task(pool.acquire().__aenter__())
+    loop.call_soon(stop_with_the_first_answer_queued, loop)
+    loop.run_forever()
+    loop.close()
+    del task, pool, loop
+    gc.collect()
+    until(lambda: embedded_authorizer.connections_open == 0)
+
+
 @pytest.mark.parametrize("make_loop", list(loops()))
 def test_grpc_works_on_a_new_loop_after_a_loop_closed_during_a_call(
     embedded_authorizer, make_loop, caplog
