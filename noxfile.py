@@ -33,6 +33,7 @@ OLDEST = [
     "aserto-authorizer==0.20.7",
     "fastapi==0.115.0",
     "grpcio==1.80.0",
+    "hpack==4.1.0",
     "opentelemetry-api==1.30.0",
     "opentelemetry-sdk==1.30.0",
     "opentelemetry-exporter-prometheus==0.51b0",
@@ -102,6 +103,7 @@ nox.options.sessions = [
     "oldest",
     # The command in the README runs the tests on the Python that runs nox.
     *(f"tests-{python}" for python in PYTHONS if python != RUNNING),
+    "native",
     "slow",
     "gopeer",
     "proxies",
@@ -194,6 +196,27 @@ def fastapi(session: nox.Session) -> None:
             failed.append(version)
     if failed:
         session.error(f"the tests fail with FastAPI {', '.join(failed)}")
+
+
+@nox.session
+def native(session: nox.Session) -> None:
+    """Run the tests of behaviour and of faults on the transport `native`."""
+    session.install("-e", ".", "--group", "test")
+    environment = {"FASTAPI_TOPAZ_TRANSPORT": "native"}
+    if topazd := found_topazd(Path(session.cache_dir).resolve() / "topazd"):
+        environment["TOPAZD"] = topazd
+    files = ["_app", "_authorizer", "_telemetry", "behaviour", "testing"]
+    files += ["_grpcio/network", "_grpcio/test_certificates.py"]
+    files += ["_grpcio/test_faults_http2.py", "_grpcio/test_plaintext_key.py"]
+    names = ["cancel_everywhere", "cancel_outcomes", "cancel_steps"]
+    files += [f"proof/test_{name}.py" for name in names]
+    paths = [f"tests/{name}" for name in files]
+    chosen = ("-m", "not slow and not soak and not grpcio")
+    session.run("pytest", *chosen, *paths, *session.posargs, env=environment)
+    if binary := built_gopeer(Path(session.cache_dir).resolve() / "gopeer"):
+        environment["GOPEER"] = binary
+        chosen = ("-m", "slow and not grpcio", "-n0")
+        session.run("pytest", *chosen, "tests/_grpcio/test_gopeer.py", env=environment)
 
 
 @nox.session

@@ -17,10 +17,10 @@ from fastapi_topaz._app.config import TopazConfig
 from fastapi_topaz._app.question import Decision
 from fastapi_topaz._authorizer.options import AuthorizerOptions, Identity, IdentityType
 from fastapi_topaz._authorizer.pool import ConnectionPool, PooledConnection
-from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz._pool.connector import Connector, Verdict
 from fastapi_topaz._pool.state.status import ConnectionStatus, PoolStatus
 from fastapi_topaz._rpc.target import Target
+from fastapi_topaz.connector import GrpcConnector
 from fastapi_topaz.exceptions import (
     ConnectFailed,
     ConnectionLost,

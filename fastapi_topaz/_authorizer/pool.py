@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from fastapi_topaz._authorizer.calls import AuthorizerCalls
 from fastapi_topaz._authorizer.options import AuthorizerOptions, AuthorizerOptionsLike
 from fastapi_topaz._checks import check_seconds, safe_repr
-from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz._pool.acquire import Acquire, explain_missing_await
 from fastapi_topaz._pool.handle import Handle
 from fastapi_topaz._pool.pool import Pool
@@ -19,6 +18,7 @@ from fastapi_topaz._rpc.statuses import is_reset
 from fastapi_topaz._slips import explain_absence
 from fastapi_topaz._telemetry.metrics import PoolMetrics, Source
 from fastapi_topaz._telemetry.tracing import propagated
+from fastapi_topaz.connector import GrpcConnector, chosen_transport
 from fastapi_topaz.exceptions import PoolMisuse
 
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._pool.owner_loop import OwnerLoop
     from fastapi_topaz._pool.state.status import PoolCounters, PoolStatus
     from fastapi_topaz._rpc.metadata import Metadata
+    from fastapi_topaz.connector import Transport
 
 
 __all__ = ["ConnectionPool", "PooledConnection"]
@@ -218,6 +219,10 @@ class ConnectionPool(Pool[PooledConnection]):
             Default None.
         connector: The object that makes connections. None, the default, means gRPC
             to the authorizer given to `configure()`.
+        transport: Which code makes gRPC calls: `"native"` is the HTTP/2 client of this
+            package, `"grpcio"` is grpc.aio. None, the default, means the environment
+            variable `FASTAPI_TOPAZ_TRANSPORT`, and `"grpcio"` if that is not set. It
+            cannot be combined with *connector*.
         meter_provider: The OpenTelemetry provider for metrics. None, the default,
             means the global one.
         semantic_conventions: Whether to report the metrics also under OpenTelemetry's
@@ -226,7 +231,8 @@ class ConnectionPool(Pool[PooledConnection]):
 
     Raises:
         TypeError: A parameter has the wrong type.
-        ValueError: A parameter has an impossible value.
+        ValueError: A parameter has an impossible value, or both *connector* and
+            *transport* are given.
     """
 
     _handle = PooledConnection
@@ -257,6 +263,7 @@ class ConnectionPool(Pool[PooledConnection]):
         leak_threshold: float = 0.0,
         name: str | None = None,
         connector: Connector | None = None,
+        transport: Transport | None = None,
         meter_provider: MeterProvider | None = None,
         semantic_conventions: bool = False,
     ) -> None:
@@ -283,6 +290,11 @@ class ConnectionPool(Pool[PooledConnection]):
                 "connector must have a method connect(timeout), got "
                 f"{safe_repr(connector)}"
             )
+        if connector is not None and transport is not None:
+            raise ValueError(
+                "connector and transport exclude each other, got transport="
+                f"{safe_repr(transport)}; pass transport to GrpcConnector instead"
+            )
         get_meter = getattr(meter_provider, "get_meter", None)
         if meter_provider is not None and not callable(get_meter):
             raise TypeError(
@@ -300,6 +312,9 @@ class ConnectionPool(Pool[PooledConnection]):
         self._authorizer_options: AuthorizerOptions | None = None
         # configure() does not replace a connector that the user passed.
         self._own_connector = connector is not None
+        self._transport: Transport | None = None
+        if not self._own_connector:
+            self._transport = chosen_transport(transport)
 
     @property
     def authorizer_options(self) -> AuthorizerOptions | None:
@@ -328,8 +343,10 @@ class ConnectionPool(Pool[PooledConnection]):
             return
         if self._alive() is not None:
             raise PoolMisuse(f"{self._label()} is open; close() it to configure it")
+        # First, because it may refuse the url.
+        connector = GrpcConnector(options.target, self._transport)
         self._authorizer_options = options
-        self._connector = GrpcConnector(options.target)
+        self._connector = connector
 
     def _start(self, owner: OwnerLoop, connector: Connector) -> OpenPool:
         open_pool = super()._start(owner, connector)

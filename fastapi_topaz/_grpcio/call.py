@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import grpc
 import grpc.aio
 
-from fastapi_topaz._grpcio.deadline import core_deadline, monotonic
+from fastapi_topaz._grpcio.deadline import core_deadline
 from fastapi_topaz._grpcio.protocol import checked
+from fastapi_topaz._rpc.clock import monotonic
 
 
 if TYPE_CHECKING:

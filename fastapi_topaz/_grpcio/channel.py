@@ -16,8 +16,8 @@ import grpc.aio
 
 from fastapi_topaz._grpcio.call import call_class, detect_call_class
 from fastapi_topaz._grpcio.calls import LAST_CALLS
-from fastapi_topaz._grpcio.certificates import root_certificates
 from fastapi_topaz._grpcio.failures import connect_failed, hung_up
+from fastapi_topaz._rpc.certificates import root_certificates
 from fastapi_topaz._version import VERSION
 
 

@@ -27,7 +27,6 @@ from fastapi_topaz._grpcio.channel import (
     until_reported,
 )
 from fastapi_topaz._grpcio.closed_loop import take_last_events
-from fastapi_topaz._grpcio.deadline import left, monotonic
 from fastapi_topaz._grpcio.failures import (
     connect_timed_out,
     each_failed,
@@ -36,6 +35,7 @@ from fastapi_topaz._grpcio.failures import (
     unserved,
 )
 from fastapi_topaz._grpcio.peer import Peer
+from fastapi_topaz._rpc.clock import left, monotonic
 from fastapi_topaz._rpc.statuses import (
     Ending,
     ending,

@@ -13,15 +13,13 @@ import time
 from functools import partial
 
 
-__all__ = ["core_deadline", "left", "monotonic"]
+__all__ = ["core_deadline"]
 
 
 # In objects of their own: freezegun replaces the functions that modules refer to.
 if hasattr(time, "clock_gettime"):
-    monotonic = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
     _wall_clock = partial(time.clock_gettime, time.CLOCK_REALTIME)
 else:  # pragma: no cover  (Windows)
-    monotonic = partial(time.perf_counter)
     _wall_clock = partial(time.time)
 _LATE = 0.0
 
@@ -35,8 +33,3 @@ if sys.platform == "linux":
 def core_deadline(timeout: float) -> float:
     """Return the deadline for gRPC's core of a call that may take *timeout* seconds."""
     return _wall_clock() + _LATE + timeout
-
-
-def left(deadline: float | None) -> float | None:
-    """Return the seconds until *deadline*, which is one of `monotonic()`."""
-    return None if deadline is None else max(0.0, deadline - monotonic())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 
-from fastapi_topaz._grpcio.deadline import monotonic
+from fastapi_topaz._rpc.clock import monotonic
 from fastapi_topaz._rpc.statuses import Ending, ending
 from fastapi_topaz.exceptions import ConnectFailed
 

@@ -23,8 +23,8 @@ import trio
 from fastapi_topaz._grpcio.call import is_direct
 from fastapi_topaz._grpcio.calls import LAST_CALLS
 from fastapi_topaz._grpcio.connection import GrpcConnection
-from fastapi_topaz._grpcio.deadline import left
 from fastapi_topaz._grpcio.loop_thread import LoopThread
+from fastapi_topaz._rpc.clock import left
 from fastapi_topaz._rpc.statuses import Ending, ending
 
 

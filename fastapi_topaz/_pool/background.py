@@ -52,6 +52,7 @@ async def run_pool(open_pool: OpenPool) -> None:
     """Run the host task of *open_pool* until it is closed, and close everything."""
     try:
         async with anyio.create_task_group() as tasks:
+            open_pool.tasks = tasks
             tasks.start_soon(_opener, open_pool, tasks)
             tasks.start_soon(_timekeeper, open_pool)
             tasks.start_soon(_reaper, open_pool)

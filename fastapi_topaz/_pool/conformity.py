@@ -34,6 +34,7 @@ _METHODS: tuple[tuple[str, bool, bool, str, tuple[Any, ...], dict[str, Any]], ..
         ("/package.Service/Method", b""),
         {"timeout": 1.0, "metadata": ()},
     ),
+    ("run", False, True, "async def run(self)", (), {}),
     ("judge", False, False, "def judge(self, error)", (OSError(),), {}),
     ("is_lost", False, False, "def is_lost(self)", (), {}),
     ("refresh_liveness", False, False, "def refresh_liveness(self)", (), {}),

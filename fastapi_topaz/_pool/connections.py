@@ -134,6 +134,8 @@ async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
     if defect is not None:
         await _refuse(open_pool, slot, connection, defect)
         return
+    if getattr(connection, "run", None) is not None:
+        open_pool.tasks.start_soon(_run, open_pool, connection)
     probed = bool(getattr(open_pool.connector, "probes", False))
     probed_at = open_pool.now()
     refusal = None
@@ -171,6 +173,21 @@ async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
         open_pool.state.status(),
         all_counts=True,
     )
+
+
+@protected
+async def _run(open_pool: OpenPool, connection: Any) -> None:
+    """Run the task of *connection*; its failure does not end the pool."""
+    try:
+        await connection.run()
+    except Exception as failure:  # noqa: BLE001  (a connection may raise anything)
+        open_pool.log_limit.report(
+            logging.WARNING,
+            f"run() failed: {type(failure).__name__}",
+            "%s: the task of a connection to %s failed",
+            *(open_pool.label, open_pool.target),
+            exc_info=True,
+        )
 
 
 async def _refuse(

@@ -76,6 +76,10 @@ class Connector(Protocol):
     If the connector sets `probes` and the connection has `async greet(timeout)`, that
     is its first probe. It may raise `ConnectFailed`.
 
+    If the connection has `async run()`, the pool runs it in a task of its task group,
+    from the moment the connection is made. It must end when the connection is closed.
+    If the pool ends first, it cancels that task.
+
     These members of a connection are optional, and none of them is a coroutine
     function:
 
@@ -86,6 +90,8 @@ class Connector(Protocol):
     - `refresh_liveness()`: checks whether the server is still there, so that the next
       `is_lost()` is right. The pool calls it every second, on one connection in turn.
     - `peer`: the address of the server. It is read from any thread.
+    - `max_streams`: a number, the most leases that the server serves at once on this
+      connection. The pool reads it once, when the connection is made.
     - `abandon()`: closes the connection without waiting. It is called if the event loop
       is closed while the pool is open, in the thread that closes the loop.
     """

@@ -28,6 +28,8 @@ from fastapi_topaz.exceptions import PoolClosed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from anyio.abc import TaskGroup
+
     from fastapi_topaz._log_limit import LogLimit
     from fastapi_topaz._pool.connector import Connector
     from fastapi_topaz._pool.owner_loop import OwnerLoop
@@ -63,7 +65,7 @@ class OpenPool:
         *("connector", "coroutines", "counters", "done", "earlier"),
         *("initializing", "label", "leaks", "limiter", "log_limit", "now"),
         *("observer", "owner", "perf_counter", "progress", "readiness", "series"),
-        *("state", "suspicion", "target", "work"),
+        *("state", "suspicion", "target", "tasks", "work"),
     )
 
     def __init__(
@@ -127,6 +129,8 @@ class OpenPool:
         self.leaks: Leaks | None = None
         if 0 < options.leak_threshold < math.inf:
             self.leaks = Leaks(label, options.leak_threshold, counters)
+        # The task group of the host task, which sets it.
+        self.tasks: TaskGroup
         # The scopes of the attempts to connect: begin_close() cancels them.
         self.attempts: set[anyio.CancelScope] = set()
         # The coroutines of the tasks that use or open a connection; see `busy_task`.

@@ -40,9 +40,6 @@ class RpcConnection(Connection, Protocol):
         """Return whether the server has gone away. Takes at most a microsecond."""
         ...
 
-    def refresh_liveness(self) -> None:
-        """Update the result of `is_lost` with a check that takes longer."""
-
     @property
     def peer(self) -> str | None:
         """The address of the server, or None if it is unknown."""

@@ -4,14 +4,15 @@ What the end of a gRPC call means: for the call, for its connection, and for a r
 gRPC reports a status that it made itself in the same way as one that the server sent:
 one code and one text. So the text decides. It is matched from its beginning, because
 a proxy may quote the same words: "upstream reset: Connection reset by peer" is an
-answer. gRPC 1.81 and newer put their own words into "Stream removed (...)".
+answer. gRPC 1.81 and newer put their own words into "Stream removed (...)". The native
+transport raises `EndedCall`, which carries the ending itself.
 """
 
 from __future__ import annotations
 
 import enum
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -23,8 +24,11 @@ from fastapi_topaz.exceptions import ConnectionLost
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fastapi_topaz._rpc.metadata import Metadata
+
 
 __all__ = [
+    "EndedCall",
     "Ending",
     "NotSent",
     "ending",
@@ -69,19 +73,51 @@ class Ending(enum.Enum):
     """Here, because its connection had ended before."""
 
 
-class NotSent(grpc.aio.AioRpcError):  # type: ignore[misc]
+class EndedCall(grpc.aio.AioRpcError):  # type: ignore[misc]
+    """
+    An error that carries how its call ended, so that its text need not be parsed.
+
+    For callers it is a normal `AioRpcError`. Only this package checks the class.
+    """
+
+    def __init__(
+        self,
+        how: Ending,
+        code: grpc.StatusCode,
+        details: str,
+        initial_metadata: Metadata = (),
+        trailing_metadata: Metadata = (),
+    ) -> None:
+        super().__init__(
+            code,
+            grpc.aio.Metadata(*initial_metadata),
+            grpc.aio.Metadata(*trailing_metadata),
+            details,
+            debug_error_string=details,
+        )
+        self.how = how
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EndedCall, (
+            self.how,
+            self.code(),
+            self.details(),
+            tuple(self.initial_metadata()),
+            tuple(self.trailing_metadata()),
+        )
+
+
+class NotSent(EndedCall):
     """
     The call was not sent: its connection had ended, and it could not connect again.
 
-    *why* is the reason. For callers it is an UNAVAILABLE like any other. Only this
-    package looks at the class.
+    *why* is the reason.
     """
 
     def __init__(self, method: str, target: str, why: str) -> None:
         super().__init__(
+            Ending.NOT_SENT,
             grpc.StatusCode.UNAVAILABLE,
-            grpc.aio.Metadata(),
-            grpc.aio.Metadata(),
             f"the call {method} was not sent: the connection to {target} has ended "
             f"(GOAWAY, or the socket was closed), and a new one failed: {why}",
         )
@@ -105,8 +141,8 @@ _WRAPPED = re.compile(r"Stream removed( \(|$)")
 
 def ending(error: grpc.aio.AioRpcError) -> Ending:
     """Return how the call ended that raised *error*."""
-    if isinstance(error, NotSent):
-        return Ending.NOT_SENT
+    if isinstance(error, EndedCall):
+        return error.how
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Ending.TIMED_OUT
     details = error.details() or ""

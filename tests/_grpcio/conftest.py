@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from kit.channels import ask
 

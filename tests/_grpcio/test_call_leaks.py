@@ -22,7 +22,7 @@ import anyio, psutil
 import grpc, grpc.aio
 from fastapi_topaz import AuthorizerOptions
 from fastapi_topaz._authorizer.messages import is_request
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 
 kind, backend, url, rounds = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 IS = "/aserto.authorizer.v2.Authorizer/Is"

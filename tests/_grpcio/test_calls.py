@@ -16,8 +16,8 @@ import trio
 from fastapi_topaz import ConnectFailed, ConnectionLost, ConnectionPool
 from fastapi_topaz._authorizer import messages as _messages
 from fastapi_topaz._grpcio import call as _call
-from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz._grpcio.loop_thread import LoopThread
+from fastapi_topaz.connector import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from kit.channels import connected
 from kit.waiting import eventually

@@ -8,8 +8,8 @@ import textwrap
 import pytest
 
 from fastapi_topaz import AuthorizerOptions, ConnectFailed, ConnectionPool
-from fastapi_topaz._grpcio.certificates import root_certificates
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz._rpc.certificates import root_certificates
+from fastapi_topaz.connector import GrpcConnector
 from kit.faultkit.tls import Certificate
 
 

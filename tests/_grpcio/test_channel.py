@@ -14,7 +14,7 @@ from fastapi_topaz import ConnectFailed
 from fastapi_topaz._grpcio import channel as _channel
 from fastapi_topaz._grpcio import connection as _connection
 from fastapi_topaz._grpcio import failures as _failures
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 from kit.channels import INFO
 from kit.configs import TOPAZ
 

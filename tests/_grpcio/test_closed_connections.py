@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 
 from fastapi_topaz import ConnectionLost, Verdict
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 from kit.channels import INFO, NEVER, PATIENCE, ask
 from kit.waiting import eventually
 

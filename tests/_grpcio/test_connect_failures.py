@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from fastapi_topaz import AuthorizerOptions, ConnectFailed
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from fastapi_topaz.testing._certs import Certificates
 from kit.channels import PATIENCE, ask, connected, refused_by, threads

@@ -206,6 +206,7 @@ async def test_a_check_with_a_stream_cancelled_by_the_server_is_retried(
         assert_untouched(pool, http2_server)
 
 
+@pytest.mark.grpcio
 @pytest.mark.parametrize(
     "early, statuses",
     [
@@ -245,7 +246,7 @@ async def test_goaway_lets_calls_finish_and_ends_leasing_of_the_connection(
         async with on_hold(http2_server, lambda: call(pool), 3) as ends:
             (old,) = pool._open_pool.state.open
             link = old.connection
-            http2_server.goaway(error_code)
+            await run_sync(http2_server.goaway, error_code)
             await eventually(link.is_lost, PATIENCE)
             leases = [await pool.acquire() for _ in range(5)]
             assert all(conn.connection is not link for conn in leases)
@@ -264,7 +265,7 @@ async def test_goaway_lets_calls_finish_and_ends_leasing_of_the_connection(
 async def test_an_idle_pool_replaces_a_connection_after_goaway(http2_server):
     # No caller is needed: the pool keeps its minimum.
     async with opened(http2_server, min_connections=2, eager_init=True) as pool:
-        http2_server.goaway(NO_ERROR)
+        await run_sync(http2_server.goaway, NO_ERROR)
         await eventually(lambda: pool._counters.closes == {"lost": 2}, PATIENCE)
         await eventually(lambda: pool.status().healthy_connections == 2, PATIENCE)
         assert await call(pool) == "OK"
@@ -307,6 +308,7 @@ async def test_repeated_goaway_fails_no_check_and_starts_no_reconnect_storm(
 # -- the limit of streams ------------------------------------------------------------
 
 
+@pytest.mark.grpcio
 @pytest.mark.parametrize("limit", [1, 2])
 async def test_calls_beyond_the_servers_limit_wait_for_their_turn(http2_server, limit):
     # No call fails, even if the limit is lower than the number of concurrent calls.
@@ -330,6 +332,7 @@ async def test_calls_beyond_the_servers_limit_wait_for_their_turn(http2_server, 
         assert_untouched(pool, http2_server, connections=2)
 
 
+@pytest.mark.grpcio
 async def test_a_call_beyond_the_limit_ends_with_its_deadline(http2_server):
     # The connection is not considered dead, because the earlier call was answered.
     http2_server.set_max_concurrent_streams(1)
@@ -344,6 +347,7 @@ async def test_a_call_beyond_the_limit_ends_with_its_deadline(http2_server):
         assert_untouched(pool, http2_server)
 
 
+@pytest.mark.grpcio
 async def test_the_limit_of_streams_may_rise_and_fall_under_calls(http2_server):
     # Calls in flight stay, and the next calls respect the new limit.
     http2_server.set_max_concurrent_streams(1)
@@ -428,6 +432,7 @@ async def test_an_error_status_reaches_the_caller_and_causes_no_suspicion(
         assert_untouched(pool, http2_server, connections=2)
 
 
+@pytest.mark.grpcio
 async def test_a_too_large_answer_fails_only_its_caller(
     http2_server,
 ):

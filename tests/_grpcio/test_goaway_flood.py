@@ -21,7 +21,7 @@ from fastapi_topaz import (
     TopazError,
     Verdict,
 )
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 from kit.configs import POLICY, REQUEST, config_of
 from kit.faultkit.frames import ACK, HEAD, SETTINGS, answer, frame
 from kit.waiting import eventually

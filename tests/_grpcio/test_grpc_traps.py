@@ -24,7 +24,7 @@ import trio
 
 from fastapi_topaz import ConnectFailed
 from fastapi_topaz._authorizer.messages import is_request
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from kit.channels import NEVER, PATIENCE, ask, bare, connected
 from kit.waiting import eventually
@@ -446,7 +446,7 @@ def test_an_unclosed_connection_does_not_keep_python_alive(authorizer):
         import sys
         import anyio
         from fastapi_topaz import AuthorizerOptions
-        from fastapi_topaz._grpcio.connector import GrpcConnector
+        from fastapi_topaz.connector import GrpcConnector
 
         async def main():
             options = AuthorizerOptions(url={authorizer.url!r}, insecure=True)

@@ -20,7 +20,7 @@ from fastapi_topaz import (
 )
 from fastapi_topaz._grpcio.calls import LAST_CALLS
 from fastapi_topaz._grpcio.channel import until_reported
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 from kit.backends import asyncio_only, backends
 
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from fastapi_topaz import AuthorizerOptions, ConnectionPool, Identity, TopazConfig
-from fastapi_topaz._grpcio.loopback import is_loopback
+from fastapi_topaz._rpc.loopback import is_loopback
 
 
 KEY = "open-sesame"

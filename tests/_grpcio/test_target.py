@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from fastapi_topaz import AuthorizerOptions, ConnectionPool
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 
 
 pytestmark = pytest.mark.real_clock

@@ -10,14 +10,15 @@ import grpc
 import pytest
 
 from fastapi_topaz import AuthorizerOptions, ConnectFailed, ConnectionPool
-from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz._grpcio.failures import connect_failed
+from fastapi_topaz.connector import GrpcConnector
 from kit.faultkit.names import Names
 from kit.faultkit.tls import (
     CLIENT_AUTH,
     SETTINGS,
     Certificate,
     TlsServer,
+    alert,
     key_usage,
     tls,
 )
@@ -37,10 +38,6 @@ PAST, FUTURE = (-2, -1), (1, 2)
 HEADERS = 1
 CONNECTING = {4, 6, 8}
 """Frames that a client sends before its first call: SETTINGS, PING, WINDOW_UPDATE."""
-
-
-def alert(number):
-    return b"\x15\x03\x03\x00\x02\x02" + bytes([number])
 
 
 def server_hello(minor):

@@ -10,7 +10,7 @@ import pytest
 import trustme
 
 from fastapi_topaz import ConnectFailed, ConnectionLost, Verdict
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from kit.channels import PATIENCE, ask, connected, refused_by, threads
 from kit.waiting import eventually

@@ -99,13 +99,14 @@ JOBS = [used, leased, in_flight, connecting, greeting, waiting]
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
 @pytest.mark.parametrize("shared", [False, True], ids=["own pools", "one pool"])
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("transport", ["grpcio", "native"])
 def test_a_closed_loop_leaves_no_open_socket_or_file_descriptor(
-    embedded_authorizer, make_loop, job, shared, count
+    embedded_authorizer, make_loop, job, shared, count, transport
 ):
     process = psutil.Process()
 
     def make():
-        pool = ConnectionPool(min_connections=2, max_connections=4)
+        pool = ConnectionPool(min_connections=2, max_connections=4, transport=transport)
         pool.configure(embedded_authorizer.options)
         pool.authorizer = embedded_authorizer
         return pool

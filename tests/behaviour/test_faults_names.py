@@ -46,9 +46,9 @@ def names(http2_server):
 @asynccontextmanager
 async def opened(names, http2_server, **options):
     """Open a pool to the name; no connection is opened before its first use."""
-    pool = ConnectionPool(
-        **{"min_connections": 0, "acquire_timeout": PATIENCE, **options}
-    )
+    # Only gRPC's core can ask a DNS server that the url names.
+    defaults = {"min_connections": 0, "acquire_timeout": PATIENCE}
+    pool = ConnectionPool(transport="grpcio", **(defaults | options))
     target = names.target(NAME, http2_server.port)
     pool.configure(AuthorizerOptions(url=target, insecure=True))
     with anyio.fail_after(PATIENCE):

@@ -450,7 +450,8 @@ def test_after_a_fork_an_unopened_pool_works_and_an_opened_one_raises(
         import anyio, os, sys, threading
         from fastapi_topaz import AuthorizerOptions, ConnectionPool, PoolError
 
-        pool = ConnectionPool(name="shared", min_connections=1)
+        # Only gRPC's core cannot be used after a fork.
+        pool = ConnectionPool(name="shared", min_connections=1, transport="grpcio")
         pool.configure(AuthorizerOptions(url={authorizer.url!r}, insecure=True))
 
         async def ask():
@@ -458,7 +459,7 @@ def test_after_a_fork_an_unopened_pool_works_and_an_opened_one_raises(
                 return await conn.decisions(policy_path="myapp.GET.documents")
 
         async def fresh():
-            other = ConnectionPool()
+            other = ConnectionPool(transport="grpcio")
             other.configure(AuthorizerOptions(url={authorizer.url!r}, insecure=True))
             async with other.acquire():
                 pass

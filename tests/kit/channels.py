@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 
 from fastapi_topaz import ConnectFailed
-from fastapi_topaz._grpcio.connector import GrpcConnector
+from fastapi_topaz.connector import GrpcConnector
 
 
 INFO = "/aserto.authorizer.v2.Authorizer/Info"

@@ -184,7 +184,7 @@ def each_connection_counts_its_leases(books):
 @holds(11, EVERYWHERE)
 def no_connection_carries_too_many(books):
     """No connection carries more leases than it has streams."""
-    full = [x for x in books.state.open if not 0 <= x.leases <= books.state.streams]
+    full = [x for x in books.state.open if not 0 <= x.leases <= x.streams]
     return f"{full} do" if full else None
 
 
@@ -205,7 +205,7 @@ def nobody_waits_and_holds(books):
 def what_may_be_leased_is_ready(books):
     """Exactly the healthy connections that stay and have a free stream are ready."""
     state = books.state
-    may_be = {x for x in usable(state) if not x.suspect and x.leases < state.streams}
+    may_be = {x for x in usable(state) if not x.suspect and x.leases < x.streams}
     if state.ready.keys() != may_be:
         return f"ready are {[*state.ready]}, and it should be {may_be}"
     return None

@@ -98,7 +98,8 @@ def an_outage_ends_with_its_cause(books):
     state = books.state
     # Earlier attempts, probes and closes that hang must end first.
     late = books.well_for > 20 and state.waiting and books.tokens > state.in_use
-    served = state.in_use >= len(usable(state)) * state.streams and state.room() <= 0
+    room = sum(slot.streams for slot in usable(state))
+    served = state.in_use >= room and state.room() <= 0
     return f"{len(state.waiting)} do" if late and not served else None
 
 

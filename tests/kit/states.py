@@ -8,9 +8,12 @@ from fastapi_topaz._pool.state.slot import Claim
 
 
 class Link:
-    """A connection that is lost when a test says so."""
+    """A connection that is lost when a test says so, to a server with a limit."""
 
     lost = False
+
+    def __init__(self, max_streams=None):
+        self.max_streams = max_streams
 
     def is_lost(self):
         return self.lost

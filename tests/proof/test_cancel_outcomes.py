@@ -16,8 +16,8 @@ import anyio
 import pytest
 
 from fastapi_topaz import ConnectionLost, PoolClosed
-from fastapi_topaz._grpcio.connector import GrpcConnector
 from fastapi_topaz._pool import connections as _connections
+from fastapi_topaz.connector import GrpcConnector
 from kit.strikes import (
     ON_ASYNCIO,
     SCOPE,

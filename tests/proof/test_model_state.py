@@ -268,7 +268,8 @@ class StateMachine(RuleBasedStateMachine):
     def attempt_succeeds(self, number):
         self.step(number)
         slot = self.one_of(self.under_way)
-        self.state.connected(slot, Link(), self.now)
+        limit = self.one_of([1, None, 2, float("inf")])
+        self.state.connected(slot, Link(limit), self.now)
         self.connections_changed()
 
     attempt_succeeds_often = attempt_succeeds_mostly = attempt_succeeds

@@ -92,6 +92,16 @@ class ReapsWhatIsLeased(PoolState):
                 self._close(slot)
 
 
+class ExceedsTheServersLimit(PoolState):
+    """More leases than the server allows: the fast path compares with the option."""
+
+    def take(self, claim, now):
+        taken = super().take(claim, now)
+        if taken and claim.slot.leases < self.streams:
+            self.ready.setdefault(claim.slot)
+        return taken
+
+
 class OpensWhileClosing(PoolState):
     """Close that forgets a connecting slot: the connection opens after the end."""
 
@@ -106,7 +116,7 @@ class LeasesTheRefused(PoolState):
 
     def refused(self, slot, now):
         super().refused(slot, now)
-        if slot in self.outage.refused and slot.leases < self.streams:
+        if slot in self.outage.refused and slot.leases < slot.streams:
             self.ready.setdefault(slot)
 
 
@@ -197,6 +207,7 @@ OF_THE_STATE = [
     (ServesTheLastFirst, "the_queue_is_those_who_wait"),
     (ServesTheNewcomer, "nobody_is_overtaken"),
     (ReapsWhatIsLeased, "none_is_closed_under_a_lease"),
+    (ExceedsTheServersLimit, "what_may_be_leased_is_ready"),
     (LeasesTheRefused, "a_refused_one_waits_for_its_probe"),
     (ForgetsTheRefused, "a_suspect_is_probed"),
     (ClosesTheRefused, "none_is_closed_for_a_refusal"),
@@ -209,7 +220,8 @@ OF_THE_STATE = [
 # invariant.
 ELSEWHERE = {
     *(OpensWhileClosing, ServesTheNewcomer, ClosesTheRefused, BlamesOrderlyEnds),
-    HasAnOutageOfOne,
+    # The connections of the other model have no limit.
+    *(HasAnOutageOfOne, ExceedsTheServersLimit),
 }
 OF_THE_POOL = [
     *[x for x in OF_THE_STATE if x[0] not in ELSEWHERE],

@@ -14,14 +14,16 @@ TESTS = Path(__file__).parent.parent
 PACKAGE = TESTS.parent / "fastapi_topaz"
 
 # From the bottom up. The modules beside the folders are the bottom, except for the
-# entry points: these import any folder.
+# entry points, which import any folder, and the connector, which picks a transport.
 FOLDERS = {
     ".": set(),
     "_pool/state": set(),
     "_pool": {"anyio", "trio"},
     "_rpc": {"grpc"},
     "_telemetry": {"opentelemetry"},
+    "_http2": {"anyio", "grpc", "hpack", "trio"},
     "_grpcio": {"anyio", "grpc", "trio"},
+    "connector.py": set(),
     "_authorizer": {"anyio", "aserto", "google", "grpc", "opentelemetry"},
     "_app": {"anyio", "fastapi", "grpc", "opentelemetry", "starlette"},
     "testing": {"anyio", "aserto", "google", "grpc", "pytest", "trustme"},
@@ -51,8 +53,11 @@ def package_of(module):
 
 def folder_of(module):
     path = MODULES[module].relative_to(PACKAGE)
-    entrance = path.name in ENTRANCES and path.parent == Path()
-    return "entrances" if entrance else path.parent.as_posix()
+    if path.parent != Path():
+        return path.parent.as_posix()
+    if path.name in ENTRANCES:
+        return "entrances"
+    return path.name if path.name in FOLDERS else "."
 
 
 def imports(module):
@@ -80,6 +85,32 @@ def test_a_folder_imports_only_folders_below_it(module):
 def test_there_are_no_import_circles():
     graph = {module: set(imports(module)) & MODULES.keys() for module in MODULES}
     TopologicalSorter(graph).prepare()
+
+
+# The transports are beside each other.
+APART = [{"_http2", "_grpcio"}]
+IO = {"asyncio_io", "dialing", "opening", "rpc_connection", "trio_io", "addresses"}
+IO |= {"successors"}
+
+
+@each_module
+def test_the_transports_do_not_know_each_other(module):
+    own = folder_of(module)
+    for pair in APART:
+        others = {folder_of(name) for name in imports(module) if name in MODULES}
+        assert own not in pair or not others & (pair - {own})
+
+
+@pytest.mark.parametrize(
+    "module", [module for module in MODULES if folder_of(module) == "_http2"]
+)
+def test_the_core_of_http2_has_no_input_and_output_and_no_clock(module):
+    if module.rpartition(".")[2] in IO:
+        return
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        assert not isinstance(node, ast.AsyncFunctionDef | ast.Await)
+    names = {name.partition(".")[0] for name in imports(module)}
+    assert not {"time", "asyncio", "threading", "random", "anyio", "trio"} & names
 
 
 @each_module

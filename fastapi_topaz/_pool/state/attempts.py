@@ -63,10 +63,13 @@ class Attempts:
             it answered anything, that is also a failure.
         error: The error of the last failure.
         unanswered: The connections in a row that ended before they answered anything.
+        expected_streams: The streams of the newest connection. The next connection
+            probably has as many.
     """
 
-    def __init__(self, random: Callable[[], float]) -> None:
+    def __init__(self, random: Callable[[], float], streams: int = 1) -> None:
         self._random = random
+        self.expected_streams = streams
         self.under_way: set[Slot] = set()
         self.failures = 0
         self.error: Exception | None = None
@@ -104,6 +107,7 @@ class Attempts:
     def succeeded(self, slot: Slot) -> None:
         """Remove *slot*, and forget all failures: one success ends the outage."""
         self.under_way.remove(slot)
+        self.expected_streams = slot.streams
         self.failures = 0
         self.error = None
         self._retry_at = self._demand_at = float("-inf")

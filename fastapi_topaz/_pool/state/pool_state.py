@@ -72,7 +72,7 @@ class PoolState:
         self.options = options
         self._target = target
         self.streams = options.streams_per_connection
-        self.attempts = Attempts(random)
+        self.attempts = Attempts(random, self.streams)
         self.rotation = Rotation(random, spreads=spreads)
         self.outage = Outage()
 
@@ -122,7 +122,7 @@ class PoolState:
                 return False
             slot = picked
         slot.leases += 1
-        if slot.leases == self.streams:
+        if slot.leases == slot.streams:
             del self.ready[slot]
         self.in_use += 1
         claim.slot = slot
@@ -166,7 +166,7 @@ class PoolState:
 
     def _assign(self, claim: Claim, slot: Slot) -> None:
         slot.leases += 1
-        if slot.leases == self.streams:
+        if slot.leases == slot.streams:
             del self.ready[slot]
         self.in_use += 1
         claim.slot = slot
@@ -219,7 +219,7 @@ class PoolState:
         cautious = self.attempts.is_cautious(now) or self.outage.is_silent
         ramp = 1 if cautious else max(RAMP, self._usable())
         entitled = min(len(self.waiting), tokens - self.in_use)
-        needed = -(-entitled // self.streams) - coming
+        needed = -(-entitled // self.attempts.expected_streams) - coming
         floor = self.options.min_connections if self.keeps_minimum else 0
         # After a failure, the pool wants a connection until one succeeds. Otherwise it
         # would not notice the end of the outage.
@@ -249,9 +249,9 @@ class PoolState:
             # The first server after an outage. The others come back one by one, so the
             # connections are spread again later.
             self.rotation.lost(now)
-        self.attempts.succeeded(slot)
-        slot.connection = connection
         slot.watch(connection)
+        slot.limit_streams(self.streams)
+        self.attempts.succeeded(slot)
         slot.opened_at = slot.last_used_at = slot.proven_at = now
         self.rotation.begin(slot, self.options.max_lifetime, now)
         self.open[slot] = None
@@ -385,7 +385,7 @@ class PoolState:
 
     def _clear(self, slot: Slot) -> None:
         slot.suspect = slot.broken = slot.excused = False
-        if slot in self.open and slot.retired is None and slot.leases < self.streams:
+        if slot in self.open and slot.retired is None and slot.leases < slot.streams:
             self.ready.setdefault(slot)
 
     def unanswered(self, slot: Slot, now: float) -> None:

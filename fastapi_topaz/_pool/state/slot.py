@@ -27,6 +27,8 @@ class Slot:
 
     connection: Any = None
     leases: int = 0
+    # The maximum number of leases: the option, or fewer if the server allows fewer.
+    streams: int = 1
     # The round of attempts to which this attempt belongs, and when it began.
     round: int = 0
     started_at: float = 0.0
@@ -64,11 +66,23 @@ class Slot:
     retired: CloseReason | None = None
 
     def watch(self, connection: Any) -> None:
-        """Use `is_lost` of *connection* from now on, if it has that method."""
+        """Take *connection*, and use its `is_lost` from now on, if it has one."""
+        self.connection = connection
         try:
             self.is_lost = getattr(connection, "is_lost", None)
         except Exception:  # noqa: BLE001  (a connection may raise anything)
             self.is_lost = None
+
+    def limit_streams(self, most: int) -> None:
+        """Allow *most* leases, or fewer if the connection has a lower `max_streams`."""
+        self.streams = most
+        try:
+            limit = getattr(self.connection, "max_streams", None)
+            if isinstance(limit, int | float) and limit < most:
+                # A server that allows none now may allow some later.
+                self.streams = max(1, int(limit))
+        except Exception as error:  # noqa: BLE001  (a connection may raise anything)
+            self.last_error = f"max_streams raised {type(error).__name__}"
 
     def is_gone(self) -> bool:
         """Return whether the connection reports that its server has gone away."""

@@ -71,7 +71,8 @@ def test_the_defaults_match_the_guide():
 def test_the_signature_has_the_same_defaults():
     parameters = inspect.signature(ConnectionPool).parameters
     told = {name: parameter.default for name, parameter in parameters.items()}
-    others = {"connector": None, "meter_provider": None, "semantic_conventions": False}
+    others = {"connector": None, "transport": None}
+    others |= {"meter_provider": None, "semantic_conventions": False}
     assert told == DEFAULTS | others
     kinds = {parameter.kind for parameter in parameters.values()}
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}

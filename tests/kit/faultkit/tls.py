@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-__all__ = ["CLIENT_AUTH", "Certificate", "TlsServer", "key_usage", "tls"]
+__all__ = ["CLIENT_AUTH", "Certificate", "TlsServer", "alert", "key_usage", "tls"]
 
 
 CLIENT_AUTH = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
@@ -37,6 +37,11 @@ PATIENCE = 10.0
 
 SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 """The first frame of an HTTP/2 server."""
+
+
+def alert(number: int) -> bytes:
+    """Return a fatal TLS alert with the description *number*."""
+    return b"\x15\x03\x03\x00\x02\x02" + bytes([number])
 
 
 def key_usage(*allowed: str) -> x509.KeyUsage:

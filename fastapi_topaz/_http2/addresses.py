@@ -1,0 +1,160 @@
+"""
+The addresses of a target: which a url names, and which its name resolves to.
+
+The forms are those of gRPC: https://grpc.github.io/grpc/core/md_doc_naming.html. A name
+is resolved in a thread, because the system has no other way; addresses are not.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import urllib.parse
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+import attrs
+
+
+__all__ = ["Address", "Endpoint", "parse"]
+
+
+_DEFAULT_PORT: Final = "443"
+"""The port of a url without one, as in gRPC."""
+
+
+@attrs.frozen
+class Address:
+    """One address to connect to; *text* is what gRPC calls it."""
+
+    family: int
+    sockaddr: tuple[Any, ...] | str
+    text: str
+
+
+@attrs.frozen
+class Endpoint:
+    """
+    Where a target leads.
+
+    Attributes:
+        authority: The `:authority` of requests.
+        host: The name that a certificate has to be for: a DNS name or an IP address.
+        port: The port of *host*, if it has to be resolved.
+        addresses: The addresses, if the url names them.
+    """
+
+    authority: str
+    host: str
+    port: str = ""
+    addresses: tuple[Address, ...] = ()
+
+    async def resolve(self) -> tuple[Address, ...]:
+        """
+        Return all addresses, in the order of the system.
+
+        Raises:
+            OSError: The name cannot be resolved. Most errors are a `socket.gaierror`.
+        """
+        if self.addresses:
+            return self.addresses
+        found = await anyio.to_thread.run_sync(
+            _getaddrinfo,
+            self.host,
+            self.port,
+            abandon_on_cancel=True,
+            # A limiter of its own: the threads of the application may all be taken.
+            limiter=anyio.CapacityLimiter(1),
+        )
+        # One name may have the same address in several lines of a hosts file.
+        return tuple(dict.fromkeys(found))
+
+
+def _getaddrinfo(host: str, port: str) -> list[Address]:
+    return [
+        # An IPv6 address has a scope: it may be local to a link.
+        _address(family, sockaddr)
+        for family, _, _, _, sockaddr in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )
+        if family in {socket.AF_INET, socket.AF_INET6}
+    ]
+
+
+def _address(family: int, sockaddr: tuple[Any, ...]) -> Address:
+    host, port = sockaddr[:2]
+    if family == socket.AF_INET6:
+        return Address(family, sockaddr, f"ipv6:[{host}]:{port}")
+    return Address(family, sockaddr, f"ipv4:{host}:{port}")
+
+
+def parse(url: str) -> Endpoint:
+    """
+    Return where *url* leads.
+
+    Raises:
+        ValueError: It cannot be read, or only gRPC's core can resolve it.
+    """
+    scheme, colon, rest = url.partition(":")
+    match scheme.lower() if colon else "":
+        case "unix":
+            path = urllib.parse.unquote(rest.removeprefix("//"))
+            return _unix(path, f"unix:{path}")
+        case "unix-abstract":
+            name = urllib.parse.unquote(rest)
+            return _unix(f"\0{name}", f"unix-abstract:{name}")
+        case "ipv4" | "ipv6":
+            return _static(rest.removeprefix("//").split(","))
+        case "dns":
+            if rest.startswith("//"):
+                server, _, rest = rest[2:].partition("/")
+                if server:
+                    raise ValueError(
+                        f"the name server {server} in it needs transport='grpcio'"
+                    )
+            return _named(rest)
+        case _:
+            return _named(url)
+
+
+def _unix(path: str, text: str) -> Endpoint:
+    address = Address(socket.AF_UNIX, path, text)
+    return Endpoint("localhost", "localhost", addresses=(address,))
+
+
+def _static(texts: list[str]) -> Endpoint:
+    endpoints = [_named(text) for text in texts]
+    addresses = [address for each in endpoints for address in each.addresses]
+    if len(addresses) < len(texts):
+        raise ValueError("it has a name, and this scheme takes addresses only")
+    return Endpoint(
+        endpoints[0].authority, endpoints[0].host, addresses=tuple(addresses)
+    )
+
+
+def _named(text: str) -> Endpoint:
+    """Return the endpoint of `host:port`, `[IPv6]:port`, or these without a port."""
+    if text.startswith("["):
+        host, _, after = text[1:].partition("]")
+        port = after.removeprefix(":")
+    elif text.count(":") > 1:
+        host, port = text, ""
+    else:
+        host, _, port = text.partition(":")
+    port = port or _DEFAULT_PORT
+    try:
+        # getaddrinfo resolves neither of them in the network; it knows scopes.
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        if not host:
+            raise ValueError("it has no host") from None
+        return Endpoint(f"{host}:{port}", host, port)
+    flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except socket.gaierror as error:
+        raise ValueError(f"its port or scope cannot be used: {error}") from None
+    family, _, _, _, sockaddr = found[0]
+    authority = f"[{host}]:{port}" if ip.version == 6 else f"{host}:{port}"
+    return Endpoint(authority, host, addresses=(_address(family, sockaddr),))

@@ -1,0 +1,168 @@
+"""
+Making the TCP connection: all addresses, in a race (RFC 8305, "Happy Eyeballs").
+
+It runs on asyncio and trio alike: a socket waits by `anyio.wait_writable`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from fastapi_topaz._pool.interrupts import protected
+from fastapi_topaz._rpc.clock import monotonic
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fastapi_topaz._http2.addresses import Address
+
+
+__all__ = ["ATTEMPT_DELAY", "FailedAddresses", "Race"]
+
+
+ATTEMPT_DELAY: Final = 0.25
+"""Seconds until the next address is tried as well (RFC 8305, section 5)."""
+
+FAILED_FOR: Final = 10.0
+"""Seconds for which an address that failed comes last."""
+
+
+class FailedAddresses:
+    """Remembers, for one connector, which addresses failed lately."""
+
+    def __init__(self) -> None:
+        self._failed: dict[Address, float] = {}
+
+    def add(self, address: Address) -> None:
+        """Let *address* come last for a while."""
+        self._failed[address] = monotonic()
+
+    def remove(self, address: Address) -> None:
+        """Forget that *address* failed, because it has connected."""
+        self._failed.pop(address, None)
+
+    def order(self, addresses: Iterable[Address]) -> list[Address]:
+        """
+        Return *addresses* in random order, those that failed lately at the end.
+
+        Random, so that the connections of all workers spread over the servers. The
+        families take turns (RFC 8305, section 4), beginning with one at random too.
+        """
+        now = monotonic()
+        self._failed = {
+            address: at for address, at in self._failed.items() if now - at < FAILED_FOR
+        }
+        mixed = list(addresses)
+        random.shuffle(mixed)
+        by_family: dict[int, list[Address]] = {}
+        for address in mixed:
+            by_family.setdefault(address.family, []).append(address)
+        longest = max(map(len, by_family.values()), default=0)
+        turns = [
+            group[turn]
+            for turn in range(longest)
+            for group in by_family.values()
+            if turn < len(group)
+        ]
+        return sorted(turns, key=self._failed.__contains__)
+
+
+class Race:
+    """
+    One race to several addresses.
+
+    Attributes:
+        failures: The addresses that failed, and why.
+        pending: The addresses that were tried and have neither failed nor connected.
+    """
+
+    def __init__(self, addresses: Iterable[Address]) -> None:
+        self._untried = list(addresses)
+        self._winner: tuple[socket.socket, Address] | None = None
+        self._sockets: set[socket.socket] = set()
+        self.pending: list[Address] = []
+        self.failures: list[tuple[Address | None, Exception]] = []
+
+    async def run(self) -> tuple[socket.socket, Address] | None:
+        """
+        Return the first socket that connects, with its address.
+
+        The next address is tried when one fails, and after `ATTEMPT_DELAY`. Call it
+        again for the addresses that are left. None is returned if none is left.
+        """
+        self._winner = None
+        # Those that lost the last race are tried again, after all others.
+        self._untried += self.pending
+        self.pending = []
+        try:
+            async with anyio.create_task_group() as attempts:
+                while self._untried and self._winner is None:
+                    address = self._untried.pop(0)
+                    self.pending.append(address)
+                    failed = anyio.Event()
+                    attempts.start_soon(
+                        self._attempt, address, failed, attempts.cancel_scope
+                    )
+                    if self._untried:
+                        with anyio.move_on_after(ATTEMPT_DELAY):
+                            await failed.wait()
+        except BaseException:
+            # Also those of attempts that never go on, because the loop was closed.
+            for sock in self._sockets:
+                sock.close()
+            raise
+        self._sockets.clear()
+        return self._winner
+
+    @protected
+    async def _attempt(
+        self, address: Address, failed: anyio.Event, scope: anyio.CancelScope
+    ) -> None:
+        try:
+            sock = socket.socket(address.family, socket.SOCK_STREAM)
+            self._sockets.add(sock)
+            await connect(sock, address)
+        except OSError as error:
+            self.pending.remove(address)
+            self.failures.append((address, error))
+            failed.set()
+            return
+        if self._winner is not None:  # two in the same turn of the loop
+            sock.close()
+            return
+        self._winner = sock, address
+        self.pending.remove(address)
+        scope.cancel()
+
+
+async def connect(sock: socket.socket, address: Address) -> None:
+    """
+    Connect *sock* to *address*, and let it not block; it is closed if that fails.
+
+    Raises:
+        OSError: It cannot be connected.
+    """
+    try:
+        sock.setblocking(False)
+        if address.family != socket.AF_UNIX:
+            # A request is one segment, and is not to wait for another one.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            sock.connect(address.sockaddr)
+        except BlockingIOError as error:
+            if error.errno == errno.EAGAIN:
+                raise  # a Unix socket whose server has no room for more
+            await anyio.wait_writable(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code)) from None
+    except BaseException:
+        sock.close()
+        raise

@@ -1,0 +1,237 @@
+"""From a target to a connection that is ready for calls, on asyncio and trio alike."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import anyio
+from anyio.lowlevel import current_token
+
+from fastapi_topaz._http2.addresses import parse
+from fastapi_topaz._http2.asyncio_io import AsyncioConnection
+from fastapi_topaz._http2.connection import ClientConnection
+from fastapi_topaz._http2.dialing import FailedAddresses, Race
+from fastapi_topaz._http2.failures import (
+    NO_HTTP2_IN_TLS,
+    Cause,
+    HandshakeFailed,
+    each_failed,
+    timed_out,
+)
+from fastapi_topaz._http2.requests import RequestBlocks
+from fastapi_topaz._http2.rpc_connection import Wire
+from fastapi_topaz._http2.tls import TlsSession, tls_context
+from fastapi_topaz.exceptions import ConnectFailed
+
+
+if TYPE_CHECKING:
+    import socket
+    import ssl
+
+    from fastapi_topaz._http2.addresses import Address
+    from fastapi_topaz._http2.rpc_connection import NativeConnection
+    from fastapi_topaz._rpc.target import Target
+
+
+__all__ = ["NativeOpener"]
+
+
+_SHARE: Final = 0.95
+"""The part of the pool's timeout after which the reason is told, before it is over."""
+
+
+class NativeOpener:
+    """
+    Opens connections to one target, and remembers which addresses failed.
+
+    Args:
+        target: The server.
+
+    Raises:
+        ValueError: The url of *target* cannot be used without gRPC's core.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        try:
+            self._endpoint = parse(target.url)
+        except ValueError as error:
+            raise ValueError(
+                f"url {target.url!r} cannot be used with transport='native': {error}"
+            ) from None
+        self._blocks = RequestBlocks(
+            self._endpoint.authority, target.metadata, is_tls=not target.insecure
+        )
+        self._failed = FailedAddresses()
+
+    def validate(self) -> None:
+        """
+        Check what no retry can mend.
+
+        Raises:
+            ValueError: The certificate file cannot be used.
+            ConnectFailed: There are no certificates to trust.
+        """
+        if not self._target.insecure:
+            tls_context(self._target)
+
+    async def open(self, timeout: float) -> NativeConnection:
+        """
+        Return a new connection that is ready for calls.
+
+        If the server ends it, calls that were not processed open another one.
+
+        Raises:
+            ConnectFailed: It could not be made within *timeout* seconds, and why.
+        """
+        connection = await self._open(timeout)
+        connection.reopen = partial(self._open, timeout)
+        return connection
+
+    async def _open(self, timeout: float) -> NativeConnection:
+        context = self._context()
+        race = Race(())
+        with anyio.move_on_after(timeout * _SHARE):
+            try:
+                addresses = await self._endpoint.resolve()
+            except OSError as error:
+                raise each_failed(self._target, [(None, error)]) from error
+            race = Race(self._failed.order(addresses))
+            return await self._first(race, context)
+        raise timed_out(self._target, timeout, race.failures, race.pending)
+
+    def _context(self) -> ssl.SSLContext | None:
+        if self._target.insecure:
+            return None
+        try:
+            return tls_context(self._target)
+        except ValueError as error:
+            raise ConnectFailed(str(error), reason="tls", permanent=True) from error
+
+    async def _first(
+        self, race: Race, context: ssl.SSLContext | None
+    ) -> NativeConnection:
+        """Return the first connection of *race* that becomes ready."""
+        while (won := await race.run()) is not None:
+            sock, address = won
+            race.pending.append(address)
+            try:
+                connection = await self._greet(sock, address, context)
+            except (OSError, HandshakeFailed) as error:
+                # The server there does not do: the other addresses go on.
+                sock.close()
+                race.failures.append((address, error))
+                self._failed.add(address)
+                race.pending.remove(address)
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                self._failed.remove(address)
+                return connection
+        for tried, _ in race.failures:
+            if tried is not None:
+                self._failed.add(tried)
+        raise each_failed(self._target, race.failures)
+
+    async def _greet(
+        self, sock: socket.socket, address: Address, context: ssl.SSLContext | None
+    ) -> NativeConnection:
+        """Shake hands over *sock*, and return the connection."""
+        core = ClientConnection(self._target.url)
+        tls = None
+        if context is not None:
+            tls = TlsSession(context, self._endpoint.host)
+            await _shake_hands(sock, tls)
+        wire = Wire(sock, core, tls)
+        if tls is not None and (early := tls.received_early()):
+            core.receive(early, 0.0)
+        await _exchange_settings(sock, wire)
+        make: type[NativeConnection] = AsyncioConnection
+        if not isinstance(current_token().native_token, asyncio.AbstractEventLoop):
+            # Here and not above: asyncio applications need no trio installed.
+            from fastapi_topaz._http2.trio_io import TrioConnection  # noqa: PLC0415
+
+            make = TrioConnection
+        return make(wire, self._target, self._blocks, address.text)
+
+
+async def _shake_hands(sock: socket.socket, tls: TlsSession) -> None:
+    """
+    Make the TLS handshake.
+
+    Raises:
+        OSError: It failed, also an `ssl.SSLError`.
+        HandshakeFailed: The server does not speak HTTP/2 in TLS.
+    """
+    while True:
+        try:
+            tls.handshake()
+        finally:  # an alert tells the server why
+            await _send(sock, tls.to_send())
+        if tls.is_established:
+            break
+        await anyio.wait_readable(sock)
+        data = sock.recv(65_536)
+        if not data:
+            raise ConnectionResetError("the server closed the connection")
+        tls.received(data)
+    if tls.protocol != "h2":
+        raise HandshakeFailed(Cause("tls", True, NO_HTTP2_IN_TLS))
+
+
+async def _send(sock: socket.socket, data: bytes) -> None:
+    while data:
+        try:
+            data = data[sock.send(data) :]
+        except BlockingIOError:
+            await anyio.wait_writable(sock)
+
+
+async def _exchange_settings(sock: socket.socket, wire: Wire) -> None:
+    """
+    Return when both sides know the settings of the other (RFC 9113, section 3.4).
+
+    Raises:
+        OSError: The connection ended.
+        HandshakeFailed: The server does not speak HTTP/2, or is about to stop.
+    """
+    core = wire.core
+    while not core.is_ready:
+        try:
+            while wire.push():
+                await anyio.wait_writable(sock)
+        except OSError:
+            # The server may have said why. With TLS 1.3 it does so after the handshake
+            # if it wants a client certificate.
+            wire.take()
+            raise
+        if core.failure is None:
+            await anyio.wait_readable(sock)
+            wire.take()
+        if core.failure is not None:
+            wire.write()
+            raise HandshakeFailed(_no_http2(core))
+    wire.write()
+    if not core.takes_calls:
+        raise HandshakeFailed(
+            Cause(
+                "other",
+                False,
+                "the server ended the connection as soon as it was ready (GOAWAY); it "
+                "may be shutting down, or a proxy may have no server behind it",
+            )
+        )
+
+
+def _no_http2(core: ClientConnection) -> Cause:
+    if core.settings_received:
+        return Cause("other", False, f"{core.failure}")
+    return Cause(
+        "other",
+        True,
+        "a server that does not speak gRPC (HTTP/2) answered; is this the port of the "
+        f"authorizer, and does it use TLS? ({core.failure})",
+    )

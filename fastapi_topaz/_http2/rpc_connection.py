@@ -1,0 +1,406 @@
+"""
+What a pool calls a connection: a socket, TLS if there is any, and the state of HTTP/2.
+
+All here is the same on asyncio and trio. The two I/O layers, `asyncio_io` and
+`trio_io`, add how to wait: for the socket, for a deadline, and for the end of a call.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, Final
+
+import anyio
+import grpc
+
+from fastapi_topaz._http2.failures import closed_under, not_sent
+from fastapi_topaz._http2.stream import Stream
+from fastapi_topaz._http2.successors import Successors
+from fastapi_topaz._rpc.clock import monotonic
+from fastapi_topaz._rpc.statuses import (
+    EndedCall,
+    Ending,
+    ending,
+    is_from_service,
+    lacks_status,
+    verdict,
+)
+from fastapi_topaz.exceptions import ConnectFailed
+
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Awaitable, Callable
+
+    from fastapi_topaz._http2.connection import ClientConnection
+    from fastapi_topaz._http2.requests import RequestBlocks
+    from fastapi_topaz._http2.tls import TlsSession
+    from fastapi_topaz._pool.connector import Verdict
+    from fastapi_topaz._rpc.metadata import Metadata
+    from fastapi_topaz._rpc.target import Target
+
+
+__all__ = ["NativeConnection", "Wire"]
+
+
+_READ: Final = 65_536
+"""Bytes that one read takes at most: more than a burst of 100 answers of Topaz."""
+
+
+class Wire:
+    """
+    A socket that does not block, with TLS if *tls* is given.
+
+    Nothing here waits: `read` takes what is there, `write` sends what fits.
+    """
+
+    __slots__ = ("_sock", "_tls", "_unsent", "core")
+
+    def __init__(
+        self, sock: socket.socket, core: ClientConnection, tls: TlsSession | None
+    ) -> None:
+        self._sock = sock
+        self._tls = tls
+        self._unsent: memoryview | None = None
+        self.core = core
+
+    @property
+    def tls(self) -> TlsSession | None:
+        """The TLS of the connection, if it has any."""
+        return self._tls
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the socket was not closed here."""
+        return self._sock.fileno() >= 0
+
+    def fileno(self) -> int:
+        """Return the file descriptor, or -1 once it is closed."""
+        return self._sock.fileno()
+
+    def receive(self) -> bytes | None:
+        """
+        Return what the socket has, or None if it has nothing now.
+
+        Raises:
+            OSError: The connection has ended.
+        """
+        try:
+            data = self._sock.recv(_READ)
+        except (BlockingIOError, InterruptedError):
+            return None
+        if not data:
+            raise ConnectionResetError("the server closed the connection")
+        return data
+
+    def read(self) -> None:
+        """Take what the socket has; the end of the connection ends its calls."""
+        try:
+            self.take()
+        except OSError as error:  # also one of TLS
+            self.core.lose(str(error))
+
+    def take(self) -> None:
+        """
+        Take what the socket has.
+
+        Raises:
+            OSError: The connection has ended.
+        """
+        data = self.receive()
+        if data is None:
+            return
+        if self._tls is None:
+            self.core.receive(data, monotonic())
+            return
+        self.core.receive(self._tls.received(data), monotonic())
+        if self._tls.is_ended:
+            raise ConnectionResetError("the server closed the connection")
+
+    def write(self) -> bool:
+        """
+        Send what there is to send; return whether the socket takes no more for now.
+
+        What does not fit waits in the core, where calls that end take nothing with
+        them. The end of the connection ends its calls.
+        """
+        try:
+            return self.push()
+        except OSError as error:
+            self.core.lose(str(error))
+            return False
+
+    def push(self) -> bool:
+        """
+        Send what there is to send; return whether the socket takes no more for now.
+
+        Raises:
+            OSError: The connection has ended.
+        """
+        while True:
+            if self._unsent is None:
+                data = self.core.take_output()
+                if self._tls is not None:
+                    if data:
+                        self._tls.encrypt(data)
+                    data = self._tls.to_send()
+                if not data:
+                    return False
+                self._unsent = memoryview(data)
+            try:
+                sent = self._sock.send(self._unsent)
+            except (BlockingIOError, InterruptedError):
+                return True
+            except OSError:
+                self._unsent = None
+                raise
+            if sent < len(self._unsent):
+                self._unsent = self._unsent[sent:]
+                return True
+            self._unsent = None
+
+    def close(self) -> None:
+        """Close the socket, without waiting: what does not fit is dropped."""
+        if not self.is_open:
+            return
+        if self._tls is not None and self._tls.is_established:
+            self.write()
+            self._tls.say_close()
+        self.write()
+        self._sock.close()
+
+    def drop(self) -> None:
+        """Close the socket and say nothing."""
+        self._sock.close()
+
+
+class NativeConnection(abc.ABC):
+    """
+    A connection of HTTP/2 that carries gRPC calls.
+
+    Strictly private. See `fastapi_topaz._pool.connector.Connector` for what the pool
+    expects of it.
+    """
+
+    def __init__(
+        self, wire: Wire, target: Target, blocks: RequestBlocks, peer: str
+    ) -> None:
+        self._wire = wire
+        self._core = wire.core
+        self._target = target
+        self._blocks = blocks
+        self._peer = peer
+        self._closed = False
+        # What `close` waits for while it leaves time to the last calls.
+        self._quiet: anyio.Event | None = None
+        self._successors: Successors[NativeConnection] | None = None
+        self.reopen: Callable[[], Awaitable[NativeConnection]] | None = None
+        """Opens the connection that takes over if the server ends this one."""
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return (
+            f"<{type(self).__name__} to {self._target.url} {state} "
+            f"calls={len(self._core.streams)}>"
+        )
+
+    @property
+    def peer(self) -> str | None:
+        """The address of the other side, such as `ipv4:127.0.0.1:8282`."""
+        return self._peer
+
+    @property
+    def max_streams(self) -> float:
+        """How many calls the server takes at once on this connection."""
+        return self._core.max_concurrent_streams
+
+    # -- calls ------------------------------------------------------------------
+
+    @abc.abstractmethod
+    async def call(
+        self,
+        method: str,
+        request: bytes,
+        *,
+        timeout: float | None,
+        metadata: Metadata,
+    ) -> bytes:
+        """
+        Make one unary-unary call that ends within *timeout* seconds.
+
+        Raises:
+            grpc.aio.AioRpcError: It ended with another status than OK.
+            ConnectionLost: The connection was closed under the call.
+        """
+
+    def _begin(
+        self,
+        method: str,
+        request: bytes,
+        timeout: float | None,
+        metadata: Metadata,
+        wake: Callable[[], object],
+    ) -> Stream:
+        """Begin a call whose end *wake* reports."""
+        if self._closed:
+            raise closed_under(method, self._target.url)
+        block, size = self._blocks.block(method, timeout, metadata)
+        deadline = None if timeout is None else monotonic() + timeout
+        stream = Stream(block, size, request, deadline, wake)
+        self._core.begin(stream, method)
+        return stream
+
+    @property
+    def _sends_again(self) -> bool:
+        """Whether a call that the server did not process can be sent once more."""
+        return self.reopen is not None and not self._closed
+
+    def _is_sent_again(self, error: EndedCall) -> bool:
+        """Return whether to send the call again that ended with *error*."""
+        return error.how is Ending.GOAWAY and self._sends_again
+
+    async def _send_again(
+        self, method: str, request: bytes, timeout: float | None, metadata: Metadata
+    ) -> bytes:
+        """Send a call, which the server did not process, on another connection."""
+        if self._successors is None:
+            assert self.reopen is not None  # noqa: S101
+            self._successors = Successors(self._target.url, self.reopen, self._host)
+        try:
+            return await self._successors.call(method, request, timeout, metadata)
+        finally:
+            if self._quiet is not None:
+                self._call_ended()
+
+    @abc.abstractmethod
+    def _host(self, successor: NativeConnection) -> None:
+        """Start the tasks of *successor*, if it needs any."""
+
+    @staticmethod
+    def _result(stream: Stream) -> bytes:
+        """Return the response of *stream*, which has ended, or raise its error."""
+        outcome = stream.outcome
+        if type(outcome) is bytes:
+            return outcome
+        # An error refers to its frames. The stream in one of them must not refer back:
+        # such a circle lives until the garbage collector finds it.
+        stream.outcome = stream.response.outcome = None
+        assert isinstance(outcome, Exception)  # noqa: S101
+        try:
+            raise outcome
+        finally:
+            del outcome
+
+    # -- health -----------------------------------------------------------------
+
+    def judge(self, error: BaseException, /) -> Verdict | None:
+        """Return what *error*, raised by a call, says of the connection itself."""
+        return verdict(error, self.is_lost)
+
+    def is_lost(self) -> bool:
+        """Say whether the socket is closed, or the server has said GOAWAY."""
+        return not self._core.takes_calls
+
+    async def probe(self, timeout: float, /) -> None:
+        """
+        Make the call `probe` of the target; any `grpc-status` of its own will do.
+
+        Raises:
+            grpc.aio.AioRpcError: No answer within *timeout* seconds, no connection, or
+                an answer that is not the server's own: UNAVAILABLE, or one without a
+                `grpc-status`.
+            ConnectionLost: The connection was closed meanwhile.
+        """
+        await self._ask(timeout)
+
+    async def greet(self, timeout: float, /) -> None:
+        """
+        Probe the server for the first time.
+
+        Raises:
+            grpc.aio.AioRpcError, ConnectionLost: See `probe`.
+            ConnectFailed: The server answers that it does not know the probe.
+        """
+        if await self._ask(timeout) is grpc.StatusCode.UNIMPLEMENTED:
+            raise ConnectFailed(
+                f"cannot connect to {self._target.url}: the gRPC server there "
+                f"{self._target.unserved}",
+                permanent=True,
+            )
+
+    async def _ask(self, timeout: float) -> grpc.StatusCode:
+        """Return the status of a probe, if it is the server's own."""
+        if not (self._core.takes_calls or self._closed):
+            # A probe says nothing about this connection if a successor answers it.
+            raise not_sent(
+                self._target.probe,
+                self._target.url,
+                self._core.failure or "it takes no more calls",
+            )
+        try:
+            await self.call(self._target.probe, b"", timeout=timeout, metadata=())
+        except grpc.aio.AioRpcError as error:
+            if is_from_service(error):
+                return error.code()
+            if not lacks_status(error) or ending(error) is Ending.CUT_OFF:
+                raise
+            details = error.details()
+        else:
+            return grpc.StatusCode.OK
+        # Not in the handler: the error of the call adds nothing to this one.
+        raise EndedCall(
+            Ending.STATUS,
+            grpc.StatusCode.UNAVAILABLE,
+            f"an answer without a gRPC status: {details}",
+        )
+
+    # -- closing ----------------------------------------------------------------
+
+    async def close(self, grace: float, /) -> None:
+        """Close the connection after *grace* seconds, or once its calls have ended."""
+        self._closed = True
+        try:
+            if grace > 0 and self.has_calls:
+                self._quiet = anyio.Event()
+                with anyio.move_on_after(grace):
+                    await self._quiet.wait()
+        finally:
+            self.cut_off()
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a call has not ended."""
+        if self._successors is not None and self._successors.has_calls:
+            return True
+        return self._core.has_calls
+
+    def _call_ended(self) -> None:
+        """Let `close` go on if that was the last call."""
+        if self._quiet is not None and not self.has_calls:
+            self._quiet.set()
+
+    def cut_off(self) -> None:
+        """Close the connection at once; all its calls end as lost."""
+        self._closed = True
+        if self._successors is not None:
+            self._successors.cut_off()
+        self._end()
+
+    def _end(self) -> None:
+        """End all calls as lost, and close the socket after what is to be sent."""
+        self._core.shut_down()
+        self._detach()
+        self._wire.close()
+
+    @abc.abstractmethod
+    def _detach(self) -> None:
+        """Let the event loop forget the socket, which will be closed."""
+
+    def abandon(self) -> None:
+        """Close the socket without waiting, because the event loop was closed."""
+        self._closed = True
+        if self._successors is not None:
+            self._successors.abandon()
+        # Nothing may be woken, because its loop cannot take it.
+        self._core.forget_calls()
+        self._wire.drop()

@@ -1,0 +1,145 @@
+"""The connector of a pool of gRPC connections, which picks their transport."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, get_args
+
+from fastapi_topaz._checks import safe_repr
+from fastapi_topaz._grpcio.opening import GrpcioOpener
+from fastapi_topaz._rpc.loopback import is_loopback
+from fastapi_topaz._rpc.target import Target
+
+
+if TYPE_CHECKING:
+    from fastapi_topaz._rpc.connection import RpcConnection
+
+
+__all__ = ["TRANSPORT_VARIABLE", "GrpcConnector", "Transport", "chosen_transport"]
+
+
+logger = logging.getLogger("fastapi_topaz.transport")
+
+Transport: TypeAlias = Literal["native", "grpcio"]
+"""How calls are made: by the HTTP/2 client of this package, or by grpc.aio."""
+
+TRANSPORT_VARIABLE: Final = "FASTAPI_TOPAZ_TRANSPORT"
+"""The environment variable with the transport to use where none is passed."""
+
+_DEFAULT: Final[Transport] = "grpcio"
+
+
+def chosen_transport(transport: object) -> Transport:
+    """
+    Return *transport*, or what the environment says if it is None.
+
+    Raises:
+        ValueError: It is none of the transports; the message says where it is from.
+    """
+    where = "transport"
+    if transport is None:
+        transport = os.environ.get(TRANSPORT_VARIABLE) or _DEFAULT
+        where = f"the environment variable {TRANSPORT_VARIABLE}"
+    for known in get_args(Transport):
+        if transport == known:
+            found: Transport = known
+            return found
+    raise ValueError(
+        f"{where} must be 'native' or 'grpcio', got {safe_repr(transport)}"
+    )
+
+
+class _Opener(Protocol):
+    def validate(self) -> None: ...
+
+    async def open(self, timeout: float) -> RpcConnection: ...
+
+
+def _opener(transport: Transport, target: Target) -> _Opener:
+    if transport == "grpcio":
+        return GrpcioOpener(target)
+    # Here and not above: it takes 10 ms to load, and is not the default.
+    from fastapi_topaz._http2.opening import NativeOpener  # noqa: PLC0415
+
+    return NativeOpener(target)
+
+
+class GrpcConnector:
+    """
+    Makes gRPC connections for a pool, on the running backend: asyncio or trio.
+
+    Each connection has a TCP connection of its own. A `ConnectionPool` with this
+    connector pools the connections of any gRPC service: `call()` of a lease makes a
+    call of it.
+
+    Args:
+        target: Where the server is, and how to talk to it.
+        transport: `"native"` is the HTTP/2 client of this package, `"grpcio"` is
+            grpc.aio. None, the default, means the environment variable
+            `FASTAPI_TOPAZ_TRANSPORT`, and `"grpcio"` if that is not set or empty.
+
+    Raises:
+        TypeError: *target* is no `Target`.
+        ValueError: *transport*, or the environment variable, names no transport; or
+            the native transport cannot use the url of *target*.
+    """
+
+    # One address may stand for several servers, and each connection picks one of them.
+    spreads = True
+    # A connection is ready before the server has answered any call, also behind a proxy
+    # whose server is down, and to a server without the Authorizer.
+    probes = True
+
+    def __init__(self, target: Target, transport: Transport | None = None) -> None:
+        if not isinstance(target, Target):
+            raise TypeError(f"target must be a Target, got a {type(target).__name__}")
+        self._target = target
+        self.target: str = target.url
+        self.transport: Transport = chosen_transport(transport)
+        """The transport in use."""
+        self._opener = _opener(self.transport, target)
+        # Whether a key is sent in plaintext across a network, and no log says so yet.
+        self._exposes_key = (
+            any(key == "authorization" for key, _ in target.metadata)
+            and target.insecure
+            and not is_loopback(target.url)
+        )
+
+    def __repr__(self) -> str:
+        return f"<GrpcConnector to {self.target} transport={self.transport}>"
+
+    def opened(self, pool: str) -> None:
+        """Log the transport of *pool*, and once that it sends its key in plaintext."""
+        logger.info("%s: its transport is %s", pool, self.transport)
+        if self._exposes_key:
+            self._exposes_key = False
+            logger.warning(
+                "%s: a key (api_key, or authorization metadata) is sent to %s "
+                "without TLS because of insecure=True; anyone on the network path can "
+                "read it. Use TLS or a loopback address",
+                *(pool, self.target),
+            )
+
+    def validate(self) -> None:
+        """
+        Check what no retry can mend.
+
+        Raises:
+            ValueError: The certificate file cannot be read, or is not a PEM file of
+                certificates.
+            ConnectFailed: The native transport finds no root certificates to trust.
+        """
+        self._opener.validate()
+
+    async def connect(self, timeout: float, /) -> RpcConnection:
+        """
+        Open one connection that is ready for calls.
+
+        Raises:
+            ConnectFailed: It could not be established within *timeout* seconds, and
+                why.
+            PoolMisuse: The transport is grpcio, and this process was forked while
+                connections were open, or kept.
+        """
+        return await self._opener.open(timeout)
