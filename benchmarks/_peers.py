@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 BACKENDS = ("asyncio", "uvloop", "trio")
 OURS = "ours"
 PREDECESSOR = "fastapi-topaz 1.1.0"
+SUCCESSOR = "fastapi-topaz 2.0.0"
 
 CACHE = Path(__file__).parent / ".peers"
 
@@ -131,8 +132,26 @@ def predecessor():
 
 
 def _predecessor_module():
-    name, number = PREDECESSOR.split()
-    source = CACHE / f"{name}-{number}" / "connection_pool.py"
+    return _module_of(PREDECESSOR, "connection_pool.py")
+
+
+def shared_client(options):
+    """Return the client of fastapi-topaz 2.0.0, which keeps one channel."""
+    import aserto.client  # noqa: PLC0415
+
+    return _module_of(SUCCESSOR, "_client.py").SharedAuthorizerClient(
+        aserto.client.AuthorizerOptions(
+            url=options.url, cert_file_path=options.cert_file_path
+        ),
+        insecure=options.insecure,
+    )
+
+
+@functools.cache
+def _module_of(release, file):
+    """Load one module of another release of `fastapi-topaz`, and no other part."""
+    name, number = release.split()
+    source = CACHE / f"{name}-{number}" / file
     if not source.exists():
         # Downloaded but not installed, because it would replace this package.
         pip = "-m pip download -q --no-deps --disable-pip-version-check"
@@ -145,8 +164,9 @@ def _predecessor_module():
             raise ImportError(f"pip could not download {name}=={number}")
         source.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(wheels[0]) as wheel:
-            source.write_bytes(wheel.read("fastapi_topaz/connection_pool.py"))
-    spec = importlib.util.spec_from_file_location("predecessor_pool", source)
+            source.write_bytes(wheel.read(f"fastapi_topaz/{file}"))
+    module_name = f"{name}_{number}_{source.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, source)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look up names there
     spec.loader.exec_module(module)

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from fastapi_topaz import AuthorizerOptions
 from fastapi_topaz.testing import EmbeddedAuthorizer
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 
 POLICY = "myapp.GET.documents"
@@ -52,6 +58,44 @@ def authorizer(*, tls=False, latency=0.0, streams=None):
                 process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+SERVERS = {"embedded": None, "gopeer": "GOPEER", "topazd": "TOPAZD"}
+"""Maps each server to the environment variable that names its binary, if it has one."""
+
+
+@contextlib.contextmanager
+def serving(server, *, tls=False):
+    """Start one of `SERVERS`, and yield its options and a policy that allows."""
+    if server == "embedded":
+        with authorizer(tls=tls) as options:
+            yield options, POLICY
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if server == "gopeer":
+            yield from _gopeer(Path(folder), tls=tls)
+        else:
+            from kit.topaz.server import Topazd  # noqa: PLC0415
+
+            topazd = Topazd([os.environ["TOPAZD"]], Path(folder), tls=tls)
+            with topazd:
+                yield topazd.start().options, "conformance.allow"
+
+
+def _gopeer(folder, *, tls):
+    from fastapi_topaz.testing._certs import Certificates  # noqa: PLC0415
+    from kit.gopeer.process import Gopeer  # noqa: PLC0415
+
+    if not tls:
+        with Gopeer() as peer:
+            yield peer.options, POLICY
+        return
+    issued = Certificates.issue()
+    key, chain = folder / "key.pem", folder / "chain.pem"
+    key.write_bytes(issued.private_key)
+    chain.write_bytes(issued.chain)
+    with Gopeer(tls_key=key, tls_cert=chain) as peer:
+        yield AuthorizerOptions(url=peer.url, cert_file_path=issued.ca_path), POLICY
 
 
 def serve(*, tls, latency, streams):

@@ -2,12 +2,18 @@
 Measures the cost of one check: with the pool, bare gRPC, and the client of `aserto`.
 
     .venv/bin/python benchmarks/check.py [--rounds 9] [--calls 2000]
-        [--concurrency 1 10 20 100] [--backend asyncio uvloop trio] [--quick] [--save]
+        [--concurrency 1 10 20 100] [--backend asyncio uvloop trio]
+        [--server embedded gopeer topazd] [--quick] [--save]
 
 The CPU time is that of all threads of this process. The authorizer runs in another
 process. The bare stub sends the same bytes as the pool, built before. "one client per
 check" is what fastapi-topaz 1.1.0 does: it makes a client, and so a TLS connection,
-for every decision.
+for every decision. "fastapi-topaz 2.0.0" is its client, which keeps one channel.
+
+The transports are compared on three servers: the embedded authorizer (gRPC's core),
+`gopeer` (grpc-go) and `topazd` (Topaz). The variables GOPEER and TOPAZD name
+their binaries; without its variable a server is left out. With `--server`, only this
+comparison runs.
 """
 
 from __future__ import annotations
@@ -15,22 +21,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import os
+import sys
 import time
 
 import anyio
 import grpc
 import grpc.aio
+from _peers import shared_client
 from _rounds import Goal, Race, parsed, parser, save, versions
-from _server import POLICY, authorizer
+from _server import POLICY, SERVERS, authorizer, serving
 from aserto import client as aserto
 from aserto.authorizer.v2 import AuthorizerStub, IsRequest
 from aserto.client.authorizer.aio import AuthorizerClient
 
 from fastapi_topaz import ConnectionPool, Identity, IdentityType
 from fastapi_topaz._authorizer.messages import is_request
+from fastapi_topaz._rpc.certificates import root_certificates
 
 
-ALICE = Identity(IdentityType.SUB, "alice")
+ALICE = Identity(IdentityType.MANUAL, "alice")
 RESOURCE = {"id": "1"}
 WARM_UP = 200
 # Fewer calls with a client per check, because each takes milliseconds.
@@ -38,11 +48,16 @@ CLIENTS = 200
 
 
 @contextlib.asynccontextmanager
-async def bare_stub(options):
+async def bare_stub(options, *, policy=POLICY):
     request = IsRequest.FromString(
-        is_request(POLICY, ("allowed",), ALICE, RESOURCE, None, None)
+        is_request(policy, ("allowed",), ALICE, RESOURCE, None, None)
     )
-    async with grpc.aio.insecure_channel(options.url) as channel:
+    if options.insecure:
+        channel = grpc.aio.insecure_channel(options.url)
+    else:
+        credentials = grpc.ssl_channel_credentials(root_certificates(options.target))
+        channel = grpc.aio.secure_channel(options.url, credentials)
+    async with channel:
         ask = AuthorizerStub(channel).Is
 
         async def check():
@@ -53,12 +68,13 @@ async def bare_stub(options):
 
 
 @contextlib.asynccontextmanager
-async def pool(options, *, streams=50):
+async def pool(options, *, streams=50, transport="grpcio", policy=POLICY):
     connections = ConnectionPool(
         min_connections=10,
         max_connections=10,
         streams_per_connection=streams,
         eager_init=True,
+        transport=transport,
     )
     connections.configure(options)
     async with connections:
@@ -66,7 +82,7 @@ async def pool(options, *, streams=50):
         async def check():
             async with connections.acquire() as conn:
                 answer = await conn.decisions(
-                    policy_path=POLICY,
+                    policy_path=policy,
                     decisions=("allowed",),
                     identity=ALICE,
                     resource_context=RESOURCE,
@@ -79,7 +95,7 @@ async def pool(options, *, streams=50):
 
 def _aserto_client(options):
     return AuthorizerClient(
-        identity=aserto.Identity(aserto.IdentityType.IDENTITY_TYPE_SUB, "alice"),
+        identity=aserto.Identity(aserto.IdentityType.IDENTITY_TYPE_MANUAL, "alice"),
         options=aserto.AuthorizerOptions(
             url=options.url, cert_file_path=options.cert_file_path
         ),
@@ -109,6 +125,25 @@ async def client_per_check(options):
     yield check
 
 
+@contextlib.asynccontextmanager
+async def version_2(options, *, policy=POLICY):
+    client = shared_client(options)
+    alice = aserto.Identity(aserto.IdentityType.IDENTITY_TYPE_MANUAL, "alice")
+
+    async def check():
+        answer = await client.decisions(
+            identity=alice,
+            policy_path=policy,
+            decisions=("allowed",),
+            resource_context=RESOURCE,
+            timeout=5,
+        )
+        return answer["allowed"]
+
+    yield check
+    await client.close()
+
+
 class Contestant:
     """One way to make checks. A call measures it and returns microseconds of CPU."""
 
@@ -118,27 +153,31 @@ class Contestant:
         self._concurrency = concurrency
         self._calls = calls
         self._backend = backend
-        # Wall-clock time of each measurement, in microseconds per check.
-        self.wall = []
+        # Wall-clock time, and CPU time of the event loop's thread, of each
+        # measurement, in microseconds per check.
+        self.wall, self.thread = [], []
 
     def __call__(self):
         uvloop = self._backend == "uvloop"
-        cpu, wall = anyio.run(
+        cpu, wall, thread = anyio.run(
             self._measure,
             backend="asyncio" if uvloop else self._backend,
             backend_options={"use_uvloop": True} if uvloop else {},
         )
         self.wall.append(wall)
+        self.thread.append(thread)
         return cpu
 
     async def _measure(self):
         async with self._way(self._options) as check:
             await self._check(check, min(WARM_UP, self._calls))
             gc.collect()
-            wall, cpu = time.perf_counter(), time.process_time()
+            clocks = time.process_time, time.perf_counter, time.thread_time
+            before = [clock() for clock in clocks]
             await self._check(check, self._calls)
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        return cpu / self._calls * 1e6, wall / self._calls * 1e6
+            after = [clock() for clock in clocks]
+        pairs = zip(before, after, strict=True)
+        return [(end - begin) / self._calls * 1e6 for begin, end in pairs]
 
     async def _check(self, check, calls):
         left = iter(range(calls))
@@ -230,13 +269,75 @@ def encrypted(options, given):
         )
 
 
+# The most CPU time of a check on the native transport, relative to the bare stub: of
+# all threads, and of the event loop's thread. 20 callers share 10 connections.
+NATIVE = {
+    "gopeer": {"asyncio": 0.40, "uvloop": 0.36, "trio": 0.48},
+    "topazd": {"asyncio": 0.46, "uvloop": 0.44, "trio": 0.56},
+    "embedded": {"asyncio": 0.60, "uvloop": 0.50, "trio": 0.65},
+    "tls": {"asyncio": 0.65, "uvloop": 0.60, "trio": 0.75},
+    "thread": {"asyncio": 0.60, "uvloop": 0.55, "trio": 0.75},
+}
+
+
+def transports(given, server, *, tls):
+    """Compare both transports with the bare stub and with fastapi-topaz 2.0.0."""
+    with serving(server, tls=tls) as (options, policy):
+        ways = {"bare stub, asyncio": (bare_stub, "asyncio")}
+        if not tls and "asyncio" in given.backend:
+            ways["fastapi-topaz 2.0.0, asyncio"] = version_2, "asyncio"
+        for backend in given.backend:
+            for transport in ("grpcio", "native"):
+                way = functools.partial(pool, transport=transport)
+                ways[f"{transport}, {backend}"] = way, backend
+        contestants = {
+            name: Contestant(
+                functools.partial(way, policy=policy), options, 20, given.calls, backend
+            )
+            for name, (way, backend) in ways.items()
+        }
+        goals = NATIVE["tls" if tls else server]
+        race(
+            f"Both transports: checks 20 at a time, {server}{', TLS' if tls else ''}",
+            contestants,
+            given,
+            "bare stub, asyncio",
+            _native_goals(goals),
+            name=f"20-{server}{'-tls' if tls else ''}",
+        )
+        thread = Race(
+            "Both transports: the event loop's thread alone", "us of CPU per check"
+        )
+        thread.rounds = {name: who.thread[1:] for name, who in contestants.items()}
+        goals = _native_goals(NATIVE["thread"])
+        thread.show(
+            "bare stub, asyncio", [goal for goal in goals if goal.name in contestants]
+        )
+
+
+def _native_goals(goals):
+    return [
+        Goal(f"native, {backend}", ("bare stub, asyncio",), most)
+        for backend, most in goals.items()
+    ]
+
+
 def main(given):
     print(versions("grpcio", "anyio", "uvloop", "trio", "aserto"))
-    with authorizer() as options:
-        plain(options, given)
-    if "asyncio" in given.backend:
-        with authorizer(tls=True) as options:
-            encrypted(options, given)
+    if not given.server:
+        with authorizer() as options:
+            plain(options, given)
+        if "asyncio" in given.backend:
+            with authorizer(tls=True) as options:
+                encrypted(options, given)
+    for server in given.server or SERVERS:
+        variable = SERVERS[server]
+        if variable and variable not in os.environ:
+            print(f"left out: {server}: {variable} names no binary", file=sys.stderr)
+            continue
+        transports(given, server, tls=False)
+        if server != "topazd":
+            transports(given, server, tls=True)
 
 
 if __name__ == "__main__":
@@ -247,4 +348,5 @@ if __name__ == "__main__":
         "--concurrency", type=int, nargs="+", default=[1, 10, 20, 100]
     )
     arguments.add_argument("--backend", nargs="+", choices=backends, default=backends)
+    arguments.add_argument("--server", nargs="+", choices=SERVERS, default=[])
     main(parsed(arguments, rounds=1, calls=200, concurrency=[1, 20]))

@@ -327,8 +327,9 @@ async def test_calls_on_a_repeatedly_ended_connection_connect_rarely(
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
             verdict = connection.judge(caught.value)
             assert verdict in {Verdict.UNAVAILABLE, Verdict.BROKEN}
-    # A few calls reach gRPC before it notices that the socket is closed.
-    assert frame_server.accepted <= 1 + 3 * calls
+    # Some calls reach gRPC before it notices that the socket is closed, more of them on
+    # a busy machine. One such call makes up to dozens of connections.
+    assert frame_server.accepted <= 1 + 10 * calls
 
 
 async def test_a_call_that_cannot_reconnect_reports_why(frame_server):
