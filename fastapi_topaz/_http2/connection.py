@@ -45,6 +45,8 @@ grpc-go ends the connection with GOAWAY too_many_pings at the fourth one.
 """
 
 _PREFIX = struct.Struct(">BL")
+# The header of a DATA frame and the prefix of the message in it, in one step.
+_WHOLE_MESSAGE = struct.Struct(">HBBBLBL")
 _PING_PAYLOAD: Final = b"fa-topaz"
 
 
@@ -123,18 +125,16 @@ class ClientConnection(Receiver):
         block = stream.block if stream.id > 1 else NO_TABLE + stream.block
         message = stream.message
         size = len(message) + PREFIX_SIZE
-        prefix = _PREFIX.pack(0, len(message))
         most = self._peer.max_frame_size
         if len(block) <= most and size <= min(
             most, stream.send_window, self._send_window
         ):
             # The usual call. In one piece it takes 2 us less.
-            header = frames.FRAME_HEADER.pack
             length = len(block)
             self._queue(
                 b"".join(
                     (
-                        header(
+                        frames.FRAME_HEADER.pack(
                             length >> 8,
                             length & 0xFF,
                             frames.HEADERS,
@@ -142,14 +142,15 @@ class ClientConnection(Receiver):
                             stream.id,
                         ),
                         block,
-                        header(
+                        _WHOLE_MESSAGE.pack(
                             size >> 8,
                             size & 0xFF,
                             frames.DATA,
                             frames.END_STREAM,
                             stream.id,
+                            0,
+                            len(message),
                         ),
-                        prefix,
                         message,
                     )
                 )
@@ -157,7 +158,7 @@ class ClientConnection(Receiver):
             self._send_window -= size
         else:
             self._queue(frames.headers(stream.id, block, most))
-            stream.unsent = memoryview(prefix + message)
+            stream.unsent = memoryview(_PREFIX.pack(0, len(message)) + message)
             self._blocked[stream.id] = stream
             self._send_blocked()
 

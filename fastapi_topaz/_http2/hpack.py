@@ -115,12 +115,14 @@ class Block:
         known: The values of the fields that `_KNOWN` names, by name.
         pseudo: The values of the pseudo-header fields, by name.
         pseudo_first: Whether no pseudo-header field follows another field.
+        role: What `responses` makes of the block; None until it was asked.
     """
 
-    __slots__ = ("_fields", "known", "pseudo", "pseudo_first")
+    __slots__ = ("_fields", "known", "pseudo", "pseudo_first", "role")
 
     def __init__(self, fields: list[tuple[bytes, bytes, bool]]) -> None:
         self._fields = fields
+        self.role: object = None
         self.known: dict[bytes, list[bytes]] = {}
         self.pseudo: dict[bytes, list[bytes]] = {}
         self.pseudo_first = True
@@ -135,6 +137,16 @@ class Block:
                 self.pseudo_first &= not regular
                 continue
             regular = True
+
+    def with_last(self, field: tuple[bytes, bytes, bool]) -> Block:
+        """Return a block with *field* in place of the last one; both are not read."""
+        other = Block.__new__(Block)
+        other._fields = [*self._fields[:-1], field]
+        other.known = self.known
+        other.pseudo = self.pseudo
+        other.pseudo_first = self.pseudo_first
+        other.role = self.role
+        return other
 
     def fields(self) -> Iterator[Field]:
         """Yield all fields, in their order."""
@@ -175,9 +187,45 @@ _MOST_PER_BYTE: Final = 64
 """No byte of a block adds more to its header list: the fields of the table have 60."""
 
 
-# grpc-go and C-core send the same blocks with each response. A block that is found here
-# takes 0.1 us.
-@lru_cache(maxsize=64)
+class _Template:
+    """
+    A block that ends with a literal field whose value is not read here.
+
+    Topaz sends its `aserto-request-id` in this way. The next block differs only in that
+    value, so the rest need not be decoded again: 1 us and not 6 us.
+    """
+
+    __slots__ = ("block", "name", "start")
+
+    def __init__(self, start: bytes, name: bytes, block: Block) -> None:
+        # All bytes before the value of the last field.
+        self.start = start
+        self.name = name
+        self.block = block
+
+    def match(self, block: bytes) -> Block | None:
+        """Return the decoded *block* if it differs only in the last value."""
+        start = self.start
+        at = len(start)
+        if not block.startswith(start) or len(block) == at:
+            return None
+        size = block[at]
+        length = size & 0x7F
+        if (
+            length == 0x7F  # its length has more bytes (section 5.1)
+            or at + 1 + length != len(block)
+            or len(block) * _MOST_PER_BYTE > MAX_HEADER_LIST_SIZE
+        ):
+            return None
+        raw, is_huffman = block[at + 1 :], size & 0x80 != 0
+        if fault := _value_fault(self.name, raw, is_huffman):
+            raise StreamViolation(ErrorCode.PROTOCOL_ERROR, fault)
+        return self.block.with_last((self.name, raw, is_huffman))
+
+
+_template: _Template | None = None
+
+
 def decode_block(block: bytes) -> Block:
     """
     Decode *block*, a complete header block.
@@ -187,29 +235,51 @@ def decode_block(block: bytes) -> Block:
         StreamViolation: A field is malformed (RFC 9113, section 8.1.1), or the header
             list is too large.
     """
+    if _template is not None and (found := _template.match(block)) is not None:
+        return found
+    return _decode_block(block)
+
+
+# grpc-go and C-core send the same blocks with each response. A block that is found here
+# takes 0.1 us.
+@lru_cache(maxsize=64)
+def _decode_block(block: bytes) -> Block:
     # The error of a malformed field waits for the end of the block, because a block
     # that cannot be decoded ends the connection.
     try:
-        fields = _walk(block)
+        fields, start = _walk(block)
     except IndexError:
         raise _undecodable("it ends within a field") from None
     for name, raw, is_huffman in fields:
         if fault := _name_fault(name) or _value_fault(name, raw, is_huffman):
             raise StreamViolation(ErrorCode.PROTOCOL_ERROR, fault)
+    decoded = Block(fields)
     if len(block) * _MOST_PER_BYTE > MAX_HEADER_LIST_SIZE:
         _check_size(fields)
-    return Block(fields)
+    elif start and _is_unread(fields[-1][0]):
+        global _template  # noqa: PLW0603  (of the newest block, on any connection)
+        _template = _Template(block[:start], fields[-1][0], decoded)
+    return decoded
 
 
-def _walk(block: bytes) -> list[tuple[bytes, bytes, bool]]:
+def _is_unread(name: bytes) -> bool:
+    """Return whether the value of a field is metadata, which is not read here."""
+    return name not in _KNOWN and name[0] != _COLON
+
+
+def _walk(block: bytes) -> tuple[list[tuple[bytes, bytes, bool]], int]:
     """
     Return name, value and whether the value is Huffman-coded of each field.
+
+    The second result is the position of the last value, or 0 if the last field is from
+    the static table.
 
     It may raise IndexError where *block* ends too early. The integers that fit in
     their prefix, nearly all, are read here: a function for them takes 2 us a response.
     """
     fields: list[tuple[bytes, bytes, bool]] = []
     at, end = 0, len(block)
+    start = 0
     while at < end:
         first = block[at]
         at += 1
@@ -218,6 +288,7 @@ def _walk(block: bytes) -> list[tuple[bytes, bytes, bool]]:
             if index == 0x7F:
                 index, at = _integer(block, at, 0x7F)
             fields.append((*_entry(index), False))
+            start = 0
             continue
         if first & 0xE0 == 0x20:  # a change of the table's size (section 6.3)
             if first != 0x20 or fields:
@@ -235,10 +306,11 @@ def _walk(block: bytes) -> list[tuple[bytes, bytes, bool]]:
             size = block[at]
             raw, at = _string(block, at + 1, size)
             name = _decode_huffman(raw) if size & 0x80 else raw
+        start = at
         size = block[at]
         raw, at = _string(block, at + 1, size)
         fields.append((name, raw, size & 0x80 != 0))
-    return fields
+    return fields, start
 
 
 def _string(block: bytes, at: int, first: int) -> tuple[bytes, int]:

@@ -9,6 +9,7 @@ from hpack.table import HeaderTable
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastapi_topaz._http2 import hpack as hpack_of_ours
 from fastapi_topaz._http2.errors import ErrorCode, PeerViolation, StreamViolation
 from fastapi_topaz._http2.hpack import (
     decode_block,
@@ -255,3 +256,71 @@ def test_a_bomb_of_short_fields_is_refused():
     for index in range(1, 62):
         with pytest.raises(StreamViolation):
             decode_block(bytes([0x80 | index]) * 1000)
+
+
+# -- blocks that differ only in their last value ---------------------------------------
+
+
+def outcome_of(decode, block):
+    """Return the fields of *block*, or how it is refused."""
+    try:
+        decoded = decode(block)
+        return (
+            [(field.name, field.value) for field in decoded.fields()],
+            decoded.known,
+            decoded.pseudo,
+            decoded.pseudo_first,
+        )
+    except (PeerViolation, StreamViolation) as error:
+        return type(error), error.code
+
+
+ID = b"aserto-request-id"
+lasts = st.sampled_from([ID, b"grpc-message", b"content-length", b"x-bin"])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            lasts, st.binary(max_size=8) | st.binary(max_size=300), st.booleans()
+        ),
+        min_size=2,
+        max_size=5,
+    ),
+    st.binary(max_size=3),
+)
+def test_a_block_means_the_same_after_one_that_differs_only_in_its_last_value(
+    values, rest
+):
+    first = encode_indexed(b":status", b"200")
+    for name, value, is_huffman in values:
+        literal = encode_field(name, b"")[:-1]
+        coded = encode_integer(len(value), 7, 0x80 if is_huffman else 0) + value
+        for block in (
+            first + literal + coded,
+            first + literal + coded + rest,
+            first + literal + coded[:-1],
+            first + literal,
+        ):
+            undisturbed = outcome_of(hpack_of_ours._decode_block.__wrapped__, block)
+            assert outcome_of(decode_block, block) == undisturbed
+
+
+@pytest.mark.parametrize("forbidden", [b"\0", b"\r", b"\n"])
+def test_a_forbidden_byte_in_a_last_value_is_found_after_a_sound_block(forbidden):
+    first = encode_indexed(b":status", b"200")
+    assert decode_block(first + encode_field(ID, b"sound"))
+    with pytest.raises(StreamViolation) as caught:
+        decode_block(first + encode_field(ID, b"so" + forbidden + b"nd"))
+    assert caught.value.code is ErrorCode.PROTOCOL_ERROR
+
+
+def test_the_blocks_of_topaz_are_decoded_once():
+    first = encode_indexed(b":status", b"200")
+    decoded = [
+        decode_block(first + encode_field(ID, f"request {number}".encode()))
+        for number in range(3)
+    ]
+    assert decoded[0].known is decoded[1].known is decoded[2].known
+    values = [[field.value for field in block.fields()] for block in decoded]
+    assert values == [[b"200", b"request %d" % number] for number in range(3)]
