@@ -65,8 +65,16 @@ SERVERS = {"embedded": None, "gopeer": "GOPEER", "topazd": "TOPAZD"}
 
 
 @contextlib.contextmanager
-def serving(server, *, tls=False):
-    """Start one of `SERVERS`, and yield its options and a policy that allows."""
+def serving(server, *, tls=False, policies=None):
+    """
+    Start one of `SERVERS`, and yield its options and a policy that allows.
+
+    Args:
+        server: The name of the server.
+        tls: Whether it serves TLS. Default False.
+        policies: Maps names to the text of policies in Rego, for topazd. They include
+            `POLICY`. None, the default, means those of the tests.
+    """
     if server == "embedded":
         with authorizer(tls=tls) as options:
             yield options, POLICY
@@ -75,11 +83,20 @@ def serving(server, *, tls=False):
         if server == "gopeer":
             yield from _gopeer(Path(folder), tls=tls)
         else:
+            from kit.topaz.config import POLICIES  # noqa: PLC0415
             from kit.topaz.server import Topazd  # noqa: PLC0415
 
-            topazd = Topazd([os.environ["TOPAZD"]], Path(folder), tls=tls)
-            with topazd:
-                yield topazd.start().options, "conformance.allow"
+            if policies is None:
+                policy, bundle = "conformance.allow", POLICIES
+            else:
+                policy, bundle = POLICY, Path(folder) / "policies"
+                bundle.mkdir()
+                for name, text in policies.items():
+                    (bundle / f"{name}.rego").write_text(text)
+            with Topazd(
+                [os.environ["TOPAZD"]], Path(folder), tls=tls, policies=bundle
+            ) as topazd:
+                yield topazd.start().options, policy
 
 
 def _gopeer(folder, *, tls):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from _peers import BACKENDS, OURS
 from _rounds import drawing_options, loaded, race_of
+from _server import SERVERS
 from cancellation import WAITERS
 from imports import OURS as OURS_IMPORTED
 from metrics import FLOOR, LEASE, NO_SDK, above
@@ -19,11 +20,16 @@ from metrics import FLOOR, LEASE, NO_SDK, above
 START = "<!-- results: written by report.py -->"
 END = "<!-- end of results -->"
 CALLERS = (1, 10, 20, 100)
+TRANSPORTS = (
+    *(f"check-20-{server}{suffix}" for server in SERVERS for suffix in ("", "-tls")),
+    *(f"endpoint-{backend}" for backend in ("asyncio", "uvloop")),
+)
 FILES = (
     *(f"acquire-{backend}" for backend in BACKENDS),
     *(f"contended-{backend}" for backend in BACKENDS),
     *(f"check-{count}" for count in CALLERS),
     *(f"check-{count}-tls" for count in CALLERS),
+    *TRANSPORTS,
     "streams",
     "cancellation",
     "memory",
@@ -33,6 +39,7 @@ FILES = (
     "metrics-calls",
     "imports",
 )
+REFERENCES = ("bare stub, asyncio", "at 054dee3", "grpcio")
 HARDLY = 0.1
 """Leases per task. Below this, a contestant was hardly exercised."""
 
@@ -145,6 +152,17 @@ def checks(saved):
             )
             parts.append(table(heads, rows))
     return "\n\n".join(parts) + picture("check", "What one check costs")
+
+
+def transports(saved):
+    """Return the chapter on both transports: one check, and one endpoint."""
+    parts = []
+    for data in filter(None, map(saved.get, TRANSPORTS)):
+        race = race_of(data)
+        reference = next(each for each in REFERENCES if each in race.rounds)
+        heads = (data["title"], "us of CPU", f"times {reference}")
+        parts.append(table(heads, [row for _, row in rows_of(data, reference)]))
+    return "\n\n".join(["### Both transports", *parts]) if parts else ""
 
 
 def streams(saved):
@@ -336,7 +354,17 @@ def main(options):
     head = [measured(saved), goals(saved)]
     saved |= {name: loaded(options.results, name) for name in walls}
     chapters = (
-        *(leases, checks, streams, cancellation, memory, outages, ends, telemetry),
+        *(
+            leases,
+            checks,
+            transports,
+            streams,
+            cancellation,
+            memory,
+            outages,
+            ends,
+            telemetry,
+        ),
     )
     chapters += (imports,)
     parts = head + [chapter(saved) for chapter in chapters]
