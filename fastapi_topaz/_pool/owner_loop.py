@@ -60,6 +60,11 @@ class _TrioTime:
         return self._clock.current_time()
 
 
+def _asyncio_coroutine() -> object:
+    task = asyncio.current_task()
+    return None if task is None else task.get_coro()
+
+
 class OwnerLoop:
     """
     The process and the event loop in which a pool was opened.
@@ -69,6 +74,7 @@ class OwnerLoop:
     Attributes:
         clock: The clock of the loop. It is faster than `anyio.current_time()`, which
             looks up the backend in each call.
+        coroutine: Returns the coroutine of the running task.
         current: Returns the running event loop, as `native`; raises RuntimeError if
             there is none of this backend.
         native: The event loop of asyncio, or the token of trio's run.
@@ -78,7 +84,7 @@ class OwnerLoop:
 
     __slots__ = (
         *("_task", "_timer", "_where"),
-        *("clock", "current", "native", "pid", "thread"),
+        *("clock", "coroutine", "current", "native", "pid", "thread"),
     )
 
     def __init__(self) -> None:
@@ -88,14 +94,17 @@ class OwnerLoop:
         self._where = current_thread().name
         self._task: Any = None
         self._timer: weakref.ref[asyncio.TimerHandle] | None = None
+        self.coroutine: Callable[[], object]
         self.current: Callable[[], object]
         if isinstance(self.native, asyncio.AbstractEventLoop):
+            self.coroutine = _asyncio_coroutine
             self.current = asyncio.get_running_loop
             self.clock = Clock(self.native)
         else:
             # Imported here, because applications on asyncio do not need trio.
             import trio  # noqa: PLC0415
 
+            self.coroutine = lambda: trio.lowlevel.current_task().coro
             self.current = trio.lowlevel.current_trio_token
             self.clock = Clock(_TrioTime(trio.lowlevel.current_clock()))
 
@@ -131,15 +140,6 @@ class OwnerLoop:
             and isinstance(self.native, asyncio.AbstractEventLoop)
             and self.native.is_closed()
         )
-
-    def coroutine(self) -> object:
-        """Return the coroutine of the running task."""
-        if isinstance(self.native, asyncio.AbstractEventLoop):
-            task = asyncio.current_task()
-            return None if task is None else task.get_coro()
-        import trio  # noqa: PLC0415
-
-        return trio.lowlevel.current_task().coro
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """
