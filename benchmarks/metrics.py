@@ -40,6 +40,7 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 from fastapi_topaz import ConnectionPool
 from fastapi_topaz._authorizer.calls import AuthorizerCalls
+from fastapi_topaz._authorizer.messages import IS
 from fastapi_topaz._authorizer.pool import PooledConnection
 from fastapi_topaz._telemetry.tracing import Tracing, propagated
 from fastapi_topaz.testing import FakeConnector
@@ -208,11 +209,11 @@ def calls(count):
         "metrics of a lease, SDK": cost(both, open_pool=sdk),
         "metrics of a lease, SDK, semantic_conventions": cost(both, open_pool=semantic),
         "trace in the metadata, no SDK": cost("propagated(())", propagated=propagated),
-        "span of a check, no SDK": cost(span, tracing=Tracing(None)),
+        "span of a check, no SDK": cost(span, tracing=Tracing(None, IS)),
         "trace in the metadata, SDK": functools.partial(
             within, current, cost("propagated(())", propagated=propagated)
         ),
-        "span of a check, SDK": cost(span, tracing=Tracing(spans)),
+        "span of a check, SDK": cost(span, tracing=Tracing(spans, IS)),
         "__del__ of a lease": cost(
             "made(None, None, None)",
             "bare(None, None, None)",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import anyio
 from google.protobuf.wrappers_pb2 import Int64Value, StringValue
@@ -18,7 +19,16 @@ from google.protobuf.wrappers_pb2 import Int64Value, StringValue
 from fastapi_topaz import ConnectionPool, GrpcConnector, Target
 
 
-COUNT = "/stock.v1.Stock/Count"
+class StockStub:
+    """As protoc's gRPC plugin generates it. Import yours from `stock_pb2_grpc`."""
+
+    def __init__(self, channel: Any) -> None:
+        self.Count = channel.unary_unary(
+            "/stock.v1.Stock/Count",
+            request_serializer=StringValue.SerializeToString,
+            response_deserializer=Int64Value.FromString,
+            _registered_method=True,
+        )
 
 
 async def main(articles: list[str]) -> None:
@@ -27,8 +37,8 @@ async def main(articles: list[str]) -> None:
     async with ConnectionPool(connector=connector, max_connections=2) as pool:
         for article in articles:
             async with pool.acquire() as conn:
-                request = StringValue(value=article).SerializeToString()
-                answer = Int64Value.FromString(await conn.call(COUNT, request))
+                stock = conn.stub(StockStub)
+                answer = await stock.Count(StringValue(value=article), timeout=5)
             print(f"{article}: {answer.value}")
 
 

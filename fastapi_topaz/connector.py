@@ -70,8 +70,8 @@ class GrpcConnector:
     Makes gRPC connections for a pool, on the running backend: asyncio or trio.
 
     Each connection has a TCP connection of its own. A `ConnectionPool` with this
-    connector pools the connections of any gRPC service: `call()` of a lease makes a
-    call of it.
+    connector pools the connections of any gRPC service. `stub()` of a lease makes a
+    generated stub of that service, and `call()` makes one call by its name.
 
     Args:
         target: Where the server is, and how to talk to it.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi_topaz._app.asking import chain
 from fastapi_topaz._app.question import Ask, Budget, Decision, Question
-from fastapi_topaz._authorizer.messages import is_request
+from fastapi_topaz._authorizer.messages import IS, is_request
 from fastapi_topaz._authorizer.options import (
     AuthorizerOptions,
     AuthorizerOptionsLike,
@@ -139,7 +139,9 @@ class TopazConfig(NotCopied):
             "check_timeout", check_timeout, zero=False, infinite=False
         )
         self.path_parameters = path_parameters
-        self._ask: Ask = chain(lambda: self.connection_pool, Tracing(tracer_provider))
+        self._ask: Ask = chain(
+            lambda: self.connection_pool, Tracing(tracer_provider, IS)
+        )
         # The dependency for each policy path; None is the key of require_policy_auto.
         self._dependencies: dict[str | None, Any] = {}
         self._log_limit = LogLimit(logger, "checks")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi_topaz._authorizer.calls import AuthorizerCalls
 from fastapi_topaz._authorizer.options import AuthorizerOptions, AuthorizerOptionsLike
@@ -15,6 +15,7 @@ from fastapi_topaz._pool.state.options import PoolOptions, fit_minimum
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rpc.metadata import check_metadata
 from fastapi_topaz._rpc.statuses import is_reset
+from fastapi_topaz._rpc.stubs import make_stub
 from fastapi_topaz._slips import explain_absence
 from fastapi_topaz._telemetry.metrics import PoolMetrics, Source
 from fastapi_topaz._telemetry.tracing import propagated
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ConnectionPool", "PooledConnection"]
 
+
+T = TypeVar("T")
 
 EVER = 10.0 * 365 * 86400
 """Longest deadline in seconds. With a much longer one, gRPC overflows: it fails now."""
@@ -101,6 +104,27 @@ class PooledConnection(AuthorizerCalls, Handle):
             )
         response = await self._send(method, data, timeout, metadata)
         return response_deserializer(response) if response_deserializer else response
+
+    @boundary
+    def stub(self, cls: Callable[[Any], T]) -> T:
+        """
+        Return a generated stub whose calls use this connection.
+
+        Await its unary-unary methods, on asyncio or trio. They take *timeout* and
+        *metadata* as with grpc.aio, and raise the errors of `call()`. They also raise
+        `grpc.aio.AioRpcError` with INTERNAL if the response cannot be read. Methods
+        with streams raise `NotImplementedError` when they are called.
+
+        Args:
+            cls: The class that protoc's gRPC plugin generates for a service, such as
+                `GreeterStub`.
+
+        Raises:
+            PoolMisuse: The lease is already released.
+            TypeError: *cls* is not a class, or it cannot be made from a channel alone.
+        """
+        self._held()
+        return make_stub(cls, self.call)
 
     async def _send(
         self, method: str, request: bytes, timeout: float | None, metadata: Metadata

@@ -37,6 +37,7 @@ __all__ = [
     "is_unprocessed",
     "is_worth_a_retry",
     "lacks_status",
+    "status_number",
     "verdict",
 ]
 
@@ -154,6 +155,20 @@ def ending(error: grpc.aio.AioRpcError) -> Ending:
     # With other codes gRPC refuses the answer itself, as one that is too large.
     unknown = error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN}
     return Ending.CUT_OFF if wrapped and unknown else Ending.STATUS
+
+
+def status_number(error: BaseException) -> int | None:
+    """
+    Return the number of the gRPC status that *error* carries, such as 14.
+
+    None means that no status ended the call, or that there was no call.
+    """
+    code = getattr(error, "code", None)
+    try:
+        status = code() if callable(code) else None
+    except Exception:  # noqa: BLE001  (a foreign class, whose methods may raise)
+        return None
+    return int(status.value[0]) if isinstance(status, grpc.StatusCode) else None
 
 
 def is_unprocessed(error: BaseException) -> bool:

@@ -1,6 +1,9 @@
 """
 A span for each check, and the trace context in the metadata of the call.
 
+The attributes `rpc.*` and `error.type` have the names and values of OpenTelemetry's
+semantic conventions for gRPC clients.
+
 A span contains no identity, no resource context and no text of the authorizer, because
 these may name people. If the tracing library raises an error, the check must not fail.
 """
@@ -15,6 +18,7 @@ from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_
 
 from fastapi_topaz._error_text import error_kind, without_context
 from fastapi_topaz._rpc.metadata import is_metadata
+from fastapi_topaz._rpc.statuses import status_number
 from fastapi_topaz._version import VERSION
 
 
@@ -78,16 +82,29 @@ class Tracing:
     Starts the spans of checks.
 
     Strictly private.
+
+    Args:
+        provider: The provider of the tracer. None means the global one.
+        method: The full name of the RPC that each check makes, as
+            `/package.Service/Method`.
     """
 
-    def __init__(self, provider: TracerProvider | None) -> None:
+    def __init__(self, provider: TracerProvider | None, method: str) -> None:
         # None means the global provider. `trace` finds it even if it is set later.
         source: Any = trace if provider is None else provider
         self._tracer = source.get_tracer(SCOPE, VERSION)
+        _, self._service, self._method = method.split("/")
 
     def check(self, policy_path: str, decision: str, pool: str | None) -> CheckSpan:
         """Start the span of one check and return it. The caller must enter it."""
-        attributes = {"topaz.policy_path": policy_path, "topaz.decision": decision}
+        attributes = {
+            # Set from the start, so that a sampler sees them.
+            "rpc.system": "grpc",
+            "rpc.service": self._service,
+            "rpc.method": self._method,
+            "topaz.policy_path": policy_path,
+            "topaz.decision": decision,
+        }
         if pool is not None:
             attributes["topaz.pool"] = pool
         try:
@@ -114,6 +131,7 @@ class CheckSpan:
         self._span = span
         self._token: Any = None
         self._outcome = "error"
+        self._status: int | None = None
 
     def __enter__(self) -> Self:
         within = trace.set_span_in_context(self._span)
@@ -132,18 +150,22 @@ class CheckSpan:
             context.detach(self._token)
         try:
             if isinstance(exc, Exception):
+                self._status = status_number(exc)
                 self._span.set_attribute("error.type", error_kind(exc))
                 self._span.set_status(StatusCode.ERROR, error_kind(exc))
             elif exc is not None:
                 self._outcome = "cancelled"
+            if self._status is not None:
+                self._span.set_attribute("rpc.grpc.status_code", self._status)
             self._span.set_attribute("topaz.outcome", self._outcome)
             self._span.end()
         except Exception as error:  # noqa: BLE001  (code of the tracing library)
             _failed("ending a span", error)
 
     def decided(self, allowed: bool) -> None:
-        """Record the decision."""
+        """Record the decision, which is an answer with the status OK."""
         self._outcome = "allowed" if allowed else "denied"
+        self._status = 0
 
     def waited(self, seconds: float) -> None:
         """Record that the check waited *seconds* for its lease."""

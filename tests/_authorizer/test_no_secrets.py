@@ -15,6 +15,7 @@ import grpc.aio
 import pytest
 import trio
 from anyio.to_thread import run_sync
+from google.protobuf.wrappers_pb2 import StringValue
 
 from fastapi_topaz import (
     AuthorizerOptions,
@@ -30,6 +31,7 @@ from fastapi_topaz import (
 )
 from fastapi_topaz._authorizer import messages as _messages
 from fastapi_topaz.testing import EmbeddedAuthorizer, FakeConnector, fail
+from kit.greeter import GreeterStub
 from kit.pools import make_pool
 from kit.secrets import (
     ALICE,
@@ -132,6 +134,51 @@ async def test_an_invalid_call_leaves_no_secret(bad):
     good["metadata"] = [("authorization", f"basic {KEY}")]
     async with make_pool() as pool, pool.acquire() as conn:
         error = await error_of(conn.call(**{**good, **bad}), TypeError, ValueError)
+    assert_clean(error)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"request": RESOURCE},
+        {"request": {"card": RESOURCE}},
+        {"credentials": KEY},
+        {"compression": KEY},
+        {"metadata": [("authorization", f"basic {KEY}\n")]},
+        {"metadata": grpc.aio.Metadata(("authorization", f"basic {KEY}\n"))},
+        {"timeout": -1},
+        {"unknown": KEY},
+    ],
+    ids=str,
+)
+async def test_an_invalid_call_of_a_stub_leaves_no_secret(bad):
+    good = {"request": StringValue(value=RESOURCE)}
+    good["metadata"] = [("authorization", f"basic {KEY}")]
+    async with make_pool() as pool, pool.acquire() as conn:
+        stub = conn.stub(GreeterStub)
+
+        async def ask():
+            return await stub.SayHello(**{**good, **bad})
+
+        error = await error_of(ask(), TypeError, ValueError)
+    assert_clean(error)
+
+
+async def test_an_unreadable_response_to_a_stub_leaves_no_secret():
+    connector = FakeConnector(answer=lambda *_: b"\xff" + RESOURCE.encode())
+    async with make_pool(connector) as pool, pool.acquire() as conn:
+        call = conn.stub(GreeterStub).SayHello(StringValue(value=RESOURCE))
+        error = await error_of(call, grpc.aio.AioRpcError)
+    assert_clean(error)
+
+
+async def test_a_failed_call_of_a_stub_leaves_no_secret():
+    async with make_pool() as pool, pool.acquire() as conn:
+        conn.connection.alive = False
+        call = conn.stub(GreeterStub).SayHello(
+            StringValue(value=RESOURCE), metadata=[("authorization", KEY)]
+        )
+        error = await error_of(call, ConnectionLost)
     assert_clean(error)
 
 

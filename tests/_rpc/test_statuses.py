@@ -7,7 +7,7 @@ import grpc.aio
 import pytest
 
 from fastapi_topaz import ConnectionLost, Verdict
-from fastapi_topaz._rpc.statuses import is_worth_a_retry, verdict
+from fastapi_topaz._rpc.statuses import is_worth_a_retry, status_number, verdict
 
 
 OTHERS = sorted(
@@ -58,3 +58,42 @@ def test_a_lost_connection_is_broken_and_other_errors_say_nothing():
 @pytest.mark.parametrize("code", OTHERS)
 def test_a_check_with_another_status_is_not_repeated(code):
     assert not is_worth_a_retry(ended(code))
+
+
+@pytest.mark.parametrize("code", list(grpc.StatusCode))
+def test_the_number_of_a_status_is_that_of_grpc(code):
+    assert status_number(ended(code)) == code.value[0]
+
+
+class Foreign(Exception):  # noqa: N818
+    """An error with a `code` of any kind, as other libraries have."""
+
+    def __init__(self, code):
+        self.code = code
+
+
+def raising():
+    raise LookupError("no code")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x"),
+        ConnectionLost("x"),
+        grpc.RpcError(),
+        ended(None),
+        Foreign(3),
+        Foreign("E42"),
+        Foreign(grpc.StatusCode.INTERNAL),  # not callable, as gRPC's is
+        Foreign(lambda: 13),
+        Foreign(lambda: "INTERNAL"),
+        Foreign(raising),
+    ],
+)
+def test_an_error_without_a_status_has_no_number(error):
+    assert status_number(error) is None
+
+
+def test_any_error_with_a_status_of_grpc_has_its_number():
+    assert status_number(Foreign(lambda: grpc.StatusCode.ABORTED)) == 10

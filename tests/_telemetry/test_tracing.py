@@ -15,18 +15,20 @@ import pytest
 from fastapi import Depends, FastAPI, Request
 from opentelemetry import baggage, context, propagate, trace
 from opentelemetry.propagators.textmap import TextMapPropagator
-from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider, sampling
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, StaticSampler
 from opentelemetry.trace import SpanKind, StatusCode
 
 from fastapi_topaz import (
+    ConnectFailed,
     ConnectionPool,
     Identity,
     IdentityType,
     PoolTimeout,
     TopazConfig,
+    TopazError,
     require_policy_allowed,
 )
 from fastapi_topaz._cli.demo import serving
@@ -37,6 +39,13 @@ pytestmark = pytest.mark.real_clock
 
 PATH = "myapp.GET.documents"
 SECRET = "hunter2"
+RPC = {
+    "rpc.system": "grpc",
+    "rpc.service": "aserto.authorizer.v2.Authorizer",
+    "rpc.method": "Is",
+}
+STATUS = "rpc.grpc.status_code"
+FAILED = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
 
 
 class Traced:
@@ -106,6 +115,8 @@ async def test_a_check_is_one_span_with_its_outcome(authorizer):
         assert span.kind is SpanKind.CLIENT
         assert span.instrumentation_scope.name == "fastapi_topaz"
         assert dict(span.attributes) == {
+            **RPC,
+            STATUS: 0,
             "topaz.policy_path": PATH,
             "topaz.decision": "allowed",
             "topaz.pool": "main",
@@ -114,7 +125,9 @@ async def test_a_check_is_one_span_with_its_outcome(authorizer):
         assert span.status.status_code is StatusCode.UNSET
         assert not span.events, "the check did not wait"
         assert await traced.ask("myapp.GET.others") is False
-        assert traced.span.attributes["topaz.outcome"] == "denied"
+        denied = traced.span
+        assert denied.attributes["topaz.outcome"] == "denied"
+        assert denied.attributes[STATUS] == 0
 
 
 async def test_a_failed_check_records_only_its_error_type(authorizer):
@@ -132,12 +145,111 @@ async def test_a_failed_check_records_only_its_error_type(authorizer):
         assert SECRET not in span.to_json()
 
 
+# Each status of gRPC, from the server, on both transports.
+@pytest.mark.parametrize("transport", ["native", "grpcio"])
+@pytest.mark.parametrize("code", FAILED, ids=lambda code: code.name)
+async def test_the_status_of_a_failed_check_is_in_its_span(authorizer, code, transport):
+    traced = Traced(authorizer, pool={"transport": transport})
+    async with traced.pool:
+        authorizer.fail(code, SECRET, methods=["Is"])
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await traced.ask()
+    assert caught.value.code() is code
+    span = traced.span
+    number, _ = code.value
+    assert {key: span.attributes[key] for key in RPC} == RPC
+    assert span.attributes[STATUS] == number
+    assert type(span.attributes[STATUS]) is int
+    assert span.attributes["error.type"] == code.name
+    assert span.status.status_code is StatusCode.ERROR
+    assert SECRET not in span.to_json()
+
+
+@pytest.mark.parametrize("transport", ["native", "grpcio"])
+async def test_a_deadline_is_a_status_too(authorizer, transport):
+    traced = Traced(authorizer, pool={"transport": transport}, check_timeout=0.1)
+    async with traced.pool:
+        async with traced.pool.acquire():
+            pass
+        authorizer.delay = 30
+        with pytest.raises(grpc.aio.AioRpcError):
+            await traced.ask()
+    span = traced.span
+    assert span.attributes[STATUS] == 4
+    assert span.attributes["error.type"] == "DEADLINE_EXCEEDED"
+
+
+async def test_an_answer_without_a_decision_has_the_status_of_its_error(authorizer):
+    authorizer.policies = {PATH: {"other": True}}
+    traced = Traced(authorizer)
+    async with traced.pool:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await traced.ask()
+    span = traced.span
+    assert span.attributes[STATUS] == caught.value.code().value[0] != 0
+    assert span.attributes["topaz.outcome"] == "error"
+
+
 async def test_a_check_without_a_lease_records_that(authorizer):
     traced = Traced(authorizer, pool={"max_connections": 1, "acquire_timeout": 0.01})
     async with traced.pool, traced.pool.acquire(timeout=10):
         with pytest.raises(PoolTimeout):
             await traced.ask()
-    assert traced.span.attributes["error.type"] == "PoolTimeout"
+    span = traced.span
+    assert span.attributes["error.type"] == "PoolTimeout"
+    assert STATUS not in span.attributes, "there was no call"
+    assert {key: span.attributes[key] for key in RPC} == RPC
+
+
+async def test_a_check_without_a_server_has_no_status(authorizer):
+    authorizer.stop()
+    traced = Traced(authorizer, pool={"retry_on_failure": False})
+    async with traced.pool:
+        with pytest.raises(ConnectFailed):
+            await traced.ask()
+    span = traced.span
+    assert span.attributes["error.type"] == "ConnectFailed"
+    assert STATUS not in span.attributes
+    assert span.status.status_code is StatusCode.ERROR
+
+
+async def test_a_check_whose_connection_is_lost_has_no_status(authorizer):
+    traced = Traced(authorizer)
+    await traced.pool.initialize()
+    authorizer.delay = 30
+    lost = []
+
+    async def ask():
+        with pytest.raises(TopazError) as caught:
+            await traced.ask()
+        lost.append(caught.value)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask)
+        await eventually(lambda: authorizer.streams)
+        await traced.pool.close(grace=0)
+    span = traced.span
+    assert span.attributes["error.type"] == type(lost[0]).__name__
+    assert STATUS not in span.attributes
+    assert span.attributes["topaz.outcome"] == "error"
+
+
+async def test_a_sampler_sees_the_method_of_a_check(authorizer):
+    seen = []
+
+    class Watching(StaticSampler):
+        def should_sample(self, *arguments, **options):
+            # It passes on the attributes that it got.
+            result = super().should_sample(*arguments, **options)
+            seen.append(dict(result.attributes))
+            return result
+
+    traced = Traced(authorizer, sampler=Watching(sampling.Decision.RECORD_AND_SAMPLE))
+    async with traced.pool:
+        await traced.ask()
+    (attributes,) = seen
+    assert attributes.items() >= RPC.items()
+    assert STATUS not in attributes
 
 
 async def test_a_wait_for_a_lease_is_a_span_event(authorizer):
@@ -163,6 +275,8 @@ async def test_a_retried_check_is_one_span_with_a_retry_mark(authorizer):
         retry = next(event for event in span.events if event.name == "topaz.retry")
         assert dict(retry.attributes) == {"error.type": "UNAVAILABLE"}
         assert span.attributes["topaz.outcome"] == "allowed"
+        assert span.attributes[STATUS] == 0, "the status of the last call"
+        assert "error.type" not in span.attributes
         assert traced.pool._counters.retries == 1
 
 
@@ -176,7 +290,10 @@ async def test_a_cancelled_check_ends_its_span(authorizer):
             tasks.start_soon(traced.ask)
             await eventually(lambda: traced.pool.status().streams_in_use)
             tasks.cancel_scope.cancel()
-        assert traced.span.attributes["topaz.outcome"] == "cancelled"
+        span = traced.span
+        assert span.attributes["topaz.outcome"] == "cancelled"
+        assert STATUS not in span.attributes
+        assert span.status.status_code is StatusCode.UNSET
 
 
 async def test_the_span_is_current_only_during_the_check(authorizer):

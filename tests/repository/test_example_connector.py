@@ -66,10 +66,15 @@ def example():
     return load("own_connector")
 
 
+@pytest.mark.parametrize("transport", ["native", "grpcio"])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_the_command_for_another_service_works(stock, tmp_path, warnings_are, backend):
+def test_the_command_for_another_service_works(
+    stock, tmp_path, warnings_are, backend, transport
+):
     line = command(EXAMPLES / "another_service.py").replace("trio", backend)
-    env = environment(tmp_path, STOCK_URL=stock.target)
+    env = environment(
+        tmp_path, STOCK_URL=stock.target, FASTAPI_TOPAZ_TRANSPORT=transport
+    )
     ended = run(program(line, options=warnings_are), env=env)
 
     assert (ended.returncode, ended.stderr) == (0, "")

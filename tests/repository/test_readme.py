@@ -200,6 +200,16 @@ def test_every_opentelemetry_name_is_documented():
         assert f"`{short}`" in OBSERVABILITY or f"`{instrument.name}`" in OBSERVABILITY
 
 
+def test_every_attribute_of_a_span_is_in_the_table():
+    surface = (ROOT / "tests" / "repository" / "surface.txt").read_text()
+    sets = re.findall(r"^topaz\.check: (.+)$", surface, re.MULTILINE)
+    found = {name for names in sets for name in names.split(", ")}
+    # The span of surface.txt is of a pool without a name.
+    traces = OBSERVABILITY.partition("## Traces")[2].partition("| Event |")[0]
+    table = re.findall(r"^\| `([\w.]+)` \|", traces, re.MULTILINE)
+    assert sorted(table) == sorted({*found, "topaz.pool"})
+
+
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_the_application_with_metrics_runs(backend, embedded_authorizer):
     """Run in a separate process, because the test sets the global provider."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import assert_type
+from typing import TYPE_CHECKING, assert_type
 
 from fastapi import Depends, FastAPI, Request
 
@@ -21,6 +21,10 @@ from fastapi_topaz import (
     require_policy_auto,
 )
 from fastapi_topaz.testing import Check, EmbeddedAuthorizer, FakeConnector, fail, slow
+
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 
 def get_identity(request: Request) -> Identity:
@@ -54,6 +58,14 @@ async def route(request: Request) -> bool:
     return await config.is_allowed(request, "myapp.c", resource_context={"n": 1})
 
 
+class GreeterStub:
+    """A generated stub, as its type stubs for grpc.aio describe it."""
+
+    SayHello: Callable[[str], Awaitable[str]]
+
+    def __init__(self, channel: object) -> None: ...
+
+
 async def use(pool: ConnectionPool) -> None:
     async with pool.acquire(timeout=1) as conn:
         assert_type(conn, PooledConnection)
@@ -62,6 +74,8 @@ async def use(pool: ConnectionPool) -> None:
             await conn.decision_tree(policy_path="myapp"), dict[str, dict[str, bool]]
         )
         assert_type((await conn.info()).version, str)
+        assert_type(conn.stub(GreeterStub), GreeterStub)
+        assert_type(await conn.stub(GreeterStub).SayHello("Ann"), str)
     conn = await pool.acquire()
     assert_type(conn, PooledConnection)
     await pool.release(conn)
