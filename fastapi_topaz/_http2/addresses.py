@@ -1,8 +1,8 @@
 """
-The addresses of a target: which a url names, and which its name resolves to.
+The addresses of a target: those in its url, or those that its name resolves to.
 
-The forms are those of gRPC: https://grpc.github.io/grpc/core/md_doc_naming.html. A name
-is resolved in a thread, because the system has no other way; addresses are not.
+Urls have the forms of gRPC: https://grpc.github.io/grpc/core/md_doc_naming.html. A name
+is resolved in a thread, because `getaddrinfo` blocks. Addresses need no thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DEFAULT_PORT: Final = "443"
 
 @attrs.frozen
 class Address:
-    """One address to connect to; *text* is what gRPC calls it."""
+    """One address to connect to. *text* is its form in gRPC, for messages."""
 
     family: int
     sockaddr: tuple[Any, ...] | str
@@ -36,13 +36,13 @@ class Address:
 @attrs.frozen
 class Endpoint:
     """
-    Where a target leads.
+    The parsed url of a target.
 
     Attributes:
         authority: The `:authority` of requests.
-        host: The name that a certificate has to be for: a DNS name or an IP address.
-        port: The port of *host*, if it has to be resolved.
-        addresses: The addresses, if the url names them.
+        host: The DNS name or IP address for which the certificate must be valid.
+        port: The port of *host*, if *host* must be resolved.
+        addresses: The addresses, if the url contains them.
     """
 
     authority: str
@@ -52,7 +52,7 @@ class Endpoint:
 
     async def resolve(self) -> tuple[Address, ...]:
         """
-        Return all addresses, in the order of the system.
+        Return all addresses, in the order of `getaddrinfo`.
 
         Raises:
             OSError: The name cannot be resolved. Most errors are a `socket.gaierror`.
@@ -64,16 +64,16 @@ class Endpoint:
             self.host,
             self.port,
             abandon_on_cancel=True,
-            # A limiter of its own: the threads of the application may all be taken.
+            # Its own limiter: the application may use all threads of the default one.
             limiter=anyio.CapacityLimiter(1),
         )
-        # One name may have the same address in several lines of a hosts file.
+        # A hosts file may have the same address in several lines for one name.
         return tuple(dict.fromkeys(found))
 
 
 def _getaddrinfo(host: str, port: str) -> list[Address]:
     return [
-        # An IPv6 address has a scope: it may be local to a link.
+        # An IPv6 `sockaddr` has a scope, which link-local addresses need.
         _address(family, sockaddr)
         for family, _, _, _, sockaddr in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM
@@ -91,10 +91,10 @@ def _address(family: int, sockaddr: tuple[Any, ...]) -> Address:
 
 def parse(url: str) -> Endpoint:
     """
-    Return where *url* leads.
+    Parse *url*.
 
     Raises:
-        ValueError: It cannot be read, or only gRPC's core can resolve it.
+        ValueError: *url* is malformed, or only gRPC's core can resolve it.
     """
     scheme, colon, rest = url.partition(":")
     match scheme.lower() if colon else "":
@@ -127,7 +127,7 @@ def _static(texts: list[str]) -> Endpoint:
     endpoints = [_named(text) for text in texts]
     addresses = [address for each in endpoints for address in each.addresses]
     if len(addresses) < len(texts):
-        raise ValueError("it has a name, and this scheme takes addresses only")
+        raise ValueError("it has a name, but this scheme only allows addresses")
     return Endpoint(
         endpoints[0].authority, endpoints[0].host, addresses=tuple(addresses)
     )
@@ -144,7 +144,7 @@ def _named(text: str) -> Endpoint:
         host, _, port = text.partition(":")
     port = port or _DEFAULT_PORT
     try:
-        # getaddrinfo resolves neither of them in the network; it knows scopes.
+        # For an address, the `getaddrinfo` below needs no network. It parses scopes.
         ip = ipaddress.ip_address(host)
     except ValueError:
         if not host:

@@ -1,9 +1,9 @@
 """
 The I/O layer for asyncio, also on uvloop.
 
-It uses `add_reader` and not a transport: the socket is read and written in the same way
-as on trio, it can be closed in one step, and a loop that was closed leaves no transport
-behind that warns.
+It uses `add_reader` and not an asyncio transport. So reads and writes are the same as
+on trio, and the socket is closed in one step. A transport that outlives its event loop
+would emit a warning.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class AsyncioConnection(NativeConnection):
         stream = self._begin(method, request, timeout, metadata, partial(_wake, ended))
         if self._core.next_deadline < self._armed:
             self._arm()
-        # Alone, a call is written at once. Beside others, all that begin in one turn
-        # of the loop are written together: a send takes 5 us.
+        # A single call is written at once. Concurrent calls that begin in the same
+        # iteration of the loop are written together, because a send takes 5 us.
         if not self._flush_due:
             is_alone = len(self._core.streams) == 1
             (self._flush if is_alone else self._flush_later)()
@@ -76,7 +76,7 @@ class AsyncioConnection(NativeConnection):
             if not self._flush_due:
                 self._flush_later()
             raise
-        except GeneratorExit:  # its loop was closed
+        except GeneratorExit:  # the event loop was closed
             self._core.cancel(stream)
             raise
         except EndedCall as error:
@@ -98,8 +98,8 @@ class AsyncioConnection(NativeConnection):
         core = self._core
         before = len(core.streams)
         self._wire.read()
-        # If several calls ended, their callers may begin others in this turn of the
-        # loop. These are written together, and with answers to frames.
+        # If several calls ended, their callers may begin new calls in this iteration of
+        # the loop. These calls and replies to frames are written together.
         if not self._flush_due and (
             len(core.streams) < before - 1
             or core.has_output
@@ -115,7 +115,7 @@ class AsyncioConnection(NativeConnection):
         self._flush_due = False
         if not self._is_attached:
             return
-        # A socket that was full says when it is not.
+        # If the socket is full, `_on_writable` continues.
         if not self._has_writer and self._wire.write():
             self._has_writer = True
             self._loop.add_writer(self._fileno, self._on_writable)
@@ -159,5 +159,5 @@ class AsyncioConnection(NativeConnection):
 
 
 def _wake(ended: asyncio.Future[None]) -> None:
-    if not ended.done():  # else its caller was cancelled in this turn of the loop
+    if not ended.done():  # its caller may have been cancelled in this iteration
         ended.set_result(None)

@@ -1,7 +1,7 @@
 """
-Making the TCP connection: all addresses, in a race (RFC 8305, "Happy Eyeballs").
+Connects to the first of several addresses that answers (RFC 8305, "Happy Eyeballs").
 
-It runs on asyncio and trio alike: a socket waits by `anyio.wait_writable`.
+It runs on asyncio and trio, because it waits with `anyio.wait_writable`.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ __all__ = ["ATTEMPT_DELAY", "FailedAddresses", "Race"]
 
 
 ATTEMPT_DELAY: Final = 0.25
-"""Seconds until the next address is tried as well (RFC 8305, section 5)."""
+"""Seconds until the next address is tried in parallel (RFC 8305, section 5)."""
 
 FAILED_FOR: Final = 10.0
-"""Seconds for which an address that failed comes last."""
+"""Seconds for which a failed address is tried last."""
 
 
 class FailedAddresses:
-    """Remembers, for one connector, which addresses failed lately."""
+    """Remembers which addresses of one connector failed recently."""
 
     def __init__(self) -> None:
         self._failed: dict[Address, float] = {}
 
     def add(self, address: Address) -> None:
-        """Let *address* come last for a while."""
+        """Record that *address* failed just now."""
         self._failed[address] = monotonic()
 
     def remove(self, address: Address) -> None:
-        """Forget that *address* failed, because it has connected."""
+        """Forget a failure of *address*, because a connection to it is ready."""
         self._failed.pop(address, None)
 
     def order(self, addresses: Iterable[Address]) -> list[Address]:
         """
-        Return *addresses* in random order, those that failed lately at the end.
+        Return *addresses* in random order. Addresses that failed recently come last.
 
-        Random, so that the connections of all workers spread over the servers. The
-        families take turns (RFC 8305, section 4), beginning with one at random too.
+        The random order spreads the connections of all workers over the servers. IPv4
+        and IPv6 alternate (RFC 8305, section 4). The first family is also random.
         """
         now = monotonic()
         self._failed = {
@@ -80,7 +80,7 @@ class Race:
 
     Attributes:
         failures: The addresses that failed, and why.
-        pending: The addresses that were tried and have neither failed nor connected.
+        pending: The addresses whose attempts have neither failed nor connected.
     """
 
     def __init__(self, addresses: Iterable[Address]) -> None:
@@ -94,11 +94,11 @@ class Race:
         """
         Return the first socket that connects, with its address.
 
-        The next address is tried when one fails, and after `ATTEMPT_DELAY`. Call it
-        again for the addresses that are left. None is returned if none is left.
+        The next attempt starts when one fails, or after `ATTEMPT_DELAY`. Call `run`
+        again for the next socket. It returns None if all addresses have failed.
         """
         self._winner = None
-        # Those that lost the last race are tried again, after all others.
+        # Addresses that were slower than the last winner are tried again, at the end.
         self._untried += self.pending
         self.pending = []
         try:
@@ -114,7 +114,7 @@ class Race:
                         with anyio.move_on_after(ATTEMPT_DELAY):
                             await failed.wait()
         except BaseException:
-            # Also those of attempts that never go on, because the loop was closed.
+            # Also the sockets of attempts that cannot continue: their loop was closed.
             for sock in self._sockets:
                 sock.close()
             raise
@@ -134,7 +134,7 @@ class Race:
             self.failures.append((address, error))
             failed.set()
             return
-        if self._winner is not None:  # two in the same turn of the loop
+        if self._winner is not None:  # two sockets connected in the same iteration
             sock.close()
             return
         self._winner = sock, address
@@ -144,21 +144,21 @@ class Race:
 
 async def connect(sock: socket.socket, address: Address) -> None:
     """
-    Connect *sock* to *address*, and let it not block; it is closed if that fails.
+    Make *sock* non-blocking and connect it to *address*. Close it if that fails.
 
     Raises:
-        OSError: It cannot be connected.
+        OSError: The connect failed.
     """
     try:
         sock.setblocking(False)
         if address.family != socket.AF_UNIX:
-            # A request is one segment, and is not to wait for another one.
+            # A request is one segment, and must not wait for the next one (Nagle).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             sock.connect(address.sockaddr)
         except BlockingIOError as error:
             if error.errno == errno.EAGAIN:
-                raise  # a Unix socket whose server has no room for more
+                raise  # a Unix socket whose backlog is full
             await anyio.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:

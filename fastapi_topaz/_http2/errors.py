@@ -1,4 +1,4 @@
-"""The error codes of HTTP/2 (RFC 9113, section 7), and violations by the peer."""
+"""The error codes of HTTP/2 (RFC 9113, section 7), and protocol violations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ErrorCode(enum.IntEnum):
 
 
 def code_name(code: int) -> str:
-    """Return the name of *code*, or its number: a peer may send an unknown code."""
+    """Return the name of *code*, or its number if the code is unknown."""
     try:
         return ErrorCode(code).name
     except ValueError:
@@ -37,7 +37,7 @@ def code_name(code: int) -> str:
 
 class PeerViolation(Exception):  # noqa: N818  (not an error of this package)
     """
-    The peer broke the protocol: a connection error (RFC 9113, section 5.4.1).
+    A connection error: the peer violated the protocol (RFC 9113, section 5.4.1).
 
     The connection ends with a GOAWAY frame that carries *code*.
     """
@@ -50,7 +50,7 @@ class PeerViolation(Exception):  # noqa: N818  (not an error of this package)
 
 class StreamViolation(PeerViolation):
     """
-    The peer broke the protocol on one stream: a stream error (section 5.4.2).
+    A stream error: the peer violated the protocol on one stream (section 5.4.2).
 
     The stream ends with an RST_STREAM frame that carries *code*.
     """

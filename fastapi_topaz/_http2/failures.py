@@ -1,4 +1,4 @@
-"""Why a connection could not be made: the exceptions of sockets and TLS, explained."""
+"""Explanations of failed connects: from exceptions of sockets and TLS to messages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Cause:
 
 
 class HandshakeFailed(Exception):  # noqa: N818  (never leaves this folder)
-    """The server was reached, and does not speak HTTP/2 as it has to."""
+    """The server was reached, but does not speak HTTP/2 as required."""
 
     def __init__(self, cause: Cause) -> None:
         super().__init__(cause.text)
@@ -64,7 +64,7 @@ NO_HTTP2_IN_TLS: Final = (
     "needs; it may be a proxy that is set up for HTTP/1.1 only"
 )
 
-# Parts of `ssl.SSLError.reason`, and what they mean. The first that matches wins.
+# Parts of `ssl.SSLError.reason`, with their explanations. The first match wins.
 _TLS: Final = {
     "CERTIFICATE_REQUIRED": _NO_CLIENT_CERTIFICATE,
     "ALERT_BAD_CERTIFICATE": _NO_CLIENT_CERTIFICATE,
@@ -93,7 +93,7 @@ _TLS: Final = {
 _NO_DESCRIPTORS: Final = {errno.EMFILE, errno.ENFILE}
 
 _MOST: Final = 16
-"""Addresses that a message lists."""
+"""The most addresses that a message lists."""
 
 
 def cause_of(error: Exception, target: Target) -> Cause:
@@ -125,13 +125,13 @@ def _socket_fault(error: OSError, target: Target) -> Cause:
             "other",
             False,
             "this process has no file descriptor left; raise its limit (ulimit -n), "
-            "or look for what leaks them",
+            "or find the code that leaks them",
         )
     return Cause("other", False, error.strerror or str(error))
 
 
 def ended_early(target: Target) -> str:
-    """Return what it may mean that the server closed a new connection."""
+    """Return the message for a server that closed a new connection."""
     hint = (
         "is it using TLS? insecure=True was given"
         if target.insecure
@@ -189,9 +189,10 @@ def each_failed(
     target: Target, failures: Sequence[tuple[Address | None, Exception]]
 ) -> ConnectFailed:
     """
-    Return the error for *failures*: of each address, or of resolving (None).
+    Return the error for *failures*: pairs of an address and its exception.
 
-    An address whose fault is not permanent may come back.
+    The address is None if the name was not resolved. The error is permanent only if all
+    failures are.
     """
     causes = [(address, cause_of(error, target)) for address, error in failures]
     by_text: dict[str, list[str]] = {}
@@ -201,7 +202,7 @@ def each_failed(
         text if len(causes) == 1 else f"{_listed(addresses)}: {text}"
         for text, addresses in by_text.items()
     )
-    # What is to be mended comes first.
+    # The reason is that of a permanent failure, if there is one.
     first = min(causes, key=lambda each: not each[1].permanent)[1]
     failed = ConnectFailed(
         f"cannot connect to {target.url}: {said}",
@@ -218,15 +219,15 @@ def _listed(addresses: Sequence[str]) -> str:
 
 
 def closed_under(method: str, url: str) -> ConnectionLost:
-    """Return the error of a call whose connection was closed here."""
+    """Return the error of a call whose connection was closed on this side."""
     return ConnectionLost(
-        f"the call {method} to {url} ended without an answer: the connection was "
-        "closed under it"
+        f"the call {method} to {url} ended without a response: the connection was "
+        "closed during the call"
     )
 
 
 def not_sent(method: str, url: str, why: str) -> EndedCall:
-    """Return the error of a call for a connection that had ended before."""
+    """Return the error of a call that began after its connection had ended."""
     return EndedCall(
         Ending.NOT_SENT,
         grpc.StatusCode.UNAVAILABLE,
@@ -240,7 +241,7 @@ def timed_out(
     failures: Sequence[tuple[Address | None, Exception]],
     pending: Sequence[Address],
 ) -> ConnectFailed:
-    """Return the error for an attempt that was not ready within *timeout* seconds."""
+    """Return the error of a connect that took longer than *timeout* seconds."""
     each = [f"{address.text}: no answer" for address in pending]
     each += [
         f"{address.text if address else 'resolving'}: {cause_of(error, target).text}"

@@ -1,8 +1,8 @@
 """
 The frames of HTTP/2: RFC 9113, sections 4 and 6.
 
-The functions here know the layout of frames and nothing about streams: which frame is
-allowed where is the business of `connection`.
+This module only knows the layout of frames. `receiver` decides which frame is allowed
+in which state.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = [
 
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-"""What a client sends first (section 3.4). A SETTINGS frame follows."""
+"""The first bytes that a client sends (section 3.4). A SETTINGS frame follows."""
 
 # Frame types (section 6).
 DATA: Final = 0x0
@@ -94,7 +94,7 @@ FRAME_HEADER: Final = struct.Struct(">HBBBL")
 """
 The frame header (section 4.1): length, type, flags, stream id.
 
-The length has 24 bits: unpacked it is the upper 16, then the lower 8.
+The length has 24 bits. It is unpacked as the upper 16 bits and the lower 8 bits.
 """
 
 _SETTING = struct.Struct(">HL")
@@ -122,12 +122,16 @@ def settings(pairs: Iterable[tuple[int, int]]) -> bytes:
 
 
 def ping(payload: bytes, *, ack: bool = False) -> bytes:
-    """Return a PING frame (section 6.7); *payload* has eight bytes."""
+    """Return a PING frame with *payload*, which has eight bytes (section 6.7)."""
     return frame(PING, ACK if ack else 0, 0, payload)
 
 
 def goaway(code: int, debug: bytes = b"") -> bytes:
-    """Return a GOAWAY frame (section 6.8) of a client: servers begin no streams."""
+    """
+    Return a GOAWAY frame (section 6.8).
+
+    Its last stream id is 0, because the server cannot open streams.
+    """
     return frame(GOAWAY, 0, 0, _TWO_WORDS.pack(0, code) + debug)
 
 
@@ -172,7 +176,7 @@ def headers(stream_id: int, block: bytes, frame_size: int) -> bytes:
 
 def unpadded(payload: bytes, flags: int) -> bytes:
     """
-    Return *payload* without the padding (section 6.1).
+    Return *payload* without its padding (section 6.1).
 
     Raises:
         PeerViolation: The padding is as long as the payload, or longer.
@@ -188,30 +192,37 @@ def unpadded(payload: bytes, flags: int) -> bytes:
 
 
 def without_priority(payload: bytes, flags: int) -> bytes:
-    """Return the *payload* of HEADERS without the deprecated priority (section 6.2)."""
+    """
+    Return the *payload* of HEADERS without the deprecated priority (section 6.2).
+
+    Raises:
+        PeerViolation: The payload is too short for a priority.
+    """
     if not flags & _PRIORITY:
         return payload
     if len(payload) < 5:
-        raise PeerViolation(ErrorCode.FRAME_SIZE_ERROR, "HEADERS are too short")
+        raise PeerViolation(
+            ErrorCode.FRAME_SIZE_ERROR, "a HEADERS frame is too short for its priority"
+        )
     return payload[5:]
 
 
 def parse_settings(payload: bytes) -> list[tuple[int, int]]:
     """
-    Return the settings of a SETTINGS frame (section 6.5), each checked.
+    Return the settings of a SETTINGS frame, after all of them were checked.
 
     Raises:
-        PeerViolation: The size or a value is not allowed.
+        PeerViolation: The size or a value is not allowed (sections 6.5 and 6.5.2).
     """
     if len(payload) % 6:
         raise PeerViolation(
-            ErrorCode.FRAME_SIZE_ERROR, f"SETTINGS have {len(payload)} bytes"
+            ErrorCode.FRAME_SIZE_ERROR, f"a SETTINGS frame has {len(payload)} bytes"
         )
     pairs = list(_SETTING.iter_unpack(payload))
     for key, value in pairs:
         if key == ENABLE_PUSH and value != 0:
-            # Section 6.5.2: a server must not set it to anything but 0.
-            raise PeerViolation(ErrorCode.PROTOCOL_ERROR, "a server enables push")
+            # Section 6.5.2: a server may only set it to 0.
+            raise PeerViolation(ErrorCode.PROTOCOL_ERROR, "the server enables push")
         if key == INITIAL_WINDOW_SIZE and value > MAX_WINDOW:
             raise PeerViolation(
                 ErrorCode.FLOW_CONTROL_ERROR, f"the initial window is {value}"
@@ -224,10 +235,15 @@ def parse_settings(payload: bytes) -> list[tuple[int, int]]:
 
 
 def parse_ping(payload: bytes) -> bytes:
-    """Return the *payload* of a PING frame if it has eight bytes (section 6.7)."""
+    """
+    Return the *payload* of a PING frame (section 6.7).
+
+    Raises:
+        PeerViolation: It does not have eight bytes.
+    """
     if len(payload) != 8:
         raise PeerViolation(
-            ErrorCode.FRAME_SIZE_ERROR, f"a PING has {len(payload)} bytes"
+            ErrorCode.FRAME_SIZE_ERROR, f"a PING frame has {len(payload)} bytes"
         )
     return payload
 
@@ -236,25 +252,26 @@ def parse_rst_stream(payload: bytes) -> int:
     """Return the error code of an RST_STREAM frame (section 6.4)."""
     if len(payload) != 4:
         raise PeerViolation(
-            ErrorCode.FRAME_SIZE_ERROR, f"an RST_STREAM has {len(payload)} bytes"
+            ErrorCode.FRAME_SIZE_ERROR, f"an RST_STREAM frame has {len(payload)} bytes"
         )
     return int.from_bytes(payload)
 
 
 def parse_goaway(payload: bytes) -> tuple[int, int, bytes]:
-    """Return last stream id, error code and debug data of a GOAWAY (section 6.8)."""
+    """Return the last stream id, error code and debug data of GOAWAY (section 6.8)."""
     if len(payload) < 8:
         raise PeerViolation(
-            ErrorCode.FRAME_SIZE_ERROR, f"a GOAWAY has {len(payload)} bytes"
+            ErrorCode.FRAME_SIZE_ERROR, f"a GOAWAY frame has {len(payload)} bytes"
         )
     last, code = _TWO_WORDS.unpack_from(payload)
     return last & MAX_WINDOW, code, payload[8:]
 
 
 def parse_window_update(payload: bytes) -> int:
-    """Return the increment of a WINDOW_UPDATE frame (section 6.9), perhaps 0."""
+    """Return the increment of a WINDOW_UPDATE frame (section 6.9). It may be 0."""
     if len(payload) != 4:
         raise PeerViolation(
-            ErrorCode.FRAME_SIZE_ERROR, f"a WINDOW_UPDATE has {len(payload)} bytes"
+            ErrorCode.FRAME_SIZE_ERROR,
+            f"a WINDOW_UPDATE frame has {len(payload)} bytes",
         )
     return int.from_bytes(payload) & MAX_WINDOW

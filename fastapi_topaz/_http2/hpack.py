@@ -1,13 +1,16 @@
 """
-Header blocks: RFC 7541, for one client with SETTINGS_HEADER_TABLE_SIZE = 0.
+Header blocks (RFC 7541) without a dynamic table: SETTINGS_HEADER_TABLE_SIZE is 0.
 
-Without a dynamic table a block means the same wherever it stands, and encoder and
-decoder have no state. So a block, a name or a value that came before need not be
-decoded again. Our blocks use the static table and literals, without Huffman coding.
+Without a dynamic table, the encoder and the decoder have no state. Equal bytes always
+have the same meaning, so decoded blocks, names and values are cached. The encoder uses
+the static table and literals, without Huffman coding.
 
-The decoder reads the names of all fields, but not their values: topazd sends a new
-`aserto-request-id` with each response, and the Huffman decoder of the library `hpack`
-takes 51 us for that response. This one takes 2 us. The tables are those of the library.
+The decoder decodes all names, but only the values that are read. topazd sends a new
+`aserto-request-id` with each response. The decoder of the library `hpack` takes 51 us
+for such a response. This decoder takes 2 us. The tables are those of the library.
+
+One rule is not kept because of this: a malformed Huffman code in a value that is never
+read is not detected (section 5.2). It cannot change the meaning of another field.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ __all__ = [
 
 
 _STATIC: Final = tuple(HeaderTable.STATIC_TABLE)
-"""The static table (appendix A). Its first entry has the index 1."""
+"""The static table (appendix A). The index of its first entry is 1."""
 
 _NAMES: Final = {
     name: number for number, (name, _) in reversed([*enumerate(_STATIC, 1)])
@@ -50,7 +53,12 @@ _NAMES: Final = {
 
 
 def encode_integer(value: int, prefix_bits: int, first_byte: int = 0) -> bytes:
-    """Return *value* in a prefix of *prefix_bits* of *first_byte* (section 5.1)."""
+    """
+    Return the encoded integer *value* (section 5.1).
+
+    Its prefix is the lower *prefix_bits* of the first byte. *first_byte* has the bits
+    above the prefix.
+    """
     full = (1 << prefix_bits) - 1
     if value < full:
         return bytes((first_byte | value,))
@@ -64,7 +72,7 @@ def encode_integer(value: int, prefix_bits: int, first_byte: int = 0) -> bytes:
 
 
 def encode_indexed(name: bytes, value: bytes) -> bytes:
-    """Return a field that is in the static table, by its index (section 6.1)."""
+    """Return the indexed field for an entry of the static table (section 6.1)."""
     return encode_integer(_STATIC.index((name, value)) + 1, 7, 0x80)
 
 
@@ -75,8 +83,8 @@ def encode_field(name: bytes, value: bytes, *, never_indexed: bool = False) -> b
     Args:
         name: The name, in lower case.
         value: The value. It is not Huffman-coded.
-        never_indexed: Whether no intermediary may index it either (section 6.2.3).
-            Pass True for secrets: see section 7.1.3.
+        never_indexed: Whether intermediaries must not index the field (section 6.2.3).
+            Pass True for secrets (section 7.1.3).
     """
     first = 0x10 if never_indexed else 0x00
     index = _NAMES.get(name, 0)
@@ -90,7 +98,7 @@ def encode_field(name: bytes, value: bytes, *, never_indexed: bool = False) -> b
 
 
 class Field(NamedTuple):
-    """A received field. Its value may not be decoded yet."""
+    """A received field. Its value is decoded when `value` is read."""
 
     name: bytes
     raw: bytes
@@ -102,7 +110,7 @@ class Field(NamedTuple):
         The decoded value.
 
         Raises:
-            PeerViolation: It is not well-formed.
+            PeerViolation: Its Huffman code is malformed.
         """
         return _decode_huffman(self.raw) if self.is_huffman else self.raw
 
@@ -114,8 +122,8 @@ class Block:
     Attributes:
         known: The values of the fields that `_KNOWN` names, by name.
         pseudo: The values of the pseudo-header fields, by name.
-        pseudo_first: Whether no pseudo-header field follows another field.
-        role: What `responses` makes of the block; None until it was asked.
+        pseudo_first: Whether all pseudo-header fields precede the other fields.
+        role: The result of `responses` for this block; None until it is asked for.
     """
 
     __slots__ = ("_fields", "known", "pseudo", "pseudo_first", "role")
@@ -149,7 +157,7 @@ class Block:
         return other
 
     def fields(self) -> Iterator[Field]:
-        """Yield all fields, in their order."""
+        """Yield all fields in their order."""
         return (Field(*field) for field in self._fields)
 
 
@@ -165,26 +173,28 @@ _KNOWN: Final = frozenset(
 )
 _COLON: Final = ord(":")
 
-# RFC 9113, section 8.2.1 forbids upper case and more in names; a token of RFC 9110,
-# section 5.6.2 remains. A colon begins the name of a pseudo-header field.
+# A name is a token (RFC 9110, section 5.6.2) without upper case (RFC 9113, section
+# 8.2.1). The name of a pseudo-header field begins with a colon.
 _NAME = re.compile(rb":?[!#$%&'*+\-.^_`|~0-9a-z]+")
 
-# The names that a server may not send in HTTP/2 (RFC 9113, section 8.2.2).
+# Connection-specific fields, which HTTP/2 forbids (RFC 9113, section 8.2.2).
 _CONNECTION_SPECIFIC: Final = frozenset(
     {
         b"connection",
         b"keep-alive",
         b"proxy-connection",
-        b"te",  # requests may have it
+        b"te",  # only requests may have it
         b"transfer-encoding",
         b"upgrade",
     }
 )
 
+# RFC 9113, section 8.2.1. It also forbids whitespace at the ends of a value. But gRPC
+# servers send `grpc-message` with such whitespace, and the status must not be lost.
 _FORBIDDEN_IN_VALUES = re.compile(rb"[\0\r\n]")
 
 _MOST_PER_BYTE: Final = 64
-"""No byte of a block adds more to its header list: the fields of the table have 60."""
+"""Each byte of a block adds less to its header list. The static table has up to 60."""
 
 
 class _Template:
@@ -240,12 +250,12 @@ def decode_block(block: bytes) -> Block:
     return _decode_block(block)
 
 
-# grpc-go and C-core send the same blocks with each response. A block that is found here
-# takes 0.1 us.
+# grpc-go and C-core send the same blocks with each response. A cached block takes
+# 0.1 us.
 @lru_cache(maxsize=64)
 def _decode_block(block: bytes) -> Block:
-    # The error of a malformed field waits for the end of the block, because a block
-    # that cannot be decoded ends the connection.
+    # The whole block is read before its fields are checked: an undecodable block ends
+    # the connection, a malformed field only its stream.
     try:
         fields, start = _walk(block)
     except IndexError:
@@ -269,13 +279,15 @@ def _is_unread(name: bytes) -> bool:
 
 def _walk(block: bytes) -> tuple[list[tuple[bytes, bytes, bool]], int]:
     """
-    Return name, value and whether the value is Huffman-coded of each field.
+    Return each field of *block*: name, raw value, and whether it is Huffman-coded.
 
     The second result is the position of the last value, or 0 if the last field is from
-    the static table.
+    the static table. Integers that fit into their prefix are read inline, because a
+    function call for each of them takes 2 us per response.
 
-    It may raise IndexError where *block* ends too early. The integers that fit in
-    their prefix, nearly all, are read here: a function for them takes 2 us a response.
+    Raises:
+        IndexError: *block* ends within a field.
+        PeerViolation: *block* cannot be decoded.
     """
     fields: list[tuple[bytes, bytes, bool]] = []
     at, end = 0, len(block)
@@ -290,12 +302,14 @@ def _walk(block: bytes) -> tuple[list[tuple[bytes, bytes, bool]], int]:
             fields.append((*_entry(index), False))
             start = 0
             continue
-        if first & 0xE0 == 0x20:  # a change of the table's size (section 6.3)
+        if first & 0xE0 == 0x20:  # a dynamic table size update (section 6.3)
             if first != 0x20 or fields:
-                raise _undecodable("it changes the table, which has to stay empty")
+                raise _undecodable(
+                    "it has a size update of the dynamic table that is not allowed"
+                )
             continue
-        # A literal: with incremental indexing (section 6.2.1), which an empty table
-        # forgets at once (section 4.4), or without it (sections 6.2.2 and 6.2.3).
+        # A literal with incremental indexing (section 6.2.1) or without it (sections
+        # 6.2.2 and 6.2.3). The table has no room, so it stays empty (section 4.4).
         mask = 0x3F if first & 0x40 else 0x0F
         index = first & mask
         if index == mask:
@@ -314,7 +328,11 @@ def _walk(block: bytes) -> tuple[list[tuple[bytes, bytes, bool]], int]:
 
 
 def _string(block: bytes, at: int, first: int) -> tuple[bytes, int]:
-    """Return the string whose first byte was before *at* (section 5.2), and its end."""
+    """
+    Return a string and the position after it (section 5.2).
+
+    *first* is the first byte of the string. *at* is the position after that byte.
+    """
     size = first & 0x7F
     if size == 0x7F:
         size, at = _integer(block, at, 0x7F)
@@ -326,9 +344,9 @@ def _string(block: bytes, at: int, first: int) -> tuple[bytes, int]:
 
 def _integer(block: bytes, at: int, value: int) -> tuple[int, int]:
     """
-    Return the integer that continues at *at* (section 5.1), and the position after it.
+    Return the integer that continues at *at*, and the position after it (section 5.1).
 
-    *value* is its prefix, all of whose bits are ones.
+    *value* is the prefix of the integer. All of its bits are ones.
     """
     shift = 0
     while True:
@@ -338,19 +356,19 @@ def _integer(block: bytes, at: int, value: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-        if shift > 21:  # no index and no length of a block needs more
+        if shift > 21:  # no index and no length in a block is larger
             raise _undecodable("an integer is too large")
 
 
 def _entry(index: int) -> tuple[bytes, bytes]:
     if not 0 < index <= len(_STATIC):
-        # A higher index is one of the dynamic table, which is empty.
-        raise _undecodable(f"it has no field with the index {index}")
+        # Higher indices belong to the dynamic table, which is empty.
+        raise _undecodable(f"it refers to the index {index}, which does not exist")
     return _STATIC[index - 1]
 
 
 def _name_fault(name: bytes) -> str | None:
-    """Return what is wrong with *name*, if anything."""
+    """Return why *name* is malformed, or None."""
     return _fault_of_short(name) if len(name) <= _SHORT else _fault(name)
 
 
@@ -358,7 +376,7 @@ def _fault(name: bytes) -> str | None:
     if _NAME.fullmatch(name) is None:
         return f"the field name {_shown(name)} is malformed"
     if name in _CONNECTION_SPECIFIC:
-        return f"the field {_shown(name)} does not belong in a response of HTTP/2"
+        return f"the field {_shown(name)} is not allowed in an HTTP/2 response"
     return None
 
 
@@ -367,10 +385,10 @@ def _shown(name: bytes) -> str:
 
 
 def _value_fault(name: bytes, raw: bytes, is_huffman: bool) -> str | None:
-    """Return what is wrong with the value of the field *name*, if anything."""
+    """Return why the value of the field *name* is malformed, or None."""
     if is_huffman:
-        # All codes of NUL, CR and LF begin with ten ones (appendix B). To look for
-        # ten ones in a row takes 0.5 us, to decode a request id takes 16 us.
+        # The codes of NUL, CR and LF begin with ten ones (appendix B). The search for
+        # ten ones takes 0.5 us. The decoding of a request id takes 16 us.
         if not _has_ten_ones(raw):
             return None
         raw = _decode_huffman(raw)
@@ -380,7 +398,7 @@ def _value_fault(name: bytes, raw: bytes, is_huffman: bool) -> str | None:
 
 
 def _has_ten_ones(raw: bytes) -> bool:
-    """Return whether ten bits in a row of *raw* are ones."""
+    """Return whether *raw* has ten consecutive bits that are ones."""
     bits = int.from_bytes(raw)
     pairs = bits & bits >> 1
     fours = pairs & pairs >> 2
@@ -394,7 +412,7 @@ def _check_size(fields: list[tuple[bytes, bytes, bool]]) -> None:
         # The shortest Huffman code has five bits.
         size += len(name) + (len(raw) * 8 // 5 if is_huffman else len(raw)) + 32
     if size > MAX_HEADER_LIST_SIZE:
-        # What the peer counts has to be decoded.
+        # That was an estimate. The exact size needs the decoded values.
         size = sum(
             len(field.name) + len(field.value) + 32
             for field in map(Field._make, fields)
@@ -402,7 +420,7 @@ def _check_size(fields: list[tuple[bytes, bytes, bool]]) -> None:
     if size > MAX_HEADER_LIST_SIZE:
         raise StreamViolation(
             ErrorCode.ENHANCE_YOUR_CALM,
-            f"its header list has {size} bytes, and {MAX_HEADER_LIST_SIZE} are allowed",
+            f"the header list has {size} bytes, the limit is {MAX_HEADER_LIST_SIZE}",
         )
 
 
@@ -415,7 +433,7 @@ def _huffman(raw: bytes) -> bytes:
     try:
         return decode_huffman(raw)
     except HPACKDecodingError as error:
-        raise _undecodable(f"a Huffman code is wrong: {error}") from None
+        raise _undecodable(f"a Huffman code is malformed: {error}") from None
 
 
 def _undecodable(reason: str) -> PeerViolation:
@@ -424,8 +442,8 @@ def _undecodable(reason: str) -> PeerViolation:
     )
 
 
-# Names come in the same form each time, and so do most values that are read. Only short
-# ones are kept, so that a server cannot fill memory with others.
+# Servers send the same names each time, and mostly the same values. Only short ones are
+# cached, so that a server cannot fill the memory.
 _SHORT: Final = 64
 _fault_of_short = lru_cache(maxsize=256)(_fault)
 _short_huffman = lru_cache(maxsize=256)(_huffman)

@@ -1,8 +1,8 @@
 """
-The bounds of everything that a peer can send.
+Limits for everything that a peer can send (RFC 9113, section 10.5).
 
-A bound is either one of gRPC or far above what servers do. A peer that exceeds one
-loses the stream, or the connection with ENHANCE_YOUR_CALM (RFC 9113, section 10.5).
+Each limit is either that of gRPC, or far above the traffic of normal servers. If a peer
+exceeds a limit, the stream ends, or the connection ends with ENHANCE_YOUR_CALM.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Final
 
 
 __all__ = [
+    "BYTES_PER_UPDATE",
     "CONNECTION_WINDOW",
     "LATE_FRAMES",
     "MAX_CONTINUATIONS",
@@ -29,24 +30,29 @@ __all__ = [
 
 
 MAX_FRAME_SIZE: Final = 16_384
-"""Bytes of a received payload. The initial SETTINGS_MAX_FRAME_SIZE is never raised."""
+"""
+Bytes of the payload of a received frame.
+
+This is the initial value of SETTINGS_MAX_FRAME_SIZE. The client never raises it.
+"""
 
 MAX_MESSAGE: Final = 4 * 1024 * 1024
-"""Bytes of a response, as gRPC's default. A larger one ends its stream."""
+"""Bytes of a response message: the default of gRPC. A larger one ends its stream."""
 
 STREAM_WINDOW: Final = MAX_MESSAGE + 65_536
 """
-Bytes: SETTINGS_INITIAL_WINDOW_SIZE.
+Bytes of the receive window of each stream: SETTINGS_INITIAL_WINDOW_SIZE.
 
-It is above the largest message, so that no stream needs a WINDOW_UPDATE of its own.
+It is larger than the largest message. So no stream needs its own WINDOW_UPDATE, except
+for padding.
 """
 
 CONNECTION_WINDOW: Final = 4 * STREAM_WINDOW
-"""Bytes of the connection's receive window. Half of it is given back at a time."""
+"""Bytes of the connection's receive window. One WINDOW_UPDATE returns half of it."""
 
 MAX_HEADER_LIST_SIZE: Final = 16_384
 """
-Bytes of a decoded header list, by the count of RFC 9113, section 6.5.2.
+Bytes of a decoded header list, counted as in RFC 9113, section 6.5.2.
 
 This is the hard limit of gRPC's core. A larger list ends its stream.
 """
@@ -60,33 +66,47 @@ MAX_CONTINUATIONS: Final = 128
 MAX_INFORMATIONAL: Final = 16
 """Header blocks with a 1xx status before a response. More end the stream."""
 
+BYTES_PER_UPDATE: Final = 512
+"""
+Bytes of sent DATA that allow the peer one WINDOW_UPDATE without being overhead.
+
+Each sent DATA frame allows two more: one for its stream, one for the connection.
+"""
+
 MAX_OVERHEAD_FRAMES: Final = 2_000
 """
-Frames without progress of a call, within `OVERHEAD_PERIOD`, between ends of calls.
+Overhead frames within `OVERHEAD_PERIOD`. More end the connection.
 
-Such as PING, SETTINGS, empty DATA, and any frame for a closed stream. grpc-go sends a
-PING and two WINDOW_UPDATE frames in a burst of calls. More end the connection.
+An overhead frame does not advance a call: PING, SETTINGS, WINDOW_UPDATE, empty DATA,
+and any frame for a closed stream. The count starts again whenever a call ends. grpc-go
+sends a PING and two WINDOW_UPDATE frames in a burst of calls.
 """
 
 LATE_FRAMES: Final = 300
 """
-Frames more for each stream that is reset here, which the server learns later.
+Additional overhead frames for each stream that the client resets.
 
-The largest response has 257 DATA frames.
+The server may send the whole response before it receives the reset. The largest
+response has 257 DATA frames of full size.
 """
 
 MAX_LATE_FRAMES: Final = 1_000 * LATE_FRAMES
-"""Such frames at most, for all streams that were reset."""
+"""The most additional frames that reset streams allow together."""
 
 OVERHEAD_PERIOD: Final = 10.0
-"""Seconds."""
+"""Seconds over which overhead frames are counted."""
 
 MAX_QUEUED_CONTROL: Final = 1_000
 """
-Answers to frames of the peer (acks, RST_STREAM) that wait to be sent.
+Replies to frames of the peer, such as acknowledgements, that wait to be sent.
 
-A peer that makes them and does not read is cut off, because they would fill memory.
+A peer that causes replies and does not read them would fill the memory. So the
+connection ends.
 """
 
 QUEUE_LIMIT: Final = 262_144
-"""Bytes that wait to be sent. Above it new calls wait, and cost nothing if they end."""
+"""
+Bytes that wait to be sent.
+
+Above this limit, new calls wait. If such a call ends, nothing of it was queued.
+"""

@@ -1,4 +1,4 @@
-"""From a target to a connection that is ready for calls, on asyncio and trio alike."""
+"""Opens a connection to a target: addresses, TLS and settings, on asyncio and trio."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = ["NativeOpener"]
 
 
 _SHARE: Final = 0.95
-"""The part of the pool's timeout after which the reason is told, before it is over."""
+"""The part of the timeout of the pool after which the opener reports its own error."""
 
 
 class NativeOpener:
@@ -50,7 +50,7 @@ class NativeOpener:
         target: The server.
 
     Raises:
-        ValueError: The url of *target* cannot be used without gRPC's core.
+        ValueError: The url of *target* is malformed, or needs gRPC's core.
     """
 
     def __init__(self, target: Target) -> None:
@@ -68,11 +68,11 @@ class NativeOpener:
 
     def validate(self) -> None:
         """
-        Check what no retry can mend.
+        Check the configuration for errors that no retry can fix.
 
         Raises:
             ValueError: The certificate file cannot be used.
-            ConnectFailed: There are no certificates to trust.
+            ConnectFailed: There are no trusted root certificates.
         """
         if not self._target.insecure:
             tls_context(self._target)
@@ -81,10 +81,10 @@ class NativeOpener:
         """
         Return a new connection that is ready for calls.
 
-        If the server ends it, calls that were not processed open another one.
+        If the server ends the connection, a call that was not processed opens another.
 
         Raises:
-            ConnectFailed: It could not be made within *timeout* seconds, and why.
+            ConnectFailed: There was no connection within *timeout* seconds.
         """
         connection = await self._open(timeout)
         connection.reopen = partial(self._open, timeout)
@@ -113,14 +113,14 @@ class NativeOpener:
     async def _first(
         self, race: Race, context: ssl.SSLContext | None
     ) -> NativeConnection:
-        """Return the first connection of *race* that becomes ready."""
+        """Return the first connection of *race* that becomes ready for calls."""
         while (won := await race.run()) is not None:
             sock, address = won
             race.pending.append(address)
             try:
                 connection = await self._greet(sock, address, context)
             except (OSError, HandshakeFailed) as error:
-                # The server there does not do: the other addresses go on.
+                # This server cannot be used, so the race continues.
                 sock.close()
                 race.failures.append((address, error))
                 self._failed.add(address)
@@ -139,7 +139,7 @@ class NativeOpener:
     async def _greet(
         self, sock: socket.socket, address: Address, context: ssl.SSLContext | None
     ) -> NativeConnection:
-        """Shake hands over *sock*, and return the connection."""
+        """Make the handshakes of TLS and HTTP/2 on *sock*. Return the connection."""
         core = ClientConnection(self._target.url)
         tls = None
         if context is not None:
@@ -151,7 +151,7 @@ class NativeOpener:
         await _exchange_settings(sock, wire)
         make: type[NativeConnection] = AsyncioConnection
         if not isinstance(current_token().native_token, asyncio.AbstractEventLoop):
-            # Here and not above: asyncio applications need no trio installed.
+            # Imported here, because asyncio applications need not install trio.
             from fastapi_topaz._http2.trio_io import TrioConnection  # noqa: PLC0415
 
             make = TrioConnection
@@ -169,7 +169,7 @@ async def _shake_hands(sock: socket.socket, tls: TlsSession) -> None:
     while True:
         try:
             tls.handshake()
-        finally:  # an alert tells the server why
+        finally:  # if it failed, this sends an alert
             await _send(sock, tls.to_send())
         if tls.is_established:
             break
@@ -192,11 +192,11 @@ async def _send(sock: socket.socket, data: bytes) -> None:
 
 async def _exchange_settings(sock: socket.socket, wire: Wire) -> None:
     """
-    Return when both sides know the settings of the other (RFC 9113, section 3.4).
+    Exchange SETTINGS until both sides have acknowledged them (RFC 9113, section 3.4).
 
     Raises:
         OSError: The connection ended.
-        HandshakeFailed: The server does not speak HTTP/2, or is about to stop.
+        HandshakeFailed: The server does not speak HTTP/2, or has sent GOAWAY.
     """
     core = wire.core
     while not core.is_ready:
@@ -204,8 +204,8 @@ async def _exchange_settings(sock: socket.socket, wire: Wire) -> None:
             while wire.push():
                 await anyio.wait_writable(sock)
         except OSError:
-            # The server may have said why. With TLS 1.3 it does so after the handshake
-            # if it wants a client certificate.
+            # The server may have sent a TLS alert with the reason. With TLS 1.3, it
+            # requires a client certificate only after the handshake.
             wire.take()
             raise
         if core.failure is None:

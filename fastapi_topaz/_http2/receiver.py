@@ -1,12 +1,12 @@
 """
-What the frames of the server do to a connection: RFC 9113, sections 3.4, 4, 5 and 6.
+The frames of the server, and their effects: RFC 9113, sections 3.4, 4, 5 and 6.
 
-A violation raises `PeerViolation`, which ends the connection, or `StreamViolation`,
-which is caught here and ends the stream.
+A violation of the protocol raises `PeerViolation`, which ends the connection, or
+`StreamViolation`. The receiver catches the latter and ends the stream.
 
-This side never waits for the peer to notice that a stream ended. So frames for a closed
-stream are always ignored, and not only "for a short time" (section 5.1). They count as
-overhead, which is bounded.
+Frames for a closed stream are always ignored, not only "for a short period" (section
+5.1), because the client does not wait until the server knows that a stream is closed.
+They count as overhead, which is limited.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fastapi_topaz._http2.errors import (
 )
 from fastapi_topaz._http2.hpack import decode_block
 from fastapi_topaz._http2.limits import (
+    BYTES_PER_UPDATE,
     CONNECTION_WINDOW,
     LATE_FRAMES,
     MAX_CONTINUATIONS,
@@ -54,7 +55,7 @@ __all__ = ["Receiver"]
 
 _INITIAL_WINDOW: Final = 65_535
 
-_HELLO: Final = (
+_PREFACE: Final = (
     frames.PREFACE
     + frames.settings(
         (
@@ -68,20 +69,21 @@ _HELLO: Final = (
 )
 """The connection preface (section 3.4)."""
 
-_EARLY: Final = 0.01
+_DEADLINE_TOLERANCE: Final = 0.01
 """
-Seconds by which a deadline may come early at the server.
+Seconds before the deadline in which CANCEL means that the deadline is exceeded.
 
-grpc-go resets the stream with CANCEL at the deadline of the call. One time in ten that
-comes before the timer here.
+grpc-go resets the stream with CANCEL at the deadline of the call. In one of ten calls,
+the reset arrives before the timer of the client.
 """
 
 _PADDING_STEP: Final = 16_384
+"""Bytes of padding that one WINDOW_UPDATE of a stream returns."""
 
 
 @attrs.define
 class PeerSettings:
-    """The settings of the server (section 6.5.2). A client may not send beyond them."""
+    """The settings of the server, which limit what the client sends (section 6.5.2)."""
 
     max_concurrent_streams: float = math.inf
     initial_window_size: int = _INITIAL_WINDOW
@@ -90,30 +92,31 @@ class PeerSettings:
 
 
 class Receiver(abc.ABC):
-    """The half of a connection that takes frames."""
+    """The part of a connection that receives frames."""
 
     def __init__(self, target: str) -> None:
         self.target = target
         self.streams: dict[int, Stream] = {}
         """The open streams, by their ids."""
         self.takes_calls = True
-        """Whether new calls can be sent: False after GOAWAY and at the end."""
+        """Whether new calls can begin: False after GOAWAY and at the end."""
         self.failure: str | None = None
-        """Why the connection ended; None if it did not."""
+        """Why the connection ended. None if it has not ended."""
         self.settings_received = self.settings_acknowledged = False
         self._peer = PeerSettings()
         self._waiting: dict[Stream, None] = {}
         self._blocked: dict[int, Stream] = {}
         self._next_id = 1
         self._last_stream_id = frames.MAX_WINDOW
-        # What is to be sent, its bytes, and how many of its frames the peer asked for.
-        self._out: list[bytes] = [_HELLO]
-        self._queued = len(_HELLO)
+        # The frames to send, their bytes, and how many of them are replies to frames of
+        # the peer.
+        self._out: list[bytes] = [_PREFACE]
+        self._queued = len(_PREFACE)
         self._queued_control = 0
         self._send_window = _INITIAL_WINDOW
         self._received = 0  # since the last WINDOW_UPDATE of the connection
         self._rest = b""
-        # A header block of which CONTINUATION frames are due: stream, flags, parts.
+        # A header block that CONTINUATION frames must complete: stream, flags, parts.
         self._open_block: tuple[int, int, list[bytes]] | None = None
         self._overhead = 0
         self._overhead_since = 0.0
@@ -124,20 +127,21 @@ class Receiver(abc.ABC):
     @property
     def is_ready(self) -> bool:
         """
-        Whether calls may begin: both sides know the settings of the other.
+        Whether calls may begin: both sides know the settings of the other side.
 
-        The peer's header blocks refer to no table once it has acknowledged ours.
+        After the peer has acknowledged the client's settings, its header blocks do not
+        refer to a dynamic table.
         """
         return self.settings_received and self.settings_acknowledged
 
     @property
     def max_concurrent_streams(self) -> float:
-        """How many calls the peer takes at once, perhaps infinite."""
+        """The most concurrent calls that the peer allows. It may be infinite."""
         return self._peer.max_concurrent_streams
 
     @abc.abstractmethod
-    def _room_made(self) -> None:
-        """Go on with calls that wait for a window or for a stream."""
+    def _resume_calls(self) -> None:
+        """Continue calls that wait for a window, for a stream, or for the socket."""
 
     # -- sending and ending -------------------------------------------------------
 
@@ -146,16 +150,16 @@ class Receiver(abc.ABC):
         self._queued += len(frame)
 
     def _queue_control(self, frame: bytes) -> None:
-        """Queue what the peer made us send."""
+        """Queue a reply to a frame of the peer."""
         self._queued_control += 1
         if self._queued_control > MAX_QUEUED_CONTROL:
-            raise _flood("it asks for answers and reads none")
+            raise _flood("the server causes replies and does not read them")
         self._queue(frame)
 
     def _end(self, stream: Stream, outcome: bytes | Exception) -> None:
-        """Give *stream*, which was taken out, its *outcome*."""
+        """Set the *outcome* of *stream*, which was removed, and wake its caller."""
         stream.outcome = outcome
-        # What the error of a caller keeps alive should not keep more than that.
+        # An error may keep its stream alive. The request needs no memory any more.
         stream.unsent = None
         stream.wake()
 
@@ -179,24 +183,31 @@ class Receiver(abc.ABC):
         outcome: bytes | Exception,
         reset: ErrorCode | None,
     ) -> None:
-        """End *stream*; *reset* is the code to reset it with, None if it is closed."""
+        """
+        Remove *stream* and set its *outcome*.
+
+        *reset* is the code of the RST_STREAM frame to send. None means that the stream
+        is already closed.
+        """
         del self.streams[stream.id]
         if stream.unsent is not None:
-            # Section 8.1: the answer is whole before the request is.
+            # Section 8.1: the response is complete before the request is.
             del self._blocked[stream.id]
             reset = ErrorCode.NO_ERROR if reset is None else reset
         if reset is not None:
-            self._queue_control(frames.rst_stream(stream.id, reset))
+            # Not `_queue_control`: it may raise, and this call must get its outcome.
+            # There is at most one such frame for each call.
+            self._queue(frames.rst_stream(stream.id, reset))
             self._expect_late_frames()
         self._overhead = min(self._overhead, 0)
         self._end(stream, outcome)
         if self._waiting:
-            self._room_made()
+            self._resume_calls()
 
     # -- frames -----------------------------------------------------------------
 
     def _receive(self, data: bytes, now: float) -> None:
-        """Take *data*, and act on the frames that are complete (section 4.1)."""
+        """Process the complete frames in *data*, and keep the rest (section 4.1)."""
         self._now = now
         self._heard = True
         if self._rest:
@@ -204,7 +215,7 @@ class Receiver(abc.ABC):
             self._rest = b""
         if not self.settings_received and data[:5] == b"HTTP/":
             raise PeerViolation(
-                ErrorCode.HTTP_1_1_REQUIRED, "it answers in HTTP/1 and not in HTTP/2"
+                ErrorCode.PROTOCOL_ERROR, "the server speaks HTTP/1 and not HTTP/2"
             )
         at, size = 0, len(data)
         unpack = frames.FRAME_HEADER.unpack_from
@@ -212,54 +223,60 @@ class Receiver(abc.ABC):
             upper, lower, kind, flags, stream_id = unpack(data, at)
             end = at + frames.HEADER_SIZE + (upper << 8 | lower)
             if end - at > frames.HEADER_SIZE + MAX_FRAME_SIZE:
-                # Section 4.2. A stream error would do for some, but none is sent.
+                # Section 4.2. For some frames a stream error is enough. But no server
+                # sends such frames, so all of them are connection errors.
                 raise PeerViolation(
                     ErrorCode.FRAME_SIZE_ERROR, "a frame is larger than 16,384 bytes"
                 )
             if end > size:
                 break
             payload = data[at + frames.HEADER_SIZE : end]
-            self._take_frame(kind, flags, stream_id & frames.MAX_WINDOW, payload)
+            self._process_frame(kind, flags, stream_id & frames.MAX_WINDOW, payload)
             at = end
-        # An I/O layer reads more than a frame at once, so this copies little.
+        # One read usually has more than one frame, so this copies little.
         self._rest = data[at:]
 
-    def _take_frame(
+    def _process_frame(
         self, kind: int, flags: int, stream_id: int, payload: bytes
     ) -> None:
         if not self.settings_received and kind != frames.SETTINGS:
-            raise _protocol_error("its first frame is not SETTINGS")  # section 3.4
+            raise _protocol_error("the first frame is not SETTINGS")  # section 3.4
         if self._open_block is not None and (
             kind != frames.CONTINUATION or stream_id != self._open_block[0]
         ):
             # Section 4.3: a header block is one unit.
-            raise _protocol_error("another frame cuts a header block")
+            raise _protocol_error("a header block is interrupted by another frame")
         handler = self._HANDLERS.get(kind)
         if handler is None:  # section 5.5: unknown types are ignored
             self._count_overhead()
             return
         if kind in _OF_STREAMS:
-            if stream_id not in self.streams:  # nearly each frame is on an open one
+            if stream_id not in self.streams:  # nearly all frames are on open streams
                 self._check_stream_id(kind, stream_id)
         elif stream_id and kind in _OF_CONNECTIONS:
             raise _protocol_error(f"a frame of type {kind} is on a stream")
         try:
             handler(self, flags, stream_id, payload)
         except StreamViolation as violation:
-            self._break_stream(stream_id, violation)
+            self._reset_stream(stream_id, violation)
 
     def _expect_late_frames(self) -> None:
-        """Allow for frames of a stream that was reset a moment ago."""
+        """Allow more overhead, because frames for a reset stream may still arrive."""
         self._overhead = max(min(self._overhead, 0) - LATE_FRAMES, -MAX_LATE_FRAMES)
+
+    def _expect_window_updates(self, size: int) -> None:
+        """Allow more overhead: WINDOW_UPDATE frames for *size* bytes of sent DATA."""
+        allowed = 2 + size // BYTES_PER_UPDATE
+        self._overhead = max(self._overhead - allowed, -MAX_LATE_FRAMES)
 
     def _check_stream_id(self, kind: int, stream_id: int) -> None:
         if stream_id == 0:
             raise _protocol_error(f"a frame of type {kind} is on stream 0")
         if stream_id >= self._next_id or not stream_id & 1:
-            # Section 5.1: it is idle, and a server can open none (section 8.4).
+            # Section 5.1: the stream is idle. A server opens none (section 8.4).
             raise _protocol_error(f"a frame of type {kind} is on an idle stream")
 
-    def _break_stream(self, stream_id: int, violation: StreamViolation) -> None:
+    def _reset_stream(self, stream_id: int, violation: StreamViolation) -> None:
         """End a stream with a stream error (section 5.4.2)."""
         stream = self.streams.get(stream_id)
         if stream is None:
@@ -268,27 +285,28 @@ class Receiver(abc.ABC):
         error = EndedCall(
             Ending.NO_STATUS,
             grpc.StatusCode.INTERNAL,
-            f"the answer breaks HTTP/2 ({violation.code.name}): {violation.reason}",
+            f"the response violates HTTP/2 ({violation.code.name}): {violation.reason}",
         )
         self._finish(stream, error, violation.code)
 
     def _count_overhead(self, count: int = 1) -> None:
-        """Count a frame that is no progress of a call (section 10.5)."""
+        """Count *count* overhead frames (section 10.5)."""
         if self._overhead <= 0:
             self._overhead_since = self._now
         self._overhead += count
         if self._overhead > MAX_OVERHEAD_FRAMES:
             if self._now - self._overhead_since < OVERHEAD_PERIOD:
-                raise _flood("it sends too many frames that are of no use")
+                raise _flood("the server sends too many frames without data")
             self._overhead = 0
 
     # -- frames of streams --------------------------------------------------------
 
     def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
         size = len(payload)
-        # Section 6.9: the whole payload counts, also that of closed streams. No frame
-        # can exceed a window here: of the connection's, half is always left, and a
-        # stream ends when its message is larger than what is allowed.
+        # Section 6.9: the whole payload counts, with its padding and also for closed
+        # streams. The windows need no check. A frame fits into the connection's window,
+        # because half of it is always left. A stream ends if its message exceeds the
+        # limit, which is below its window.
         self._received += size
         if self._received > CONNECTION_WINDOW // 2:
             self._queue_control(frames.window_update(0, self._received))
@@ -299,9 +317,8 @@ class Receiver(abc.ABC):
             self._count_overhead()
             return
         self._pings = 0
-        if body:
-            stream.response.data(body)
-        elif not flags & frames.END_STREAM:
+        stream.response.data(body)
+        if not (body or flags & frames.END_STREAM):
             self._count_overhead()
         ended = flags & frames.END_STREAM
         if ended and stream.response.outcome is None:
@@ -314,7 +331,7 @@ class Receiver(abc.ABC):
             self._give_back_padding(stream, size - len(body))
 
     def _give_back_padding(self, stream: Stream, size: int) -> None:
-        # The window is that of the largest message, and padding is not in it.
+        # The window of a stream has room for the largest message, but not for padding.
         stream.padding += size
         if stream.padding >= _PADDING_STEP:
             self._queue_control(frames.window_update(stream.id, stream.padding))
@@ -325,26 +342,27 @@ class Receiver(abc.ABC):
             payload = frames.unpadded(payload, flags)
         payload = frames.without_priority(payload, flags)
         if flags & frames.END_HEADERS:
-            self._take_block(flags, stream_id, payload)
+            self._process_block(flags, stream_id, payload)
         else:
             self._open_block = stream_id, flags, [payload]
 
     def _on_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
         if self._open_block is None:
-            raise _protocol_error("CONTINUATION follows no HEADERS")  # section 6.10
+            # Section 6.10.
+            raise _protocol_error("a CONTINUATION frame does not follow HEADERS")
         _, first_flags, parts = self._open_block
         parts.append(payload)
         if len(parts) > MAX_CONTINUATIONS or sum(map(len, parts)) > MAX_HEADER_BLOCK:
-            raise _flood("a header block does not end")
+            raise _flood("a header block is too long")
         if flags & frames.END_HEADERS:
             self._open_block = None
-            self._take_block(first_flags, stream_id, b"".join(parts))
+            self._process_block(first_flags, stream_id, b"".join(parts))
 
-    def _take_block(self, flags: int, stream_id: int, block: bytes) -> None:
-        """Take a complete header block (section 4.3)."""
+    def _process_block(self, flags: int, stream_id: int, block: bytes) -> None:
+        """Process a complete header block (section 4.3)."""
         stream = self.streams.get(stream_id)
         if stream is None:
-            # Without a dynamic table, a block that nobody reads changes nothing.
+            # Without a dynamic table, a block that is not decoded changes no state.
             self._count_overhead()
             return
         self._pings = 0
@@ -354,10 +372,12 @@ class Receiver(abc.ABC):
         if response.outcome is not None:
             self._finish(stream, response.outcome, None if ended else ErrorCode.CANCEL)
 
-    def _on_priority(self, _flags: int, _stream_id: int, payload: bytes) -> None:
+    def _on_priority(self, _flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id == 0:  # section 6.3
+            raise _protocol_error("PRIORITY is on stream 0")
         if len(payload) != 5:
             raise StreamViolation(
-                ErrorCode.FRAME_SIZE_ERROR, f"a PRIORITY has {len(payload)} bytes"
+                ErrorCode.FRAME_SIZE_ERROR, f"a PRIORITY frame has {len(payload)} bytes"
             )
         self._count_overhead()  # section 5.3.2: it is deprecated
 
@@ -367,8 +387,11 @@ class Receiver(abc.ABC):
         if stream is None:
             self._count_overhead()
             return
-        error = reset_error(code)
-        if code == ErrorCode.CANCEL and self._now >= stream.deadline - _EARLY:
+        error = reset_error(code, has_begun=stream.response.has_begun)
+        if (
+            code == ErrorCode.CANCEL
+            and self._now >= stream.deadline - _DEADLINE_TOLERANCE
+        ):
             error = EndedCall(
                 Ending.TIMED_OUT, grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"
             )
@@ -377,7 +400,8 @@ class Receiver(abc.ABC):
         self._finish(stream, error, None)
 
     def _on_push_promise(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
-        raise _protocol_error("it pushes, which was forbidden")  # section 8.4
+        # Section 8.4.
+        raise _protocol_error("the server pushes, although push is disabled")
 
     # -- frames of the connection ---------------------------------------------------
 
@@ -385,26 +409,28 @@ class Receiver(abc.ABC):
         if flags & frames.ACK:
             if payload:
                 raise PeerViolation(
-                    ErrorCode.FRAME_SIZE_ERROR, "an acknowledgement has a payload"
+                    ErrorCode.FRAME_SIZE_ERROR, "an ACK of SETTINGS has a payload"
                 )
             if not self.settings_received:
-                raise _protocol_error("it acknowledges before its SETTINGS")
+                raise _protocol_error(
+                    "the server acknowledges SETTINGS before it sends its own"
+                )
             if self.settings_acknowledged:
-                self._count_overhead()  # SETTINGS are sent once here
+                self._count_overhead()  # the client sends SETTINGS once
             self.settings_acknowledged = True
             return
         pairs = frames.parse_settings(payload)
-        # One frame has room for 2,700 settings, and each may change all streams.
+        # One frame has room for 2,700 settings. Each of them may change all streams.
         self._count_overhead(1 + len(pairs))
         for key, value in pairs:
             self._apply(key, value)
         self.settings_received = True
         self._queue_control(frames.SETTINGS_ACK)
         if self._waiting or self._blocked:
-            self._room_made()
+            self._resume_calls()
 
     def _apply(self, key: int, value: int) -> None:
-        """Apply one setting of the peer (section 6.5.2); unknown ones are ignored."""
+        """Apply one setting of the peer (section 6.5.2). Unknown ones are ignored."""
         if key == frames.MAX_CONCURRENT_STREAMS:
             self._peer.max_concurrent_streams = value
         elif key == frames.MAX_FRAME_SIZE:
@@ -412,14 +438,15 @@ class Receiver(abc.ABC):
         elif key == frames.MAX_HEADER_LIST_SIZE:
             self._peer.max_header_list_size = value
         elif key == frames.INITIAL_WINDOW_SIZE:
-            # Section 6.9.2: it changes open streams, and may make a window negative.
+            # Section 6.9.2: it also changes open streams. A window may become negative.
             change = value - self._peer.initial_window_size
             self._peer.initial_window_size = value
             for stream in self.streams.values():
                 stream.send_window += change
                 if stream.send_window > frames.MAX_WINDOW:
                     raise PeerViolation(
-                        ErrorCode.FLOW_CONTROL_ERROR, "SETTINGS overflow a window"
+                        ErrorCode.FLOW_CONTROL_ERROR,
+                        "SETTINGS overflow a window",
                     )
 
     def _on_ping(self, flags: int, _stream_id: int, payload: bytes) -> None:
@@ -431,7 +458,7 @@ class Receiver(abc.ABC):
     def _on_goaway(self, _flags: int, _stream_id: int, payload: bytes) -> None:
         last, code, debug = frames.parse_goaway(payload)
         if last > self._last_stream_id:  # section 6.8
-            raise _protocol_error("the last stream of GOAWAY goes up")
+            raise _protocol_error("the last stream id of GOAWAY increases")
         self._count_overhead()
         self._last_stream_id = last
         self.takes_calls = False
@@ -444,20 +471,19 @@ class Receiver(abc.ABC):
         streams += self._waiting
         self._waiting.clear()
         for stream in streams:
-            # The server did not and will not process it.
-            self._end(
-                stream, EndedCall(Ending.GOAWAY, grpc.StatusCode.UNAVAILABLE, text)
-            )
+            # The server did not and will not process the call. If it has sent a part of
+            # the response, that is not true.
+            how = Ending.CUT_OFF if stream.response.has_begun else Ending.GOAWAY
+            self._end(stream, EndedCall(how, grpc.StatusCode.UNAVAILABLE, text))
 
     def _on_window_update(self, _flags: int, stream_id: int, payload: bytes) -> None:
         increment = frames.parse_window_update(payload)
         if stream_id >= self._next_id or (stream_id and not stream_id & 1):
             raise _protocol_error("WINDOW_UPDATE is on an idle stream")
-        if not self._blocked:
-            self._count_overhead()
+        self._count_overhead()
         if stream_id == 0:
             if increment == 0:
-                raise _protocol_error("WINDOW_UPDATE adds nothing")
+                raise _protocol_error("the increment of WINDOW_UPDATE is 0")
             self._send_window += increment
             if self._send_window > frames.MAX_WINDOW:
                 raise PeerViolation(
@@ -469,7 +495,7 @@ class Receiver(abc.ABC):
                 return
             if increment == 0:
                 raise StreamViolation(
-                    ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE adds nothing"
+                    ErrorCode.PROTOCOL_ERROR, "the increment of WINDOW_UPDATE is 0"
                 )
             stream.send_window += increment
             if stream.send_window > frames.MAX_WINDOW:
@@ -477,9 +503,9 @@ class Receiver(abc.ABC):
                     ErrorCode.FLOW_CONTROL_ERROR, "the stream's window overflows"
                 )
         if self._blocked:
-            self._room_made()
+            self._resume_calls()
 
-    # Plain functions: bound ones would make a circle of references.
+    # Plain functions: bound methods would be a reference cycle.
     _HANDLERS: ClassVar[dict[int, Callable[[Receiver, int, int, bytes], None]]] = {
         frames.DATA: _on_data,
         frames.HEADERS: _on_headers,

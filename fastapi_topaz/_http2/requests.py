@@ -1,13 +1,14 @@
 """
-The header block of a request: gRPC over HTTP/2, "Requests".
+The header block of a request ("Requests" in gRPC over HTTP/2).
 
-Everything but `grpc-timeout` and the metadata of the call is the same for each call of
-a method. It is encoded once, which saves 4 us a call.
+Only `grpc-timeout` and the metadata differ between calls of one method. All other
+fields are encoded once for each method, which saves 4 us per call.
 """
 
 from __future__ import annotations
 
 import base64
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -24,22 +25,28 @@ __all__ = ["NO_TABLE", "RequestBlocks"]
 
 NO_TABLE: Final = b"\x20"
 """
-Begins the first block of a connection: our encoder has no dynamic table.
+The start of the first header block of a connection: the encoder has no dynamic table.
 
-RFC 7541, section 4.2: the table has 4,096 bytes at first. A peer that allows less has
-to be told that it shrank.
+The table initially has 4,096 bytes. If the peer allows less, the encoder must announce
+the smaller size (RFC 7541, section 4.2).
 """
 
 _PER_FIELD: Final = 32
-"""Bytes that each field counts in addition (RFC 9113, section 6.5.2)."""
+"""Bytes that each field adds to its name and value (RFC 9113, section 6.5.2)."""
 
 _TIMEOUT_SIZE: Final = len("grpc-timeout") + 9 + _PER_FIELD
 
 _USER_AGENT: Final = f"fastapi-topaz/{VERSION} grpc-python-native/{VERSION}".encode()
-"""Begins as that of the other transport does."""
+"""It begins like the user agent of the other transport."""
+
+_METHOD = re.compile(r"/[!-~]+")
+"""A `:path` begins with a slash (RFC 9113, section 8.3.1). No whitespace follows."""
+
+_OWN_FIELDS: Final = frozenset({"content-type", "grpc-timeout", "te", "user-agent"})
+"""Fields of the transport. The same keys in metadata are ignored, as by gRPC's core."""
 
 _MAX_METHODS: Final = 256
-"""Methods whose blocks are kept."""
+"""Methods whose blocks are cached."""
 
 
 class RequestBlocks:
@@ -49,7 +56,7 @@ class RequestBlocks:
     Args:
         authority: The `:authority`, such as `topaz:8282`.
         is_tls: Whether the `:scheme` is `https`.
-        metadata: Pairs that go with each call.
+        metadata: Pairs that are sent with each call.
     """
 
     def __init__(self, authority: str, metadata: Metadata, *, is_tls: bool) -> None:
@@ -81,8 +88,11 @@ class RequestBlocks:
 
         Args:
             method: The full name, such as `/package.Service/Method`.
-            timeout: Seconds; None for none.
-            metadata: Pairs in addition to those of the target.
+            timeout: Seconds. None means no limit.
+            metadata: Pairs that are sent in addition to the target's metadata.
+
+        Raises:
+            ValueError: *method* cannot be a `:path`.
         """
         found = self._blocks.get(method) or self._add(method)
         block, size = found
@@ -96,6 +106,11 @@ class RequestBlocks:
         return block, size
 
     def _add(self, method: str) -> tuple[bytes, int]:
+        if _METHOD.fullmatch(method) is None:
+            raise ValueError(
+                "method must be a full name such as '/package.Service/Method', got "
+                f"{method!r}"
+            )
         path = method.encode()
         block = self._first + encode_field(b":path", path) + self._last
         size = self._size + len(":path") + len(path) + _PER_FIELD
@@ -106,18 +121,23 @@ class RequestBlocks:
 
 def _encode_metadata(metadata: Metadata) -> tuple[bytes, int]:
     """
-    Return the fields of *metadata*, and their size in a header list.
+    Return the encoded fields of *metadata*, and their size in a header list.
 
-    Each may be a secret, as `authorization` or `x-api-key` are. So no intermediary may
-    keep one in a table, where guesses can find it (RFC 7541, section 7.1).
+    Any of them may be a secret, such as `authorization` or `x-api-key`. So no
+    intermediary may index them: a secret in a dynamic table can be guessed (RFC 7541,
+    section 7.1).
     """
     block, size = b"", 0
     for key, value in metadata:
+        if key in _OWN_FIELDS:
+            continue
         name = key.encode()
         if isinstance(value, bytes):  # its key ends with -bin
             text = base64.b64encode(value).rstrip(b"=")
         else:
-            text = value.encode()
+            # Whitespace around a value is not allowed (RFC 9113, section 8.2.1), and
+            # gRPC lets a client strip it.
+            text = value.strip().encode()
         block += encode_field(name, text, never_indexed=True)
         size += len(name) + len(text) + _PER_FIELD
     return block, size
@@ -125,13 +145,13 @@ def _encode_metadata(metadata: Metadata) -> tuple[bytes, int]:
 
 def _timeout_field(seconds: float) -> bytes:
     """
-    Return `grpc-timeout` for *seconds*, rounded up: at most eight digits and a unit.
+    Return the field `grpc-timeout` for *seconds*, rounded up.
 
-    In whole milliseconds the same few values come again and again, so that nearly all
-    are found encoded.
+    Its value has at most eight digits and a unit. In whole milliseconds there are few
+    different values, so nearly all of them are cached.
     """
     milliseconds = -int(-seconds * 1000 // 1)
-    if milliseconds < 100:  # a millisecond more would be much
+    if milliseconds < 100:  # a millisecond would be a large error
         return _encoded_timeout(max(1, -int(-seconds * 1_000_000 // 1)), "u")
     if milliseconds < 100_000_000:
         return _encoded_timeout(milliseconds, "m")

@@ -1,8 +1,9 @@
 """
-The response to a unary call: gRPC over HTTP/2, "Responses".
+The response to a unary call ("Responses" in gRPC over HTTP/2).
 
-Fails closed: an answer counts only if it is one whole message in a `200` response of
-the content type of gRPC, with trailers that have exactly one `grpc-status`, which is 0.
+It fails closed. A response is successful only if all of these hold: the HTTP status is
+200, the content type is that of gRPC, the body is exactly one complete message, and the
+trailers have exactly one `grpc-status`, which is 0.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ __all__ = ["PREFIX_SIZE", "Response", "reset_error"]
 
 
 PREFIX_SIZE: Final = 5
-"""Bytes before each message of gRPC: the compressed flag and the length."""
+"""Bytes before each gRPC message: the compressed flag and the length."""
 
 _Code = grpc.StatusCode
 
@@ -67,10 +68,16 @@ _CODE_OF_RESET: Final = {
 
 _CONTENT_TYPE = re.compile(rb"application/grpc(?:[+;].*)?")
 
+# The encodings of gRPC. They allow messages that are not compressed.
+_ENCODINGS: Final = frozenset({b"identity", b"gzip", b"deflate"})
+
 _NUMBER = re.compile(rb"0|[1-9][0-9]{0,9}")
 
-# What is of the protocol and not of the application.
-_NO_METADATA: Final = frozenset(
+# RFC 9110, section 8.6 allows any number of digits. No body needs more than 19.
+_LENGTH = re.compile(rb"[0-9]{1,19}")
+
+# Fields of the protocol, which are not metadata of the application.
+_PROTOCOL_FIELDS: Final = frozenset(
     {
         b"content-type",
         b"content-length",
@@ -84,9 +91,14 @@ _NO_METADATA: Final = frozenset(
 )
 
 
-def reset_error(code: int) -> EndedCall:
-    """Return the error of a call whose stream the peer reset with *code*."""
-    refused = code == ErrorCode.REFUSED_STREAM
+def reset_error(code: int, *, has_begun: bool = False) -> EndedCall:
+    """
+    Return the error of a call whose stream the peer reset with *code*.
+
+    *has_begun* says whether a part of the response was received. Then the peer has
+    processed the call, even if it resets with REFUSED_STREAM (RFC 9113, section 8.7).
+    """
+    refused = code == ErrorCode.REFUSED_STREAM and not has_begun
     return EndedCall(
         Ending.REFUSED_STREAM if refused else Ending.RESET,
         _CODE_OF_RESET.get(code, _Code.UNKNOWN),  # type: ignore[call-overload]
@@ -96,13 +108,14 @@ def reset_error(code: int) -> EndedCall:
 
 class Response:
     """
-    One response, as it comes in.
+    One response while it is received.
 
-    When it is whole, or wrong, `outcome` is the message or the error. A violation of
-    HTTP/2 is raised instead, and the connection makes it the outcome.
+    At the end, `outcome` is the message or the error. A violation of HTTP/2 is raised
+    instead, and the connection makes it the outcome.
     """
 
     __slots__ = (
+        "_encodings",
         "_expected",
         "_informational",
         "_initial",
@@ -118,21 +131,28 @@ class Response:
         self._status = 0
         self._initial: Block | None = None
         self._informational = 0
-        # The value of content-length, which must be the bytes of all DATA.
+        # The values of grpc-encoding. They apply only to messages with the flag.
+        self._encodings: Sequence[bytes] = ()
+        # The value of content-length. It must equal the bytes of all DATA.
         self._length: int | None = None
         self._received = 0
-        # The bytes of the message's prefix and of the message: whole ones are bytes.
+        # The prefix and the message. A bytearray if they arrive in several parts.
         self._message: bytes | bytearray = b""
         self._expected = PREFIX_SIZE
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the headers of the response were received."""
+        return self._status != 0
 
     # -- HEADERS ----------------------------------------------------------------
 
     def headers(self, block: Block, *, end_stream: bool) -> None:
         """
-        Take a header block: of a 1xx response, of the response, or the trailers.
+        Process a header block: an informational response, the headers, or the trailers.
 
         Raises:
-            StreamViolation: It is malformed (RFC 9113, section 8.1.1).
+            StreamViolation: The response is malformed (RFC 9113, section 8.1.1).
         """
         if not self._is_usual(block, end_stream=end_stream):
             self._take(block, end_stream=end_stream)
@@ -164,7 +184,9 @@ class Response:
     def _take(self, block: Block, *, end_stream: bool) -> None:
         if self._status:
             if not end_stream:
-                raise _malformed("a header block follows the headers and is no trailer")
+                raise _malformed("trailers do not end the stream")
+            if block.pseudo:
+                raise _malformed("the trailers have a pseudo-header field")
             self._end(block)
             return
         status = _http_status(block)
@@ -172,11 +194,13 @@ class Response:
             self._informational += 1
             # Section 8.6: 101 does not exist in HTTP/2.
             if end_stream or status == 101 or self._informational > MAX_INFORMATIONAL:
-                raise _malformed(f"an informational response with status {status}")
+                raise _malformed(
+                    f"an informational response with the status {status} is not allowed"
+                )
             return
         self._status = status
         self._initial = block
-        if end_stream and _is_refusal_of_nginx(block.known):
+        if end_stream and _is_nginx_error(block.known):
             self._end_with_error(block.known[b"grpc-status"], block)
             return
         if not self._is_grpc(block.known):
@@ -184,34 +208,26 @@ class Response:
         if end_stream:  # "Trailers-Only"
             self._end(block)
         elif b"grpc-status" in block.known:
-            raise _malformed("grpc-status stands in the headers and not in trailers")
+            raise _malformed("grpc-status is in the headers and not in the trailers")
 
     def _is_grpc(self, known: Mapping[bytes, Sequence[bytes]]) -> bool:
-        """Return whether the headers are of gRPC; if not, the call has ended."""
+        """Return whether the headers are those of gRPC. If not, the call has ended."""
         types = known.get(b"content-type", ())
         if len(types) != 1 or _CONTENT_TYPE.fullmatch(types[0]) is None:
             self._fail_as_http(
                 f"content type {_text(types[0])!r}" if types else "no content type"
             )
             return False
-        encodings = known.get(b"grpc-encoding", ())
-        if any(encoding != b"identity" for encoding in encodings):
-            self._fail(
-                _Code.INTERNAL,
-                f"the server compresses its responses (grpc-encoding: "
-                f"{_text(encodings[0])}), which this client neither asked for nor "
-                "supports; turn compression off in the server or proxy",
-            )
-            return False
+        self._encodings = known.get(b"grpc-encoding", ())
         self._length = _content_length(known)
         return True
 
-    def _fail_as_http(self, what: str) -> None:
-        """End with what the HTTP status says (gRPC, HTTP to gRPC status mapping)."""
+    def _fail_as_http(self, reason: str) -> None:
+        """End with the code for the HTTP status (doc/http-grpc-status-mapping.md)."""
         self.outcome = EndedCall(
             Ending.NO_STATUS,
             _CODE_OF_HTTP.get(self._status, _Code.UNKNOWN),
-            f"the answer is not one of gRPC: HTTP status: {self._status}, {what}",
+            f"this is not a gRPC response: HTTP status: {self._status}, {reason}",
             _metadata(self._initial),
         )
 
@@ -219,18 +235,18 @@ class Response:
 
     def data(self, payload: bytes) -> None:
         """
-        Take a part of the body.
+        Process a part of the body.
 
         Raises:
-            StreamViolation: It comes before the headers.
+            StreamViolation: The headers were not received yet.
         """
         if not self._status:
-            raise _malformed("DATA come before the headers")
+            raise _malformed("DATA precede the headers")
         self._received += len(payload)
-        # Nearly each response is one message in one frame.
+        # Nearly all responses are one message in one frame.
         if not self._message and len(payload) >= PREFIX_SIZE:
             self._message = payload
-        else:
+        elif payload:
             if isinstance(self._message, bytes):
                 self._message = bytearray(self._message)
             self._message += payload
@@ -246,20 +262,26 @@ class Response:
         if flag == 1:
             self._fail(
                 _Code.INTERNAL,
-                "the message is compressed, which this client did not ask for",
+                f"the message is compressed (grpc-encoding: {self._encoding_text}); "
+                "this client does not support compression and did not ask for it; turn "
+                "compression off in the server or proxy",
             )
         elif flag:
             self._fail(_Code.INTERNAL, f"the message has the unknown flag {flag}")
         elif length > MAX_MESSAGE:
-            # The connection is well, and so is its server.
+            # The server and the connection work, so this counts as a status.
             self._fail(
                 _Code.RESOURCE_EXHAUSTED,
-                f"the response has {length} bytes, and {MAX_MESSAGE} are allowed",
+                f"the response has {length} bytes, the limit is {MAX_MESSAGE}",
                 Ending.STATUS,
             )
 
+    @property
+    def _encoding_text(self) -> str:
+        return ", ".join(map(_text, self._encodings)) or "none"
+
     def end_of_data(self) -> None:
-        """Take the end of the stream by a DATA frame, which is no end for gRPC."""
+        """Process the end of the stream by a DATA frame: gRPC requires trailers."""
         if self._status == 200:
             self._fail(_Code.UNKNOWN, "the response has no trailers")
         else:
@@ -268,9 +290,8 @@ class Response:
     # -- the end ----------------------------------------------------------------
 
     def _end(self, trailers: Block) -> None:
-        """Take the block that ends the response (gRPC, "Responses")."""
-        if trailers.pseudo and trailers is not self._initial:
-            raise _malformed("the trailers have a pseudo-header field")  # section 8.1
+        """Process the header block that ends the response ("Responses")."""
+        self._check_length(trailers)
         values = trailers.known.get(b"grpc-status", ())
         if values != [b"0"]:
             self._end_with_error(values, trailers)
@@ -279,35 +300,43 @@ class Response:
         else:
             self._end_well(trailers.known)
 
+    def _check_length(self, trailers: Block) -> None:
+        """Compare content-length with the bytes of DATA (RFC 9113, section 8.1.1)."""
+        for length in (self._length, _content_length(trailers.known)):
+            if length is not None and length != self._received:
+                raise _malformed("content-length differs from the length of the body")
+
     def _end_well(self, trailers: Mapping[bytes, Sequence[bytes]]) -> None:
         initial = self._initial.known if self._initial is not None else {}
         if (
             b"grpc-status-details-bin" in initial
             or b"grpc-status-details-bin" in trailers
         ):
-            self._fail(_Code.INTERNAL, "it has details of an error and the status OK")
+            self._fail(_Code.INTERNAL, "the status is OK, but there are error details")
             return
-        length = _content_length(trailers)
-        for each in (self._length, length):
-            if each is not None and each != self._received:
-                # RFC 9113, section 8.1.1.
-                raise _malformed("content-length is not the length of the body")
+        if not _ENCODINGS.issuperset(self._encodings):
+            self._fail(
+                _Code.INTERNAL, f"the grpc-encoding is unknown: {self._encoding_text}"
+            )
+            return
         size = len(self._message)
-        if size < PREFIX_SIZE or size != self._expected:
+        if size != self._expected:
             self._fail(
                 _Code.INTERNAL,
-                "it has the status OK and no whole message" if size else "no message",
+                "the status is OK, but the message is incomplete"
+                if size
+                else "the status is OK, but there is no message",
             )
             return
         self.outcome = bytes(self._message[PREFIX_SIZE:])
 
     def _end_with_error(self, values: Sequence[bytes], trailers: Block) -> None:
-        if not values and self._status != 200:
+        if not values:
             self._fail_as_http("no grpc-status")
             return
         if len(values) != 1 or _NUMBER.fullmatch(values[0]) is None:
             shown = ", ".join(map(_text, values[:4])) or "none"
-            self._fail(_Code.UNKNOWN, f"it has no grpc-status that counts: {shown}")
+            self._fail(_Code.UNKNOWN, f"there is no valid grpc-status: {shown}")
             return
         number = int(values[0])
         messages = trailers.known.get(b"grpc-message")
@@ -324,11 +353,11 @@ class Response:
     def _fail(
         self, code: grpc.StatusCode, fault: str, how: Ending = Ending.NO_STATUS
     ) -> None:
-        """End with *code*, because of a *fault* of the answer."""
+        """End with *code*, because the response has the *fault*."""
         self.outcome = EndedCall(
             how,
             code,
-            f"the answer breaks the protocol of gRPC: {fault}"
+            f"the response violates the gRPC protocol: {fault}"
             if how is Ending.NO_STATUS
             else fault,
             _metadata(self._initial),
@@ -369,13 +398,13 @@ def _malformed(fault: str) -> StreamViolation:
     return StreamViolation(ErrorCode.PROTOCOL_ERROR, fault)
 
 
-def _is_refusal_of_nginx(known: Mapping[bytes, Sequence[bytes]]) -> bool:
+def _is_nginx_error(known: Mapping[bytes, Sequence[bytes]]) -> bool:
     """
-    Return whether these headers are an error with a `grpc-status` and no content type.
+    Return whether these headers are an error of nginx: no content type, not OK.
 
-    The error page that nginx documents for gRPC has the status 204, and nginx sends no
-    content type with it. The `grpc-message` is the reason of the outage. OK is not
-    accepted in this way.
+    The error page that nginx documents for gRPC has the HTTP status 204 and no content
+    type. Its `grpc-message` is the reason for the outage. The status OK always needs a
+    content type.
     """
     return b"content-type" not in known and known.get(b"grpc-status", [b"0"]) != [b"0"]
 
@@ -384,7 +413,7 @@ def _http_status(block: Block) -> int:
     """Return `:status`, the only pseudo-header field of a response (section 8.3.2)."""
     values = block.pseudo.get(b":status", ())
     if len(values) != 1 or len(block.pseudo) != 1 or not block.pseudo_first:
-        raise _malformed("the headers must begin with :status, once")  # section 8.3
+        raise _malformed("the headers must begin with exactly one :status")
     value = values[0]
     if value == b"200":
         return 200
@@ -397,7 +426,7 @@ def _content_length(known: Mapping[bytes, Sequence[bytes]]) -> int | None:
     values = known.get(b"content-length")
     if values is None:
         return None
-    if len(values) > 1 or _NUMBER.fullmatch(values[0]) is None:
+    if len(values) > 1 or _LENGTH.fullmatch(values[0]) is None:
         raise _malformed(f"content-length is {_text(values[0])!r}")
     return int(values[0])
 
@@ -407,7 +436,7 @@ def _text(value: bytes) -> str:
 
 
 def _percent_decoded(message: bytes) -> str:
-    """Return a `grpc-message`: an invalid sequence stays as it is ("Responses")."""
+    """Decode a `grpc-message`. Invalid sequences stay unchanged ("Responses")."""
     return urllib.parse.unquote_to_bytes(message).decode("utf-8", "replace")
 
 
@@ -415,26 +444,26 @@ def _metadata(block: Block | None) -> tuple[tuple[str, str | bytes], ...]:
     """Return the metadata in *block* ("Custom-Metadata")."""
     if block is None:
         return ()
-    return tuple(
-        (
-            name.decode(),
-            _binary(field.value)
-            if name.endswith(b"-bin")
-            # The text of a field that nobody should send stays readable.
-            else field.value.decode("utf-8", "backslashreplace"),
-        )
-        for field in block.fields()
-        if (name := field.name)[:1] != b":" and name not in _NO_METADATA
-    )
+    pairs: list[tuple[str, str | bytes]] = []
+    for field in block.fields():
+        name, value = field.name, field.value
+        if name[:1] == b":" or name in _PROTOCOL_FIELDS:
+            continue
+        key = name.decode()
+        if key.endswith("-bin"):
+            # One field may carry several values, joined by commas.
+            pairs += ((key, _binary(part)) for part in value.split(b","))
+        else:
+            # A value that is not ASCII is not allowed, but it stays readable.
+            pairs.append((key, value.decode("utf-8", "backslashreplace")))
+    return tuple(pairs)
 
 
 def _binary(value: bytes) -> bytes:
-    """Return the bytes of a `-bin` field, whose base64 may lack its padding."""
-    # Several values are joined by commas, and each has its own padding.
-    parts = [part.rstrip(b"=") for part in value.split(b",")]
+    """Return the bytes of a `-bin` value, or *value* itself if it is not base64."""
+    # The padding is optional.
+    text = value.strip(b" \t").rstrip(b"=")
     try:
-        return b",".join(
-            base64.b64decode(part + b"=" * (-len(part) % 4)) for part in parts
-        )
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except binascii.Error:
         return value

@@ -1,8 +1,8 @@
 """
-What a pool calls a connection: a socket, TLS if there is any, and the state of HTTP/2.
+The connection that the pool uses: a socket, perhaps TLS, and the state of HTTP/2.
 
-All here is the same on asyncio and trio. The two I/O layers, `asyncio_io` and
-`trio_io`, add how to wait: for the socket, for a deadline, and for the end of a call.
+This module is the same for asyncio and trio. The I/O layers `asyncio_io` and `trio_io`
+add the waits: for the socket, for a deadline, and for the end of a call.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ __all__ = ["NativeConnection", "Wire"]
 
 
 _READ: Final = 65_536
-"""Bytes that one read takes at most: more than a burst of 100 answers of Topaz."""
+"""The most bytes of one read: more than a burst of 100 responses of Topaz."""
 
 
 class Wire:
     """
-    A socket that does not block, with TLS if *tls* is given.
+    A non-blocking socket, with TLS if *tls* is given.
 
-    Nothing here waits: `read` takes what is there, `write` sends what fits.
+    No method waits. `read` reads the bytes that have arrived. `write` sends as many
+    bytes as fit into the socket's buffer.
     """
 
     __slots__ = ("_sock", "_tls", "_unsent", "core")
@@ -66,21 +67,21 @@ class Wire:
 
     @property
     def tls(self) -> TlsSession | None:
-        """The TLS of the connection, if it has any."""
+        """The TLS session, or None."""
         return self._tls
 
     @property
     def is_open(self) -> bool:
-        """Whether the socket was not closed here."""
+        """Whether the socket is not closed on this side."""
         return self._sock.fileno() >= 0
 
     def fileno(self) -> int:
-        """Return the file descriptor, or -1 once it is closed."""
+        """Return the file descriptor, or -1 if the socket is closed."""
         return self._sock.fileno()
 
     def receive(self) -> bytes | None:
         """
-        Return what the socket has, or None if it has nothing now.
+        Return the bytes that have arrived, or None if there are none.
 
         Raises:
             OSError: The connection has ended.
@@ -94,7 +95,7 @@ class Wire:
         return data
 
     def read(self) -> None:
-        """Take what the socket has; the end of the connection ends its calls."""
+        """Process the bytes that have arrived. Calls end with their connection."""
         try:
             self.take()
         except OSError as error:  # also one of TLS
@@ -102,7 +103,7 @@ class Wire:
 
     def take(self) -> None:
         """
-        Take what the socket has.
+        Process the bytes that have arrived.
 
         Raises:
             OSError: The connection has ended.
@@ -119,10 +120,10 @@ class Wire:
 
     def write(self) -> bool:
         """
-        Send what there is to send; return whether the socket takes no more for now.
+        Send the queued bytes. Return whether the socket's buffer is full.
 
-        What does not fit waits in the core, where calls that end take nothing with
-        them. The end of the connection ends its calls.
+        The rest stays in the core until there is room. If the connection ended, so do
+        its calls.
         """
         try:
             return self.push()
@@ -132,7 +133,7 @@ class Wire:
 
     def push(self) -> bool:
         """
-        Send what there is to send; return whether the socket takes no more for now.
+        Send the queued bytes. Return whether the socket's buffer is full.
 
         Raises:
             OSError: The connection has ended.
@@ -160,7 +161,7 @@ class Wire:
             self._unsent = None
 
     def close(self) -> None:
-        """Close the socket, without waiting: what does not fit is dropped."""
+        """Close the socket without waiting. Bytes that do not fit are dropped."""
         if not self.is_open:
             return
         if self._tls is not None and self._tls.is_established:
@@ -170,16 +171,16 @@ class Wire:
         self._sock.close()
 
     def drop(self) -> None:
-        """Close the socket and say nothing."""
+        """Close the socket without sending anything."""
         self._sock.close()
 
 
 class NativeConnection(abc.ABC):
     """
-    A connection of HTTP/2 that carries gRPC calls.
+    An HTTP/2 connection that carries gRPC calls.
 
-    Strictly private. See `fastapi_topaz._pool.connector.Connector` for what the pool
-    expects of it.
+    Strictly private. The pool expects the interface that
+    `fastapi_topaz._pool.connector.Connector` describes.
     """
 
     def __init__(
@@ -191,11 +192,11 @@ class NativeConnection(abc.ABC):
         self._blocks = blocks
         self._peer = peer
         self._closed = False
-        # What `close` waits for while it leaves time to the last calls.
+        # Set when the last call ends while `close` waits for it.
         self._quiet: anyio.Event | None = None
         self._successors: Successors[NativeConnection] | None = None
         self.reopen: Callable[[], Awaitable[NativeConnection]] | None = None
-        """Opens the connection that takes over if the server ends this one."""
+        """Opens a successor if the server ends this connection."""
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
@@ -206,12 +207,12 @@ class NativeConnection(abc.ABC):
 
     @property
     def peer(self) -> str | None:
-        """The address of the other side, such as `ipv4:127.0.0.1:8282`."""
+        """The address of the server, such as `ipv4:127.0.0.1:8282`."""
         return self._peer
 
     @property
     def max_streams(self) -> float:
-        """How many calls the server takes at once on this connection."""
+        """The most concurrent calls that the server allows on this connection."""
         return self._core.max_concurrent_streams
 
     # -- calls ------------------------------------------------------------------
@@ -229,8 +230,9 @@ class NativeConnection(abc.ABC):
         Make one unary-unary call that ends within *timeout* seconds.
 
         Raises:
-            grpc.aio.AioRpcError: It ended with another status than OK.
-            ConnectionLost: The connection was closed under the call.
+            grpc.aio.AioRpcError: The call ended with a status other than OK.
+            ConnectionLost: The connection was closed during the call.
+            ValueError: *method* cannot be sent.
         """
 
     def _begin(
@@ -241,7 +243,7 @@ class NativeConnection(abc.ABC):
         metadata: Metadata,
         wake: Callable[[], object],
     ) -> Stream:
-        """Begin a call whose end *wake* reports."""
+        """Begin a call. *wake* is called when it ends."""
         if self._closed:
             raise closed_under(method, self._target.url)
         block, size = self._blocks.block(method, timeout, metadata)
@@ -252,17 +254,17 @@ class NativeConnection(abc.ABC):
 
     @property
     def _sends_again(self) -> bool:
-        """Whether a call that the server did not process can be sent once more."""
+        """Whether calls that the server did not process are sent once more."""
         return self.reopen is not None and not self._closed
 
     def _is_sent_again(self, error: EndedCall) -> bool:
-        """Return whether to send the call again that ended with *error*."""
-        return error.how is Ending.GOAWAY and self._sends_again
+        """Return whether to send the call that ended with *error* once more."""
+        return error.how in {Ending.GOAWAY, Ending.NOT_SENT} and self._sends_again
 
     async def _send_again(
         self, method: str, request: bytes, timeout: float | None, metadata: Metadata
     ) -> bytes:
-        """Send a call, which the server did not process, on another connection."""
+        """Send a call that the server did not process on another connection."""
         if self._successors is None:
             assert self.reopen is not None  # noqa: S101
             self._successors = Successors(self._target.url, self.reopen, self._host)
@@ -282,8 +284,8 @@ class NativeConnection(abc.ABC):
         outcome = stream.outcome
         if type(outcome) is bytes:
             return outcome
-        # An error refers to its frames. The stream in one of them must not refer back:
-        # such a circle lives until the garbage collector finds it.
+        # An error refers to its frames, and one of them to the stream. So the stream
+        # must not refer to the error: only the garbage collector frees such a cycle.
         stream.outcome = stream.response.outcome = None
         assert isinstance(outcome, Exception)  # noqa: S101
         try:
@@ -294,22 +296,22 @@ class NativeConnection(abc.ABC):
     # -- health -----------------------------------------------------------------
 
     def judge(self, error: BaseException, /) -> Verdict | None:
-        """Return what *error*, raised by a call, says of the connection itself."""
+        """Return the verdict on the connection for *error*, which a call raised."""
         return verdict(error, self.is_lost)
 
     def is_lost(self) -> bool:
-        """Say whether the socket is closed, or the server has said GOAWAY."""
+        """Return whether the connection ended, or the server sent GOAWAY."""
         return not self._core.takes_calls
 
     async def probe(self, timeout: float, /) -> None:
         """
-        Make the call `probe` of the target; any `grpc-status` of its own will do.
+        Make the call `probe` of the target. Any `grpc-status` of the service is enough.
 
         Raises:
-            grpc.aio.AioRpcError: No answer within *timeout* seconds, no connection, or
-                an answer that is not the server's own: UNAVAILABLE, or one without a
-                `grpc-status`.
-            ConnectionLost: The connection was closed meanwhile.
+            grpc.aio.AioRpcError: No response within *timeout* seconds, no connection,
+                or a response that is not from the service: UNAVAILABLE, or one without
+                a `grpc-status`.
+            ConnectionLost: The connection was closed during the call.
         """
         await self._ask(timeout)
 
@@ -319,7 +321,7 @@ class NativeConnection(abc.ABC):
 
         Raises:
             grpc.aio.AioRpcError, ConnectionLost: See `probe`.
-            ConnectFailed: The server answers that it does not know the probe.
+            ConnectFailed: The server does not serve the probe.
         """
         if await self._ask(timeout) is grpc.StatusCode.UNIMPLEMENTED:
             raise ConnectFailed(
@@ -329,9 +331,9 @@ class NativeConnection(abc.ABC):
             )
 
     async def _ask(self, timeout: float) -> grpc.StatusCode:
-        """Return the status of a probe, if it is the server's own."""
+        """Return the status of a probe, if it is from the service."""
         if not (self._core.takes_calls or self._closed):
-            # A probe says nothing about this connection if a successor answers it.
+            # The response of a successor would say nothing about this connection.
             raise not_sent(
                 self._target.probe,
                 self._target.url,
@@ -347,7 +349,7 @@ class NativeConnection(abc.ABC):
             details = error.details()
         else:
             return grpc.StatusCode.OK
-        # Not in the handler: the error of the call adds nothing to this one.
+        # Outside the handler, so that the error of the call is not its context.
         raise EndedCall(
             Ending.STATUS,
             grpc.StatusCode.UNAVAILABLE,
@@ -357,7 +359,7 @@ class NativeConnection(abc.ABC):
     # -- closing ----------------------------------------------------------------
 
     async def close(self, grace: float, /) -> None:
-        """Close the connection after *grace* seconds, or once its calls have ended."""
+        """Close the connection when its calls have ended, or after *grace* seconds."""
         self._closed = True
         try:
             if grace > 0 and self.has_calls:
@@ -375,32 +377,32 @@ class NativeConnection(abc.ABC):
         return self._core.has_calls
 
     def _call_ended(self) -> None:
-        """Let `close` go on if that was the last call."""
+        """Let `close` continue if the last call has ended."""
         if self._quiet is not None and not self.has_calls:
             self._quiet.set()
 
     def cut_off(self) -> None:
-        """Close the connection at once; all its calls end as lost."""
+        """Close the connection at once. All its calls end as lost."""
         self._closed = True
         if self._successors is not None:
             self._successors.cut_off()
         self._end()
 
     def _end(self) -> None:
-        """End all calls as lost, and close the socket after what is to be sent."""
+        """End all calls as lost, send the queued bytes, and close the socket."""
         self._core.shut_down()
         self._detach()
         self._wire.close()
 
     @abc.abstractmethod
     def _detach(self) -> None:
-        """Let the event loop forget the socket, which will be closed."""
+        """Remove the socket from the event loop before it is closed."""
 
     def abandon(self) -> None:
         """Close the socket without waiting, because the event loop was closed."""
         self._closed = True
         if self._successors is not None:
             self._successors.abandon()
-        # Nothing may be woken, because its loop cannot take it.
+        # No caller is woken, because the event loop is closed.
         self._core.forget_calls()
         self._wire.drop()

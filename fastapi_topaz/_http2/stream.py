@@ -1,4 +1,4 @@
-"""One call on a connection: its stream, from the request to the outcome."""
+"""The stream of one call, from the request to the outcome."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Stream:
     """
     A stream of HTTP/2 that carries a unary call (RFC 9113, section 5).
 
-    It has no id until it is opened: a call may have to wait for the stream limit of
-    the peer, or for the socket. A stream that has an outcome is not in the connection.
+    Its id is 0 until it is opened: a call may wait for the stream limit of the peer, or
+    for the socket. When it has an outcome, the connection has removed it.
 
     Args:
         block: The header block of the request.
         header_list_size: The size of its header list.
         message: The message of the request.
-        deadline: When the call ends at the latest, by the clock of the I/O layer; None
-            for no limit.
-        wake: Called once, when `outcome` is there. It must not call the connection.
+        deadline: When the call ends at the latest, by the clock of the I/O layer. None
+            means no limit.
+        wake: Called once, when `outcome` is set. It must not call the connection.
     """
 
     __slots__ = (
@@ -61,11 +61,11 @@ class Stream:
         self.wake = wake
         self.response = Response()
         self.outcome: bytes | Exception | None = None
-        # How many bytes of DATA may be sent (section 5.2). It may be negative.
+        # Bytes of DATA that may be sent (section 5.2). It may be negative.
         self.send_window = 0
-        # Bytes of padding that took from the receive window and were not given back.
+        # Bytes of received padding that no WINDOW_UPDATE has returned yet.
         self.padding = 0
-        # The rest of the request, which waits for a window or for the socket.
+        # The rest of the request. It waits for a window or for the socket.
         self.unsent: memoryview | None = None
 
     def time_left(self, now: float) -> float | None:

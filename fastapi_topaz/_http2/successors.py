@@ -1,9 +1,9 @@
 """
-The connections that take over the calls of a connection that its server has ended.
+Connections that take over calls of a connection that the server has ended.
 
 A server may send GOAWAY, or close the socket, between a lease and its call. Then the
 call was not processed, so it is sent once more on a new connection. grpc.aio does the
-same. The pool retires the lost connection with its lease.
+same. The pool retires the lost connection when its lease ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Successors"]
 
 
 class Successor(Protocol):
-    """What a successor can do; see `NativeConnection`."""
+    """The interface of a successor; see `NativeConnection`."""
 
     @property
     def has_calls(self) -> bool: ...
@@ -60,8 +60,8 @@ class Successors(Generic[C]):
     Strictly private.
 
     Args:
-        url: The target in messages.
-        connect: Opens a connection that has no successors itself.
+        url: The name of the target in errors.
+        connect: Opens a connection. It has no successors itself.
         host: Starts the tasks of a new connection.
     """
 
@@ -76,7 +76,7 @@ class Successors(Generic[C]):
         self._host = host
         self._lock = anyio.Lock()
         self._connections: list[C] = []
-        # The scopes of the calls that wait for a new connection.
+        # The cancel scopes of calls that wait for a new connection.
         self._scopes: set[anyio.CancelScope] = set()
         self._closed = False
 
@@ -91,10 +91,10 @@ class Successors(Generic[C]):
         """
         Send a call once more; see `NativeConnection.call`.
 
-        If no successor takes calls, one is opened. So one call opens at most one.
+        If no successor accepts calls, this opens one. So a call opens at most one.
 
         Raises:
-            NotSent: No connection could be opened, or it ended at once.
+            NotSent: No connection could be opened.
         """
         deadline = None if timeout is None else monotonic() + timeout
         successor = await self._successor(method, timeout)
@@ -106,7 +106,7 @@ class Successors(Generic[C]):
             del successor
 
     async def _successor(self, method: str, timeout: float | None) -> C:
-        """Return a connection that takes calls, and open it if there is none."""
+        """Return a connection that accepts calls. Open one if there is none."""
         scope = anyio.move_on_after(timeout)
         self._scopes.add(scope)
         try:

@@ -1,8 +1,9 @@
 """
 TLS without I/O: an `ssl.SSLObject` between two buffers.
 
-The sslproto of asyncio costs 0.44 of a bare stub and 285 KiB a connection, and the
-SSLStream of trio 0.85. This costs 0.39 and 23 KiB on both.
+CPU of a call relative to a bare grpc.aio stub: 0.44 with the TLS of asyncio, 0.85 with
+that of trio, 0.39 with this module. Memory of a connection: 285 KiB with the TLS of
+asyncio, 23 KiB with this module.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ __all__ = ["ROOTS_VARIABLE", "TlsSession", "tls_context"]
 
 
 ROOTS_VARIABLE: Final = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
-"""The environment variable of gRPC that names a file with the default roots."""
+"""The environment variable of gRPC with the path of the default root certificates."""
 
 _READ: Final = 65_536
 
 
 class TlsSession:
     """
-    One TLS connection of a client.
+    The client side of one TLS connection.
 
-    Bytes of the socket go to `received`, and those for it come from `to_send`.
+    Pass the bytes that the socket receives to `received`. Send those of `to_send`.
 
     Args:
         context: See `tls_context`.
-        host: The name or address that the server's certificate has to be for.
+        host: The name or address for which the server's certificate must be valid.
     """
 
     __slots__ = ("_incoming", "_object", "_outgoing", "is_ended", "is_established")
@@ -52,11 +53,11 @@ class TlsSession:
         )
         self.is_established = False
         self.is_ended = False
-        """Whether the server said close_notify."""
+        """Whether the server sent close_notify."""
 
     def handshake(self) -> None:
         """
-        Go on with the handshake; `is_established` says whether it is complete.
+        Continue the handshake. Afterwards, `is_established` is True if it is complete.
 
         Raises:
             ssl.SSLError: It failed.
@@ -72,10 +73,10 @@ class TlsSession:
 
     def received(self, data: bytes) -> bytes:
         """
-        Return what *data*, received from the socket, say in plaintext.
+        Return the plaintext of *data*, which the socket received.
 
         Raises:
-            ssl.SSLError: The server broke TLS, or sent an alert.
+            ssl.SSLError: The server violated TLS, or sent an alert.
         """
         self._incoming.write(data)
         return self._read() if self.is_established else b""
@@ -89,39 +90,40 @@ class TlsSession:
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLError:
-            # What came before an alert counts. The alert is found again.
+            # Plaintext before an alert is valid. The next read raises the alert again.
             if not parts:
                 raise
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def received_early(self) -> bytes:
-        """Return the plaintext that came together with the end of the handshake."""
+        """Return plaintext that arrived together with the end of the handshake."""
         return self._read()
 
     def encrypt(self, data: bytes) -> None:
-        """Encrypt *data*, to be sent; it raises nothing that a peer can cause."""
-        # The buffer grows as needed, so this never asks for more room.
+        """Encrypt *data* for `to_send`. A peer cannot make it raise an error."""
+        # The buffer grows as needed, so this never raises SSLWantWriteError.
         self._object.write(data)
 
     def say_close(self) -> None:
-        """Add close_notify to what is to be sent. Nothing waits for the answer."""
+        """Queue close_notify. The close_notify of the server is not awaited."""
         with contextlib.suppress(ssl.SSLError):
             self._object.unwrap()
 
     def to_send(self) -> bytes:
-        """Return the bytes for the socket."""
+        """Return the bytes to send."""
         return self._outgoing.read()
 
 
 def tls_context(target: Target) -> ssl.SSLContext:
     """
-    Return the context for *target*, which decides what is trusted.
+    Return the TLS context for *target*, with the root certificates to trust.
 
-    The roots are those of `cert_file_path`, else those of the file that
-    `GRPC_DEFAULT_SSL_ROOTS_FILE_PATH` names, else those of the system.
+    They come from `cert_file_path`, or from the file in
+    `GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`, or from the operating system: the first that is
+    set.
 
     Raises:
-        ConnectFailed: There are no roots to trust.
+        ConnectFailed: There are no trusted root certificates.
         ValueError: `cert_file_path` cannot be used.
     """
     pem = root_certificates(target)
@@ -132,8 +134,8 @@ def tls_context(target: Target) -> ssl.SSLContext:
             return _context(pathlib.Path(path).read_bytes())
         except (OSError, ValueError) as error:
             raise ConnectFailed(
-                f"cannot connect to {target.url}: the file that {ROOTS_VARIABLE} "
-                f"names cannot be used: {path!r}: {error}",
+                f"cannot connect to {target.url}: the file {path!r} in "
+                f"{ROOTS_VARIABLE} cannot be used: {error}",
                 reason="tls",
                 permanent=True,
             ) from error
@@ -149,8 +151,8 @@ def tls_context(target: Target) -> ssl.SSLContext:
     return context
 
 
-# To parse the bundle of a system takes 20 ms. A file is cached by its content, so that
-# a rotated one is used; the store of the system is read once.
+# The bundle of a system takes 20 ms to parse. A file is cached by its content, so a
+# rotated file is used. The store of the system is read once.
 @lru_cache(maxsize=4)
 def _context(pem: bytes) -> ssl.SSLContext:
     context = _bare_context()
@@ -164,7 +166,7 @@ def _context(pem: bytes) -> ssl.SSLContext:
 def _system_context() -> ssl.SSLContext | None:
     context = _bare_context()
     context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    # Those in a directory are loaded when a certificate needs one.
+    # OpenSSL loads certificates in a directory only when it needs them.
     directory = ssl.get_default_verify_paths().capath
     has_directory = directory is not None and any(pathlib.Path(directory).iterdir())
     return context if context.cert_store_stats()["x509_ca"] or has_directory else None
@@ -174,8 +176,8 @@ def _bare_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9113, section 9.2
     context.set_alpn_protocols(["h2"])
-    # Not strict: the CA that Topaz makes has no Authority Key Identifier. As gRPC does,
-    # an intermediate CA in the file is trusted without its root.
+    # Not strict: the CA that Topaz generates has no Authority Key Identifier. As in
+    # gRPC, an intermediate CA in the file is trusted without its root.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.verify_flags |= (
         ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_TRUSTED_FIRST

@@ -1,9 +1,9 @@
 """
 The I/O layer for trio.
 
-A connection needs tasks of its own, which `run` holds: one reads and keeps the
-deadlines, one writes. The pool runs it in its own task group, so the tasks end with the
-pool, and trio needs no system task and no thread.
+`run` of a connection has two tasks. One reads and keeps the deadlines, the other
+writes. The pool starts `run` in its own task group. So the tasks end with the pool, and
+no system task and no thread is needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["TrioConnection"]
 
 
 class _Parked:
-    """A task that sleeps until it is woken, or none."""
+    """A place where one task sleeps until `wake` is called."""
 
     __slots__ = ("task",)
 
@@ -52,7 +52,7 @@ class _Parked:
 
 class TrioConnection(NativeConnection):
     """
-    A connection on trio. It works while `run` does.
+    A connection on trio. It works only while `run` is running.
 
     Strictly private.
     """
@@ -63,15 +63,15 @@ class TrioConnection(NativeConnection):
         super().__init__(wire, target, blocks, peer)
         self._began = False
         self._scope: trio.CancelScope | None = None
-        # Holds the tasks of successors. It outlives the tasks of this connection.
+        # The nursery for tasks of successors. It outlives those of this connection.
         self._hosted: trio.Nursery | None = None
         self._timer: trio.CancelScope | None = None
         self._armed = math.inf
         self._writer = _Parked()
         self._is_full = False
 
-    # Ctrl-C between the begin of a call and its wait would leave a task that is woken
-    # although it does not sleep, and trio aborts the program then.
+    # Ctrl-C between the begin of a call and its wait would let the core wake a task
+    # that does not sleep. Then trio aborts the program.
     @trio.lowlevel.enable_ki_protection
     async def call(
         self,
@@ -91,8 +91,8 @@ class TrioConnection(NativeConnection):
         stream = self._begin(method, request, timeout, metadata, caller.wake)
         if self._core.next_deadline < self._armed:
             self._arm()
-        # Alone, a call is written at once. Beside others, all that begin in one turn
-        # of the loop are written together by the writer: a send takes 5 us.
+        # A single call is written at once. The writer sends concurrent calls together,
+        # because a send takes 5 us.
         if len(self._core.streams) == 1 and self._writer.task is not None:
             self._flush()
         else:
@@ -120,21 +120,21 @@ class TrioConnection(NativeConnection):
         return super()._sends_again and self._hosted is not None
 
     def _host(self, successor: NativeConnection) -> None:
-        """Start the tasks of *successor* beside those of this connection."""
+        """Start the tasks of *successor* in the nursery of this connection."""
         assert isinstance(successor, TrioConnection)  # noqa: S101
-        if self._hosted is None:  # the pool ended `run` meanwhile
+        if self._hosted is None:  # the pool has ended `run`
             successor.cut_off()
         else:
             self._hosted.start_soon(successor.run)
 
     async def _until_began(self) -> None:
-        """Return when `run` has begun, which the pool has started a moment ago."""
+        """Return when `run`, which the pool has just started, has begun."""
         for _ in range(10):
             await trio.lowlevel.checkpoint()
             if self._began:
                 return
         raise RuntimeError(
-            f"{self!r} works only while its run() does; start it in a nursery, or use "
+            f"{self!r} works only while its run() runs; start it in a nursery, or use "
             "a ConnectionPool, which does so"
         )
 
@@ -144,7 +144,7 @@ class TrioConnection(NativeConnection):
             self._timer.deadline = trio.current_time() + (self._armed - monotonic())
 
     def _flush(self) -> None:
-        """Send what there is; the writer goes on if the socket is full."""
+        """Send the queued bytes. If the socket is full, the writer continues."""
         self._is_full = self._wire.write()
         if self._is_full:
             self._writer.wake()
@@ -154,7 +154,7 @@ class TrioConnection(NativeConnection):
         if self._core.failure is not None and self._scope is not None:
             self._scope.cancel()
 
-    # Protected like `call`: Ctrl-C here would end the pool, and not the application.
+    # Protected like `call`: otherwise Ctrl-C would end the pool, not the application.
 
     @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
@@ -164,7 +164,7 @@ class TrioConnection(NativeConnection):
             async with trio.open_nursery() as self._hosted:
                 await self._run_own()
                 if self._sends_again:
-                    # The server has ended the connection, and successors may follow.
+                    # The server ended the connection. Successors may start tasks.
                     await trio.sleep_forever()
         finally:
             self._hosted = None
@@ -178,14 +178,14 @@ class TrioConnection(NativeConnection):
                 tasks.start_soon(self._read_on)
                 self._stop_if_over()
         finally:
-            # Also if the pool ends: otherwise calls wait for answers that no task
-            # reads.
+            # Also if the pool ends. Otherwise calls would wait for responses that no
+            # task reads.
             self._scope = None
             self._core.lose("the pool ended its task")
             self._wire.close()
 
-    # `close` may come at any time. It cancels these tasks, but one that was woken
-    # before goes on to its next wait, which needs a socket.
+    # `close` can happen at any time. It cancels these tasks. But a task that was
+    # already woken continues to its next wait, which needs an open socket.
 
     @trio.lowlevel.enable_ki_protection
     async def _read_on(self) -> None:
@@ -198,7 +198,7 @@ class TrioConnection(NativeConnection):
                     if self._core.has_output:
                         self._writer.wake()
                     self._stop_if_over()
-            # The timer went off.
+            # The deadline of the timer has passed.
             self._core.expire(monotonic())
             self._flush()
 
@@ -216,5 +216,5 @@ class TrioConnection(NativeConnection):
         if self._hosted is not None:
             self._hosted.cancel_scope.cancel()
         if self._wire.is_open:
-            # Those that wait for the socket must be gone before it is closed.
+            # No task may wait for the socket when it is closed.
             trio.lowlevel.notify_closing(self._wire)

@@ -14,6 +14,12 @@ Metadata = Sequence[tuple[str, str | bytes]]
 # The keys that gRPC allows: see "Requests" in "gRPC over HTTP2".
 _KEY = re.compile(r"[0-9a-z_.-]+")
 
+# RFC 9113, section 8.2.2: a request with one of these is malformed. Servers reset its
+# stream, or end the connection.
+_CONNECTION_SPECIFIC = frozenset(
+    {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"}
+)
+
 
 def _is_key(key: object) -> bool:
     """Return whether gRPC accepts *key*."""
@@ -24,6 +30,7 @@ def is_metadata(key: object, value: object) -> bool:
     """Return whether gRPC accepts the pair of *key* and *value* as text metadata."""
     return (
         _is_key(key)
+        and key not in _CONNECTION_SPECIFIC
         and not str(key).endswith("-bin")
         and isinstance(value, str)
         and value.isascii()
@@ -55,6 +62,8 @@ def check_metadata(metadata: object) -> None:
             raise ValueError(
                 f"metadata keys must be of a-z, 0-9, '_', '-' and '.', got {key!r}"
             )
+        if key in _CONNECTION_SPECIFIC:
+            raise ValueError(f"metadata {key!r} is not allowed in HTTP/2")
         if not isinstance(value, bytes if key.endswith("-bin") else str):
             raise TypeError(
                 f"metadata {key!r} must be bytes if its key ends with -bin, otherwise "

@@ -203,9 +203,77 @@ def test_any_bytes_mean_the_same_to_the_library(block):
         assert ours == theirs
 
 
+UNDECODABLE = {
+    "index 0": "80",
+    "the index after the static table": "be",
+    "a name of the index after the static table": "7f00 0161",
+    "a name of the index 62 without indexing": "0f2f 0161",
+    "a name that is never indexed of the index 62": "1f2f 0161",
+    "no index": "ff",
+    "no end of an index": "ff80",
+    "no name": "00",
+    "no value": "000161",
+    "a value without its last byte": "000161 05 62626262",
+    "a name without its last byte": "0002 61",
+    "no bytes of a value": "000161 01",
+    "an integer of six bytes": "000161 7f8080808000" + "62" * 127,
+    "an integer of 2 to the power of 35": "000161 7f8080808080017f",
+    "padding of Huffman code that is too long": "000c677270632d6d657373616765 81 ff",
+    "padding of Huffman code that is not ones": "000c677270632d6d657373616765 81 18",
+    "the end of string in Huffman code": "000161 84 ffffffff",
+    "a size of the table after a field": "88 20",
+    "a table of one byte": "21",
+    "a table of 31 bytes": "3f00",
+}
+
+
+@pytest.mark.parametrize("block", UNDECODABLE.values(), ids=UNDECODABLE)
+def test_an_undecodable_block_ends_the_connection(block):
+    with pytest.raises(PeerViolation) as no:
+        decode_block(bytes.fromhex(block))
+    assert no.value.code is ErrorCode.COMPRESSION_ERROR
+    assert not isinstance(no.value, StreamViolation)
+
+
+DECODABLE = {
+    "an empty block": ("", []),
+    "the last index of the static table": ("bd", [(b"www-authenticate", b"")]),
+    "a name of the last index": ("0f2e 0161", [(b"www-authenticate", b"a")]),
+    "a name of the last index, with indexing": (
+        "7d 0161",
+        [(b"www-authenticate", b"a")],
+    ),
+    "a name of the last index, never indexed": (
+        "1f2e 0161",
+        [(b"www-authenticate", b"a")],
+    ),
+    "an index with a prefix of ones": ("0f00 0161", [(b"accept-charset", b"a")]),
+    "an integer of five bytes": (
+        "000161 7f80808000" + "62" * 127,
+        [(b"a", b"b" * 127)],
+    ),
+    "a length above its prefix": ("000161 7f01" + "62" * 128, [(b"a", b"b" * 128)]),
+    "several sizes of the table": ("2020 88", [(b":status", b"200")]),
+}
+
+
+@pytest.mark.parametrize("block, expected", DECODABLE.values(), ids=DECODABLE)
+def test_an_unusual_block_is_decoded(block, expected):
+    assert fields_of(bytes.fromhex(block)) == expected
+    assert judge().decode(bytes.fromhex(block), raw=True) == expected
+
+
+@pytest.mark.parametrize("name", sorted(FORBIDDEN))
+def test_a_field_of_http1_ends_the_stream(name):
+    with pytest.raises(StreamViolation, match="not allowed in an HTTP/2 response"):
+        decode_block(encode_field(name, b"trailers"))
+
+
+# Their Huffman codes put zeros or ones on both sides of the byte.
+@pytest.mark.parametrize("around", [b"0", b"ab", b"&", b"aaa", b"~~"])
 @pytest.mark.parametrize("byte", range(256))
-def test_a_value_with_any_byte_is_found_out_in_both_codings(byte):
-    value = b"ab" + bytes([byte]) + b"cd"
+def test_a_value_with_any_byte_is_found_out_in_both_codings(byte, around):
+    value = around + bytes([byte]) + around
     encoder = hpack.Encoder()
     encoder.header_table_size = 0
     for huffman in (False, True):

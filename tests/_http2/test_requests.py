@@ -60,6 +60,39 @@ def test_metadata_are_never_indexed():
     }
 
 
+@pytest.mark.parametrize("key", ["content-type", "grpc-timeout", "te", "user-agent"])
+def test_metadata_cannot_repeat_a_field_of_the_transport(key):
+    with_it, without = (
+        decoded(request(2.0, metadata)[0])
+        for metadata in ([(key, "text"), ("x-a", "b")], [("x-a", "b")])
+    )
+    assert with_it == without
+
+
+def test_whitespace_around_metadata_is_stripped():
+    block, size = request(metadata=[("x-a", "  b c ")])
+    assert decoded(block)[-1] == (b"x-a", b"b c")
+    assert size == sum(len(name) + len(value) + 32 for name, value in decoded(block))
+
+
+@pytest.mark.parametrize(
+    "method", ["", "/", "a.B/C", "/a.B/C ", "/a\r\nb", "/a\0", "/é", "/a\x7f", "/a\n"]
+)
+def test_a_method_that_cannot_be_a_path_is_refused(method):
+    blocks = RequestBlocks("topaz:8282", (), is_tls=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="method must be a full name"):
+            blocks.block(method, None, ())
+
+
+def test_the_blocks_of_few_methods_are_cached():
+    blocks = RequestBlocks("topaz:8282", (), is_tls=False)
+    for number in range(300):
+        block, _ = blocks.block(f"/a.B/C{number}", None, ())
+        assert decoded(block)[2] == (b":path", b"/a.B/C%d" % number)
+    assert len(blocks._blocks) == 256
+
+
 def test_binary_metadata_have_no_padding():
     assert decoded(request(metadata=[("x-bin", b"a")])[0])[-1] == (b"x-bin", b"YQ")
 

@@ -77,6 +77,10 @@ def assert_failed(outcome, code, how, text=""):
         [(":status", "200"), ("content-type", "application/grpc; charset=utf-8")],
         [*HEAD, ("grpc-encoding", "identity"), ("server", "envoy")],
         [*HEAD, ("content-length", "8")],
+        [*HEAD, ("content-length", "0008")],
+        # A message whose flag is 0 is not compressed, whatever the headers say.
+        [*HEAD, ("grpc-encoding", "gzip")],
+        [*HEAD, ("grpc-encoding", "deflate")],
     ],
 )
 def test_a_good_answer_is_its_message(head):
@@ -147,7 +151,7 @@ def test_an_unknown_status_is_unknown(number):
 )
 def test_what_is_no_number_is_no_status(value):
     outcome = response(tail=[("grpc-status", value)])
-    assert_failed(outcome, Code.UNKNOWN, Ending.NO_STATUS, "no grpc-status that counts")
+    assert_failed(outcome, Code.UNKNOWN, Ending.NO_STATUS, "no valid grpc-status")
 
 
 @pytest.mark.parametrize("values", [("0", "7"), ("7", "0"), ("0", "0")])
@@ -187,15 +191,26 @@ def test_an_error_has_its_metadata():
         tail=[
             ("grpc-status", "5"),
             ("x-c-bin", "AP/+"),
-            ("x-d-bin", "YQ==,Yg"),
+            ("x-d-bin", "YQ==,Yg, Yw== ,"),
+            ("x-d-bin", "ZA"),
             ("x-e-bin", "!"),
+            ("x-f-bin", "abcde"),
+            ("x-g-bin", "a-_b"),
         ],
     )
     assert tuple(outcome.initial_metadata()) == (("x-a", "b"),)
     assert tuple(outcome.trailing_metadata()) == (
         ("x-c-bin", b"\0\xff\xfe"),
-        ("x-d-bin", b"a,b"),
-        ("x-e-bin", b""),
+        # Joined by a comma or not, these are several values of one key.
+        ("x-d-bin", b"a"),
+        ("x-d-bin", b"b"),
+        ("x-d-bin", b"c"),
+        ("x-d-bin", b""),
+        ("x-d-bin", b"d"),
+        # What is not base64 stays as it is.
+        ("x-e-bin", b"!"),
+        ("x-f-bin", b"abcde"),
+        ("x-g-bin", b"a-_b"),
     )
 
 
@@ -267,6 +282,8 @@ def test_another_content_type_is_no_answer_of_grpc(types):
         ([(":status", "500"), *HEAD], TAIL),
         ([TYPE, HEAD[0]], TAIL),
         ([*HEAD, (":path", "/")], TAIL),
+        ([HEAD[0], (":path", "/"), TYPE], TAIL),
+        ([HEAD[0], HEAD[0], TYPE], TAIL),
         ([*HEAD, (":unknown", "x")], TAIL),
         *(
             ([(":status", value), TYPE], TAIL)
@@ -276,6 +293,12 @@ def test_another_content_type_is_no_answer_of_grpc(types):
         ([*HEAD, ("content-length", "7")], TAIL),
         ([*HEAD, ("content-length", "x")], TAIL),
         ([*HEAD, ("content-length", "8"), ("content-length", "8")], TAIL),
+        ([*HEAD, ("content-length", "7")], [("grpc-status", "7")]),
+        ([*HEAD, ("content-length", "9" * 20)], TAIL),
+        ([*HEAD, ("content-length", "")], TAIL),
+        ([*HEAD, ("content-length", "-8")], TAIL),
+        (HEAD, [("grpc-status", "7"), ("content-length", "9")]),
+        (HEAD, HEAD),
         (HEAD, [*TAIL, ("content-length", "7")]),
         (HEAD, [*TAIL, (":status", "500")]),
     ],
@@ -299,6 +322,21 @@ def test_endless_informational_responses_break_the_stream():
         found.headers(block([(":status", "103")]), end_stream=False)
     with pytest.raises(StreamViolation):
         found.headers(block([(":status", "103")]), end_stream=False)
+
+
+def test_the_status_101_breaks_the_stream():
+    # RFC 9113, section 8.6: HTTP/2 has no upgrades.
+    with pytest.raises(StreamViolation):
+        Response().headers(block([(":status", "101")]), end_stream=False)
+
+
+def test_empty_data_are_no_part_of_the_body():
+    found = Response()
+    found.headers(block([*HEAD, ("content-length", "8")]), end_stream=False)
+    for part in (b"", YES[:3], b"", YES[3:], b""):
+        found.data(part)
+    found.headers(block([*TAIL, ("content-length", "8")]), end_stream=True)
+    assert found.outcome == b"yes"
 
 
 def test_an_informational_response_that_ends_breaks_the_stream():
@@ -325,8 +363,41 @@ def test_what_is_not_one_whole_message_is_an_error(body):
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "secret", ""])
 def test_a_compressed_answer_is_refused_with_the_remedy(encoding):
-    outcome = response([*HEAD, ("grpc-encoding", encoding)])
+    head = [*HEAD, ("grpc-encoding", encoding)]
+    outcome = response(head, message(b"yes", 1))
     assert_failed(outcome, Code.INTERNAL, Ending.NO_STATUS, "turn compression off")
+    assert f"(grpc-encoding: {encoding or 'none'})" in outcome.details()
+
+
+@pytest.mark.parametrize("encodings", [["secret"], [""], ["gzip", "secret"]])
+def test_an_unknown_encoding_is_refused_also_without_compression(encodings):
+    outcome = response([*HEAD, *(("grpc-encoding", value) for value in encodings)])
+    assert_failed(outcome, Code.INTERNAL, Ending.NO_STATUS, "grpc-encoding is unknown")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "secret"])
+def test_an_error_of_a_server_that_compresses_keeps_its_status(encoding):
+    status = ("grpc-status", "7")
+    head = [*HEAD, ("grpc-encoding", encoding)]
+    outcomes = response(head, None, [status]), only_trailers(head[-1], status)
+    for outcome in outcomes:
+        assert_failed(outcome, Code.PERMISSION_DENIED, Ending.STATUS)
+
+
+def test_trailers_alone_with_a_content_length_are_malformed():
+    with pytest.raises(StreamViolation):
+        only_trailers(("grpc-status", "7"), ("content-length", "5"))
+    outcome = only_trailers(("grpc-status", "7"), ("content-length", "0"))
+    assert_failed(outcome, Code.PERMISSION_DENIED, Ending.STATUS)
+
+
+@pytest.mark.parametrize("text", [" a", "a ", "\ta\t", " "])
+def test_whitespace_around_a_value_is_kept(text):
+    # RFC 9113, section 8.2.1 forbids it. But gRPC servers send a `grpc-message` as it
+    # is, so a response that has it must keep its status.
+    outcome = response(tail=[("grpc-status", "7"), ("grpc-message", text)])
+    assert_failed(outcome, Code.PERMISSION_DENIED, Ending.STATUS)
+    assert outcome.details() == text
 
 
 def test_a_message_that_is_too_large_is_refused_at_its_prefix():

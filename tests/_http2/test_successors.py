@@ -8,6 +8,7 @@ import threading
 import anyio
 import grpc
 import pytest
+from h2.settings import SettingCodes
 
 from fastapi_topaz._http2.addresses import parse
 from fastapi_topaz._pool.connector import Verdict
@@ -90,6 +91,42 @@ async def test_calls_that_meet_goaway_share_the_new_connection():
                 for number in range(20):
                     tasks.start_soon(ask, number)
             assert server.accepted == 2
+
+
+async def test_a_call_that_gets_no_stream_id_is_sent_on_a_new_connection():
+    numbers = []
+
+    def script(server, number, data):
+        numbers.append(number)
+        # The first call is answered with the second one, which uses the last id.
+        if len(numbers) > 1 and server is peer.servers[0]:
+            server.answer(numbers[0], b"first")
+        if len(numbers) > 1:
+            server.answer(number, data)
+
+    settings = {SettingCodes.MAX_CONCURRENT_STREAMS: 2}
+    with SocketServer(script, settings=settings) as peer:
+        async with opened(peer) as connection:
+            answers = []
+
+            async def ask(request):
+                answers.append(await call(connection, request))
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(ask, b"first")
+                await eventually(lambda: numbers)
+                connection._core._next_id = 2**31 - 1
+                # One takes the last id, and one waits for a stream until then.
+                connection._core._peer.max_concurrent_streams = 1
+                tasks.start_soon(ask, b"second")
+                tasks.start_soon(ask, b"third")
+                await eventually(lambda: len(connection._core._waiting) == 2)
+                connection._core._peer.max_concurrent_streams = 2
+                connection._core._resume_calls()
+                connection._wire.write()
+            assert sorted(answers) == [b"first", b"second", b"third"]
+            assert sorted(numbers) == [1, 1, 2**31 - 1]
+            assert peer.accepted == 2
 
 
 async def test_a_call_is_sent_at_most_twice():

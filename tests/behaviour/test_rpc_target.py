@@ -35,6 +35,16 @@ SECRET = "a key that nobody may see"
         ({"metadata": [("Key", SECRET)]}, "metadata keys must be"),
         ({"metadata": [("key", SECRET + "\n")]}, "must be printable ASCII"),
         ({"metadata": [("key", SECRET.encode())]}, "otherwise a str"),
+        *(
+            ({"metadata": [(key, SECRET)]}, f"'{key}' is not allowed in HTTP/2")
+            for key in (
+                "connection",
+                "keep-alive",
+                "proxy-connection",
+                "transfer-encoding",
+                "upgrade",
+            )
+        ),
     ],
 )
 def test_an_invalid_target_is_refused_and_the_error_shows_no_secret(wrong, error):
