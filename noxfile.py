@@ -208,6 +208,8 @@ def native(session: nox.Session) -> None:
     files = ["_app", "_authorizer", "_telemetry", "behaviour", "testing"]
     files += ["_grpcio/network", "_grpcio/test_certificates.py"]
     files += ["_grpcio/test_faults_http2.py", "_grpcio/test_plaintext_key.py"]
+    files += ["_grpcio/test_goaway_flood.py", "_grpcio/test_hostile_wire.py"]
+    files += ["_grpcio/test_tls.py"]
     names = ["cancel_everywhere", "cancel_outcomes", "cancel_steps"]
     files += [f"proof/test_{name}.py" for name in names]
     paths = [f"tests/{name}" for name in files]

@@ -7,14 +7,17 @@ is resolved in a thread, because `getaddrinfo` blocks. Addresses need no thread.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
 import socket
+import threading
 import urllib.parse
 from typing import Any, Final
 
 import anyio
-import anyio.to_thread
 import attrs
+from anyio.lowlevel import current_token
 
 
 __all__ = ["Address", "Endpoint", "parse"]
@@ -22,6 +25,8 @@ __all__ = ["Address", "Endpoint", "parse"]
 
 _DEFAULT_PORT: Final = "443"
 """The port of a url without one, as in gRPC."""
+
+_LAST_PORT: Final = 65_535
 
 
 @attrs.frozen
@@ -40,7 +45,7 @@ class Endpoint:
 
     Attributes:
         authority: The `:authority` of requests.
-        host: The DNS name or IP address for which the certificate must be valid.
+        host: A DNS name or an IP address.
         port: The port of *host*, if *host* must be resolved.
         addresses: The addresses, if the url contains them.
     """
@@ -49,6 +54,13 @@ class Endpoint:
     host: str
     port: str = ""
     addresses: tuple[Address, ...] = ()
+
+    @property
+    def certificate_host(self) -> str:
+        """The name or address that the certificate of the server must be for."""
+        # gRPC removes the same: the dot of a complete name, and the scope of an IPv6
+        # address. A certificate has neither.
+        return self.host.partition("%")[0].removesuffix(".")
 
     async def resolve(self) -> tuple[Address, ...]:
         """
@@ -59,16 +71,45 @@ class Endpoint:
         """
         if self.addresses:
             return self.addresses
-        found = await anyio.to_thread.run_sync(
-            _getaddrinfo,
-            self.host,
-            self.port,
-            abandon_on_cancel=True,
-            # Its own limiter: the application may use all threads of the default one.
-            limiter=anyio.CapacityLimiter(1),
-        )
+        found = await _resolved(self.host, self.port)
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, "it has no IPv4 or IPv6 address")
         # A hosts file may have the same address in several lines for one name.
         return tuple(dict.fromkeys(found))
+
+
+async def _resolved(host: str, port: str) -> list[Address]:
+    """
+    Return the addresses of *host*, found in a daemon thread.
+
+    The threads of `anyio.to_thread` would keep the process alive at its end: until the
+    resolver answers, and without end if their event loop was closed.
+    """
+    loop: Any = current_token().native_token
+    is_asyncio = isinstance(loop, asyncio.AbstractEventLoop)
+    call_soon = loop.call_soon_threadsafe if is_asyncio else loop.run_sync_soon
+    done = anyio.Event()
+    outcome: list[list[Address] | OSError] = []
+
+    def resolve() -> None:
+        try:
+            outcome.append(_getaddrinfo(host, port))
+        except OSError as error:
+            outcome.append(error)
+        except UnicodeError as error:  # it is no name: a part is empty or too long
+            outcome.append(socket.gaierror(socket.EAI_NONAME, str(error)))
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            call_soon(done.set)
+
+    threading.Thread(target=resolve, name="fastapi_topaz: names", daemon=True).start()
+    await done.wait()
+    found = outcome.pop()
+    if isinstance(found, OSError):
+        try:
+            raise found
+        finally:
+            del found
+    return found
 
 
 def _getaddrinfo(host: str, port: str) -> list[Address]:
@@ -136,19 +177,30 @@ def _static(texts: list[str]) -> Endpoint:
 def _named(text: str) -> Endpoint:
     """Return the endpoint of `host:port`, `[IPv6]:port`, or these without a port."""
     if text.startswith("["):
-        host, _, after = text[1:].partition("]")
+        host, bracket, after = text[1:].partition("]")
         port = after.removeprefix(":")
+        if not bracket or port == after != "":
+            raise ValueError("it must be like [IPv6]:port")
     elif text.count(":") > 1:
         host, port = text, ""
     else:
         host, _, port = text.partition(":")
     port = port or _DEFAULT_PORT
+    if port.isdecimal() and int(port) > _LAST_PORT:
+        # getaddrinfo would take it modulo 65,536, which is the port of another server.
+        raise ValueError(f"its port is above {_LAST_PORT}")
     try:
         # For an address, the `getaddrinfo` below needs no network. It parses scopes.
         ip = ipaddress.ip_address(host)
     except ValueError:
         if not host:
             raise ValueError("it has no host") from None
+        if "/" in text or ":" in host:
+            raise ValueError(
+                "it is not like host:port, [IPv6]:port, dns:///host:port, "
+                "ipv4:address:port, ipv6:[address]:port or unix:/path; other forms "
+                "need transport='grpcio'"
+            ) from None
         return Endpoint(f"{host}:{port}", host, port)
     flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
     try:

@@ -45,6 +45,8 @@ The most PINGs that the client sends without a response of a call in between.
 At the fourth one, grpc-go ends the connection with GOAWAY too_many_pings.
 """
 
+_UNAVAILABLE: Final = grpc.StatusCode.UNAVAILABLE
+
 _PREFIX = struct.Struct(">BL")
 # The header of a DATA frame and the prefix of the message in it, in one step.
 _WHOLE_MESSAGE = struct.Struct(">HBBBLBL")
@@ -219,6 +221,7 @@ class ClientConnection(Receiver):
         """Return bytes to send now. Call it again until it returns nothing."""
         if not self._out:
             return b""
+        self._first_unsent_id = self._next_id
         output = self._out[0] if len(self._out) == 1 else b"".join(self._out)
         self._out.clear()
         self._queued = 0
@@ -239,17 +242,32 @@ class ClientConnection(Receiver):
         try:
             self._receive(data, now)
         except PeerViolation as violation:
-            self._queue(frames.goaway(violation.code, violation.reason.encode()))
             code = violation.code.name
             self.lose(f"the server violated HTTP/2 ({code}): {violation.reason}")
+            self._queue(frames.goaway(violation.code, violation.reason.encode()))
 
     def lose(self, reason: str) -> None:
-        """End all calls, because the connection ended for *reason*."""
-        error = f"the connection to {self.target} ended during the call: {reason}"
-        self._end_all(
-            reason,
-            lambda: EndedCall(Ending.CUT_OFF, grpc.StatusCode.UNAVAILABLE, error),
+        """
+        End all calls, because the connection ended for *reason*.
+
+        Calls of which `take_output` returned no byte end as not sent. They may be sent
+        on another connection, so their frames are dropped here.
+        """
+        if self.failure is not None:
+            return
+        self._out.clear()
+        cut_off = f"the connection to {self.target} ended during the call: {reason}"
+        not_sent = (
+            f"the call was not sent: the connection to {self.target} ended before: "
+            f"{reason}"
         )
+
+        def error(stream: Stream) -> EndedCall:
+            if self._first_unsent_id <= stream.id or not stream.id:
+                return EndedCall(Ending.NOT_SENT, _UNAVAILABLE, not_sent)
+            return EndedCall(Ending.CUT_OFF, _UNAVAILABLE, cut_off)
+
+        self._end_all(reason, error)
 
     def shut_down(self) -> None:
         """Close the connection with GOAWAY (section 6.8), and end all calls as lost."""
@@ -260,7 +278,7 @@ class ClientConnection(Receiver):
             f"a call to {self.target} ended without a response: the connection was "
             "closed during the call"
         )
-        self._end_all("the client closed it", lambda: ConnectionLost(error))
+        self._end_all("the client closed it", lambda _: ConnectionLost(error))
 
     @property
     def has_calls(self) -> bool:
@@ -272,7 +290,7 @@ class ClientConnection(Receiver):
         self.streams.clear()
         self._waiting.clear()
         self._out.clear()
-        self._end_all("its event loop was closed", RuntimeError)
+        self._end_all("its event loop was closed", lambda _: RuntimeError())
 
     # -- time -------------------------------------------------------------------
 

@@ -33,16 +33,27 @@ ATTEMPT_DELAY: Final = 0.25
 FAILED_FOR: Final = 10.0
 """Seconds for which a failed address is tried last."""
 
+REFUSED_FOR: Final = 1.0
+"""
+Seconds for which an address that refused the connection comes last.
+
+A refusal costs no time. A replica that restarts refuses until it is ready, and the pool
+opens new connections about 2 s after a loss, so that they reach the replica again.
+"""
+
 
 class FailedAddresses:
     """Remembers which addresses of one connector failed recently."""
 
     def __init__(self) -> None:
+        # By address: the time until which it comes last.
         self._failed: dict[Address, float] = {}
 
-    def add(self, address: Address) -> None:
-        """Record that *address* failed just now."""
-        self._failed[address] = monotonic()
+    def add(self, address: Address, error: Exception | None = None) -> None:
+        """Record that *address* failed just now, with *error* or by silence."""
+        refused = isinstance(error, ConnectionRefusedError)
+        last_for = REFUSED_FOR if refused else FAILED_FOR
+        self._failed[address] = monotonic() + last_for
 
     def remove(self, address: Address) -> None:
         """Forget a failure of *address*, because a connection to it is ready."""
@@ -57,7 +68,7 @@ class FailedAddresses:
         """
         now = monotonic()
         self._failed = {
-            address: at for address, at in self._failed.items() if now - at < FAILED_FOR
+            address: until for address, until in self._failed.items() if now < until
         }
         mixed = list(addresses)
         random.shuffle(mixed)
@@ -81,6 +92,8 @@ class Race:
     Attributes:
         failures: The addresses that failed, and why.
         pending: The addresses whose attempts have neither failed nor connected.
+        overtaken: Those of them that did not connect within `ATTEMPT_DELAY`, while a
+            later one did.
     """
 
     def __init__(self, addresses: Iterable[Address]) -> None:
@@ -88,7 +101,8 @@ class Race:
         self._winner: tuple[socket.socket, Address] | None = None
         self._sockets: set[socket.socket] = set()
         self.pending: list[Address] = []
-        self.failures: list[tuple[Address | None, Exception]] = []
+        self.overtaken: set[Address] = set()
+        self.failures: list[tuple[Address, Exception]] = []
 
     async def run(self) -> tuple[socket.socket, Address] | None:
         """
@@ -138,6 +152,8 @@ class Race:
             sock.close()
             return
         self._winner = sock, address
+        self.overtaken |= set(self.pending[: self.pending.index(address)])
+        self.overtaken.discard(address)
         self.pending.remove(address)
         scope.cancel()
 

@@ -32,6 +32,7 @@ __all__ = [
     "each_failed",
     "not_sent",
     "timed_out",
+    "unresolved",
 ]
 
 
@@ -251,5 +252,15 @@ def timed_out(
         f"cannot connect to {target.url}: not ready within connection_timeout="
         f"{timeout:g} s; the server may be overloaded, or accept and stay silent"
         + (f" (tried {'; '.join(each[:_MOST])})" if each else ""),
+        reason="timeout",
+    )
+
+
+def unresolved(target: Target, timeout: float) -> ConnectFailed:
+    """Return the error for a name that was not resolved within *timeout* seconds."""
+    return ConnectFailed(
+        f"cannot connect to {target.url}: its host name was not resolved within "
+        f"connection_timeout={timeout:g} s; the name server may be overloaded or "
+        "unreachable",
         reason="timeout",
     )

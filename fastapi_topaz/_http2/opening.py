@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ssl
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +21,7 @@ from fastapi_topaz._http2.failures import (
     HandshakeFailed,
     each_failed,
     timed_out,
+    unresolved,
 )
 from fastapi_topaz._http2.requests import RequestBlocks
 from fastapi_topaz._http2.rpc_connection import Wire
@@ -28,7 +31,6 @@ from fastapi_topaz.exceptions import ConnectFailed
 
 if TYPE_CHECKING:
     import socket
-    import ssl
 
     from fastapi_topaz._http2.addresses import Address
     from fastapi_topaz._http2.rpc_connection import NativeConnection
@@ -92,14 +94,24 @@ class NativeOpener:
 
     async def _open(self, timeout: float) -> NativeConnection:
         context = self._context()
-        race = Race(())
+        race: Race | None = None
         with anyio.move_on_after(timeout * _SHARE):
             try:
                 addresses = await self._endpoint.resolve()
-            except OSError as error:
-                raise each_failed(self._target, [(None, error)]) from error
+            except OSError as failure:
+                raise each_failed(self._target, [(None, failure)]) from failure
             race = Race(self._failed.order(addresses))
-            return await self._first(race, context)
+            try:
+                return await self._first(race, context)
+            finally:
+                for address, error in race.failures:
+                    self._failed.add(address, error)
+                for address in race.overtaken:
+                    self._failed.add(address)
+        if race is None:
+            raise unresolved(self._target, timeout)
+        for address in race.pending:
+            self._failed.add(address)
         raise timed_out(self._target, timeout, race.failures, race.pending)
 
     def _context(self) -> ssl.SSLContext | None:
@@ -123,7 +135,6 @@ class NativeOpener:
                 # This server cannot be used, so the race continues.
                 sock.close()
                 race.failures.append((address, error))
-                self._failed.add(address)
                 race.pending.remove(address)
             except BaseException:
                 sock.close()
@@ -131,9 +142,6 @@ class NativeOpener:
             else:
                 self._failed.remove(address)
                 return connection
-        for tried, _ in race.failures:
-            if tried is not None:
-                self._failed.add(tried)
         raise each_failed(self._target, race.failures)
 
     async def _greet(
@@ -143,12 +151,10 @@ class NativeOpener:
         core = ClientConnection(self._target.url)
         tls = None
         if context is not None:
-            tls = TlsSession(context, self._endpoint.host)
+            tls = TlsSession(context, self._endpoint.certificate_host)
             await _shake_hands(sock, tls)
         wire = Wire(sock, core, tls)
-        if tls is not None and (early := tls.received_early()):
-            core.receive(early, 0.0)
-        await _exchange_settings(sock, wire)
+        await _exchange_settings(wire)
         make: type[NativeConnection] = AsyncioConnection
         if not isinstance(current_token().native_token, asyncio.AbstractEventLoop):
             # Imported here, because asyncio applications need not install trio.
@@ -169,17 +175,42 @@ async def _shake_hands(sock: socket.socket, tls: TlsSession) -> None:
     while True:
         try:
             tls.handshake()
-        finally:  # if it failed, this sends an alert
+        except ssl.SSLError:
+            # An alert tells the server why. If the server is gone, the error here is
+            # still the reason.
+            with contextlib.suppress(OSError):
+                await _send(sock, tls.to_send())
+            raise
+        try:
             await _send(sock, tls.to_send())
+        except OSError:
+            # The server may have said why, before it closed the connection.
+            tls.received(_received(sock))
+            tls.handshake()
+            tls.raise_end()
+            raise
         if tls.is_established:
             break
         await anyio.wait_readable(sock)
-        data = sock.recv(65_536)
-        if not data:
-            raise ConnectionResetError("the server closed the connection")
-        tls.received(data)
+        tls.received(_received(sock))
     if tls.protocol != "h2":
         raise HandshakeFailed(Cause("tls", True, NO_HTTP2_IN_TLS))
+
+
+def _received(sock: socket.socket) -> bytes:
+    """
+    Return what *sock* has, or nothing if it has nothing now.
+
+    Raises:
+        OSError: The connection has ended.
+    """
+    try:
+        data = sock.recv(65_536)
+    except BlockingIOError:
+        return b""
+    if not data:
+        raise ConnectionResetError("the server closed the connection")
+    return data
 
 
 async def _send(sock: socket.socket, data: bytes) -> None:
@@ -190,7 +221,7 @@ async def _send(sock: socket.socket, data: bytes) -> None:
             await anyio.wait_writable(sock)
 
 
-async def _exchange_settings(sock: socket.socket, wire: Wire) -> None:
+async def _exchange_settings(wire: Wire) -> None:
     """
     Exchange SETTINGS until both sides have acknowledged them (RFC 9113, section 3.4).
 
@@ -199,34 +230,39 @@ async def _exchange_settings(sock: socket.socket, wire: Wire) -> None:
         HandshakeFailed: The server does not speak HTTP/2, or has sent GOAWAY.
     """
     core = wire.core
-    while not core.is_ready:
-        try:
+    try:
+        # What came with the end of the TLS handshake.
+        wire.take_early()
+        while core.takes_calls and not core.is_ready:
             while wire.push():
-                await anyio.wait_writable(sock)
-        except OSError:
-            # The server may have sent a TLS alert with the reason. With TLS 1.3, it
-            # requires a client certificate only after the handshake.
+                await anyio.wait_writable(wire)
+            await anyio.wait_readable(wire)
             wire.take()
+        wire.push()
+    except ssl.SSLError:
+        raise
+    except OSError:
+        # The server may have said why. With TLS 1.3 it does so after the handshake if
+        # it wants a client certificate.
+        if core.takes_calls:
+            wire.take()
+        if core.takes_calls:
             raise
-        if core.failure is None:
-            await anyio.wait_readable(sock)
-            wire.take()
-        if core.failure is not None:
-            wire.write()
-            raise HandshakeFailed(_no_http2(core))
-    wire.write()
     if not core.takes_calls:
-        raise HandshakeFailed(
-            Cause(
-                "other",
-                False,
-                "the server ended the connection as soon as it was ready (GOAWAY); it "
-                "may be shutting down, or a proxy may have no server behind it",
-            )
-        )
+        failed = HandshakeFailed(_no_http2(core))
+        wire.write()  # this connection may have a GOAWAY of its own to say
+        raise failed
 
 
 def _no_http2(core: ClientConnection) -> Cause:
+    if core.failure is None:
+        return Cause(
+            "other",
+            False,
+            "the server ended the connection as soon as it was ready (GOAWAY); it "
+            "may be shutting down, or a proxy may have no server behind it "
+            f"({core.goaway})",
+        )
     if core.settings_received:
         return Cause("other", False, f"{core.failure}")
     return Cause(

@@ -103,10 +103,14 @@ class Receiver(abc.ABC):
         self.failure: str | None = None
         """Why the connection ended. None if it has not ended."""
         self.settings_received = self.settings_acknowledged = False
+        self.goaway = ""
+        """What the last GOAWAY said."""
         self._peer = PeerSettings()
         self._waiting: dict[Stream, None] = {}
         self._blocked: dict[int, Stream] = {}
         self._next_id = 1
+        # The I/O layer took no byte of the streams from this one on.
+        self._first_unsent_id = 1
         self._last_stream_id = frames.MAX_WINDOW
         # The frames to send, their bytes, and how many of them are replies to frames of
         # the peer.
@@ -163,7 +167,7 @@ class Receiver(abc.ABC):
         stream.unsent = None
         stream.wake()
 
-    def _end_all(self, failure: str, error: Callable[[], Exception]) -> None:
+    def _end_all(self, failure: str, error: Callable[[Stream], Exception]) -> None:
         if self.failure is not None:
             return
         self.failure = failure
@@ -175,7 +179,7 @@ class Receiver(abc.ABC):
         self._rest = b""
         self._open_block = None
         for stream in streams:
-            self._end(stream, error())
+            self._end(stream, error(stream))
 
     def _finish(
         self,
@@ -468,6 +472,7 @@ class Receiver(abc.ABC):
         for stream in streams:
             del self.streams[stream.id]
             self._blocked.pop(stream.id, None)
+        self.goaway = text
         streams += self._waiting
         self._waiting.clear()
         for stream in streams:

@@ -8,11 +8,14 @@ add the waits: for the socket, for a deadline, and for the end of a call.
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Final
+import contextlib
+import ssl
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import grpc
 
+from fastapi_topaz import _fork
 from fastapi_topaz._http2.failures import closed_under, not_sent
 from fastapi_topaz._http2.stream import Stream
 from fastapi_topaz._http2.successors import Successors
@@ -30,7 +33,7 @@ from fastapi_topaz.exceptions import ConnectFailed
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable, Coroutine
 
     from fastapi_topaz._http2.connection import ClientConnection
     from fastapi_topaz._http2.requests import RequestBlocks
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 
 __all__ = ["NativeConnection", "Wire"]
 
+
+_UNPROCESSED: Final = {Ending.GOAWAY, Ending.NOT_SENT}
+"""How a call ends that the server did not process because its connection ended."""
 
 _READ: Final = 65_536
 """The most bytes of one read: more than a burst of 100 responses of Topaz."""
@@ -101,22 +107,35 @@ class Wire:
         except OSError as error:  # also one of TLS
             self.core.lose(str(error))
 
-    def take(self) -> None:
+    def take(self) -> bool:
         """
-        Process the bytes that have arrived.
+        Process the bytes that have arrived. Return whether there were any.
 
         Raises:
             OSError: The connection has ended.
         """
         data = self.receive()
         if data is None:
-            return
+            return False
         if self._tls is None:
             self.core.receive(data, monotonic())
+        else:
+            self.core.receive(self._tls.received(data), monotonic())
+            self._tls.raise_end()
+        return True
+
+    def take_early(self) -> None:
+        """
+        Take what came together with the end of the TLS handshake.
+
+        Raises:
+            OSError: The connection has ended.
+        """
+        if self._tls is None:
             return
-        self.core.receive(self._tls.received(data), monotonic())
-        if self._tls.is_ended:
-            raise ConnectionResetError("the server closed the connection")
+        if early := self._tls.received_early():
+            self.core.receive(early, monotonic())
+        self._tls.raise_end()
 
     def write(self) -> bool:
         """
@@ -128,8 +147,21 @@ class Wire:
         try:
             return self.push()
         except OSError as error:
+            if not isinstance(error, ssl.SSLError):
+                self._take_last()
             self.core.lose(str(error))
             return False
+
+    def _take_last(self) -> None:
+        """
+        Take what came before the server closed the connection.
+
+        A write can fail before that is read. It may be answers, or a GOAWAY that says
+        which calls the server did not process.
+        """
+        with contextlib.suppress(OSError):
+            while self.core.failure is None and self.take():
+                pass
 
     def push(self) -> bool:
         """
@@ -192,10 +224,11 @@ class NativeConnection(abc.ABC):
         self._blocks = blocks
         self._peer = peer
         self._closed = False
+        self._pid = _fork.current.pid
         # Set when the last call ends while `close` waits for it.
         self._quiet: anyio.Event | None = None
         self._successors: Successors[NativeConnection] | None = None
-        self.reopen: Callable[[], Awaitable[NativeConnection]] | None = None
+        self.reopen: Callable[[], Coroutine[Any, Any, NativeConnection]] | None = None
         """Opens a successor if the server ends this connection."""
 
     def __repr__(self) -> str:
@@ -259,7 +292,7 @@ class NativeConnection(abc.ABC):
 
     def _is_sent_again(self, error: EndedCall) -> bool:
         """Return whether to send the call that ended with *error* once more."""
-        return error.how in {Ending.GOAWAY, Ending.NOT_SENT} and self._sends_again
+        return error.how in _UNPROCESSED and self._sends_again
 
     async def _send_again(
         self, method: str, request: bytes, timeout: float | None, metadata: Metadata
@@ -383,6 +416,11 @@ class NativeConnection(abc.ABC):
 
     def cut_off(self) -> None:
         """Close the connection at once. All its calls end as lost."""
+        if self._pid != _fork.current.pid:
+            # A forked process shares the socket, and the epoll of the event loop. A
+            # GOAWAY or a change of the epoll would break the connection of the parent.
+            self.abandon()
+            return
         self._closed = True
         if self._successors is not None:
             self._successors.cut_off()

@@ -8,7 +8,8 @@ same. The pool retires the lost connection when its lease ends.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+import contextlib
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import anyio
 
@@ -20,7 +21,7 @@ from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable, Coroutine
 
     from fastapi_topaz._rpc.metadata import Metadata
 
@@ -68,7 +69,7 @@ class Successors(Generic[C]):
     def __init__(
         self,
         url: str,
-        connect: Callable[[], Awaitable[C]],
+        connect: Callable[[], Coroutine[Any, Any, C]],
         host: Callable[[C], None],
     ) -> None:
         self._url = url
@@ -76,6 +77,8 @@ class Successors(Generic[C]):
         self._host = host
         self._lock = anyio.Lock()
         self._connections: list[C] = []
+        # The attempt to connect that runs in the task of a caller.
+        self._attempt: Coroutine[Any, Any, C] | None = None
         # The cancel scopes of calls that wait for a new connection.
         self._scopes: set[anyio.CancelScope] = set()
         self._closed = False
@@ -128,7 +131,11 @@ class Successors(Generic[C]):
             if not each.has_calls:
                 self._connections.remove(each)
                 each.cut_off()
-        connection = await self._connect()
+        self._attempt = self._connect()
+        try:
+            connection = await self._attempt
+        finally:
+            self._attempt = None
         self._connections.append(connection)
         if self._closed:
             connection.cut_off()
@@ -148,3 +155,8 @@ class Successors(Generic[C]):
         """Close all sockets without waiting, because the event loop was closed."""
         for each in self._connections:
             each.abandon()
+        if self._attempt is not None:
+            # Its task never runs again, and the application may keep the task. A cancel
+            # scope raises if it is left after its loop has ended.
+            with contextlib.suppress(BaseException):
+                self._attempt.close()

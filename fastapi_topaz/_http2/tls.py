@@ -43,7 +43,7 @@ class TlsSession:
         host: The name or address for which the server's certificate must be valid.
     """
 
-    __slots__ = ("_incoming", "_object", "_outgoing", "is_ended", "is_established")
+    __slots__ = ("_end", "_incoming", "_object", "_outgoing", "is_established")
 
     def __init__(self, context: ssl.SSLContext, host: str) -> None:
         self._incoming = ssl.MemoryBIO()
@@ -52,8 +52,8 @@ class TlsSession:
             self._incoming, self._outgoing, server_hostname=host
         )
         self.is_established = False
-        self.is_ended = False
-        """Whether the server sent close_notify."""
+        # What ended the session, after the bytes that were returned.
+        self._end: OSError | None = None
 
     def handshake(self) -> None:
         """
@@ -75,8 +75,7 @@ class TlsSession:
         """
         Return the plaintext of *data*, which the socket received.
 
-        Raises:
-            ssl.SSLError: The server violated TLS, or sent an alert.
+        They may have ended the session: see `raise_end`.
         """
         self._incoming.write(data)
         return self._read() if self.is_established else b""
@@ -86,14 +85,28 @@ class TlsSession:
         try:
             while part := self._object.read(_READ):
                 parts.append(part)
-            self.is_ended = True
+            self._end = ConnectionResetError("the server closed the connection")
         except ssl.SSLWantReadError:
             pass
-        except ssl.SSLError:
-            # Plaintext before an alert is valid. The next read raises the alert again.
-            if not parts:
-                raise
+        except ssl.SSLError as error:
+            # Plaintext before an alert is valid.
+            self._end = error.with_traceback(None)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def raise_end(self) -> None:
+        """
+        Raise what ended the session, if it has ended.
+
+        Raises:
+            ConnectionResetError: The server said close_notify.
+            ssl.SSLError: The server broke TLS, or sent an alert.
+        """
+        end, self._end = self._end, None
+        try:
+            if end is not None:
+                raise end
+        finally:
+            del end
 
     def received_early(self) -> bytes:
         """Return plaintext that arrived together with the end of the handshake."""
@@ -163,13 +176,25 @@ def _context(pem: bytes) -> ssl.SSLContext:
 
 
 @lru_cache(maxsize=1)
-def _system_context() -> ssl.SSLContext | None:
+def _loaded_system_context() -> ssl.SSLContext:
     context = _bare_context()
     context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    return context
+
+
+def _system_context() -> ssl.SSLContext | None:
+    """Return the context with the roots of the system, or None if it has none."""
+    context = _loaded_system_context()
+    if context.cert_store_stats()["x509_ca"]:
+        return context
     # OpenSSL loads certificates in a directory only when it needs them.
     directory = ssl.get_default_verify_paths().capath
-    has_directory = directory is not None and any(pathlib.Path(directory).iterdir())
-    return context if context.cert_store_stats()["x509_ca"] or has_directory else None
+    with contextlib.suppress(OSError):
+        if directory is not None and any(pathlib.Path(directory).iterdir()):
+            return context
+    # They may be installed while this process runs.
+    _loaded_system_context.cache_clear()
+    return None
 
 
 def _bare_context() -> ssl.SSLContext:

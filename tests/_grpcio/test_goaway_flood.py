@@ -22,6 +22,7 @@ from fastapi_topaz import (
     Verdict,
 )
 from fastapi_topaz.connector import GrpcConnector
+from kit.channels import hosted
 from kit.configs import POLICY, REQUEST, config_of
 from kit.faultkit.frames import ACK, HEAD, SETTINGS, answer, frame
 from kit.waiting import eventually
@@ -273,6 +274,14 @@ def test_a_goaway_with_a_rare_code_uses_little_memory(frame_server, code):
     assert cost_of(frame_server, "asyncio", 1)["mib"] < MIB
 
 
+# The native transport sees that the socket is closed before its SETTINGS are
+# acknowledged. For gRPC's core a connection is ready before that.
+ENDED = [
+    "ended the connection as soon as it was ready",
+    "closed the connection before it was ready",
+]
+
+
 async def test_an_attempt_makes_one_connection(frame_server):
     # If asked for its state, gRPC would reconnect at once, again and again.
     frame_server.greeting = closing(settings)
@@ -282,7 +291,7 @@ async def test_an_attempt_makes_one_connection(frame_server):
         try:
             connection = await connector.connect(PATIENCE)
         except ConnectFailed as error:
-            failed["ended the connection as soon as it was ready" in str(error)] += 1
+            failed[any(text in str(error) for text in ENDED)] += 1
         else:
             await connection.close(0)
         assert frame_server.accepted == attempt
@@ -293,17 +302,27 @@ ARGUMENTS = {"timeout": PATIENCE, "metadata": ()}
 
 
 @asynccontextmanager
+async def connected(frame_server):
+    """Yield a connection with its task, if it needs one."""
+    connection = await GrpcConnector(frame_server.options.target).connect(PATIENCE)
+    async with hosted(connection):
+        yield connection
+
+
+@asynccontextmanager
 async def ended(frame_server, end=go_and_close):
     """Yield a connection that was answered once and then ended."""
-    connection = await GrpcConnector(frame_server.options.target).connect(PATIENCE)
-    frame_server.script = lambda *request: (answer()(*request), end(*request))
-    await connection.call(METHOD, b"", **ARGUMENTS)
-    await eventually(connection.is_lost)
-    frame_server.script = answer()
-    yield connection
-    await connection.close(0)
+    async with connected(frame_server) as connection:
+        frame_server.script = lambda *request: (answer()(*request), end(*request))
+        await connection.call(METHOD, b"", **ARGUMENTS)
+        await eventually(connection.is_lost)
+        frame_server.script = answer()
+        yield connection
 
 
+# A probe of the native transport never connects: it would say nothing about this
+# connection. `tests/_http2/test_successors.py` has the calls.
+@pytest.mark.grpcio
 @pytest.mark.parametrize("end", [go(), go_and_close, go(last=LAST)])
 async def test_a_call_on_an_ended_connection_connects_once(frame_server, end):
     # So a lease survives a GOAWAY. The pool still replaces the connection.
@@ -413,26 +432,24 @@ async def test_a_call_excluded_by_goaway_is_sent_again_once(frame_server, times)
         (rest.pop() if rest else answer())(*request)
 
     frame_server.script = script
-    connection = await GrpcConnector(frame_server.options.target).connect(PATIENCE)
-    if times == 1:
-        assert await connection.call(METHOD, b"", **ARGUMENTS)
-    else:
-        with pytest.raises(grpc.aio.AioRpcError, match="GOAWAY received"):
-            await connection.call(METHOD, b"", **ARGUMENTS)
-    await connection.close(0)
+    async with connected(frame_server) as connection:
+        if times == 1:
+            assert await connection.call(METHOD, b"", **ARGUMENTS)
+        else:
+            with pytest.raises(grpc.aio.AioRpcError, match="GOAWAY received"):
+                await connection.call(METHOD, b"", **ARGUMENTS)
     assert (frame_server.accepted, frame_server.calls) == (2, {"Is": 2})
 
 
 async def test_a_call_that_the_server_may_have_begun_is_not_retried(frame_server):
-    connection = await GrpcConnector(frame_server.options.target).connect(PATIENCE)
-    frame_server.script = lambda wire, stream, _method: (
-        wire.goaway(last=stream),
-        wire.close(),
-    )
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await connection.call(METHOD, b"", **ARGUMENTS)
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    await connection.close(0)
+    async with connected(frame_server) as connection:
+        frame_server.script = lambda wire, stream, _method: (
+            wire.goaway(last=stream),
+            wire.close(),
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await connection.call(METHOD, b"", **ARGUMENTS)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert (frame_server.accepted, frame_server.calls) == (1, {"Is": 1})
 
 

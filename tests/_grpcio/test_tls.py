@@ -172,7 +172,28 @@ def told_nothing(server):
     return frames(server.decrypted) <= CONNECTING and b"PRI" not in server.clear
 
 
-@pytest.mark.parametrize("kind", SPEAK_TLS)
+OF_GRPCIO = {
+    # OpenSSL supports this kind of key, and gRPC's BoringSSL does not.
+    "no common kind of key",
+    # Its text is that of gRPC.
+    "signed by no CA",
+    # For OpenSSL this is the end of the connection.
+    "ends the handshake",
+}
+
+
+def each(kinds):
+    marks = pytest.mark.grpcio
+    return pytest.mark.parametrize(
+        "kind",
+        [
+            pytest.param(kind, marks=marks if kind in OF_GRPCIO else ())
+            for kind in kinds
+        ],
+    )
+
+
+@each(SPEAK_TLS)
 async def test_each_tls_fault_is_named(kind, ca_path):
     make, said = SPEAK_TLS[kind]
     with TlsServer(make()) as server:
@@ -183,7 +204,7 @@ async def test_each_tls_fault_is_named(kind, ca_path):
     assert told_nothing(server)
 
 
-@pytest.mark.parametrize("kind", ALERTS)
+@each(ALERTS)
 async def test_each_handshake_refusal_is_named(kind, ca_path):
     reply, said = ALERTS[kind]
     with TlsServer(reply=reply) as server:
@@ -204,6 +225,8 @@ async def test_only_a_server_without_tls_leads_to_a_hint_at_insecure(kind, ca_pa
     assert told_nothing(server)
 
 
+# `tests/_http2/test_tls.py` has the roots of the native transport.
+@pytest.mark.grpcio
 async def test_the_default_roots_of_grpc_reject_a_private_ca():
     with TlsServer(tls(GOOD)) as server:
         error = await refused_by_tls(server, None)
@@ -246,6 +269,8 @@ async def test_a_plaintext_connect_to_a_tls_server_leads_to_a_tls_hint(context):
     assert frames(server.clear) <= CONNECTING
 
 
+# This server never acknowledges SETTINGS, so the native transport finds it not ready.
+@pytest.mark.grpcio
 async def test_a_correct_server_of_the_kit_gets_calls(ca_path):
     options = {"cert_file_path": ca_path, "api_key": SECRET}
     with TlsServer(tls(GOOD)) as server:
@@ -270,6 +295,11 @@ def addresses(*hosts):
         yield names
 
 
+# These use a name server of the test, which only gRPC can ask. `tests/_http2` has tests
+# with lists of addresses.
+
+
+@pytest.mark.grpcio
 async def test_each_tried_address_is_listed_with_its_cause(ca_path):
     expired = signed(days=PAST, names=[NAME])
     with TlsServer(expired) as server, addresses("127.0.0.1", "127.0.0.2") as names:
@@ -284,6 +314,7 @@ async def test_each_tried_address_is_listed_with_its_cause(ca_path):
             assert not error.permanent, "the other address may come back"
 
 
+@pytest.mark.grpcio
 async def test_addresses_with_the_same_cause_share_it(ca_path):
     with TlsServer() as server:
         pass
@@ -297,6 +328,7 @@ async def test_addresses_with_the_same_cause_share_it(ca_path):
     assert error.reason == "refused"
 
 
+@pytest.mark.grpcio
 async def test_a_message_does_not_grow_with_the_number_of_addresses(ca_path):
     with TlsServer() as server:
         pass

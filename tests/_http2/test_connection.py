@@ -13,6 +13,7 @@ from h2.settings import SettingCodes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastapi_topaz._http2 import frames
 from fastapi_topaz._http2.errors import ErrorCode
 from fastapi_topaz._http2.limits import (
     CONNECTION_WINDOW,
@@ -335,8 +336,9 @@ def test_a_graceful_goaway_comes_in_two_steps():
 
 
 def test_the_end_of_the_socket_ends_all_calls():
-    connection, _ = connected({SettingCodes.MAX_CONCURRENT_STREAMS: 1})
+    connection, _ = connected()
     calls = [Call(connection) for _ in range(2)]
+    connection.take_output()
     connection.lose("the server closed the socket")
     connection.lose("again")
     for call in calls:
@@ -358,6 +360,29 @@ def test_the_end_of_a_connection_frees_what_was_received_in_part():
         connection.lose("the server closed the socket")
         assert not connection._rest
         assert connection._open_block is None
+
+
+@pytest.mark.parametrize("limit", [1, 100])
+@pytest.mark.parametrize("end", ["lost", "violation"])
+def test_a_call_of_which_nothing_was_sent_ends_as_not_sent(limit, end):
+    # It may be sent on another connection. So it must not be written to this one.
+    connection, _ = connected({SettingCodes.MAX_CONCURRENT_STREAMS: limit})
+    sent = Call(connection)
+    connection.take_output()
+    unsent = [Call(connection) for _ in range(3)]
+    if end == "lost":
+        connection.lose("the server closed the socket")
+    else:
+        connection.receive(frames.window_update(0, 0), 0)
+    assert ending(sent.outcome) is Ending.CUT_OFF
+    for call in unsent:
+        assert ending(call.outcome) is Ending.NOT_SENT
+        assert connection.failure in call.outcome.details()
+    rest = connection.take_output()
+    if end == "lost":
+        assert rest == b""
+    else:
+        assert (rest[3], len(rest)) == (frames.GOAWAY, 9 + int.from_bytes(rest[:3]))
 
 
 def test_closing_says_goaway_and_ends_calls_as_lost():

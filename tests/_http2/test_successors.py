@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 
 import anyio
+import anyio.to_thread
 import grpc
 import pytest
 from h2.settings import SettingCodes
 
 from fastapi_topaz._http2.addresses import parse
+from fastapi_topaz._http2.opening import NativeOpener
 from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz._rpc.statuses import Ending, NotSent, ending
+from fastapi_topaz._rpc.target import Target
 from fastapi_topaz.exceptions import ConnectionLost
+from kit.backends import event_loops
 from kit.h2peer import SocketServer, call, opened
 from kit.waiting import eventually
 
@@ -150,6 +155,40 @@ async def test_a_call_that_the_server_may_have_processed_is_not_sent_again():
             assert server.accepted == 1
 
 
+async def test_a_call_that_waited_for_a_stream_is_sent_on_the_new_connection():
+    # It was not sent, so the end of the connection is no reason for it to fail.
+    first = []
+
+    def hang_up_once(server, number, data):
+        if server is not accepting.servers[0]:
+            server.answer(number, data)
+            return
+        first.append(data)
+        go.wait(10)
+        hang_up(server)
+
+    go = threading.Event()
+    with SocketServer(hang_up_once, settings={3: 1}) as accepting:
+        async with opened(accepting) as connection:
+            ends = {}
+
+            async def ask(question):
+                try:
+                    ends[question] = await call(connection, question)
+                except grpc.aio.AioRpcError as error:
+                    ends[question] = ending(error)
+
+            async with anyio.create_task_group() as tasks:
+                for number in range(5):
+                    tasks.start_soon(ask, str(number).encode())
+                await eventually(lambda: first and len(connection._core._waiting) == 4)
+                go.set()
+        assert ends.pop(first[0]) is Ending.CUT_OFF
+        assert ends == {question: question for question in ends}
+        assert len(ends) == 4
+        assert accepting.accepted == 2
+
+
 async def test_without_a_new_connection_the_call_was_not_sent():
     with SocketServer() as server:
         async with opened(server) as connection:
@@ -251,3 +290,32 @@ async def test_a_closed_loop_drops_the_new_connection():
             connection.abandon()
             successor = connection._successors._connections[0]
             assert not successor._wire.is_open
+
+
+@pytest.mark.parametrize("make_loop", list(event_loops()))
+def test_a_closed_loop_closes_the_socket_of_an_unfinished_new_connection(make_loop):
+    # Also if the application keeps the task of the call.
+    kept = []
+
+    async def use(server, silent):
+        connection = await NativeOpener(Target(url=server.url, insecure=True)).open(5.0)
+        await lost(server, connection)
+        reopens_at(connection, silent)
+        kept.append(asyncio.ensure_future(call(connection)))
+        # A thread has accepted the new connection and got its preface.
+        accepted, _ = await anyio.to_thread.run_sync(silent.accept)
+        await anyio.to_thread.run_sync(accepted.recv, 1)
+        return connection, accepted
+
+    with SocketServer() as server, socket.create_server(("127.0.0.1", 0)) as silent:
+        loop = make_loop()
+        connection, accepted = loop.run_until_complete(use(server, silent))
+        loop.close()
+        connection.abandon()
+        accepted.settimeout(10)
+        with accepted:
+            while accepted.recv(1000):
+                pass
+    assert not kept[0].done()
+    kept[0]._log_destroy_pending = False
+    kept.clear()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
 
+import anyio
 import pytest
 
+from fastapi_topaz._http2 import opening
 from fastapi_topaz._http2 import tls as native_tls
 from fastapi_topaz._http2.opening import NativeOpener
 from fastapi_topaz._rpc.target import Target
@@ -232,3 +236,136 @@ async def test_a_rotated_file_is_read_at_the_next_connect(tmp_path):
         path.write_bytes(CA.pem)
         async with opened(target) as connection:
             assert await call(connection, b"x") == b"x"
+
+
+async def test_roots_that_are_installed_later_are_used(monkeypatch, tmp_path):
+    monkeypatch.delenv(native_tls.ROOTS_VARIABLE, raising=False)
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "roots.pem"))
+    native_tls._loaded_system_context.cache_clear()
+    try:
+        with SocketServer(tls=tls(GOOD)) as server:
+            target = Target(url=f"localhost:{server.port}")
+            assert "no trusted root certificates" in str(await failure_of(target))
+            (tmp_path / "roots.pem").write_bytes(CA.pem)
+            async with opened(target) as connection:
+                assert await call(connection, b"x") == b"x"
+    finally:
+        native_tls._loaded_system_context.cache_clear()
+
+
+async def test_a_complete_name_matches_a_certificate_without_its_dot(
+    ca_file, monkeypatch
+):
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **options):
+        return resolve(host.removesuffix("."), *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with SocketServer(tls=tls(GOOD)) as server:
+        target = Target(url=f"localhost.:{server.port}", cert_file_path=ca_file)
+        async with opened(target) as connection:
+            assert await call(connection, b"x") == b"x"
+
+
+# -- what a server says before it closes ----------------------------------
+
+
+class GoneSocket:
+    """A socket to a TLS server in memory, which closes after *flights* flights."""
+
+    def __init__(self, context, flights, said=b""):
+        self.inbox, self.outbox = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.server = context and context.wrap_bio(self.inbox, self.outbox, True)
+        self.flights = flights
+        self.said = said
+
+    def send(self, data):
+        if not self.flights:
+            raise BrokenPipeError
+        self.flights -= 1
+        self.inbox.write(bytes(data))
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.server.do_handshake()
+        return len(data)
+
+    def recv(self, _size):
+        if self.flights or not self.said:
+            return self.outbox.read()
+        said, self.said = self.said, b""
+        return said
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(anyio, "wait_readable", lambda _: anyio.lowlevel.checkpoint())
+
+
+def session(ca_file):
+    target = Target(url="localhost:1", cert_file_path=ca_file)
+    return native_tls.TlsSession(native_tls.tls_context(target), "localhost")
+
+
+async def test_a_wrong_certificate_is_the_reason_though_the_server_is_gone(
+    ca_file, no_waiting
+):
+    server = GoneSocket(tls(Certificate(issuer=CA, days=(-2, -1))), flights=1)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await opening._shake_hands(server, session(ca_file))
+
+
+@pytest.mark.parametrize("flights", [0, 1])
+async def test_an_alert_is_the_reason_though_the_server_is_gone(
+    ca_file, no_waiting, flights
+):
+    # TLS 1.2: the alert comes in plaintext, in place of a flight.
+    server = GoneSocket(tls(GOOD, newest=V1_2), flights, alert(40))
+    with pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"):
+        await opening._shake_hands(server, session(ca_file))
+
+
+async def test_without_an_alert_the_end_of_the_server_is_the_reason(
+    ca_file, no_waiting
+):
+    with pytest.raises(ConnectionResetError):
+        await opening._shake_hands(GoneSocket(tls(GOOD), 0), session(ca_file))
+
+
+def shaken(ca_file):
+    """Return the two ends of an established session in memory."""
+    client, incoming, outgoing = session(ca_file), ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = tls(GOOD).wrap_bio(incoming, outgoing, server_side=True)
+    while not client.is_established:
+        client.handshake()
+        incoming.write(client.to_send())
+        with contextlib.suppress(ssl.SSLWantReadError):
+            server.do_handshake()
+        client.received(outgoing.read())
+    return client, server, outgoing
+
+
+@pytest.mark.parametrize("early", [False, True])
+async def test_close_notify_that_comes_with_bytes_ends_the_session(ca_file, early):
+    client, server, outgoing = shaken(ca_file)
+    server.write(b"last")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        server.unwrap()
+    if early:
+        client._incoming.write(outgoing.read())
+        assert client.received_early() == b"last"
+    else:
+        assert client.received(outgoing.read()) == b"last"
+    with pytest.raises(ConnectionResetError):
+        client.raise_end()
+
+
+async def test_an_alert_that_comes_with_bytes_ends_the_session(ca_file):
+    # The server may keep its socket open, so that nothing else would tell.
+    client, server, outgoing = shaken(ca_file)
+    server.write(b"last")
+    # A record that cannot be decrypted stands for an alert of the server.
+    record = outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32)
+    assert client.received(record) == b"last"
+    with pytest.raises(ssl.SSLError, match=r"BAD_RECORD|DECRYPTION_FAILED"):
+        client.raise_end()

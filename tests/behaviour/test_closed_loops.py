@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
 import logging
 import weakref
 
@@ -14,6 +13,7 @@ import pytest
 
 from fastapi_topaz import ConnectionPool, PoolMisuse
 from fastapi_topaz.testing import FakeConnection, FakeConnector, hang
+from kit.backends import event_loops
 from kit.pools import Making
 from kit.waiting import eventually, until
 
@@ -24,14 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*garbage-collected:ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-def loops():
-    yield pytest.param(asyncio.new_event_loop, id="asyncio")
-    if importlib.util.find_spec("uvloop"):
-        import uvloop
-
-        yield pytest.param(uvloop.new_event_loop, id="uvloop")
 
 
 async def used(pool):
@@ -95,7 +87,7 @@ def run(make_loop, job, pool):
 JOBS = [used, leased, in_flight, connecting, greeting, waiting]
 
 
-@pytest.mark.parametrize("make_loop", list(loops()))
+@pytest.mark.parametrize("make_loop", list(event_loops()))
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
 @pytest.mark.parametrize("shared", [False, True], ids=["own pools", "one pool"])
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
@@ -154,7 +146,7 @@ def test_a_loop_closed_with_the_end_of_a_call_queued_leaves_no_open_socket(
     until(lambda: embedded_authorizer.connections_open == 0)
 
 
-@pytest.mark.parametrize("make_loop", list(loops()))
+@pytest.mark.parametrize("make_loop", list(event_loops()))
 def test_grpc_works_on_a_new_loop_after_a_loop_closed_during_a_call(
     embedded_authorizer, make_loop, caplog
 ):

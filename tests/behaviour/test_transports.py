@@ -325,3 +325,37 @@ async def test_a_process_may_fork_while_a_pool_is_open(anyio_backend_name):
             check=False,
         )
     assert (result.returncode, result.stderr) == (0, b"")
+
+
+FORKING = """
+import os, sys
+import anyio
+from fastapi_topaz import AuthorizerOptions, ConnectionPool
+
+async def use(url):
+    pool = ConnectionPool(transport="native", min_connections=2)
+    pool.configure(AuthorizerOptions(url=url, insecure=True))
+    async with pool:
+        async with pool.acquire() as conn:
+            await conn.info()
+        child = os.fork()
+        if not child:
+            raise SystemExit  # the child closes all that it can
+        os.waitpid(child, 0)
+        for _ in range(10):
+            async with pool.acquire() as conn:
+                await conn.info()
+        print("the parent goes on", dict(pool._counters.closes))
+
+anyio.run(use, sys.argv[1])
+"""
+
+
+def test_a_forked_process_that_ends_leaves_the_connections_of_its_parent():
+    # Only on asyncio: on trio, the end of the child stops the loop of the parent.
+    with Http2Server() as server:
+        command = [sys.executable, "-c", FORKING, server.options.url]
+        run = subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=30
+        )
+    assert run.stdout == "the parent goes on {}\n"

@@ -27,6 +27,18 @@ async def ask(connection, method=INFO, *, timeout=NEVER):
 
 
 @contextlib.asynccontextmanager
+async def hosted(connection):
+    """Yield *connection* while its task runs, if it needs one, and close it."""
+    async with anyio.create_task_group() as tasks:
+        if hasattr(connection, "run"):
+            tasks.start_soon(connection.run)
+        try:
+            yield connection
+        finally:
+            await connection.close(0)
+
+
+@contextlib.asynccontextmanager
 async def bare(authorizer):
     """Yield a callable that a program without this package would use."""
     async with grpc.aio.insecure_channel(authorizer.url) as channel:

@@ -91,9 +91,13 @@ class Wire:
         self._socket = sock
         # By stream: the message of a request that was read.
         self.asked: dict[int, bytes] = {}
+        # An acknowledgement of SETTINGS may not come before those of the server.
+        self._is_silent = True
+        self._ack_is_due = False
 
     def send(self, *parts: bytes) -> None:
         """Send bytes at once; do nothing if the client is gone."""
+        self._is_silent = False
         with contextlib.suppress(OSError):
             self._socket.sendall(b"".join(parts))
 
@@ -114,6 +118,9 @@ class Wire:
     def settings(self, values: dict[int, int]) -> None:
         pairs = (struct.pack("!HI", *pair) for pair in values.items())
         self.send(frame(SETTINGS, 0, 0, b"".join(pairs)))
+        if self._ack_is_due:
+            self._ack_is_due = False
+            self.send(frame(SETTINGS, ACK, 0))
 
     def close(self) -> None:
         """Close the socket; the client can still read what was sent before."""
@@ -135,7 +142,10 @@ class Wire:
                 kind, flags, stream = head[3], head[4], int.from_bytes(head[5:])
                 payload = reader.read(size)
                 if kind == SETTINGS and not flags & ACK:
-                    self.send(frame(SETTINGS, ACK, 0))
+                    if self._is_silent:
+                        self._ack_is_due = True
+                    else:
+                        self.send(frame(SETTINGS, ACK, 0))
                 elif kind == PING and not flags & ACK:
                     self.send(frame(PING, ACK, 0, payload))
                 elif kind == HEADERS:
