@@ -120,6 +120,7 @@ def test_a_closed_loop_leaves_no_open_socket_or_file_descriptor(
     until(lambda: process.num_fds() <= before)
 
 
+@pytest.mark.grpcio  # the queue is gRPC's
 def test_a_loop_closed_with_the_end_of_a_call_queued_leaves_no_open_socket(
     embedded_authorizer,
 ):
