@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["TRANSPORT_VARIABLE", "GrpcConnector", "Transport", "chosen_transport"]
 
 
-logger = logging.getLogger("fastapi_topaz.transport")
+_logger = logging.getLogger("fastapi_topaz.transport")
 
 Transport: TypeAlias = Literal["native", "grpcio"]
 """How calls are made: by the HTTP/2 client of this package, or by grpc.aio."""
@@ -111,10 +111,10 @@ class GrpcConnector:
 
     def opened(self, pool: str) -> None:
         """Log the transport of *pool*, and once that it sends its key in plaintext."""
-        logger.info("%s: its transport is %s", pool, self.transport)
+        _logger.info("%s: its transport is %s", pool, self.transport)
         if self._exposes_key:
             self._exposes_key = False
-            logger.warning(
+            _logger.warning(
                 "%s: a key (api_key, or authorization metadata) is sent to %s "
                 "without TLS because of insecure=True; anyone on the network path can "
                 "read it. Use TLS or a loopback address",
