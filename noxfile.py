@@ -119,6 +119,8 @@ NIGHTLY = {
     "model": ["--seed", TODAY],
     "shuffled": ["--shuffle=100"],
     "mutants": ["state", "pool"],
+    "oracles": [],
+    "atheris": [],
     "bench": ["--full"],
 }
 # Small sizes, which only show that each session runs.
@@ -127,6 +129,8 @@ NIGHTLY_QUICK = {
     "model": ["--hypothesis-profile=unhurried"],
     "shuffled": ["--shuffle=1"],
     "mutants": ["state", "--modules", "backoff"],
+    "oracles": ["--share", "0.1"],
+    "atheris": ["--seconds", "10"],
     "bench": [],
 }
 
@@ -161,7 +165,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(python=False)
 def nightly(session: nox.Session) -> None:
     """
-    Run the long checks: soak, models, shuffled loops, mutants and benchmarks.
+    Run the long checks: soak, models, mutants, oracles, benchmarks and more.
 
     `-- soak mutants` runs only these parts. `-- --quick` runs each with a small size.
     Each part is a session of its own, and runs even if another one failed. At the end,
@@ -234,11 +238,40 @@ def model(session: nox.Session) -> None:
     seed, rest = told(session, "--seed", "1")
     session.install("-e", ".", "--group", "test")
     names = ["model_state", "model_pool", "fuzz", "fuzz_calls", "fuzz_connectors"]
+    names += ["differential"]
     files = [f"tests/proof/test_{name}.py" for name in names]
     deep = ("-rP", "--timeout=0", "--hypothesis-profile=deep")
     # A long example is not a hang, so there is no fault handler timeout.
     deep += (f"--hypothesis-seed={seed}", "-o", "faulthandler_timeout=0")
     session.run("pytest", *deep, *files, *rest)
+
+
+@nox.session
+def oracles(session: nox.Session) -> None:
+    """Run the longest tests of the transport `native`. A part: `-- --share 0.1`."""
+    share, rest = told(session, "--share", "1")
+    session.install("-e", ".", "--group", "test")
+    environment = {"NIGHTLY_SHARE": share}
+    if binary := built_gopeer(Path(session.cache_dir).resolve() / "gopeer"):
+        environment["GOPEER"] = binary
+    # A long test is not a hang, so there is no fault handler timeout.
+    pytest = ("pytest", "-m", "nightly", "-n0", "-s", "-o", "faulthandler_timeout=0")
+    session.run(*pytest, *rest, env=environment)
+
+
+@nox.session
+def atheris(session: nox.Session) -> None:
+    """Fuzz the HTTP/2 client with atheris, which not all have: `-- --seconds 60`."""
+    seconds, rest = told(session, "--seconds", "600")
+    session.install("-e", ".", "--group", "test")
+    try:
+        session.install("atheris>=3")
+    except nox.command.CommandFailed:
+        session.skip("atheris cannot be installed on this Python and platform")
+    script = str(Path("tests/proof/atheris_http2.py").resolve())
+    # In another folder, because it saves there what it finds.
+    with session.chdir(session.create_tmp()):
+        session.run("python", script, f"-max_total_time={seconds}", *rest)
 
 
 @nox.session
@@ -440,13 +473,14 @@ def gopeer(session: nox.Session) -> None:
     if binary is None:
         session.skip("no Go, or not one that can build the server of tests/kit/gopeer")
     session.install("-e", ".", "--group", "test")
-    pytest = ("pytest", "-m", "slow", "-n0", "tests/_grpcio/test_gopeer.py")
+    files = ["_grpcio/test_gopeer.py", "_http2/test_interop.py", "_http2/test_peers.py"]
+    pytest = ("pytest", "-m", "slow", "-n0", *(f"tests/{name}" for name in files))
     session.run(*pytest, *session.posargs, env={"GOPEER": binary})
 
 
 @nox.session
 def proxies(session: nox.Session) -> None:
-    """Run the pool behind nginx and HAProxy, with a server that may be down."""
+    """Run the pool behind nginx and HAProxy, over both transports."""
     cache = Path(session.cache_dir).resolve()
     named = {}
     for name in ("nginx", "haproxy"):
@@ -458,7 +492,9 @@ def proxies(session: nox.Session) -> None:
         session.skip("neither nginx nor haproxy can be had")
     session.install("-e", ".", "--group", "test")
     pytest = ("pytest", "-m", "slow", "-n0", "tests/behaviour/test_proxies.py")
-    session.run(*pytest, *session.posargs, env=named)
+    for transport in ("grpcio", "native"):
+        environment = named | {"FASTAPI_TOPAZ_TRANSPORT": transport}
+        session.run(*pytest, *session.posargs, env=environment)
 
 
 def found_topazd(cache: Path) -> str | None:

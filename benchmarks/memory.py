@@ -4,14 +4,16 @@ Measures the memory of leases and connections, and looks for leaked files and th
     .venv/bin/python benchmarks/memory.py [--backend asyncio trio]
         [--cycles 1000000] [--quick] [--save]
 
-There are three measurements, each in its own process:
+There are four measurements, each in its own process:
 
 - How much memory does the process gain in a million leases?
-- How much Python memory does one idle connection take? The reference is a channel of
-  grpc.aio with the same options, which has also made a call.
+- How much memory does one idle connection take, over each transport, with and without
+  TLS? The reference is a channel of grpc.aio with the same options, which has also made
+  a call.
+- How much memory does the process gain in 20,000 cancelled calls?
 - Are all files and threads gone after a thousand connections were opened and closed?
 
-The connections of the last two lead to an authorizer in another process.
+The connections of the last three lead to an authorizer in another process.
 
 If a file or thread remains, or if connections take too much Python memory, the exit
 code is 1. The memory that the operating system reports is not exact enough for that.
@@ -23,18 +25,20 @@ import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import subprocess
 import sys
 import threading
 import tracemalloc
+from pathlib import Path
 
 import anyio
 import grpc.aio
 import psutil
 from _peers import open_ours, run
 from _rounds import Verdict, parsed, parser, save, versions
-from _server import authorizer
+from _server import POLICY, authorizer
 
 from fastapi_topaz import AuthorizerOptions, ConnectionPool
 from fastapi_topaz._authorizer.options import PROBE
@@ -42,6 +46,7 @@ from fastapi_topaz._grpcio.channel import _channel_options
 
 
 BACKENDS = ("asyncio", "trio")
+TRANSPORTS = ("grpcio", "native")
 KIB = 1024
 MIB = 1024 * KIB
 CONNECTIONS = 100
@@ -52,6 +57,16 @@ WARM_UP = 50_000
 GROWTH = 1 * MIB
 EXTRA = 4 * KIB
 """Maximum Python memory of a connection above that of a channel, in bytes."""
+
+NATIVE = {"asyncio": (8, 30), "trio": (16, 40)}
+"""
+Maximum memory of the process for a connection over `native`, in KiB: without and with
+TLS, most of whose memory OpenSSL allocates.
+"""
+
+CANCELLED = 20_000
+BATCH = 100
+"""Calls that are cancelled at once."""
 
 PATIENCE = 10.0
 """Time limit in seconds for files and threads to go. gRPC ends its idle threads."""
@@ -87,9 +102,17 @@ async def lease(pool, count):
 # -- connections ------------------------------------------------------------------
 
 
-def pool_of(count, url):
-    pool = ConnectionPool(min_connections=count, max_connections=count, eager_init=True)
-    pool.configure(AuthorizerOptions(url=url, insecure=True))
+def pool_of(count, url, ca, transport):
+    """Return a pool. *ca* is the file with the CA, or empty for plaintext."""
+    pool = ConnectionPool(
+        min_connections=count,
+        max_connections=count,
+        eager_init=True,
+        transport=transport,
+    )
+    pool.configure(
+        AuthorizerOptions(url=url, cert_file_path=ca or None, insecure=not ca)
+    )
     return pool
 
 
@@ -102,29 +125,34 @@ async def ask_all(pool, count):
 
 
 @contextlib.asynccontextmanager
-async def connections(count, url):
-    async with pool_of(count, url) as pool:
+async def connections(count, url, ca, transport):
+    async with pool_of(count, url, ca, transport) as pool:
         await ask_all(pool, count)
         assert pool.status().idle == count
         yield
 
 
 @contextlib.asynccontextmanager
-async def channels(count, url):
+async def channels(count, url, ca):
+    options = _channel_options(10)
+    trusted = ca and grpc.ssl_channel_credentials(Path(ca).read_bytes())  # noqa: ASYNC240
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(count):
-            channel = grpc.aio.insecure_channel(url, options=_channel_options(10))
+            if ca:
+                channel = grpc.aio.secure_channel(url, trusted, options=options)
+            else:
+                channel = grpc.aio.insecure_channel(url, options=options)
             await stack.enter_async_context(channel)
             await channel.unary_unary(PROBE)(b"", timeout=5)
         yield
 
 
-async def cost(opened, measure, url):
+async def cost(opened, measure, *where):
     """Return the result of *measure* per connection."""
-    async with opened(2, url):  # warm-up: imports, caches, threads
+    async with opened(2, *where):  # warm-up: imports, caches, threads
         await anyio.sleep(0.5)
     before = measure()
-    async with opened(CONNECTIONS, url):
+    async with opened(CONNECTIONS, *where):
         await anyio.sleep(0.5)
         return (measure() - before) / CONNECTIONS
 
@@ -137,6 +165,31 @@ def traced():
     return tracemalloc.get_traced_memory()[0]
 
 
+# -- cancelled calls ----------------------------------------------------------------
+
+
+async def cancelled(url, ca, transport):
+    """Return the growth of the process by calls that are all cancelled, in bytes."""
+    async with pool_of(4, url, ca, transport) as pool:
+        await cancel_calls(pool, CANCELLED // 5)
+        before = rss()
+        await cancel_calls(pool, CANCELLED)
+        return rss() - before
+
+
+async def cancel_calls(pool, count):
+    async def call():
+        async with pool.acquire() as conn:
+            await conn.decisions(policy_path=POLICY, timeout=60)
+
+    for _ in range(count // BATCH):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(BATCH):
+                tasks.start_soon(call)
+            await anyio.sleep(0.005)  # so that they are sent
+            tasks.cancel_scope.cancel()
+
+
 # -- files and threads --------------------------------------------------------------
 
 
@@ -145,18 +198,18 @@ def held():
     return process.num_fds(), process.num_threads(), threading.active_count()
 
 
-async def open_and_close(url):
-    async with connections(CONNECTIONS, url):
+async def open_and_close(*where):
+    async with connections(CONNECTIONS, *where):
         pass
 
 
-async def leftovers(url):
+async def leftovers(*where):
     """Return the counts of `held` before and after connections open and close."""
-    await open_and_close(url)  # gRPC keeps files and threads of its own
+    await open_and_close(*where)  # gRPC keeps files and threads of its own
     await anyio.sleep(1)
     before = held()
     for _ in range(OPENINGS):
-        await open_and_close(url)
+        await open_and_close(*where)
     with anyio.move_on_after(PATIENCE):
         while any(now > then for now, then in zip(held(), before, strict=True)):  # noqa: ASYNC110
             await anyio.sleep(0.1)
@@ -181,6 +234,7 @@ PARTS = {
     # Separate parts, because tracing takes memory too.
     "process of channels": functools.partial(cost, channels, rss),
     "process of pool": functools.partial(cost, connections, rss),
+    "cancelled": cancelled,
     "leftovers": leftovers,
 }
 
@@ -196,45 +250,73 @@ def leases(options):
     return reached
 
 
-def idle(options, url):
+def idle(options, servers):
     """Print the memory of an idle connection. Return rows and verdicts."""
     rows = []
     reached = []
-    for who, backend in [("channel", "asyncio")] + [
-        ("connection", backend) for backend in options.backend
-    ]:
-        part = "channels" if who == "channel" else "pool"
-        python = apart(f"python of {part}", backend, url)
-        resident = apart(f"process of {part}", backend, url)
-        rows.append(
-            {"of": who, "backend": backend, "python": python, "process": resident}
-        )
-        print(
-            f"\nOne of {CONNECTIONS}, {who} on {backend}: {python / KIB:.1f} KiB of "
-            f"Python, {resident / KIB:.0f} KiB of the process"
-        )
-        if who == "connection":
-            extra = python - rows[0]["python"]
-            goal = (
-                f"idle connection on {backend} at most {EXTRA / KIB:g} KiB of Python "
-                "above a channel"
-            )
-            reached.append(Verdict(goal, f"{extra / KIB:+.1f} KiB", extra <= EXTRA))
+    for is_tls, server in enumerate(servers):
+        where = server.url, server.cert_file_path or ""
+        tls = " with TLS" * is_tls
+        channel = measured("channels", f"channel{tls}", "asyncio", *where)
+        rows.append(channel)
+        for transport, backend in itertools.product(TRANSPORTS, options.backend):
+            name = f"connection over {transport}{tls}"
+            row = measured("pool", name, backend, *where, transport)
+            rows.append(row)
+            reached.append(judged(row, channel, transport, backend, is_tls))
             print(reached[-1])
     return rows, reached
+
+
+def measured(part, name, backend, *where):
+    """Print and return the memory of one connection or channel."""
+    python = apart(f"python of {part}", backend, *where)
+    resident = apart(f"process of {part}", backend, *where)
+    print(
+        f"\nOne of {CONNECTIONS}, {name} on {backend}: {python / KIB:.1f} KiB of "
+        f"Python, {resident / KIB:.0f} KiB of the process"
+    )
+    return {"of": name, "backend": backend, "python": python, "process": resident}
+
+
+def judged(row, channel, transport, backend, is_tls):
+    """Return the verdict on the memory of an idle connection."""
+    what = f"idle {row['of']} on {backend}"
+    if transport == "native":
+        most = NATIVE[backend][is_tls] * KIB
+        goal = f"{what} at most {most // KIB} KiB of the process"
+        return Verdict(goal, f"{row['process'] / KIB:.1f} KiB", row["process"] <= most)
+    extra = row["python"] - channel["python"]
+    goal = f"{what} at most {EXTRA / KIB:g} KiB of Python above a channel"
+    return Verdict(goal, f"{extra / KIB:+.1f} KiB", extra <= EXTRA)
+
+
+def given_up(options, url):
+    """Print and return the verdicts on the growth of the process by cancelled calls."""
+    reached = []
+    for transport, backend in itertools.product(TRANSPORTS, options.backend):
+        growth = apart("cancelled", backend, url, "", transport)
+        goal = (
+            f"{CANCELLED:,} cancelled calls over {transport} on {backend} grow RSS by "
+            "less than 1 MiB"
+        )
+        reached.append(Verdict(goal, f"{growth / KIB:+,.0f} KiB", growth < GROWTH))
+        print(reached[-1])
+    return reached
 
 
 def kept(options, url):
     """Print the files and threads that remain. Return rows and verdicts."""
     rows = []
     reached = []
-    for backend in options.backend:
-        before, after = apart("leftovers", backend, url)
+    for transport, backend in itertools.product(TRANSPORTS, options.backend):
+        before, after = apart("leftovers", backend, url, "", transport)
         left = [max(0, now - then) for now, then in zip(after, before, strict=True)]
-        rows.append({"backend": backend, "before": before, "after": after})
+        name = f"{transport}, {backend}"
+        rows.append({"backend": name, "before": before, "after": after})
         goal = (
-            f"{OPENINGS * CONNECTIONS:,} connections on {backend} leave no file and no "
-            "thread"
+            f"{OPENINGS * CONNECTIONS:,} connections over {transport} on {backend} "
+            "leave no file and no thread"
         )
         told = f"{before[0]} -> {after[0]} files, {before[1]} -> {after[1]} threads"
         reached.append(Verdict(goal, told, not any(left)))
@@ -245,9 +327,12 @@ def kept(options, url):
 def main(options):
     print(versions("fastapi-topaz-pool", "grpcio", "anyio", "trio"))
     growth = leases(options)
-    with authorizer() as server:
-        rows, extra = idle(options, server.url)
+    with authorizer() as server, authorizer(tls=True) as with_tls:
+        rows, extra = idle(options, (server, with_tls))
         leftover, left = kept(options, server.url)
+    # Far longer than a call waits until it is cancelled.
+    with authorizer(latency=0.5) as server:
+        growth += given_up(options, server.url)
     data = {
         "title": "Memory, files and threads",
         "connections": rows,

@@ -9,10 +9,11 @@ import pytest
 
 from fastapi_topaz.exceptions import ConnectionLost
 from kit.h2peer import HEAD, TAIL, Call, client, connected, message
+from kit.sizes import at_night
 
 
 COUNT = 20_000
-NIGHTLY = 1_000_000
+NIGHTLY = at_night(1_000_000)
 CALLS = 4
 
 
@@ -66,38 +67,46 @@ def mutated(data, rng):
     return bytes(out)
 
 
+def ended_by(data, cut, *, cancels=False):
+    """Give a connection with calls *data* in two parts; return both, at their end."""
+    connection = ready()
+    calls = [Call(connection, b"question") for _ in range(CALLS)]
+    connection.take_output()
+    connection.receive(data[:cut], 0)
+    if cancels:
+        connection.cancel(calls[0].stream)
+        calls[0].ends += calls[0].stream.outcome is None
+    connection.receive(data[cut:], 0)
+    is_violated = connection.failure is not None
+    if is_violated:
+        assert not connection.streams
+    connection.take_output()
+    connection.expire(1.0)
+    connection.shut_down()
+    assert all(call.ends == 1 for call in calls)
+    for call in calls:
+        outcome = call.stream.outcome
+        assert isinstance(outcome, bytes | Exception | None)
+        if isinstance(outcome, ConnectionLost):
+            assert "closed" in str(outcome)
+    assert not connection.streams
+    assert not connection._waiting
+    assert not connection._blocked
+    return calls, is_violated
+
+
 def run(seed, count):
     rng = random.Random(seed)
     streams = [recorded(rng) for _ in range(60)]
     ended = {"answers": 0, "errors": 0, "violations": 0}
     for _ in range(count):
-        connection = ready()
-        calls = [Call(connection, b"question") for _ in range(CALLS)]
-        connection.take_output()
         data = mutated(rng.choice(streams), rng)
         cut = rng.randrange(len(data) + 1)
-        connection.receive(data[:cut], 0)
-        if rng.random() < 0.1:
-            connection.cancel(calls[0].stream)
-            calls[0].ends += calls[0].stream.outcome is None
-        connection.receive(data[cut:], 0)
-        if connection.failure is not None:
-            ended["violations"] += 1
-            assert not connection.streams
-        connection.take_output()
-        connection.expire(1.0)
-        connection.shut_down()
-        assert all(call.ends == 1 for call in calls)
+        calls, is_violated = ended_by(data, cut, cancels=rng.random() < 0.1)
+        ended["violations"] += is_violated
         for call in calls:
-            outcome = call.stream.outcome
-            ended["answers"] += isinstance(outcome, bytes)
-            ended["errors"] += isinstance(outcome, Exception)
-            assert isinstance(outcome, bytes | Exception | None)
-            if isinstance(outcome, ConnectionLost):
-                assert "closed" in str(outcome)
-        assert not connection.streams
-        assert not connection._waiting
-        assert not connection._blocked
+            ended["answers"] += isinstance(call.stream.outcome, bytes)
+            ended["errors"] += isinstance(call.stream.outcome, Exception)
     return ended
 
 
@@ -116,7 +125,8 @@ def test_mutated_streams_end_all_calls():
     assert min(ended.values()) > COUNT // 10
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
 def test_many_more_mutated_streams_end_all_calls():
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")  # noqa: T201

@@ -176,11 +176,10 @@ func main() {
 	header := flag.Uint("max-header", 16<<20, "bytes of metadata")
 	cert := flag.String("tls-cert", "", "PEM file")
 	key := flag.String("tls-key", "", "PEM file")
+	interop := flag.Bool("interop", false, "serve gRPC's interoperability tests instead")
 	flag.Parse()
 
 	options := []grpc.ServerOption{
-		grpc.ForceServerCodecV2(raw{}),
-		grpc.UnknownServiceHandler(p.serve),
 		grpc.StatsHandler(p),
 		grpc.MaxConcurrentStreams(uint32(*streams)),
 		grpc.MaxHeaderListSize(uint32(*header)),
@@ -188,12 +187,18 @@ func main() {
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: *age, MaxConnectionIdle: *idle}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: *ping}),
 	}
+	if !*interop {
+		options = append(options, grpc.ForceServerCodecV2(raw{}), grpc.UnknownServiceHandler(p.serve))
+	}
 	if *cert != "" {
 		creds, err := credentials.NewServerTLSFromFile(*cert, *key)
 		check(err)
 		options = append(options, grpc.Creds(creds))
 	}
 	server := grpc.NewServer(options...)
+	if *interop {
+		serveInterop(server)
+	}
 	listener, err := net.Listen("tcp", *listen)
 	check(err)
 	counts, err := net.Listen("tcp", "127.0.0.1:0")
