@@ -295,18 +295,20 @@ def shuffled(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Run pools in several workers under many faults: `-- --minutes 10 --seed 17`."""
+    """
+    Run pools in several workers under many faults, over both transports.
+
+    `-- --minutes 10 --seed 17` chooses the time for each transport, and the faults.
+    """
     minutes, rest = told(session, "--minutes", "1")
     seed, rest = told(session, "--seed", "1", rest)
     session.install("-e", ".", "--group", "test")
     # The soak test detects hangs itself, so there is no fault handler timeout.
     pytest = ("pytest", "-m", "soak", "-n0", "-s", "-o", "faulthandler_timeout=0")
-    session.run(
-        *pytest,
-        "tests/proof/test_soak.py",
-        *rest,
-        env={"SOAK_MINUTES": minutes, "SOAK_SEED": seed},
-    )
+    for transport in ("grpcio", "native"):
+        environment = {"SOAK_MINUTES": minutes, "SOAK_SEED": seed}
+        environment["FASTAPI_TOPAZ_TRANSPORT"] = transport
+        session.run(*pytest, "tests/proof/test_soak.py", *rest, env=environment)
 
 
 @nox.session
