@@ -107,7 +107,7 @@ def log_lines():
 def levels_of(call):
     """Yield the levels of the line that *call* logs, if it logs."""
     owner, _, method = ast.unparse(call.func).rpartition(".")
-    if owner in {"logger", "_LOGGER"} and method in {*LEVELS, "exception"}:
+    if owner in {"logger", "_logger", "_LOGGER"} and method in {*LEVELS, "exception"}:
         yield method.replace("exception", "error")
     elif owner.endswith("limit") and method == "report":
         for node in ast.walk(call.args[0]):
