@@ -24,6 +24,7 @@ from fastapi_topaz.connector import GrpcConnector
 from fastapi_topaz.exceptions import (
     ConnectFailed,
     ConnectionLost,
+    CredentialsFailed,
     PoolClosed,
     PoolError,
     PoolMisuse,
@@ -44,6 +45,7 @@ __all__ = [
     "ConnectionPool",
     "ConnectionStatus",
     "Connector",
+    "CredentialsFailed",
     "Decision",
     "GrpcConnector",
     "Identity",

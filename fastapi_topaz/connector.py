@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, get_args
 
 from fastapi_topaz._checks import safe_repr
 from fastapi_topaz._grpcio.opening import GrpcioOpener
+from fastapi_topaz._rpc.credentials import CredentialedConnection
 from fastapi_topaz._rpc.loopback import is_loopback
 from fastapi_topaz._rpc.target import Target
 
@@ -82,7 +83,7 @@ class GrpcConnector:
     Raises:
         TypeError: *target* is no `Target`.
         ValueError: *transport*, or the environment variable, names no transport; or
-            the native transport cannot use the url of *target*.
+            the transport cannot use an option of *target*.
     """
 
     # One address may stand for several servers, and each connection picks one of them.
@@ -100,8 +101,12 @@ class GrpcConnector:
         """The transport in use."""
         self._opener = _opener(self.transport, target)
         # Whether a key is sent in plaintext across a network, and no log says so yet.
+        # The metadata of any key may be secret, except for that of a tenant.
         self._exposes_key = (
-            any(key == "authorization" for key, _ in target.metadata)
+            (
+                target.credentials is not None
+                or any(key != "aserto-tenant-id" for key, _ in target.metadata)
+            )
             and target.insecure
             and not is_loopback(target.url)
         )
@@ -115,9 +120,9 @@ class GrpcConnector:
         if self._exposes_key:
             self._exposes_key = False
             _logger.warning(
-                "%s: a key (api_key, or authorization metadata) is sent to %s "
-                "without TLS because of insecure=True; anyone on the network path can "
-                "read it. Use TLS or a loopback address",
+                "%s: a key (api_key, extra_metadata, credentials, or metadata of a "
+                "Target) is sent to %s without TLS because of insecure=True; anyone on "
+                "the network path can read it. Use TLS or a loopback address",
                 *(pool, self.target),
             )
 
@@ -126,8 +131,7 @@ class GrpcConnector:
         Check what no retry can mend.
 
         Raises:
-            ValueError: The certificate file cannot be read, or is not a PEM file of
-                certificates.
+            ValueError: A file with certificates, or with the key, cannot be used.
             ConnectFailed: The native transport finds no root certificates to trust.
         """
         self._opener.validate()
@@ -142,4 +146,7 @@ class GrpcConnector:
             PoolMisuse: The transport is grpcio, and this process was forked while
                 connections were open, or kept.
         """
-        return await self._opener.open(timeout)
+        connection = await self._opener.open(timeout)
+        if self._target.credentials is None:
+            return connection
+        return CredentialedConnection(connection, self._target)

@@ -13,6 +13,7 @@ from typing import Final, Literal
 __all__ = [
     "ConnectFailed",
     "ConnectionLost",
+    "CredentialsFailed",
     "FailureReason",
     "PoolClosed",
     "PoolError",
@@ -104,4 +105,14 @@ class ConnectionLost(PoolError, ConnectionError):  # noqa: N818
 
     The pool does not know whether the server processed the request. The calls of an
     authorizer only read, so it is safe to repeat them on another connection.
+    """
+
+
+class CredentialsFailed(PoolError):  # noqa: N818
+    """
+    The callable `credentials` of the application failed, so a call was not sent.
+
+    It raised an error, or returned metadata that cannot be sent. The message names the
+    class and the place of that error. It shows neither its text nor any metadata,
+    because these may be secret.
     """

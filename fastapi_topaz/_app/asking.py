@@ -128,6 +128,9 @@ class AskPool:
             if conn.waited:
                 current_check().waited(conn.waited)
             decisions = await conn._decide(  # noqa: SLF001
-                question.request, (question.decision,), budget.left()
+                question.request,
+                (question.decision,),
+                budget.left(),
+                question.metadata,
             )
         return Decision(allowed=decisions[question.decision] is True)

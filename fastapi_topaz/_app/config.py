@@ -26,6 +26,7 @@ from fastapi_topaz._error_text import error_kind, log_text
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._pool.readiness import is_ready
 from fastapi_topaz._redaction import boundary
+from fastapi_topaz._rpc.metadata import frozen_metadata
 from fastapi_topaz._slips import NotCopied
 from fastapi_topaz._telemetry.tracing import Tracing
 from fastapi_topaz.exceptions import PoolMisuse, TopazError
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from opentelemetry.trace import TracerProvider
     from starlette.requests import HTTPConnection
+
+    from fastapi_topaz._rpc.metadata import Metadata
 
     # Called with a Request, or with a WebSocket where a WebSocket route is guarded.
     IdentityProvider = Callable[[Any], IdentityLike | Awaitable[IdentityLike]]
@@ -213,6 +216,7 @@ class TopazConfig(NotCopied):
         *,
         decision: str = "allowed",
         resource_context: Mapping[str, Any] | None = None,
+        metadata: Metadata | None = None,
     ) -> bool:
         """
         Return whether the policy *policy_path* allows the caller of *request*.
@@ -231,6 +235,10 @@ class TopazConfig(NotCopied):
             resource_context: Added to the path parameters and to the mapping of
                 `resource_context_provider`. It wins over both, because only the
                 application can pass it.
+            metadata: Pairs of key and value, or a `grpc.aio.Metadata`. They are sent
+                with each attempt of this check, in addition to those of
+                `authorizer_options`. They may be secret, so no error shows them. None,
+                the default, means none.
 
         Returns:
             True only if the authorizer decided so. If there is no decision, this
@@ -247,7 +255,9 @@ class TopazConfig(NotCopied):
                 name, or an argument cannot be sent.
         """
         decided = await self._ask(
-            await self._question(request, policy_path, decision, resource_context)
+            await self._question(
+                request, policy_path, decision, resource_context, metadata
+            )
         )
         return decided.allowed
 
@@ -259,6 +269,7 @@ class TopazConfig(NotCopied):
         *,
         decision: str = "allowed",
         resource_context: Mapping[str, Any] | None = None,
+        metadata: Metadata | None = None,
     ) -> Decision:
         """
         Ask as `is_allowed` does, and return the whole decision.
@@ -268,12 +279,15 @@ class TopazConfig(NotCopied):
             policy_path: The whole path, such as `myapp.GET.documents`.
             decision: The decision that must be true, default `allowed`.
             resource_context: What the application adds to the resource context.
+            metadata: Pairs that are sent with this check. Default none.
 
         Returns:
             The decision. It has no truth value: write `if decision.allowed`.
         """
         return await self._ask(
-            await self._question(request, policy_path, decision, resource_context)
+            await self._question(
+                request, policy_path, decision, resource_context, metadata
+            )
         )
 
     async def _question(
@@ -282,6 +296,7 @@ class TopazConfig(NotCopied):
         policy_path: str,
         decision: str = "allowed",
         resource_context: Mapping[str, Any] | None = None,
+        metadata: Metadata | None = None,
     ) -> Question:
         """
         Return the question about *request*, encoded.
@@ -297,6 +312,7 @@ class TopazConfig(NotCopied):
                 f"resource_context must be a mapping, got "
                 f"{type(resource_context).__name__}"
             )
+        pairs = frozen_metadata(metadata)
         return Question(
             policy_path,
             decision,
@@ -309,6 +325,7 @@ class TopazConfig(NotCopied):
                 self.policy_instance_label,
             ),
             Budget(self.check_timeout),
+            pairs,
         )
 
     async def _identity(self, request: HTTPConnection) -> Identity:

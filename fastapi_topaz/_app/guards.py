@@ -47,7 +47,7 @@ HINTS = {
         "leaves out a decision that is not a boolean)"
     ),
     grpc.StatusCode.NOT_FOUND: "it does not know the identity, or cannot look it up",
-    grpc.StatusCode.UNAUTHENTICATED: "the api_key is missing or wrong",
+    grpc.StatusCode.UNAUTHENTICATED: "the api_key or credentials are missing or wrong",
     grpc.StatusCode.UNIMPLEMENTED: "it serves no Authorizer: is url the right port?",
 }
 """What these statuses of Topaz mean for a check, for the log."""

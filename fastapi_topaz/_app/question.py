@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Literal, NoReturn, Protocol
 
 import anyio
 import attrs
+
+
+if TYPE_CHECKING:
+    from fastapi_topaz._rpc.metadata import Metadata
 
 
 __all__ = ["Ask", "Budget", "Decision", "Origin", "Question"]
@@ -51,6 +55,8 @@ class Question:
     # Holds the identity and the resource context: see `Identity`.
     request: bytes = attrs.field(repr=False)
     budget: Budget = attrs.field(eq=False, repr=False)
+    # Of this check alone, and perhaps secret. The answer may depend on it.
+    metadata: Metadata = attrs.field(default=(), repr=False)
 
 
 # A dataclass of the standard library, as the status objects: a route may return it.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastapi_topaz._authorizer import messages
 from fastapi_topaz._authorizer.messages import Subject, policy_instance
 from fastapi_topaz._redaction import boundary
+from fastapi_topaz._rpc.metadata import checked_metadata
 
 
 if TYPE_CHECKING:
@@ -48,11 +49,15 @@ class AuthorizerCalls:
             its name.
         timeout: Time limit in seconds, sent to the server as the deadline. None, the
             default, means no limit.
+        metadata: Pairs of key and value, or a `grpc.aio.Metadata`. They are sent with
+            this call, in addition to those of the options. They may be secret, so no
+            error shows them. None, the default, means none.
 
     Raises:
         grpc.aio.AioRpcError: The authorizer answered with an error status, or did
             not answer. Also on trio.
         ConnectionLost: The connection was closed during the call.
+        CredentialsFailed: The `credentials` of the options failed.
         PoolMisuse: The lease is already released.
         TypeError, ValueError: An argument cannot be sent.
     """
@@ -70,9 +75,11 @@ class AuthorizerCalls:
         method: Method,
         request: Any,
         timeout: float | None,
+        metadata: Metadata | None,
     ) -> Any:
+        pairs = checked_metadata(metadata)
         data = method.request(request)
-        return method.response(await self._send(method.path, data, timeout, ()))
+        return method.response(await self._send(method.path, data, timeout, pairs))
 
     @boundary
     async def decisions(
@@ -85,6 +92,7 @@ class AuthorizerCalls:
         policy_instance_name: str | None = None,
         policy_instance_label: str | None = None,
         timeout: float | None = None,
+        metadata: Metadata | None = None,
     ) -> dict[str, bool]:
         """
         Ask for decisions (the RPC `Is`).
@@ -106,13 +114,17 @@ class AuthorizerCalls:
             policy_instance_name,
             policy_instance_label,
         )
-        return await self._decide(request, names, timeout)
+        return await self._decide(request, names, timeout, checked_metadata(metadata))
 
     async def _decide(
-        self, request: bytes, names: tuple[str, ...], timeout: float | None
+        self,
+        request: bytes,
+        names: tuple[str, ...],
+        timeout: float | None,
+        metadata: Metadata,
     ) -> dict[str, bool]:
         """Make the RPC `Is` with an encoded *request* for the decisions *names*."""
-        response = await self._send(messages.IS, request, timeout, ())
+        response = await self._send(messages.IS, request, timeout, metadata)
         return messages.decisions_of(response, names)
 
     @boundary
@@ -127,6 +139,7 @@ class AuthorizerCalls:
         policy_instance_label: str | None = None,
         policy_path_separator: Literal["DOT", "SLASH"] | None = None,
         timeout: float | None = None,
+        metadata: Metadata | None = None,
     ) -> dict[str, dict[str, bool]]:
         """
         Ask for the decisions of all policies below *policy_path*.
@@ -147,8 +160,9 @@ class AuthorizerCalls:
             policy_instance_name=policy_instance_name,
             policy_instance_label=policy_instance_label,
         ).decision_tree_request(policy_path_separator)
+        pairs = checked_metadata(metadata)
         data = request.SerializeToString()
-        response = await self._send(messages.DECISION_TREE, data, timeout, ())
+        response = await self._send(messages.DECISION_TREE, data, timeout, pairs)
         return messages.decision_tree_of(response, request.policy_context.decisions)
 
     @boundary
@@ -165,6 +179,7 @@ class AuthorizerCalls:
         policy_instance_label: str | None = None,
         options: QueryOptions | None = None,
         timeout: float | None = None,
+        metadata: Metadata | None = None,
     ) -> QueryResponse:
         """Evaluate the Rego *query* with *input*, a JSON text."""
         request = Subject(
@@ -175,7 +190,9 @@ class AuthorizerCalls:
             policy_instance_name=policy_instance_name,
             policy_instance_label=policy_instance_label,
         ).query_request(query, input, options)
-        response: QueryResponse = await self._call(messages.QUERY, request, timeout)
+        response: QueryResponse = await self._call(
+            messages.QUERY, request, timeout, metadata
+        )
         return response
 
     @boundary
@@ -194,6 +211,7 @@ class AuthorizerCalls:
         policy_instance_label: str | None = None,
         options: QueryOptions | None = None,
         timeout: float | None = None,
+        metadata: Metadata | None = None,
     ) -> CompileResponse:
         """Partially evaluate the Rego *query*. The values *unknowns* stay open."""
         request = Subject(
@@ -204,7 +222,9 @@ class AuthorizerCalls:
             policy_instance_name=policy_instance_name,
             policy_instance_label=policy_instance_label,
         ).compile_request(query, input, unknowns, disable_inlining, options)
-        response: CompileResponse = await self._call(messages.COMPILE, request, timeout)
+        response: CompileResponse = await self._call(
+            messages.COMPILE, request, timeout, metadata
+        )
         return response
 
     @boundary
@@ -214,11 +234,15 @@ class AuthorizerCalls:
         policy_instance_name: str | None = None,
         policy_instance_label: str | None = None,
         timeout: float | None = None,
+        metadata: Metadata | None = None,
     ) -> ListPoliciesResponse:
         """List the policy modules that the server has loaded."""
         instance = policy_instance(policy_instance_name, policy_instance_label)
         response: ListPoliciesResponse = await self._call(
-            messages.LIST_POLICIES, messages.list_policies_request(instance), timeout
+            messages.LIST_POLICIES,
+            messages.list_policies_request(instance),
+            timeout,
+            metadata,
         )
         return response
 
@@ -230,18 +254,24 @@ class AuthorizerCalls:
         policy_instance_name: str | None = None,
         policy_instance_label: str | None = None,
         timeout: float | None = None,
+        metadata: Metadata | None = None,
     ) -> GetPolicyResponse:
         """Get one policy module by its id, which `list_policies` returns."""
         instance = policy_instance(policy_instance_name, policy_instance_label)
         response: GetPolicyResponse = await self._call(
-            messages.GET_POLICY, messages.get_policy_request(id, instance), timeout
+            messages.GET_POLICY,
+            messages.get_policy_request(id, instance),
+            timeout,
+            metadata,
         )
         return response
 
     @boundary
-    async def info(self, *, timeout: float | None = None) -> InfoResponse:
+    async def info(
+        self, *, timeout: float | None = None, metadata: Metadata | None = None
+    ) -> InfoResponse:
         """Get the version of the server."""
         response: InfoResponse = await self._call(
-            messages.INFO, messages.info_request(), timeout
+            messages.INFO, messages.info_request(), timeout, metadata
         )
         return response

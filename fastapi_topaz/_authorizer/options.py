@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import enum
 import os
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import attrs
 
 from fastapi_topaz._authorizer.address import complete
-from fastapi_topaz._checks import check_flag, check_text
+from fastapi_topaz._checks import check_text
 from fastapi_topaz._redaction import boundary, guarded
-from fastapi_topaz._rpc.target import Target
+from fastapi_topaz._rpc.metadata import Credentials, Metadata, frozen_metadata
+from fastapi_topaz._rpc.target import MAX_MESSAGE_BYTES, PATHS, Target
 
 
 __all__ = [
@@ -159,6 +160,10 @@ class Identity:
 # credentials. Topaz serves grpc.health.v1 on another port.
 PROBE = "/aserto.authorizer.v2.Authorizer/Info"
 
+API_KEY: Final = "authorization"
+TENANT_ID: Final = "aserto-tenant-id"
+"""The keys of the metadata for these options."""
+
 UNSERVED = (
     "is not an authorizer: it does not serve aserto.authorizer.v2.Authorizer; the url "
     "must lead to the port of Topaz's authorizer, which is 8282 by default"
@@ -167,14 +172,24 @@ UNSERVED = (
 ANONYMOUS = Identity(IdentityType.NONE)
 
 
+_OPTIONAL = ("tenant_id", "api_key", *PATHS, "authority", "server_name")
+"""The options whose empty text counts as None."""
+
+_OF_TARGET = (
+    *("url", "credentials", *PATHS, "authority", "server_name", "insecure"),
+    "max_message_bytes",
+)
+"""The options that mean the same for a `Target`."""
+
+
 @guarded
 @attrs.frozen(kw_only=True)
 class AuthorizerOptions:
     """
     The address of the authorizer, and the credentials for it.
 
-    An empty `tenant_id`, `api_key` or `cert_file_path` counts as None, because settings
-    classes use an empty text for an unset variable.
+    An empty text counts as None, except for *url*, because settings classes use an
+    empty text for an unset variable.
 
     Args:
         url: `host`, `host:port` or `[IPv6]:port`. The default is `localhost:8282`. If
@@ -191,12 +206,27 @@ class AuthorizerOptions:
             is read at every connect, so new connections use a rotated file.
         insecure: True means plaintext, without TLS. Default False: if the server does
             not support TLS, connecting fails. There is no fallback to plaintext. With
-            an *api_key* and a *url* that is not loopback, the pool logs a WARNING
-            when it opens.
+            an *api_key*, *extra_metadata* or *credentials*, and a *url* that is not
+            loopback, the pool logs a WARNING when it opens.
+        client_cert_path: A PEM file with the certificate of this client (mutual TLS).
+            Default None. It is read at every connect. See `Target`.
+        client_key_path: A PEM file with the private key of that certificate. Given if
+            and only if *client_cert_path* is.
+        authority: The `:authority` of requests. None, the default, means *server_name*
+            if that is given, otherwise host and port of *url*.
+        server_name: The name that the server's certificate must be for. None, the
+            default, means the host of *url*.
+        extra_metadata: Pairs that are sent with every call and every probe, in addition
+            to those of *tenant_id* and *api_key*. Default none. No repr shows them.
+        credentials: A function or coroutine function without arguments, which returns
+            the metadata of one call. See `Target`. Default None.
+        max_message_bytes: The most bytes of one request or response. Default 4 MiB. A
+            call with a larger message ends with RESOURCE_EXHAUSTED.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: *url* has none of these forms, or a header value cannot be sent.
+        ValueError: *url* has none of these forms, a header value cannot be sent,
+            *extra_metadata* has a key of *tenant_id* or *api_key*, or see `Target`.
     """
 
     url: str = "localhost:8282"
@@ -204,17 +234,25 @@ class AuthorizerOptions:
     api_key: str | None = attrs.field(default=None, repr=False)
     cert_file_path: str | None = None
     insecure: bool = False
+    client_cert_path: str | None = None
+    client_key_path: str | None = None
+    authority: str | None = None
+    server_name: str | None = None
+    extra_metadata: Metadata = attrs.field(default=(), repr=False)
+    # A repr may show a key, as that of a partial() does. It may not be hashable.
+    credentials: Credentials | None = attrs.field(default=None, repr=False, hash=False)
+    max_message_bytes: int = MAX_MESSAGE_BYTES
 
     def __attrs_post_init__(self) -> None:
         check_text("url", self.url, optional=False)
         object.__setattr__(self, "url", complete(self.url))
-        if isinstance(self.cert_file_path, os.PathLike):
-            object.__setattr__(self, "cert_file_path", os.fspath(self.cert_file_path))
-        for name in ("tenant_id", "api_key", "cert_file_path"):
+        for name in PATHS:
+            if isinstance(path := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(path))
+        for name in _OPTIONAL:
             if getattr(self, name) == "":
                 object.__setattr__(self, name, None)
-        for name in ("tenant_id", "cert_file_path"):
-            check_text(name, getattr(self, name))
+        check_text("tenant_id", self.tenant_id)
         if self.api_key is not None and not isinstance(self.api_key, str):
             raise TypeError(f"api_key must be a str, got {type(self.api_key).__name__}")
         check_text("api_key", self.api_key)
@@ -226,33 +264,34 @@ class AuthorizerOptions:
                 raise ValueError(
                     f"{name} must be printable ASCII to be sent as a header"
                 )
-        check_flag("insecure", self.insecure)
-        if self.insecure and self.cert_file_path is not None:
-            raise ValueError(
-                "cert_file_path and insecure=True exclude each other, got "
-                f"cert_file_path={self.cert_file_path!r}"
-            )
+        extra = frozen_metadata(self.extra_metadata, "extra_metadata")
+        object.__setattr__(self, "extra_metadata", extra)
+        for option, key in (("api_key", API_KEY), ("tenant_id", TENANT_ID)):
+            if getattr(self, option) is not None and key in dict(extra):
+                raise ValueError(
+                    f"extra_metadata must not have the key {key!r} if {option} is "
+                    "given, because the server would get two values"
+                )
+        _ = self.target  # it checks the other options
 
     @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The headers that are sent with every call."""
-        headers = []
+    def metadata(self) -> Metadata:
+        """The headers that are sent with every call, without those of `credentials`."""
+        headers: list[tuple[str, str | bytes]] = []
         if self.api_key is not None:
-            headers.append(("authorization", f"basic {self.api_key}"))
+            headers.append((API_KEY, f"basic {self.api_key}"))
         if self.tenant_id is not None:
-            headers.append(("aserto-tenant-id", self.tenant_id))
-        return tuple(headers)
+            headers.append((TENANT_ID, self.tenant_id))
+        return (*headers, *self.extra_metadata)
 
     @property
     def target(self) -> Target:
         """These options as a `Target` for `GrpcConnector`, with a probe for Topaz."""
         return Target(
-            url=self.url,
             metadata=self.metadata,
-            cert_file_path=self.cert_file_path,
-            insecure=self.insecure,
             probe=PROBE,
             unserved=UNSERVED,
+            **{name: getattr(self, name) for name in _OF_TARGET},
         )
 
     @classmethod
@@ -269,19 +308,16 @@ class AuthorizerOptions:
         """
         if isinstance(options, cls):
             return options
-        try:
-            url = options.url
-        except AttributeError:
+        if not hasattr(options, "url"):
             raise TypeError(
                 "authorizer_options must be an AuthorizerOptions, got "
                 f"{type(options).__name__}"
-            ) from None
-        return cls(
-            url=url,
-            tenant_id=getattr(options, "tenant_id", None),
-            api_key=getattr(options, "api_key", None),
-            cert_file_path=getattr(
-                options, "cert_file_path", getattr(options, "_cert_file_path", None)
-            ),
-            insecure=getattr(options, "insecure", False),
-        )
+            )
+        given = {
+            field.name: getattr(options, field.name)
+            for field in attrs.fields(cls)
+            if hasattr(options, field.name)
+        }
+        if "cert_file_path" not in given:
+            given["cert_file_path"] = getattr(options, "_cert_file_path", None)
+        return cls(**given)

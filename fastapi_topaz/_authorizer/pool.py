@@ -13,7 +13,7 @@ from fastapi_topaz._pool.handle import Handle
 from fastapi_topaz._pool.pool import Pool
 from fastapi_topaz._pool.state.options import PoolOptions, fit_minimum
 from fastapi_topaz._redaction import boundary
-from fastapi_topaz._rpc.metadata import check_metadata
+from fastapi_topaz._rpc.metadata import checked_metadata
 from fastapi_topaz._rpc.statuses import is_reset
 from fastapi_topaz._rpc.stubs import make_stub
 from fastapi_topaz._slips import explain_absence
@@ -66,7 +66,7 @@ class PooledConnection(AuthorizerCalls, Handle):
         request_serializer: Callable[[Any], bytes] | None = None,
         response_deserializer: Callable[[bytes], Any] | None = None,
         timeout: float | None = None,
-        metadata: Metadata = (),
+        metadata: Metadata | None = (),
     ) -> Any:
         """
         Make one unary-unary call to any gRPC service on this connection.
@@ -79,12 +79,13 @@ class PooledConnection(AuthorizerCalls, Handle):
                 the call returns bytes.
             timeout: Seconds until the call fails with DEADLINE_EXCEEDED. None, the
                 default, means no limit.
-            metadata: Pairs of key and value, sent in addition to the metadata of the
-                authorizer options. Default none.
+            metadata: Pairs of key and value, or a `grpc.aio.Metadata`. They are sent
+                in addition to the metadata of the authorizer options. Default none.
 
         Raises:
             grpc.aio.AioRpcError: The call ended with a status other than OK.
             ConnectionLost: The connection was closed during the call.
+            CredentialsFailed: The `credentials` of the options failed.
             PoolMisuse: The lease is already released.
             TypeError: The connections of the pool's connector carry no gRPC calls, or
                 an argument has the wrong type.
@@ -95,14 +96,14 @@ class PooledConnection(AuthorizerCalls, Handle):
                 "method must be a str such as '/package.Service/Method', got "
                 f"{method!r}"
             )
-        check_metadata(metadata)
+        pairs = checked_metadata(metadata)
         data = request if request_serializer is None else request_serializer(request)
         if not isinstance(data, bytes):
             raise TypeError(
                 "request must be bytes, or request_serializer must make bytes of it, "
                 f"got {type(data).__name__}"
             )
-        response = await self._send(method, data, timeout, metadata)
+        response = await self._send(method, data, timeout, pairs)
         return response_deserializer(response) if response_deserializer else response
 
     @boundary

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi_topaz._grpcio.call import call_class
 from fastapi_topaz._grpcio.closed_loop import call_later
 from fastapi_topaz._grpcio.failures import in_time
-from fastapi_topaz._rpc.statuses import NotSent
+from fastapi_topaz._rpc.statuses import NotSent, too_large
 from fastapi_topaz.exceptions import ConnectionLost
 
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from fastapi_topaz._grpcio.call import Call
     from fastapi_topaz._rpc.metadata import Metadata
+    from fastapi_topaz._rpc.target import Target
 
 
 __all__ = ["LAST_CALLS", "Calls"]
@@ -32,11 +33,12 @@ class Calls:
     Strictly private. Used in one thread, but for what says otherwise.
     """
 
-    def __init__(self, channel: Any, target: str, metadata: Metadata) -> None:
+    def __init__(self, channel: Any, target: Target) -> None:
         self._call_class = call_class()
         self._channel = channel
-        self._target = target
-        self._metadata = tuple(metadata)
+        self._target = target.url
+        self._metadata = tuple(target.metadata)
+        self._max_message = target.max_message_bytes
         # Maps each call to the callback that runs when it ends.
         self._waiting: dict[Call, Callable[[], object]] = {}
         self._on_quiet: Callable[[], object] | None = None
@@ -58,9 +60,12 @@ class Calls:
 
         Raises:
             ConnectionLost: The connection is closed.
+            grpc.aio.AioRpcError: The request is too large to be sent.
         """
         if self.closed:
             raise self.lost(method)
+        if len(request) > self._max_message:
+            raise too_large(method, self._target, len(request), self._max_message)
         pairs = (*self._metadata, *metadata) if metadata else self._metadata
         call = self._call_class(
             self._channel, method, request, timeout, pairs, self._ended

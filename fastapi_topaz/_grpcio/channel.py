@@ -17,7 +17,8 @@ import grpc.aio
 from fastapi_topaz._grpcio.call import call_class, detect_call_class
 from fastapi_topaz._grpcio.calls import LAST_CALLS
 from fastapi_topaz._grpcio.failures import connect_failed, hung_up
-from fastapi_topaz._rpc.certificates import root_certificates
+from fastapi_topaz._rpc.certificates import client_pair, root_certificates
+from fastapi_topaz._rpc.names import host_of, split_port
 from fastapi_topaz._version import VERSION
 
 
@@ -80,16 +81,60 @@ def _channel_options(timeout: float) -> list[tuple[str, Any]]:
     ]
 
 
+def _target_options(target: Target) -> list[tuple[str, Any]]:
+    limit = target.max_message_bytes
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", limit),
+        # A larger request is refused before: see `Calls`.
+        ("grpc.max_send_message_length", limit),
+    ]
+    name = target.server_name
+    if target.authority is not None:
+        options.append(("grpc.default_authority", target.authority))
+        # Otherwise the certificate would have to be for the authority.
+        name = name or host_of(target.url)
+    if name is not None and not target.insecure:
+        options.append(("grpc.ssl_target_name_override", name))
+    return options
+
+
+def check_names(target: Target) -> None:
+    """
+    Check that gRPC can send the `authority` of *target*.
+
+    With TLS, gRPC refuses calls whose authority is another host than the name that the
+    certificate must be for, unless the authority is a host name without a port.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if target.authority is None or target.insecure:
+        return
+    host, port = split_port(target.authority) or ("", "")
+    name = target.server_name or host_of(target.url)
+    if host.strip("[]").lower() == name.lower():
+        return
+    if port or host.startswith("["):
+        raise ValueError(
+            f"authority={target.authority!r} needs transport='native': with TLS, "
+            "gRPC sends another host than that of the certificate only as a host name "
+            f"without a port; the certificate must be for {name!r}"
+        )
+
+
 def open_channel(target: Target, timeout: float) -> grpc.aio.Channel:
     """Return a new channel, which is to be ready within *timeout* seconds."""
     # Without a file descriptor gRPC aborts the process: its first channel opens
     # /dev/urandom. Here it is an error, which the pool knows what to do with.
     os.close(os.open(os.devnull, os.O_RDONLY))
-    arguments = _channel_options(timeout)
+    arguments = [*_channel_options(timeout), *_target_options(target)]
     if target.insecure:
         channel = grpc.aio.insecure_channel(target.url, options=arguments)
     else:
-        credentials = grpc.ssl_channel_credentials(root_certificates(target))
+        certificate, key = client_pair(target) or (None, None)
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates(target), private_key=key, certificate_chain=certificate
+        )
         channel = grpc.aio.secure_channel(target.url, credentials, options=arguments)
     detect_call_class(channel)
     return channel

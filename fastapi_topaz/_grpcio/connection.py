@@ -103,7 +103,7 @@ class GrpcConnection:
 
         Raises:
             ConnectFailed: It did not become ready within *timeout* seconds.
-            ValueError: The certificate file cannot be read.
+            ValueError: A file with certificates, or with the key, cannot be used.
         """
         loop = asyncio.get_running_loop()
         channel, peer = Peer.of_new(lambda: open_channel(target, timeout))
@@ -139,7 +139,7 @@ class GrpcConnection:
 
     def new_calls(self, target: Target) -> Calls:
         """Return a book of calls on this connection, for one thread to make them in."""
-        return Calls(self._channel, target.url, target.metadata)
+        return Calls(self._channel, target)
 
     async def call(
         self,
@@ -252,7 +252,7 @@ class GrpcConnection:
 
     # -- probing and closing ----------------------------------------------------
 
-    async def probe(self, timeout: float, /) -> None:
+    async def probe(self, timeout: float, metadata: Metadata = (), /) -> None:
         """
         Ask the authorizer for its version; any `grpc-status` of its own will do.
 
@@ -262,9 +262,9 @@ class GrpcConnection:
                 without a `grpc-status`.
             ConnectionLost: The connection was closed meanwhile.
         """
-        await self._ask(timeout)
+        await self._ask(timeout, metadata)
 
-    async def greet(self, timeout: float, /) -> None:
+    async def greet(self, timeout: float, metadata: Metadata = (), /) -> None:
         """
         Probe the authorizer for the first time.
 
@@ -272,13 +272,13 @@ class GrpcConnection:
             grpc.aio.AioRpcError, ConnectionLost: See `probe`.
             ConnectFailed: The server answers that it is no authorizer.
         """
-        if await self._ask(timeout) is grpc.StatusCode.UNIMPLEMENTED:
+        if await self._ask(timeout, metadata) is grpc.StatusCode.UNIMPLEMENTED:
             raise unserved(self._target)
 
-    async def _ask(self, timeout: float) -> grpc.StatusCode:
+    async def _ask(self, timeout: float, metadata: Metadata) -> grpc.StatusCode:
         """Return the status of a probe, if it is the authorizer's own."""
         try:
-            await self.call(self._target.probe, b"", timeout=timeout, metadata=())
+            await self.call(self._target.probe, b"", timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             if is_from_service(error):
                 return error.code()

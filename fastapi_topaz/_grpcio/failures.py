@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 
+from fastapi_topaz._rpc.certificates import client_fault, name_of
 from fastapi_topaz._rpc.clock import monotonic
 from fastapi_topaz._rpc.statuses import Ending, ending
 from fastapi_topaz.exceptions import ConnectFailed
@@ -95,7 +96,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         ("Hostname Verification", "Custom verification check", "Peer name"),
         "tls",
         True,
-        "the server's certificate is not valid for the name in url",
+        "the server's certificate is not valid for {name}",
     ),
     (
         ("missing selected ALPN property", "NO_APPLICATION_PROTOCOL"),
@@ -127,10 +128,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         ),
         "tls",
         True,
-        (
-            "the server requires a client certificate (mTLS), which this package "
-            "cannot send"
-        ),
+        "{client}",
     ),
     (
         ("ALERT_HANDSHAKE_FAILURE", "ALERT_INSUFFICIENT_SECURITY"),
@@ -145,7 +143,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         ("ALERT_UNRECOGNIZED_NAME",),
         "tls",
         True,
-        "the server has no certificate for the name in url",
+        "the server has no certificate for {name}",
     ),
     (
         ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"),
@@ -169,7 +167,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
         ("Failed to create security handshaker",),
         "tls",
         True,
-        "gRPC cannot use the certificates that {roots}",
+        "gRPC cannot use the certificates that {roots}, or those of the client",
     ),
     (
         ("target uri is not valid", "Failed to create channel"),
@@ -291,9 +289,10 @@ def _cause(details: str, target: Target) -> tuple[int, FailureReason, bool, str]
                 closed=(
                     "is it using TLS? insecure=True was given"
                     if target.insecure
-                    else "is it a gRPC server with TLS, and does it require a client "
-                    "certificate (mTLS), which this package cannot send?"
+                    else "is it a gRPC server with TLS? perhaps " + client_fault(target)
                 ),
+                client=client_fault(target),
+                name=name_of(target),
             )
             return number, reason, permanent, said
     return len(_KNOWN), "other", False, details

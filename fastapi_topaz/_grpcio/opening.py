@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from anyio.lowlevel import current_token
 
 from fastapi_topaz import _fork
+from fastapi_topaz._grpcio.channel import check_names
 from fastapi_topaz._grpcio.connection import GrpcConnection
-from fastapi_topaz._rpc.certificates import root_certificates
+from fastapi_topaz._rpc.certificates import client_pair, root_certificates
 from fastapi_topaz.exceptions import ConnectFailed, PoolMisuse
 
 
@@ -26,20 +27,24 @@ class GrpcioOpener:
     Opens connections to one target.
 
     Strictly private.
+
+    Raises:
+        ValueError: gRPC cannot use the `authority` of *target*.
     """
 
     def __init__(self, target: Target) -> None:
         self._target = target
+        check_names(target)
 
     def validate(self) -> None:
         """
         Check what no retry can mend.
 
         Raises:
-            ValueError: The certificate file cannot be read, or is not a PEM file of
-                certificates.
+            ValueError: A file with certificates, or with the key, cannot be used.
         """
         root_certificates(self._target)
+        client_pair(self._target)
 
     async def open(self, timeout: float) -> RpcConnection:
         """

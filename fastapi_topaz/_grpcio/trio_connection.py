@@ -223,17 +223,17 @@ class TrioGrpcConnection:
             method, request, timeout=rest, metadata=metadata, resent=True
         )
 
-    async def probe(self, timeout: float, /) -> None:
+    async def probe(self, timeout: float, metadata: Metadata = (), /) -> None:
         """Ask the authorizer for its version; see `GrpcConnection.probe`."""
         if self._calls.closed:
             raise self._calls.lost(self._target.probe)
-        await _Forward(self._thread).run(self._link.probe, timeout)
+        await _Forward(self._thread).run(self._link.probe, timeout, metadata)
 
-    async def greet(self, timeout: float, /) -> None:
+    async def greet(self, timeout: float, metadata: Metadata = (), /) -> None:
         """Probe the authorizer for the first time; see `GrpcConnection.greet`."""
         if self._calls.closed:
             raise self._calls.lost(self._target.probe)
-        await _Forward(self._thread).run(self._link.greet, timeout)
+        await _Forward(self._thread).run(self._link.greet, timeout, metadata)
 
     async def close(self, grace: float, /) -> None:
         """Close the channel; see `GrpcConnection.close`."""

@@ -20,11 +20,11 @@ import grpc
 from fastapi_topaz._http2 import frames
 from fastapi_topaz._http2.errors import ErrorCode, PeerViolation
 from fastapi_topaz._http2.failures import not_sent
-from fastapi_topaz._http2.limits import QUEUE_LIMIT
+from fastapi_topaz._http2.limits import MAX_MESSAGE, QUEUE_LIMIT
 from fastapi_topaz._http2.receiver import Receiver
 from fastapi_topaz._http2.requests import NO_TABLE
 from fastapi_topaz._http2.responses import PREFIX_SIZE
-from fastapi_topaz._rpc.statuses import EndedCall, Ending
+from fastapi_topaz._rpc.statuses import EndedCall, Ending, too_large
 from fastapi_topaz.exceptions import ConnectionLost
 
 
@@ -60,10 +60,16 @@ class ClientConnection(Receiver):
     Args:
         target: The name of the server in errors.
         ping_timeout: Seconds within which the server must acknowledge a PING.
+        max_message: The most bytes of a request or response.
     """
 
-    def __init__(self, target: str, ping_timeout: float = PING_TIMEOUT) -> None:
-        super().__init__(target)
+    def __init__(
+        self,
+        target: str,
+        ping_timeout: float = PING_TIMEOUT,
+        max_message: int = MAX_MESSAGE,
+    ) -> None:
+        super().__init__(target, max_message)
         self.next_deadline = math.inf
         """When to call `expire`: at the nearest deadline, or earlier."""
         self._ping_timeout = ping_timeout
@@ -90,6 +96,9 @@ class ClientConnection(Receiver):
                 f"the headers of the call {method} have {stream.header_list_size} "
                 f"bytes, and {self.target} allows {limit}",
             )
+        if len(stream.message) > self.max_message:
+            raise too_large(method, self.target, len(stream.message), self.max_message)
+        stream.response.max_message = self.max_message
         self.next_deadline = min(self.next_deadline, stream.deadline)
         if self._has_room():
             self._open(stream)

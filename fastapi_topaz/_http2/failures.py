@@ -11,6 +11,7 @@ import attrs
 import grpc
 
 from fastapi_topaz._http2.tls import ROOTS_VARIABLE
+from fastapi_topaz._rpc.certificates import client_fault, name_of
 from fastapi_topaz._rpc.statuses import EndedCall, Ending
 from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
 
@@ -53,9 +54,9 @@ class HandshakeFailed(Exception):  # noqa: N818  (never leaves this folder)
         self.cause = cause
 
 
-_NO_CLIENT_CERTIFICATE: Final = (
-    "the server requires a client certificate (mTLS), which this package cannot send"
-)
+_CLIENT_CERTIFICATE: Final = "{client}"
+"""Stands for what is wrong with the client's certificate: see `client_fault`."""
+
 _NO_TLS: Final = (
     "the server does not speak TLS on this port; if it is meant to be plaintext, pass "
     "insecure=True"
@@ -67,11 +68,13 @@ NO_HTTP2_IN_TLS: Final = (
 
 # Parts of `ssl.SSLError.reason`, with their explanations. The first match wins.
 _TLS: Final = {
-    "CERTIFICATE_REQUIRED": _NO_CLIENT_CERTIFICATE,
-    "ALERT_BAD_CERTIFICATE": _NO_CLIENT_CERTIFICATE,
-    "ALERT_UNKNOWN_CA": _NO_CLIENT_CERTIFICATE,
-    "ALERT_UNSUPPORTED_CERTIFICATE": _NO_CLIENT_CERTIFICATE,
-    "ALERT_ACCESS_DENIED": _NO_CLIENT_CERTIFICATE,
+    "CERTIFICATE_REQUIRED": _CLIENT_CERTIFICATE,
+    "ALERT_BAD_CERTIFICATE": _CLIENT_CERTIFICATE,
+    "ALERT_UNKNOWN_CA": _CLIENT_CERTIFICATE,
+    "ALERT_UNSUPPORTED_CERTIFICATE": _CLIENT_CERTIFICATE,
+    "ALERT_CERTIFICATE_": _CLIENT_CERTIFICATE,
+    "ALERT_DECRYPT_ERROR": _CLIENT_CERTIFICATE,
+    "ALERT_ACCESS_DENIED": _CLIENT_CERTIFICATE,
     "NO_APPLICATION_PROTOCOL": NO_HTTP2_IN_TLS,
     "PROTOCOL_VERSION": (
         "the server only speaks old versions of TLS; TLS 1.2 or newer is needed"
@@ -79,15 +82,14 @@ _TLS: Final = {
     "UNSUPPORTED_PROTOCOL": (
         "the server only speaks old versions of TLS; TLS 1.2 or newer is needed"
     ),
-    "UNRECOGNIZED_NAME": "the server has no certificate for the name in url",
+    "UNRECOGNIZED_NAME": "the server has no certificate for {name}",
     "WRONG_VERSION_NUMBER": _NO_TLS,
     "PACKET_LENGTH_TOO_LONG": _NO_TLS,
     "HTTP_REQUEST": _NO_TLS,
     "RECORD_LAYER_FAILURE": _NO_TLS,
     "HANDSHAKE_FAILURE": (
-        "the server refused the TLS handshake: it requires a client certificate "
-        "(mTLS), which this package cannot send, or none of its ciphers or keys is "
-        "supported here"
+        "the server refused the TLS handshake: {client}, or none of its ciphers or "
+        "keys is supported here"
     ),
 }
 
@@ -136,8 +138,7 @@ def ended_early(target: Target) -> str:
     hint = (
         "is it using TLS? insecure=True was given"
         if target.insecure
-        else "is it a gRPC server with TLS, and does it require a client certificate "
-        "(mTLS), which this package cannot send?"
+        else f"is it a gRPC server with TLS? perhaps {client_fault(target)}"
     )
     return f"the server closed the connection before it was ready; {hint}"
 
@@ -168,8 +169,8 @@ def _certificate_fault(error: ssl.SSLCertVerificationError, target: Target) -> s
             "the server's certificate has the wrong purpose: its key usage does not "
             "allow server authentication"
         ),
-        62: "the server's certificate is not valid for the name in url",
-        64: "the server's certificate is not valid for the name in url",
+        62: f"the server's certificate is not valid for {name_of(target)}",
+        64: f"the server's certificate is not valid for {name_of(target)}",
     }
     other = f"the server's certificate is not acceptable: {error.verify_message}"
     return texts.get(error.verify_code, other)
@@ -182,7 +183,8 @@ def _tls_fault(error: ssl.SSLError, target: Target) -> Cause:
     found = error.reason or str(error).upper().replace(" ", "_")
     for part, text in _TLS.items():
         if part in found:
-            return Cause("tls", True, f"{text} (TLS: {found})")
+            said = text.format(client=client_fault(target), name=name_of(target))
+            return Cause("tls", True, f"{said} (TLS: {found})")
     return Cause("tls", False, f"the TLS handshake failed (TLS: {found})")
 
 

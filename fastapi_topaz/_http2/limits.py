@@ -37,7 +37,11 @@ This is the initial value of SETTINGS_MAX_FRAME_SIZE. The client never raises it
 """
 
 MAX_MESSAGE: Final = 4 * 1024 * 1024
-"""Bytes of a response message: the default of gRPC. A larger one ends its stream."""
+"""
+Bytes of a response message by default, as in gRPC. A larger one ends its stream.
+
+A target may set another limit. If that is higher, the windows grow with it.
+"""
 
 STREAM_WINDOW: Final = MAX_MESSAGE + 65_536
 """

@@ -63,9 +63,11 @@ class NativeOpener:
             raise ValueError(
                 f"url {target.url!r} cannot be used with transport='native': {error}"
             ) from None
+        authority = target.authority or target.server_name or self._endpoint.authority
         self._blocks = RequestBlocks(
-            self._endpoint.authority, target.metadata, is_tls=not target.insecure
+            authority, target.metadata, is_tls=not target.insecure
         )
+        self._server_name = target.server_name or self._endpoint.certificate_host
         self._failed = FailedAddresses()
 
     def validate(self) -> None:
@@ -73,7 +75,7 @@ class NativeOpener:
         Check the configuration for errors that no retry can fix.
 
         Raises:
-            ValueError: The certificate file cannot be used.
+            ValueError: A file with certificates, or with the key, cannot be used.
             ConnectFailed: There are no trusted root certificates.
         """
         if not self._target.insecure:
@@ -148,10 +150,12 @@ class NativeOpener:
         self, sock: socket.socket, address: Address, context: ssl.SSLContext | None
     ) -> NativeConnection:
         """Make the handshakes of TLS and HTTP/2 on *sock*. Return the connection."""
-        core = ClientConnection(self._target.url)
+        core = ClientConnection(
+            self._target.url, max_message=self._target.max_message_bytes
+        )
         tls = None
         if context is not None:
-            tls = TlsSession(context, self._endpoint.certificate_host)
+            tls = TlsSession(context, self._server_name)
             await _shake_hands(sock, tls)
         wire = Wire(sock, core, tls)
         await _exchange_settings(wire)

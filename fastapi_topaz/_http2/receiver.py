@@ -35,6 +35,7 @@ from fastapi_topaz._http2.limits import (
     MAX_HEADER_BLOCK,
     MAX_HEADER_LIST_SIZE,
     MAX_LATE_FRAMES,
+    MAX_MESSAGE,
     MAX_OVERHEAD_FRAMES,
     MAX_QUEUED_CONTROL,
     OVERHEAD_PERIOD,
@@ -55,20 +56,6 @@ __all__ = ["Receiver"]
 
 _INITIAL_WINDOW: Final = 65_535
 
-_PREFACE: Final = (
-    frames.PREFACE
-    + frames.settings(
-        (
-            (frames.HEADER_TABLE_SIZE, 0),
-            (frames.ENABLE_PUSH, 0),
-            (frames.INITIAL_WINDOW_SIZE, STREAM_WINDOW),
-            (frames.MAX_HEADER_LIST_SIZE, MAX_HEADER_LIST_SIZE),
-        )
-    )
-    + frames.window_update(0, CONNECTION_WINDOW - _INITIAL_WINDOW)
-)
-"""The connection preface (section 3.4)."""
-
 _DEADLINE_TOLERANCE: Final = 0.01
 """
 Seconds before the deadline in which CANCEL means that the deadline is exceeded.
@@ -79,6 +66,22 @@ the reset arrives before the timer of the client.
 
 _PADDING_STEP: Final = 16_384
 """Bytes of padding that one WINDOW_UPDATE of a stream returns."""
+
+
+def _preface(stream_window: int, connection_window: int) -> bytes:
+    """Return the connection preface (section 3.4)."""
+    return (
+        frames.PREFACE
+        + frames.settings(
+            (
+                (frames.HEADER_TABLE_SIZE, 0),
+                (frames.ENABLE_PUSH, 0),
+                (frames.INITIAL_WINDOW_SIZE, stream_window),
+                (frames.MAX_HEADER_LIST_SIZE, MAX_HEADER_LIST_SIZE),
+            )
+        )
+        + frames.window_update(0, connection_window - _INITIAL_WINDOW)
+    )
 
 
 @attrs.define
@@ -94,8 +97,14 @@ class PeerSettings:
 class Receiver(abc.ABC):
     """The part of a connection that receives frames."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, max_message: int = MAX_MESSAGE) -> None:
         self.target = target
+        self.max_message = max_message
+        more = max(0, max_message - MAX_MESSAGE)
+        window = min(CONNECTION_WINDOW + 4 * more, frames.MAX_WINDOW)
+        self._connection_window = window
+        # Frames that may come late: see `LATE_FRAMES`.
+        self._late_frames = LATE_FRAMES + more // MAX_FRAME_SIZE
         self.streams: dict[int, Stream] = {}
         """The open streams, by their ids."""
         self.takes_calls = True
@@ -114,8 +123,8 @@ class Receiver(abc.ABC):
         self._last_stream_id = frames.MAX_WINDOW
         # The frames to send, their bytes, and how many of them are replies to frames of
         # the peer.
-        self._out: list[bytes] = [_PREFACE]
-        self._queued = len(_PREFACE)
+        self._out: list[bytes] = [_preface(STREAM_WINDOW + more, window)]
+        self._queued = len(self._out[0])
         self._queued_control = 0
         self._send_window = _INITIAL_WINDOW
         self._received = 0  # since the last WINDOW_UPDATE of the connection
@@ -266,7 +275,8 @@ class Receiver(abc.ABC):
 
     def _expect_late_frames(self) -> None:
         """Allow more overhead, because frames for a reset stream may still arrive."""
-        self._overhead = max(min(self._overhead, 0) - LATE_FRAMES, -MAX_LATE_FRAMES)
+        late = min(self._overhead, 0) - self._late_frames
+        self._overhead = max(late, -MAX_LATE_FRAMES)
 
     def _expect_window_updates(self, size: int) -> None:
         """Allow more overhead: WINDOW_UPDATE frames for *size* bytes of sent DATA."""
@@ -312,7 +322,7 @@ class Receiver(abc.ABC):
         # because half of it is always left. A stream ends if its message exceeds the
         # limit, which is below its window.
         self._received += size
-        if self._received > CONNECTION_WINDOW // 2:
+        if self._received > self._connection_window // 2:
             self._queue_control(frames.window_update(0, self._received))
             self._received = 0
         body = frames.unpadded(payload, flags) if flags & frames.PADDED else payload

@@ -123,11 +123,13 @@ class Response:
         "_message",
         "_received",
         "_status",
+        "max_message",
         "outcome",
     )
 
     def __init__(self) -> None:
         self.outcome: bytes | Exception | None = None
+        self.max_message = MAX_MESSAGE
         self._status = 0
         self._initial: Block | None = None
         self._informational = 0
@@ -268,11 +270,12 @@ class Response:
             )
         elif flag:
             self._fail(_Code.INTERNAL, f"the message has the unknown flag {flag}")
-        elif length > MAX_MESSAGE:
+        elif length > self.max_message:
             # The server and the connection work, so this counts as a status.
             self._fail(
                 _Code.RESOURCE_EXHAUSTED,
-                f"the response has {length} bytes, the limit is {MAX_MESSAGE}",
+                f"the response has {length} bytes, and max_message_bytes="
+                f"{self.max_message} allows no more",
                 Ending.STATUS,
             )
 

@@ -336,7 +336,7 @@ class NativeConnection(abc.ABC):
         """Return whether the connection ended, or the server sent GOAWAY."""
         return not self._core.takes_calls
 
-    async def probe(self, timeout: float, /) -> None:
+    async def probe(self, timeout: float, metadata: Metadata = (), /) -> None:
         """
         Make the call `probe` of the target. Any `grpc-status` of the service is enough.
 
@@ -346,9 +346,9 @@ class NativeConnection(abc.ABC):
                 a `grpc-status`.
             ConnectionLost: The connection was closed during the call.
         """
-        await self._ask(timeout)
+        await self._ask(timeout, metadata)
 
-    async def greet(self, timeout: float, /) -> None:
+    async def greet(self, timeout: float, metadata: Metadata = (), /) -> None:
         """
         Probe the server for the first time.
 
@@ -356,14 +356,14 @@ class NativeConnection(abc.ABC):
             grpc.aio.AioRpcError, ConnectionLost: See `probe`.
             ConnectFailed: The server does not serve the probe.
         """
-        if await self._ask(timeout) is grpc.StatusCode.UNIMPLEMENTED:
+        if await self._ask(timeout, metadata) is grpc.StatusCode.UNIMPLEMENTED:
             raise ConnectFailed(
                 f"cannot connect to {self._target.url}: the gRPC server there "
                 f"{self._target.unserved}",
                 permanent=True,
             )
 
-    async def _ask(self, timeout: float) -> grpc.StatusCode:
+    async def _ask(self, timeout: float, metadata: Metadata) -> grpc.StatusCode:
         """Return the status of a probe, if it is from the service."""
         if not (self._core.takes_calls or self._closed):
             # The response of a successor would say nothing about this connection.
@@ -373,7 +373,7 @@ class NativeConnection(abc.ABC):
                 self._core.failure or "it takes no more calls",
             )
         try:
-            await self.call(self._target.probe, b"", timeout=timeout, metadata=())
+            await self.call(self._target.probe, b"", timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             if is_from_service(error):
                 return error.code()

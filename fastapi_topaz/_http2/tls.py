@@ -9,13 +9,14 @@ asyncio, 23 KiB with this module.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import ssl
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from fastapi_topaz._rpc.certificates import root_certificates
+from fastapi_topaz._rpc.certificates import client_pair, load_pair, root_certificates
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -133,18 +134,17 @@ def tls_context(target: Target) -> ssl.SSLContext:
 
     They come from `cert_file_path`, or from the file in
     `GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`, or from the operating system: the first that is
-    set.
+    set. The context also has the certificate of the client, if *target* has one.
 
     Raises:
         ConnectFailed: There are no trusted root certificates.
-        ValueError: `cert_file_path` cannot be used.
+        ValueError: A file with certificates, or with the key, cannot be used.
     """
-    pem = root_certificates(target)
-    if pem is not None:
-        return _context(pem)
-    if path := os.environ.get(ROOTS_VARIABLE):
+    roots = root_certificates(target)
+    if roots is None and (path := os.environ.get(ROOTS_VARIABLE)):
         try:
-            return _context(pathlib.Path(path).read_bytes())
+            roots = pathlib.Path(path).read_bytes()
+            _context(roots)
         except (OSError, ValueError) as error:
             raise ConnectFailed(
                 f"cannot connect to {target.url}: the file {path!r} in "
@@ -152,7 +152,7 @@ def tls_context(target: Target) -> ssl.SSLContext:
                 reason="tls",
                 permanent=True,
             ) from error
-    context = _system_context()
+    context = _system_context() if roots is None else _context(roots)
     if context is None:
         raise ConnectFailed(
             f"cannot connect to {target.url}: this system has no trusted root "
@@ -161,6 +161,26 @@ def tls_context(target: Target) -> ssl.SSLContext:
             reason="tls",
             permanent=True,
         )
+    pair = client_pair(target)
+    if pair is None:
+        return context
+    digest = hashlib.sha256(b"".join(pair)).digest()
+    return _client_context(
+        roots, str(target.client_cert_path), str(target.client_key_path), digest
+    )
+
+
+# Of the key, only a digest is kept here.
+@lru_cache(maxsize=4)
+def _client_context(
+    roots: bytes | None, cert_path: str, key_path: str, _digest: bytes
+) -> ssl.SSLContext:
+    # A context of its own: the others are shared with targets without a certificate.
+    if roots is not None:
+        context = _context.__wrapped__(roots)
+    else:
+        context = _loaded_system_context.__wrapped__()
+    load_pair(context, cert_path, key_path)
     return context
 
 

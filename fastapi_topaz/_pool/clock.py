@@ -21,11 +21,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-__all__ = ["Clock", "TimeSource"]
+__all__ = ["Clock", "TimeSource", "time_limit"]
 
 
 ROUNDING = 1e-6
 """Seconds. The rounding error of the sum of two large times is less than this."""
+
+
+def time_limit(timeout: float | None) -> anyio.CancelScope:
+    """Return a cancel scope for the next *timeout* seconds; None means no limit."""
+    return anyio.move_on_after(timeout)
 
 
 class TimeSource(Protocol):

@@ -5,15 +5,10 @@ from __future__ import annotations
 import ipaddress
 import re
 
+from fastapi_topaz._rpc.names import host_in
+
 
 __all__ = ["is_loopback"]
-
-
-_PORT = r"[0-9]+|https?"
-# With a port, an IPv6 address needs brackets.
-_HOST_AND_PORT = re.compile(
-    rf"\[(?P<bracketed>[^\[\]]*)\](?::(?:{_PORT}))?|(?P<plain>[^:]*)(?::(?:{_PORT}))?"
-)
 
 
 def is_loopback(target: str) -> bool:
@@ -28,20 +23,14 @@ def is_loopback(target: str) -> bool:
         case "unix" | "unix-abstract":
             return True
         case "ipv4" | "ipv6":
-            return all(map(_is_loopback_address, map(_host, rest.split(","))))
+            return all(map(_is_loopback_address, map(host_in, rest.split(","))))
         case "dns":
             # dns://SERVER/NAME asks that server, whose answer may be any address.
-            host = _host(re.sub(r"\A/(//)?", "", rest))
+            host = host_in(re.sub(r"\A/(//)?", "", rest))
         case _:
-            host = _host(target)
+            host = host_in(target)
     # Names are case-insensitive, and one dot at the end makes them absolute.
     return host.lower().removesuffix(".") == "localhost" or _is_loopback_address(host)
-
-
-def _host(address: str) -> str:
-    if (parts := _HOST_AND_PORT.fullmatch(address)) is not None:
-        return parts["bracketed"] or parts["plain"] or ""
-    return address  # an IPv6 address without a port, or nothing that can be read
 
 
 def _is_loopback_address(host: str) -> bool:

@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
+
+import grpc.aio
 
 
-__all__ = ["Metadata", "check_metadata", "is_metadata"]
+__all__ = [
+    "Credentials",
+    "Metadata",
+    "checked_metadata",
+    "frozen_metadata",
+    "is_metadata",
+]
 
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
+Credentials: TypeAlias = Callable[[], Metadata | Awaitable[Metadata]]
+"""Returns the metadata of one call. It may be a coroutine function."""
+
 # The keys that gRPC allows: see "Requests" in "gRPC over HTTP2".
 _KEY = re.compile(r"[0-9a-z_.-]+")
 
-# RFC 9113, section 8.2.2: a request with one of these is malformed. Servers reset its
-# stream, or end the connection.
-_CONNECTION_SPECIFIC = frozenset(
-    {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"}
+# A second value of these would change the call itself, or break HTTP/2 (RFC 9113,
+# section 8.2.2).
+_RESERVED = frozenset(
+    {
+        *("connection", "content-length", "content-type", "host", "keep-alive"),
+        *("proxy-connection", "te", "transfer-encoding", "upgrade", "user-agent"),
+        *("grpc-accept-encoding", "grpc-encoding", "grpc-timeout"),
+    }
 )
 
 
 def _is_key(key: object) -> bool:
-    """Return whether gRPC accepts *key*."""
-    return isinstance(key, str) and _KEY.fullmatch(key) is not None
+    """Return whether an application may send *key*."""
+    return (
+        isinstance(key, str)
+        and _KEY.fullmatch(key) is not None
+        and key not in _RESERVED
+    )
 
 
 def is_metadata(key: object, value: object) -> bool:
     """Return whether gRPC accepts the pair of *key* and *value* as text metadata."""
     return (
         _is_key(key)
-        and key not in _CONNECTION_SPECIFIC
         and not str(key).endswith("-bin")
         and isinstance(value, str)
         and value.isascii()
@@ -38,36 +57,50 @@ def is_metadata(key: object, value: object) -> bool:
     )
 
 
-def check_metadata(metadata: object) -> None:
+def checked_metadata(metadata: object, name: str = "metadata") -> Metadata:
     """
-    Check that *metadata* can be sent.
+    Return *metadata* as a sequence of pairs, if it can be sent.
 
-    Errors never show a value, because it may be secret.
+    Errors show neither a value nor a key: if the caller swapped them, a key is secret.
+
+    Args:
+        metadata: Pairs of key and value, or a `grpc.aio.Metadata`. None, or any empty
+            value, means none.
+        name: What errors call it.
 
     Raises:
         TypeError: *metadata* does not consist of pairs, or a value has the wrong type.
         ValueError: gRPC does not accept a key or a value.
     """
     if not metadata:
-        return
+        return ()
+    if isinstance(metadata, grpc.aio.Metadata):  # it is not a Sequence
+        metadata = tuple(metadata)
     if isinstance(metadata, str | bytes) or not isinstance(metadata, Sequence):
-        raise TypeError(f"metadata must be pairs of str, got {type(metadata).__name__}")
-    for pair in metadata:
+        raise TypeError(f"{name} must be pairs of str, got {type(metadata).__name__}")
+    for number, pair in enumerate(metadata, 1):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise TypeError(
-                f"metadata must be pairs of str, got a {type(pair).__name__}"
-            )
+            raise TypeError(f"{name} must be pairs of str, got a {type(pair).__name__}")
         key, value = pair
         if not _is_key(key):
             raise ValueError(
-                f"metadata keys must be of a-z, 0-9, '_', '-' and '.', got {key!r}"
+                f"{name} keys must be of a-z, 0-9, '_', '-' and '.', and none that the "
+                f"transport sets itself, such as 'te'; that of pair {number} is not"
             )
-        if key in _CONNECTION_SPECIFIC:
-            raise ValueError(f"metadata {key!r} is not allowed in HTTP/2")
         if not isinstance(value, bytes if key.endswith("-bin") else str):
             raise TypeError(
-                f"metadata {key!r} must be bytes if its key ends with -bin, otherwise "
-                f"a str, got {type(value).__name__}"
+                f"{name} values must be bytes if their key ends with -bin, otherwise a "
+                f"str; that of pair {number} is a {type(value).__name__}"
             )
         if isinstance(value, str) and not (value.isascii() and value.isprintable()):
-            raise ValueError(f"metadata {key!r} must be printable ASCII")
+            raise ValueError(
+                f"{name} values must be printable ASCII; that of pair {number} is not"
+            )
+    return metadata
+
+
+def frozen_metadata(
+    metadata: object, name: str = "metadata"
+) -> tuple[tuple[str, str | bytes], ...]:
+    """Return a copy of *metadata* that cannot change; see `checked_metadata`."""
+    return tuple((key, value) for key, value in checked_metadata(metadata, name))

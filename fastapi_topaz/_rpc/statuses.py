@@ -38,6 +38,7 @@ __all__ = [
     "is_worth_a_retry",
     "lacks_status",
     "status_number",
+    "too_large",
     "verdict",
 ]
 
@@ -122,6 +123,16 @@ class NotSent(EndedCall):
             f"the call {method} was not sent: the connection to {target} has ended "
             f"(GOAWAY, or the socket was closed), and a new one failed: {why}",
         )
+
+
+def too_large(method: str, target: str, size: int, limit: int) -> EndedCall:
+    """Return the error of a request that is too large to be sent."""
+    return EndedCall(
+        Ending.STATUS,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        f"the call {method} to {target} was not sent: its request has {size} bytes, "
+        f"and max_message_bytes={limit} allows no more",
+    )
 
 
 # The first match wins. The text of an RST_STREAM or GOAWAY may be followed by more.

@@ -103,7 +103,7 @@ class StubChannel:
 
 
 _UNSUPPORTED = {
-    "credentials": "pass metadata= to the call, or Target(metadata=...) to its pool",
+    "credentials": "pass metadata= to the call, or Target(credentials=...) to its pool",
     "wait_for_ready": "a lease has a connection; acquire(timeout=...) waits for one",
     "compression": "requests are not compressed",
 }

@@ -251,7 +251,9 @@ def test_constructors_keep_their_signatures():
         "(type: 'IdentityType', value: 'str | None' = None) -> None"
     )
     assert list(inspect.signature(AuthorizerOptions).parameters) == [
-        *("url", "tenant_id", "api_key", "cert_file_path", "insecure")
+        *("url", "tenant_id", "api_key", "cert_file_path", "insecure"),
+        *("client_cert_path", "client_key_path", "authority", "server_name"),
+        *("extra_metadata", "credentials", "max_message_bytes"),
     ]
     assert "authorizer_options" in inspect.signature(TopazConfig).parameters
 

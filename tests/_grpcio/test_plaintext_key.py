@@ -73,9 +73,18 @@ def pool_of(**options):
     return pool
 
 
+SECRET_OPTIONS = [
+    {"api_key": KEY},
+    {"extra_metadata": [("x-api-key", KEY)]},
+    {"extra_metadata": [("authorization", KEY)]},
+    {"credentials": lambda: [("authorization", KEY)]},
+]
+
+
+@pytest.mark.parametrize("options", SECRET_OPTIONS, ids=lambda each: next(iter(each)))
 @pytest.mark.parametrize("url", ["topaz.example.com:8282", "dns:///10.0.0.1:8282"])
-async def test_an_api_key_in_plaintext_logs_one_warning(url, caplog):
-    pool = pool_of(url=url, api_key=KEY, insecure=True)
+async def test_a_key_in_plaintext_logs_one_warning(url, options, caplog):
+    pool = pool_of(url=url, insecure=True, **options)
     assert not warned(caplog), "logging may not be configured when pools are built"
     for _ in range(3):
         await open_and_close(pool)
@@ -116,6 +125,14 @@ async def test_the_first_acquire_warns_too(caplog):
         {"url": "topaz.example.com:8282", "insecure": True, "tenant_id": "t-0815"},
         {"url": "localhost:8282", "api_key": KEY, "insecure": True},
         {"url": "unix:/run/topaz.sock", "api_key": KEY, "insecure": True},
+        *(
+            {**options, **place}
+            for options in SECRET_OPTIONS
+            for place in (
+                {"url": "topaz.example.com:8282"},
+                {"url": "localhost:8282", "insecure": True},
+            )
+        ),
     ],
     ids=str,
 )

@@ -111,7 +111,8 @@ def test_a_flood_of_window_updates_ends_the_connection_also_under_a_blocked_call
 
 
 def test_window_updates_for_each_sent_frame_are_no_flood():
-    connection, _ = connected({SettingCodes.INITIAL_WINDOW_SIZE: 2**20})
+    settings = {SettingCodes.INITIAL_WINDOW_SIZE: 2**20}
+    connection, _ = connected(settings, max_message=60_000_000)
     call = Call(connection, b"q" * 60_000_000)
     for _ in range(60_000_000 // 1000 + 100):
         # As a server that reads 1,000 bytes at a time.

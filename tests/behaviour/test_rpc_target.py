@@ -36,7 +36,7 @@ SECRET = "a key that nobody may see"
         ({"metadata": [("key", SECRET + "\n")]}, "must be printable ASCII"),
         ({"metadata": [("key", SECRET.encode())]}, "otherwise a str"),
         *(
-            ({"metadata": [(key, SECRET)]}, f"'{key}' is not allowed in HTTP/2")
+            ({"metadata": [(key, SECRET)]}, "none that the transport sets itself")
             for key in (
                 "connection",
                 "keep-alive",
@@ -51,6 +51,22 @@ def test_an_invalid_target_is_refused_and_the_error_shows_no_secret(wrong, error
     with pytest.raises((TypeError, ValueError), match=error) as caught:
         Target(**{"url": "localhost:1"} | wrong)
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("secret", ["metadata", "credentials"])
+@pytest.mark.parametrize("transport", ["native", "grpcio"])
+async def test_a_target_with_secrets_in_plaintext_logs_one_warning(
+    secret, transport, caplog
+):
+    value = {"metadata": [("x-key", SECRET)], "credentials": lambda: [("k", SECRET)]}
+    target = Target(url="topaz.example:1", insecure=True, **{secret: value[secret]})
+    connector = GrpcConnector(target, transport)
+    for _ in range(2):
+        async with ConnectionPool(connector=connector, min_connections=0):
+            pass
+    (line,) = [line for line in caplog.messages if "without TLS" in line]
+    assert "topaz.example:1" in line
+    assert SECRET not in caplog.text
 
 
 def test_the_repr_of_a_target_hides_metadata_and_names_the_probed_service():

@@ -38,3 +38,9 @@ def keyed_authorizer():
     """An authorizer that requires the API key, which is a secret."""
     with EmbeddedAuthorizer(lambda _check: True, api_key=KEY) as running:
         yield running
+
+
+@pytest.fixture(params=["native", "grpcio"])
+def transport(request):
+    """Each transport."""
+    return request.param

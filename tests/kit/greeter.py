@@ -56,12 +56,14 @@ class Greeter(grpc.GenericRpcHandler):
     Attributes:
         asked: For each call, the name, the metadata and the seconds left.
         peers: The addresses of the clients that made calls.
+        certificates: The certificates of these clients, in PEM format.
         go_on: Once set, the calls with the name "slow" end.
     """
 
     def __init__(self):
         self.asked = []
         self.peers = set()
+        self.certificates = set()
         self.go_on = threading.Event()
 
     def service(self, details):
@@ -88,18 +90,26 @@ class Greeter(grpc.GenericRpcHandler):
     def _name(self, request, context):
         name = StringValue.FromString(request).value
         self.peers.add(context.peer())
+        self.certificates.update(context.auth_context().get("x509_pem_cert", ()))
         metadata = dict(context.invocation_metadata())
         self.asked.append((name, metadata, context.time_remaining()))
         return name
 
 
 @contextlib.contextmanager
-def greeter_server():
-    """Yield a running `Greeter` with its address as `url`."""
+def greeter_server(credentials=None):
+    """
+    Yield a running `Greeter` with its address as `url`.
+
+    *credentials* are those of the server. None means plaintext.
+    """
     greeter = Greeter()
     with ThreadPoolExecutor(8) as executor:
         server = grpc.server(executor, handlers=[greeter])
-        port = server.add_insecure_port("127.0.0.1:0")
+        if credentials is None:
+            port = server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = server.add_secure_port("127.0.0.1:0", credentials)
         greeter.url = f"127.0.0.1:{port}"
         server.start()
         try:

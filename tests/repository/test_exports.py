@@ -21,6 +21,7 @@ PUBLIC = [
     "ConnectionPool",
     "ConnectionStatus",
     "Connector",
+    "CredentialsFailed",
     "Decision",
     "GrpcConnector",
     "Identity",
@@ -56,6 +57,7 @@ def test_all_is_sorted_and_complete(module):
 def test_the_error_hierarchy_matches_the_documentation():
     tree = {
         "PoolError": (exceptions.TopazError,),
+        "CredentialsFailed": (exceptions.PoolError,),
         "PoolTimeout": (exceptions.PoolError, TimeoutError),
         "PoolClosed": (exceptions.PoolError, RuntimeError),
         "PoolMisuse": (exceptions.PoolError, RuntimeError),

@@ -10,12 +10,14 @@ from fastapi_topaz import (
     AuthorizerOptions,
     ConnectionPool,
     Connector,
+    CredentialsFailed,
     Identity,
     IdentityType,
     PooledConnection,
     PoolError,
     PoolMisuse,
     PoolStatus,
+    Target,
     TopazConfig,
     require_policy_allowed,
     require_policy_auto,
@@ -74,6 +76,11 @@ async def use(pool: ConnectionPool) -> None:
             await conn.decision_tree(policy_path="myapp"), dict[str, dict[str, bool]]
         )
         assert_type((await conn.info()).version, str)
+        pairs: list[tuple[str, str | bytes]] = [("x-region", "eu"), ("x-bin", b"1")]
+        assert_type(
+            await conn.decisions(policy_path="a", metadata=pairs), dict[str, bool]
+        )
+        await conn.info(metadata=(("x-region", "eu"),))
         assert_type(conn.stub(GreeterStub), GreeterStub)
         assert_type(await conn.stub(GreeterStub).SayHello("Ann"), str)
     conn = await pool.acquire()
@@ -89,6 +96,27 @@ async def use(pool: ConnectionPool) -> None:
     assert_type(await config.is_ready(timeout=2.0), bool)
     async with pool as same:
         assert_type(same, ConnectionPool)
+
+
+def key() -> list[tuple[str, str]]:
+    return [("authorization", "Bearer abc")]
+
+
+async def renewed_key() -> tuple[tuple[str, str | bytes], ...]:
+    return (("authorization", "Bearer abc"), ("x-bin", b"1"))
+
+
+AuthorizerOptions(
+    extra_metadata=[("x-region", "eu")],
+    credentials=key,
+    client_cert_path="client.pem",
+    client_key_path="client.key",
+    server_name="topaz.internal",
+    authority="policies",
+    max_message_bytes=1_000_000,
+)
+Target(url="localhost:1", credentials=renewed_key)
+failed: PoolError = CredentialsFailed("credentials raised KeyError")
 
 
 class Service:
