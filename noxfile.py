@@ -222,7 +222,8 @@ def native(session: nox.Session) -> None:
     if binary := built_gopeer(Path(session.cache_dir).resolve() / "gopeer"):
         environment["GOPEER"] = binary
         chosen = ("-m", "slow and not grpcio", "-n0")
-        session.run("pytest", *chosen, "tests/_grpcio/test_gopeer.py", env=environment)
+        files = ["tests/_grpcio/test_gopeer.py", "tests/_http2/test_frozen.py"]
+        session.run("pytest", *chosen, *files, env=environment)
 
 
 @nox.session

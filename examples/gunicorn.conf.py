@@ -39,9 +39,9 @@ workers = 4
 
 # The parent imports the application once, then forks the workers. A pool may be created
 # before the fork, but must be opened after it, because gRPC does not survive a fork
-# with open connections. The lifespan opens it, and runs in the workers. So make no
-# gRPC call and no `pool.initialize()` at import time. The hooks `on_starting`,
-# `when_ready` and `pre_fork` also run in the parent.
+# with open connections (the native transport does). The lifespan opens it, and runs in
+# the workers. So make no gRPC call and no `pool.initialize()` at import time. The hooks
+# `on_starting`, `when_ready` and `pre_fork` also run in the parent.
 preload_app = True
 
 # Longer than both together. After this time gunicorn kills the worker, and its pool is

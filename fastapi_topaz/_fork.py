@@ -1,5 +1,9 @@
 """
-Detects a fork that happened while gRPC channels were open.
+What a fork does to connections, and in which process the code runs.
+
+A forked child inherits the sockets of the native transport. They belong to its parent,
+so the child closes its copies at once. That sends nothing, and the parent's event loop
+still watches its own: an epoll forgets a socket when its last copy is closed.
 
 gRPC cannot survive `os.fork()` with an open channel. In the child, every call hangs
 or the process dies. If the child garbage-collects an inherited channel, it breaks the
@@ -13,9 +17,21 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from typing import TYPE_CHECKING
 
 
-__all__ = ["current", "forget", "inherited_from", "watch"]
+if TYPE_CHECKING:
+    import socket
+
+
+__all__ = [
+    "close_in_child",
+    "current",
+    "forget",
+    "inherited_from",
+    "keep",
+    "watch",
+]
 
 
 class _Process:
@@ -36,6 +52,7 @@ _open: weakref.WeakSet[object] = weakref.WeakSet()
 # ends when the last one is collected.
 _closed: weakref.WeakSet[object] = weakref.WeakSet()
 _inherited: list[object] = []
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _parent: list[int] = []
 
 
@@ -55,6 +72,21 @@ def inherited_from() -> int | None:
     return _parent[-1] if _parent else None
 
 
+def close_in_child(sock: socket.socket) -> None:
+    """Have each forked child close its copy of *sock*, before any other code runs."""
+    _sockets.add(sock)
+
+
+def keep(inherited: object) -> None:
+    """
+    Keep *inherited*, which belongs to the parent, until this process ends.
+
+    If an event loop or its tasks were collected in the child, their clean-up would
+    change the parent's epoll, or write to the pipe that wakes the parent's loop.
+    """
+    _inherited.append(inherited)
+
+
 def _before_fork() -> None:
     # A closed channel leaves reference cycles. If the child collects them, it hangs.
     if _closed:
@@ -62,6 +94,11 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
+    # Now and not at the first use. Otherwise a child that never uses the pool keeps
+    # them open when its parent closes them. On trio the tasks of the parent also exist
+    # in the child, and they may read.
+    for sock in list(_sockets):
+        sock.close()
     # Never released: if the child collects a channel, it breaks the parent's channel.
     left = [*_open, *_closed]
     if left:

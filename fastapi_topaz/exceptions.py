@@ -48,9 +48,11 @@ class PoolMisuse(PoolError, RuntimeError):  # noqa: N818
     Raised if the application uses the pool:
 
     - on another event loop than the one on which the pool is open;
-    - in a process that was forked while gRPC connections were open;
+    - in a process that was forked while connections of the transport `grpcio` were
+      open;
+    - in a forked process, on the event loop of its parent;
     - without a configured authorizer;
-    - through a lease that is released.
+    - through a lease that is released, or that was acquired before a fork.
 
     The message says what to do.
     """

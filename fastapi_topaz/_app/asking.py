@@ -74,8 +74,10 @@ class Retry:
 
     A check is a read, so it may be asked twice. If the server may have processed the
     question, it is asked once more. By then the pool leases no connection that it
-    suspects. If the server certainly did not process it, repeating is safe. So this
-    repeats it until the budget is used up.
+    suspects. The native transport ends the connection to a frozen server after two
+    seconds, so the rest of the budget is left for another server. If the server
+    certainly did not process the question, repeating is safe. So this repeats it until
+    the budget is used up.
     """
 
     ask: Ask

@@ -141,6 +141,9 @@ class AsyncioConnection(NativeConnection):
     def _on_timer(self) -> None:
         self._armed = math.inf
         self._timer = None
+        # uvloop calls timers before readers. After a long turn of the loop, the answer
+        # to a PING may be there.
+        self._wire.read()
         self._core.expire(monotonic())
         if self._core.next_deadline < math.inf:
             self._arm()

@@ -29,20 +29,27 @@ from fastapi_topaz.exceptions import ConnectionLost
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastapi_topaz._http2.stream import Stream
 
 
-__all__ = ["PING_TIMEOUT", "ClientConnection"]
+__all__ = ["PING_TIMEOUT", "SILENCE", "ClientConnection"]
 
 
-PING_TIMEOUT: Final = 5.0
-"""Seconds within which the server must acknowledge a PING of the client."""
+SILENCE: Final = 1.0
+"""Seconds of a call without a byte from the server, after which a PING is sent."""
+
+PING_TIMEOUT: Final = 1.0
+"""Seconds within which the server must answer a PING, or send anything else."""
 
 _MAX_PINGS: Final = 2
 """
 The most PINGs that the client sends without a response of a call in between.
 
-At the fourth one, grpc-go ends the connection with GOAWAY too_many_pings.
+At the fourth one, grpc-go ends the connection with GOAWAY too_many_pings. Instead of a
+third PING, an empty SETTINGS frame is sent. The server must acknowledge it too (section
+6.5.3), and grpc-go does not count it.
 """
 
 _UNAVAILABLE: Final = grpc.StatusCode.UNAVAILABLE
@@ -59,27 +66,35 @@ class ClientConnection(Receiver):
 
     Args:
         target: The name of the server in errors.
-        ping_timeout: Seconds within which the server must acknowledge a PING.
+        silence: Seconds of a call without a byte, after which a PING is sent.
+        ping_timeout: Seconds within which the server must answer a PING.
         max_message: The most bytes of a request or response.
     """
 
     def __init__(
         self,
         target: str,
+        silence: float = SILENCE,
         ping_timeout: float = PING_TIMEOUT,
         max_message: int = MAX_MESSAGE,
     ) -> None:
         super().__init__(target, max_message)
         self.next_deadline = math.inf
         """When to call `expire`: at the nearest deadline, or earlier."""
+        self.on_silence: Callable[[], object] | None = None
+        """Called if the connection ends because the server did not answer a PING."""
+        self._silence = silence
         self._ping_timeout = ping_timeout
         self._ping_deadline = math.inf
+        self._asked_by = "a PING"
+        # When the first of the open calls began.
+        self._busy_since = -math.inf
 
     # -- calls ------------------------------------------------------------------
 
-    def begin(self, stream: Stream, method: str) -> None:
+    def begin(self, stream: Stream, method: str, now: float) -> None:
         """
-        Begin the call of *stream*. When the call ends, `wake` of the stream is called.
+        Begin the call of *stream* at *now*. When it ends, its `wake` is called.
 
         Raises:
             EndedCall: The connection accepts no new calls, or the peer does not allow
@@ -100,6 +115,9 @@ class ClientConnection(Receiver):
             raise too_large(method, self.target, len(stream.message), self.max_message)
         stream.response.max_message = self.max_message
         self.next_deadline = min(self.next_deadline, stream.deadline)
+        if not self.streams:
+            self._busy_since = now
+            self.next_deadline = min(self.next_deadline, now + self._silence)
         if self._has_room():
             self._open(stream)
         else:
@@ -304,18 +322,21 @@ class ClientConnection(Receiver):
     # -- time -------------------------------------------------------------------
 
     def expire(self, now: float) -> None:
-        """End the calls whose deadline has come at *now*, and set `next_deadline`."""
+        """
+        End the calls whose deadline has come at *now*, and set `next_deadline`.
+
+        Bytes that have arrived must be received before. Otherwise a server that has
+        answered seems silent if the event loop was blocked.
+        """
         if now >= self._ping_deadline:
             self._ping_deadline = math.inf
             if not self._heard:
-                self.lose(
-                    f"the server did not answer a PING within {self._ping_timeout:g} s"
-                )
+                self._lose_silent()
                 return
         # Waiting calls first. Otherwise the end of an open call could open a waiting
         # call that is also due.
         calls = [*self._waiting, *self.streams.values()]
-        silent = False
+        silent = self._silent_at(now) <= now
         for stream in calls:
             if stream.deadline <= now:
                 silent |= stream.id > 0
@@ -327,16 +348,40 @@ class ClientConnection(Receiver):
             (stream.deadline for stream in (*self.streams.values(), *self._waiting)),
             default=math.inf,
         )
-        self.next_deadline = min(self.next_deadline, self._ping_deadline)
+        self.next_deadline = min(
+            self.next_deadline, self._ping_deadline, self._silent_at(now)
+        )
+
+    def _silent_at(self, now: float) -> float:
+        """Return when the peer has been silent for too long, if it sends nothing."""
+        if self._ping_deadline < math.inf:
+            return math.inf  # it is asked already
+        if self.streams:
+            return max(self._busy_since, self._now) + self._silence
+        # Calls that wait for the stream limit may be opened at any time.
+        return now + self._silence if self._waiting else math.inf
 
     def _ping(self, now: float) -> None:
-        """Send a PING, because the server did not respond to a call in time."""
-        if self._ping_deadline < math.inf or self._pings >= _MAX_PINGS:
+        """Make the server send something. Any byte of it will do."""
+        if self._ping_deadline < math.inf:
             return
-        self._pings += 1
         self._heard = False
         self._ping_deadline = now + self._ping_timeout
-        self._queue(frames.ping(_PING_PAYLOAD))
+        if self._pings < _MAX_PINGS:
+            self._pings += 1
+            self._asked_by = "a PING"
+            self._queue(frames.ping(_PING_PAYLOAD))
+        else:
+            self._asked_by = "SETTINGS"
+            self._queue(frames.settings(()))
+
+    def _lose_silent(self) -> None:
+        self.lose(
+            f"the server did not answer {self._asked_by} within "
+            f"{self._ping_timeout:g} s"
+        )
+        if self.on_silence is not None:
+            self.on_silence()
 
 
 def timed_out() -> EndedCall:

@@ -1,5 +1,5 @@
 """
-Connects to the first of several addresses that answers (RFC 8305, "Happy Eyeballs").
+Connects to the first of several addresses that is ready (RFC 8305, "Happy Eyeballs").
 
 It runs on asyncio and trio, because it waits with `anyio.wait_writable`.
 """
@@ -10,16 +10,18 @@ import errno
 import os
 import random
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import anyio
 
+from fastapi_topaz._fork import close_in_child
+from fastapi_topaz._http2.failures import HandshakeFailed
 from fastapi_topaz._pool.interrupts import protected
 from fastapi_topaz._rpc.clock import monotonic
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from fastapi_topaz._http2.addresses import Address
 
@@ -27,8 +29,14 @@ if TYPE_CHECKING:
 __all__ = ["ATTEMPT_DELAY", "FailedAddresses", "Race"]
 
 
+R = TypeVar("R")
+
 ATTEMPT_DELAY: Final = 0.25
-"""Seconds until the next address is tried in parallel (RFC 8305, section 5)."""
+"""
+Seconds until the next address is tried in parallel (RFC 8305, section 5).
+
+As in gRPC, an address has this time to become ready for calls, not only to connect.
+"""
 
 FAILED_FOR: Final = 10.0
 """Seconds for which a failed address is tried last."""
@@ -85,36 +93,41 @@ class FailedAddresses:
         return sorted(turns, key=self._failed.__contains__)
 
 
-class Race:
+class Race(Generic[R]):
     """
     One race to several addresses.
 
+    Args:
+        addresses: The addresses, in the order in which they are tried.
+        greet: Makes a connection of a connected socket. A frozen server accepts TCP
+            connections, so this part belongs to the race.
+
     Attributes:
         failures: The addresses that failed, and why.
-        pending: The addresses whose attempts have neither failed nor connected.
-        overtaken: Those of them that did not connect within `ATTEMPT_DELAY`, while a
-            later one did.
+        pending: The addresses whose attempts have neither failed nor become ready.
+        overtaken: Those of them that began before the winner.
     """
 
-    def __init__(self, addresses: Iterable[Address]) -> None:
+    def __init__(
+        self,
+        addresses: Iterable[Address],
+        greet: Callable[[socket.socket], Awaitable[R]],
+    ) -> None:
         self._untried = list(addresses)
-        self._winner: tuple[socket.socket, Address] | None = None
+        self._greet = greet
+        self._winner: tuple[R, socket.socket, Address] | None = None
         self._sockets: set[socket.socket] = set()
         self.pending: list[Address] = []
         self.overtaken: set[Address] = set()
         self.failures: list[tuple[Address, Exception]] = []
 
-    async def run(self) -> tuple[socket.socket, Address] | None:
+    async def run(self) -> tuple[R, Address] | None:
         """
-        Return the first socket that connects, with its address.
+        Return what *greet* made of the first address that is ready, and that address.
 
-        The next attempt starts when one fails, or after `ATTEMPT_DELAY`. Call `run`
-        again for the next socket. It returns None if all addresses have failed.
+        The next attempt starts when one fails, or after `ATTEMPT_DELAY`. It returns
+        None if all addresses have failed. The sockets of all others are closed.
         """
-        self._winner = None
-        # Addresses that were slower than the last winner are tried again, at the end.
-        self._untried += self.pending
-        self.pending = []
         try:
             async with anyio.create_task_group() as attempts:
                 while self._untried and self._winner is None:
@@ -128,32 +141,37 @@ class Race:
                         with anyio.move_on_after(ATTEMPT_DELAY):
                             await failed.wait()
         except BaseException:
-            # Also the sockets of attempts that cannot continue: their loop was closed.
-            for sock in self._sockets:
-                sock.close()
+            self._winner = None
             raise
-        self._sockets.clear()
-        return self._winner
+        finally:
+            # Also those of attempts that never go on, because the loop was closed.
+            won = None if self._winner is None else self._winner[1]
+            for sock in self._sockets - {won}:
+                sock.close()
+        return None if self._winner is None else (self._winner[0], self._winner[2])
 
     @protected
     async def _attempt(
         self, address: Address, failed: anyio.Event, scope: anyio.CancelScope
     ) -> None:
+        sock = None
         try:
             sock = socket.socket(address.family, socket.SOCK_STREAM)
             self._sockets.add(sock)
+            close_in_child(sock)
             await connect(sock, address)
-        except OSError as error:
+            ready = await self._greet(sock)
+        except (OSError, HandshakeFailed) as error:
+            if sock is not None:
+                sock.close()
             self.pending.remove(address)
             self.failures.append((address, error))
             failed.set()
             return
-        if self._winner is not None:  # two sockets connected in the same iteration
-            sock.close()
+        if self._winner is not None:  # two were ready in the same iteration
             return
-        self._winner = sock, address
-        self.overtaken |= set(self.pending[: self.pending.index(address)])
-        self.overtaken.discard(address)
+        self._winner = ready, sock, address
+        self.overtaken = set(self.pending[: self.pending.index(address)])
         self.pending.remove(address)
         scope.cancel()
 

@@ -95,21 +95,24 @@ class NativeOpener:
         return connection
 
     async def _open(self, timeout: float) -> NativeConnection:
-        context = self._context()
-        race: Race | None = None
+        greet = partial(self._greet, self._context())
+        race: Race[Wire] | None = None
         with anyio.move_on_after(timeout * _SHARE):
             try:
                 addresses = await self._endpoint.resolve()
             except OSError as failure:
                 raise each_failed(self._target, [(None, failure)]) from failure
-            race = Race(self._failed.order(addresses))
+            race = Race(self._failed.order(addresses), greet)
             try:
-                return await self._first(race, context)
+                won = await race.run()
             finally:
                 for address, error in race.failures:
                     self._failed.add(address, error)
                 for address in race.overtaken:
                     self._failed.add(address)
+            if won is None:
+                raise each_failed(self._target, race.failures)
+            return self._connection(*won)
         if race is None:
             raise unresolved(self._target, timeout)
         for address in race.pending:
@@ -124,32 +127,8 @@ class NativeOpener:
         except ValueError as error:
             raise ConnectFailed(str(error), reason="tls", permanent=True) from error
 
-    async def _first(
-        self, race: Race, context: ssl.SSLContext | None
-    ) -> NativeConnection:
-        """Return the first connection of *race* that becomes ready for calls."""
-        while (won := await race.run()) is not None:
-            sock, address = won
-            race.pending.append(address)
-            try:
-                connection = await self._greet(sock, address, context)
-            except (OSError, HandshakeFailed) as error:
-                # This server cannot be used, so the race continues.
-                sock.close()
-                race.failures.append((address, error))
-                race.pending.remove(address)
-            except BaseException:
-                sock.close()
-                raise
-            else:
-                self._failed.remove(address)
-                return connection
-        raise each_failed(self._target, race.failures)
-
-    async def _greet(
-        self, sock: socket.socket, address: Address, context: ssl.SSLContext | None
-    ) -> NativeConnection:
-        """Make the handshakes of TLS and HTTP/2 on *sock*. Return the connection."""
+    async def _greet(self, context: ssl.SSLContext | None, sock: socket.socket) -> Wire:
+        """Make the handshakes of TLS and HTTP/2 on *sock*."""
         core = ClientConnection(
             self._target.url, max_message=self._target.max_message_bytes
         )
@@ -159,6 +138,13 @@ class NativeOpener:
             await _shake_hands(sock, tls)
         wire = Wire(sock, core, tls)
         await _exchange_settings(wire)
+        return wire
+
+    def _connection(self, wire: Wire, address: Address) -> NativeConnection:
+        """Return the connection over *wire*, which is ready."""
+        self._failed.remove(address)
+        # Calls of a frozen server are repeated, and should not reach it again.
+        wire.core.on_silence = partial(self._failed.add, address)
         make: type[NativeConnection] = AsyncioConnection
         if not isinstance(current_token().native_token, asyncio.AbstractEventLoop):
             # Imported here, because asyncio applications need not install trio.

@@ -280,9 +280,10 @@ class NativeConnection(abc.ABC):
         if self._closed:
             raise closed_under(method, self._target.url)
         block, size = self._blocks.block(method, timeout, metadata)
-        deadline = None if timeout is None else monotonic() + timeout
+        now = monotonic()
+        deadline = None if timeout is None else now + timeout
         stream = Stream(block, size, request, deadline, wake)
-        self._core.begin(stream, method)
+        self._core.begin(stream, method, now)
         return stream
 
     @property

@@ -217,6 +217,17 @@ def _system_context() -> ssl.SSLContext | None:
     return None
 
 
+def _forget_contexts() -> None:
+    for cached in (_context, _client_context, _loaded_system_context):
+        cached.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch  (not on Windows)
+    # Another thread may be in a handshake, in which OpenSSL locks the context. In the
+    # child no thread would ever unlock it.
+    os.register_at_fork(after_in_child=_forget_contexts)
+
+
 def _bare_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9113, section 9.2

@@ -67,6 +67,11 @@ class Connector(Protocol):
       only after an answer. Until then it does not count as connected. The gRPC
       connector sets it. If it is false, the pool leases a new connection at once.
 
+    - `survives_fork` (bool, default False): a process that was forked while the pool
+      was open may open connections of its own. Then the first use of the pool there
+      drops the inherited connections, and calls none of their methods. If it is false,
+      each use raises `PoolMisuse`.
+
     Each connection needs `async probe(timeout)`, which raises if the server does not
     answer, and `async close(grace)`. If it also has `async call(method, request, *,
     timeout, metadata)`, from bytes to bytes, its leases make gRPC calls. None of these

@@ -7,6 +7,7 @@ import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fastapi_topaz._fork import current as process
 from fastapi_topaz._slips import LEASE_FORM, NotCopied, explain_absence
 from fastapi_topaz.exceptions import ConnectionLost, PoolMisuse
 
@@ -102,6 +103,12 @@ class Handle(NotCopied):
         if self._claim is None:
             raise PoolMisuse(
                 "this connection was released to its pool; acquire() another one"
+            )
+        owner = self._open_pool.owner
+        if owner.pid != process.pid:
+            raise PoolMisuse(
+                f"this lease was acquired in process {owner.pid}, and process "
+                f"{process.pid} was forked from it; acquire() another one"
             )
         return self._claim
 

@@ -129,6 +129,21 @@ class OwnerLoop:
         """Return whether this process was forked from the process of the pool."""
         return bool(self.pid != process.pid)
 
+    def check_new_loop(self, pool: object) -> None:
+        """
+        Check, after a fork, that the caller runs on another event loop than the pool.
+
+        Raises:
+            PoolMisuse: The caller runs on the inherited event loop. Its epoll belongs
+                to the parent as well, so neither process could use it.
+        """
+        if current_token().native_token is self.native:
+            raise PoolMisuse(
+                f"{pool} was opened in process {self.pid}, and process {process.pid}, "
+                "which was forked from it, still runs the event loop of its parent; "
+                "start a new event loop in the child, or fork in a thread"
+            )
+
     def is_closed(self) -> bool:
         """
         Return whether the event loop is closed. False on trio and after a fork.
@@ -145,9 +160,11 @@ class OwnerLoop:
         """
         Schedule a call of *function* on the loop. Thread-safe.
 
-        If the loop has ended, *function* is never called. It must not raise: on trio an
-        exception would end the run.
+        If the loop has ended, or belongs to the parent process, *function* is never
+        called. It must not raise: on trio an exception would end the run.
         """
+        if self.is_forked():
+            return  # the pipe that wakes the loop is the parent's
         try:
             if isinstance(self.native, asyncio.AbstractEventLoop):
                 # An empty context: otherwise *function* runs in the caller's context.

@@ -12,6 +12,7 @@ import attrs
 
 from fastapi_topaz._checks import check_seconds, safe_repr
 from fastapi_topaz._fork import current as process
+from fastapi_topaz._fork import keep
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._pool.acquire import Acquire
 from fastapi_topaz._pool.background import close_now, run_pool
@@ -207,8 +208,13 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         owner = open_pool.owner
         is_here = get_ident() == owner.thread and owner.pid == process.pid
         if open_pool is not self._open_pool or not is_here:
-            if open_pool is not self._open_pool or owner.is_closed():
-                # The pool was closed after this acquire(), and its connections with it.
+            if (
+                open_pool is not self._open_pool
+                or owner.is_closed()
+                or self._is_inherited(open_pool)
+            ):
+                # The pool was closed after this acquire(), and its connections with it;
+                # or the lease belongs to the parent of this process.
                 conn._claim = None  # noqa: SLF001
                 return
             owner.check(self._label())
@@ -317,9 +323,9 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             max_connections=options.max_connections,
             min_connections=options.min_connections,
             streams_max=options.capacity,
-            # If the process was forked while the pool was open, the child cannot use
-            # its connections: no call gets an answer.
-            failing=forked,
+            # If the process was forked while the pool was open, and its connections do
+            # not survive that, no call of the child gets an answer.
+            failing=forked and not self._is_inherited(open_pool),
         )
 
     def connections(self) -> tuple[ConnectionStatus, ...]:
@@ -400,6 +406,9 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         open_pool = self._open_pool
         if open_pool is None:
             return None
+        if self._is_inherited(open_pool):
+            open_pool.owner.check_new_loop(self._label())
+            return None
         if open_pool.done.is_set() or open_pool.owner.is_closed():
             # The event loop has ended, and so has the host task. No task is left that
             # could use this open pool.
@@ -428,6 +437,8 @@ class Pool(NotAsync, NotCopied, Generic[H]):
                 check = getattr(connector, "validate", None)
                 if validate and check is not None:
                     check()
+                if self._open_pool is not None:
+                    self._drop_inherited(self._open_pool)
                 open_pool = self._start(owner, connector)
         finally:
             self._opening_loop.clear()
@@ -484,13 +495,32 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             self._log_limit.clock = None  # do not keep the loop's clock alive
             logger.info("%s: closed", open_pool.label)
 
+    def _is_inherited(self, open_pool: OpenPool | None) -> bool:
+        """Return whether this process was forked, and may open a pool of its own."""
+        return (
+            open_pool is not None
+            and open_pool.owner.is_forked()
+            and getattr(open_pool.connector, "survives_fork", False) is True
+        )
+
+    def _drop_inherited(self, open_pool: OpenPool) -> None:
+        """Forget *open_pool*, which belongs to the parent process, without a change."""
+        self._open_pool = None
+        keep(open_pool)
+        self._counters.reset()
+        self._log_limit = LogLimit(logger, self._label())
+        logger.info(
+            "%s: process %d was forked from %d; it has a pool of its own from now on",
+            *(open_pool.label, process.pid, open_pool.owner.pid),
+        )
+
     def _configured(self) -> Connector:
         if self._connector is None:
             raise PoolMisuse(f"{self._label()} {self._unconfigured}")
         return self._connector
 
     def _phase(self) -> str:
-        if self._open_pool is None:
+        if self._open_pool is None or self._is_inherited(self._open_pool):
             return "closed" if self._closed else "new"
         return "closing" if self._open_pool.state.shut else "open"
 

@@ -91,7 +91,8 @@ async def test_a_server_that_accepts_and_stays_silent_times_out(insecure):
     with bound() as server:
         error = await refused_by(to(server, insecure=insecure), timeout=0.5)
     assert (error.reason, error.permanent) == ("timeout", False)
-    assert "sends nothing" in str(error)
+    # On a busy machine gRPC is late to say which.
+    assert any(each in str(error) for each in ("sends nothing", "or send nothing"))
 
 
 async def test_a_frozen_server_times_out_and_leaves_no_socket(either_authorizer):

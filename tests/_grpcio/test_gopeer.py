@@ -396,8 +396,23 @@ async def test_a_rolling_restart_of_grpc_go_replicas_fails_no_check(end, peers):
     assert kinds(flow.lost) <= lost
 
 
+async def test_on_native_a_frozen_replica_fails_no_check(peers):
+    settings = {"check_timeout": 3, "transport": "native"}
+    async with two_replicas(peers, **settings) as ((peer, _), flow):
+        peer.send(signal.SIGSTOP)
+        connections = flow.pool.connections
+        await eventually(lambda: peer.url not in str(connections()), PATIENCE)
+        await flow.flows(10 * USERS)
+        peer.send(signal.SIGCONT)
+        await eventually(lambda: peer.url in str(connections()), PATIENCE)
+        await flow.flows()
+        assert flow.failures == []
+
+
+@pytest.mark.grpcio
 async def test_a_frozen_replica_fails_its_calls_and_few_others(peers):
-    async with two_replicas(peers, check_timeout=2) as ((peer, _), flow):
+    settings = {"check_timeout": 2, "transport": "grpcio"}
+    async with two_replicas(peers, **settings) as ((peer, _), flow):
         held = peer.count("Serving")
         peer.send(signal.SIGSTOP)
         connections = flow.pool.connections
@@ -412,9 +427,11 @@ async def test_a_frozen_replica_fails_its_calls_and_few_others(peers):
         assert len(flow.failures) == failed
 
 
+@pytest.mark.grpcio
 async def test_a_single_frozen_server_serves_as_before_when_it_thaws(peers):
     peer = peers(delay="5ms")
-    async with traffic(peer.options, peer, check_timeout=2) as flow:
+    settings = {"check_timeout": 2, "transport": "grpcio"}
+    async with traffic(peer.options, peer, **settings) as flow:
         peer.send(signal.SIGSTOP)
         # Some users still have leases that they took just before.
         await eventually(

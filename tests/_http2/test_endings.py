@@ -10,8 +10,7 @@ import pytest
 from h2.settings import SettingCodes
 
 from fastapi_topaz._http2.errors import ErrorCode
-from fastapi_topaz._pool.connector import Verdict
-from fastapi_topaz._rpc.statuses import Ending, ending, is_unprocessed, verdict
+from fastapi_topaz._rpc.statuses import Ending, ending, is_unprocessed
 from kit.h2frames import pings, resets, window_update
 from kit.h2peer import HEAD, Call, connected, exchange, message
 
@@ -82,7 +81,7 @@ def test_a_cancelled_call_is_reset_and_its_late_answer_ignored():
 
 
 def test_a_call_ends_at_its_deadline():
-    connection, server = connected()
+    connection, server = connected(silence=math.inf)
     early, late = Call(connection, deadline=10.0), Call(connection, deadline=20.0)
     assert connection.next_deadline == 10.0
     exchange(connection, server)
@@ -142,21 +141,6 @@ def test_a_reset_is_not_answered_with_a_reset():
 # -- PING -----------------------------------------------------------------
 
 
-def test_a_dead_peer_is_found_by_a_ping_after_a_silent_call():
-    connection, server = connected(ping_timeout=2.0)
-    Call(connection, deadline=1.0)
-    other = Call(connection, deadline=100.0)
-    exchange(connection, server)
-    connection.expire(1.0)
-    assert connection.has_output
-    assert connection.next_deadline == 3.0
-    connection.expire(3.0)
-    assert connection.failure == "the server did not answer a PING within 2 s"
-    assert ending(other.outcome) is Ending.CUT_OFF
-    assert other.outcome.code() is Code.UNAVAILABLE
-    assert verdict(other.outcome, lambda: True) is Verdict.BROKEN
-
-
 def test_a_silent_call_does_not_postpone_the_end_of_a_dead_peer():
     connection, server = connected(ping_timeout=2.0)
     for deadline in (1.0, 2.0):
@@ -170,36 +154,6 @@ def test_a_silent_call_does_not_postpone_the_end_of_a_dead_peer():
     assert connection.next_deadline == 3.0
     connection.expire(3.0)
     assert connection.failure is not None
-
-
-def test_an_answered_ping_proves_the_peer():
-    connection, server = connected(ping_timeout=2.0)
-    Call(connection, deadline=1.0)
-    exchange(connection, server)
-    connection.expire(1.0)
-    exchange(connection, server)
-    assert pings(server) == 1
-    connection.expire(3.0)
-    assert connection.failure is None
-    assert connection.next_deadline == math.inf
-
-
-def test_at_most_two_pings_come_between_answers():
-    connection, server = connected(ping_timeout=0.5)
-    for expected in (2, 4):
-        for _ in range(5):
-            now = max(0.0, connection._now) + 1.0
-            Call(connection, deadline=now)
-            exchange(connection, server, now)
-            connection.expire(now)
-            exchange(connection, server, now)
-            connection.expire(now + 0.5)
-        assert pings(server) == expected
-        answered = Call(connection)
-        exchange(connection, server, now)
-        server.answer(answered.stream.id, b"")
-        exchange(connection, server, now)
-        assert answered.outcome == b""
 
 
 def exhaust_pings(connection, server, now):

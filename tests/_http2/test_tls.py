@@ -54,6 +54,20 @@ async def test_a_certificate_may_be_for_an_address(ca_file, url):
             assert await call(connection, b"x") == b"x"
 
 
+async def test_a_server_that_is_silent_in_the_handshake_yields_to_another(ca_file):
+    with (
+        SocketServer(tls=tls(GOOD)) as server,
+        socket.create_server(("127.0.0.1", 0)) as silent,
+    ):
+        url = f"ipv4:127.0.0.1:{silent.getsockname()[1]},127.0.0.1:{server.port}"
+        opener = NativeOpener(Target(url=url, cert_file_path=ca_file))
+        for _ in range(6):
+            with anyio.fail_after(5):
+                connection = await opener.open(60.0)
+            assert connection.peer == f"ipv4:127.0.0.1:{server.port}"
+            await connection.close(0.0)
+
+
 async def test_a_ca_without_key_identifiers_is_trusted(ca_file, monkeypatch):
     # As the one that Topaz makes. Python 3.13 is strict by default.
     context = native_tls.tls_context(Target(url="x:1", cert_file_path=ca_file))

@@ -34,6 +34,8 @@ CALLS = {
     "GetPolicy": ("get_policy", {"id": "x"}),
     "Info": ("info", {}),
 }
+
+
 def named(value):
     # The repr() of an iterator has its address, which differs between processes.
     return "an iterator" if hasattr(value, "__next__") else repr(value)

@@ -127,7 +127,7 @@ def test_a_loop_closed_with_the_end_of_a_call_queued_leaves_no_open_socket(
     # gRPC reads the ends of all calls of the process in any of its loops, here in the
     # authorizer's, and queues each in the loop of its call. asyncio drops the queue of
     # a loop that closes.
-    pool = ConnectionPool(min_connections=1)
+    pool = ConnectionPool(min_connections=1, transport="grpcio")
     pool.configure(embedded_authorizer.options)
     loop = asyncio.new_event_loop()
 

@@ -9,6 +9,7 @@ import re
 import signal
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from kit.workers.authorizer import Authorizer
@@ -166,6 +167,9 @@ def test_each_worker_opens_at_most_max_connections(server, serve, topaz):
 # -- opened before the fork ------------------------------------------------------------
 
 
+GRPCIO = {"transport": "grpcio", "eager_init": True}
+
+
 REFUSAL = (
     "the pool was opened in process {parent} and is used in process {child}, which was "
     "forked from it; gRPC connections do not survive a fork, so open the pool in each "
@@ -174,7 +178,7 @@ REFUSAL = (
 
 
 def test_a_pool_opened_before_the_fork_stops_the_server_at_startup(serve, topaz):
-    served = serve("gunicorn --preload", 1, app="opened:app", eager_init=True)
+    served = serve("gunicorn --preload", 1, app="opened:app", **GRPCIO)
 
     # Worker failed to boot: gunicorn gives up and does not retry forever.
     assert served.ended() == 3
@@ -185,7 +189,7 @@ def test_a_pool_opened_before_the_fork_stops_the_server_at_startup(serve, topaz)
 
 @pytest.mark.slow
 def test_a_pool_opened_before_the_fork_allows_no_request(serve, topaz):
-    served = serve("gunicorn --preload", 2, app="opened:lazy", eager_init=True)
+    served = serve("gunicorn --preload", 2, app="opened:lazy", **GRPCIO)
     assert served.asked_first() == Answer(500)
     for _ in range(20):
         assert served.ask() == Answer(500)
@@ -218,12 +222,40 @@ def test_a_pool_closed_before_the_fork_works_after_it(serve, topaz):
 @pytest.mark.slow
 def test_a_closed_connection_that_is_still_referenced_counts_as_open(serve, topaz):
     # Otherwise gRPC would hang in the workers without a message.
-    served = serve("gunicorn --preload", 1, app="kept:app")
+    served = serve("gunicorn --preload", 1, app="kept:app", transport="grpcio")
 
     assert served.asked_first() == Answer(500)
     [child] = re.findall(r"with pid: (\d+)", served.log)
     assert f"process {child} was forked from {served.pid}" in served.log
     assert served.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "app", ["opened", pytest.param("kept", marks=pytest.mark.slow)]
+)
+def test_on_the_native_transport_each_worker_opens_its_own_pool(app, serve, topaz):
+    served = serve(
+        "gunicorn --preload",
+        *(2, "--max-requests", "20"),
+        app=f"{app}:app",
+        transport="native",
+        eager_init=True,
+    )
+    first = served.workers(2)
+    own = topaz.sockets_of(served.pid)
+    assert len(own) == (MAX_CONNECTIONS if app == "opened" else 0)
+    # Also workers that are forked later, while others are in use.
+    with Load(served, repeats=3):
+        served.until(lambda: len(set(served.answered()) - {None} - first) >= 2)
+        assert topaz.sockets_of(served.pid) == own
+        # No worker keeps a copy of a socket of its parent.
+        for pid in served.alive() - {served.pid}:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                assert not topaz.sockets_of(pid) & own
+    assert {answer.built_in for answer in served.answers} == {served.pid}
+    assert_counts_agree(served, topaz)
+    assert topaz.sockets_of(served.pid) == own
+    assert_ended_clean(served, topaz, served.stop())
 
 
 # -- workers that are replaced ---------------------------------------------------------

@@ -17,6 +17,7 @@ import h2.exceptions
 import h2.settings
 import pytest
 
+from fastapi_topaz._http2.addresses import Address
 from fastapi_topaz._http2.connection import ClientConnection
 from fastapi_topaz._http2.opening import NativeOpener
 from fastapi_topaz._http2.requests import RequestBlocks
@@ -38,11 +39,13 @@ def message(data, flag=0):
 class Call:
     """A call on a `ClientConnection`, whose end is counted."""
 
-    def __init__(self, connection, request=b"", deadline=None, blocks=BLOCKS):
+    def __init__(
+        self, connection, request=b"", deadline=None, blocks=BLOCKS, began=0.0
+    ):
         self.ends = 0
         block, size = blocks.block(METHOD, None, ())
         self.stream = Stream(block, size, request, deadline, self._wake)
-        connection.begin(self.stream, METHOD)
+        connection.begin(self.stream, METHOD, began)
 
     def _wake(self):
         self.ends += 1
@@ -142,6 +145,17 @@ def connected(settings=None, **options):
     assert connection.is_ready
     assert connection.next_deadline == math.inf
     return connection, server
+
+
+# -- addresses ----------------------------------------------------------
+
+
+def v4(host, port=1):
+    return Address(socket.AF_INET, (host, port), f"ipv4:{host}:{port}")
+
+
+def v6(host, port=1):
+    return Address(socket.AF_INET6, (host, port, 0, 0), f"ipv6:[{host}]:{port}")
 
 
 # -- the same on a socket -------------------------------------------------

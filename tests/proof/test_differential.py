@@ -265,7 +265,8 @@ class Random(SocketServer):
         self.received[number] = headers, server.requests[stream_id]
         if plan.end in {"cancel", "deadline"}:
             return
-        if plan.end in {"reset", "refuse"} and rng.random() < 0.5:
+        # A server refuses a call before it has begun a response.
+        if plan.end == "refuse" or (plan.end == "reset" and rng.random() < 0.5):
             server.h2.reset_stream(stream_id, _reset_of(plan))
             return
         for status in plan.informational:
@@ -304,10 +305,10 @@ def _respond(server, stream_id, number, plan, rng):
         head.append(("content-length", str(len(data))))
     _send_headers(server, stream_id, plan, head)
     yield True
-    if plan.end in {"reset", "refuse"}:
+    if plan.end == "reset":
         data = data[: rng.randrange(len(data) + 1)]
     yield from _send_data(server, stream_id, plan, data)
-    if plan.end in {"reset", "refuse"}:
+    if plan.end == "reset":
         server.h2.reset_stream(stream_id, _reset_of(plan))
     else:
         _send_headers(server, stream_id, plan, tail, end=True)

@@ -177,6 +177,11 @@ class PoolCounters:
     leaked: int = 0
     reclaimed: int = 0
 
+    def reset(self) -> None:
+        """Count from 0 again: this process was forked, and its parent counts on."""
+        for name, value in attrs.asdict(PoolCounters()).items():
+            setattr(self, name, value)
+
     def count_refused(self, error: BaseException) -> None:
         """Count an `acquire()` that ended with *error*, by the class of the error."""
         match error:
