@@ -100,7 +100,7 @@ class GrpcConnector:
         self.transport: Transport = chosen_transport(transport)
         """The transport in use."""
         # gRPC's core hangs in a forked child.
-        self.survives_fork = self.transport == "native"
+        self.survives_fork: bool = self.transport == "native"
         self._opener = _opener(self.transport, target)
         # Whether a key is sent in plaintext across a network, and no log says so yet.
         # The metadata of any key may be secret, except for that of a tenant.

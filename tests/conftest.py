@@ -75,6 +75,12 @@ SHUFFLED = {
 }
 
 
+def pytest_itemcollected(item):
+    # xdist needs the same ids in all of its processes.
+    if " at 0x" in item.nodeid:
+        raise pytest.UsageError(f"this id has an address in it: {item.nodeid}")
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--shuffle",

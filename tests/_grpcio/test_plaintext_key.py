@@ -134,7 +134,10 @@ async def test_the_first_acquire_warns_too(caplog):
             )
         ),
     ],
-    ids=str,
+    ids=lambda options: " ".join(
+        name if callable(value) else f"{name}={value}"
+        for name, value in options.items()
+    ),
 )
 async def test_other_configurations_log_no_warning(options, caplog):
     await open_and_close(pool_of(**options))
