@@ -152,7 +152,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))]
+)
 async def test_no_call_is_sent_twice_or_ends_wrongly_and_nothing_is_left(seed):
     chaos, chance = Chaos(seed), random.Random(seed)
     ends = Counter()
