@@ -251,6 +251,8 @@ async def opened(target, timeout=5.0):
     if isinstance(target, SocketServer):
         target = Target(url=target.url, insecure=True)
     connection = await NativeOpener(target).open(timeout)
+    # A server in Python may need seconds for a large answer, and answers no PING then.
+    connection._core._silence = math.inf
     async with anyio.create_task_group() as tasks:
         if hasattr(connection, "run"):
             tasks.start_soon(connection.run)
