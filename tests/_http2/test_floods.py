@@ -147,7 +147,7 @@ def test_a_call_that_ends_among_many_pings_gets_its_outcome(end):
 
 
 def test_frames_that_come_slowly_are_no_flood():
-    # As the PINGs of a server on a connection that nobody uses.
+    # As the PINGs of a server on an idle connection.
     connection, (call, _) = opened()
     for step in range(10_000):
         connection.receive(frame(PING, 0, 0, bytes(8)), step / 100)

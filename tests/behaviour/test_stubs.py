@@ -98,9 +98,9 @@ async def test_a_status_of_the_service_is_raised_as_with_grpc_aio(connector, gre
     async with ConnectionPool(connector=connector) as pool, pool.acquire() as conn:
         stub = conn.stub(GreeterStub)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.SayHello(name("nobody"))
+            await stub.SayHello(name("stranger"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert caught.value.details() == "nobody is not here"
+        assert caught.value.details() == "stranger is not here"
         assert await stub.SayHello(name("Ann")) == name("Hello, Ann")
         assert pool.status().suspect == 0
 

@@ -76,8 +76,8 @@ class Greeter(grpc.GenericRpcHandler):
 
     def say_hello(self, request, context):
         name = self._name(request, context)
-        if name == "nobody":
-            context.abort(grpc.StatusCode.NOT_FOUND, "nobody is not here")
+        if name == "stranger":
+            context.abort(grpc.StatusCode.NOT_FOUND, "stranger is not here")
         if name == "slow":
             self.go_on.wait(50)
         if name == "garbage":
