@@ -33,10 +33,11 @@ _DEFAULT: Final[Transport] = "grpcio"
 
 def chosen_transport(transport: object) -> Transport:
     """
-    Return *transport*, or what the environment says if it is None.
+    Return *transport*, or the value of the environment variable if it is None.
 
     Raises:
-        ValueError: It is none of the transports; the message says where it is from.
+        ValueError: It is not the name of a transport. The message says where it was
+            set.
     """
     where = "transport"
     if transport is None:
@@ -81,9 +82,9 @@ class GrpcConnector:
             `FASTAPI_TOPAZ_TRANSPORT`, and `"grpcio"` if that is not set or empty.
 
     Raises:
-        TypeError: *target* is no `Target`.
-        ValueError: *transport*, or the environment variable, names no transport; or
-            the transport cannot use an option of *target*.
+        TypeError: *target* is not a `Target`.
+        ValueError: *transport*, or the environment variable, is not the name of a
+            transport. Or the transport cannot use an option of *target*.
     """
 
     # One address may stand for several servers, and each connection picks one of them.
@@ -102,7 +103,7 @@ class GrpcConnector:
         # gRPC's core hangs in a forked child.
         self.survives_fork: bool = self.transport == "native"
         self._opener = _opener(self.transport, target)
-        # Whether a key is sent in plaintext across a network, and no log says so yet.
+        # Whether a key is sent in plaintext over a network, and no log says so yet.
         # The metadata of any key may be secret, except for that of a tenant.
         self._exposes_key = (
             (
@@ -130,7 +131,7 @@ class GrpcConnector:
 
     def validate(self) -> None:
         """
-        Check what no retry can mend.
+        Check for errors that no retry can repair.
 
         Raises:
             ValueError: A file with certificates, or with the key, cannot be used.

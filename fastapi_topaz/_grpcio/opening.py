@@ -38,7 +38,7 @@ class GrpcioOpener:
 
     def validate(self) -> None:
         """
-        Check what no retry can mend.
+        Check for errors that no retry can repair.
 
         Raises:
             ValueError: A file with certificates, or with the key, cannot be used.
