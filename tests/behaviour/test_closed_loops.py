@@ -124,12 +124,17 @@ def test_a_closed_loop_leaves_no_open_socket_or_file_descriptor(
 def test_a_loop_closed_with_the_end_of_a_call_queued_leaves_no_open_socket(
     embedded_authorizer,
 ):
-    # gRPC reads the ends of all calls of the process in any of its loops, here in the
-    # authorizer's, and queues each in the loop of its call. asyncio drops the queue of
-    # a loop that closes.
+    # gRPC reads the ends of all calls of the process in any of its loops, and queues each
+    # in the loop of its call. asyncio drops the queue of a loop that closes.
+    class Unread(asyncio.SelectorEventLoop):
+        """Leaves the reading to the authorizer's loop."""
+
+        def add_reader(self, fd, callback, *args):
+            pass
+
     pool = ConnectionPool(min_connections=1, transport="grpcio")
     pool.configure(embedded_authorizer.options)
-    loop = asyncio.new_event_loop()
+    loop = Unread()
 
     def stop_with_the_first_answer_queued(loop):
         if not embedded_authorizer.calls["Info"]:

@@ -282,8 +282,10 @@ async def test_if_one_proxy_of_several_refuses_only_its_connections_are_avoided(
 ):
     door = doors()
     cut_off, well = proxies(kind, door), proxies(kind, authorizers())
-    url = f"ipv4:{cut_off.url},{well.url}"
-    async with traffic(AuthorizerOptions(url=url, insecure=True)) as flow:
+    options = AuthorizerOptions(url=f"ipv4:{cut_off.url},{well.url}", insecure=True)
+    # gRPC chooses an address at random. So many connections do not all choose the same.
+    size = {"min_connections": 16, "max_connections": 16}
+    async with traffic(options, **size) as flow:
 
         def conditions(proxy):
             connections = flow.pool.connections()
@@ -301,7 +303,7 @@ async def test_if_one_proxy_of_several_refuses_only_its_connections_are_avoided(
         assert "suspect" not in conditions(well)
         assert flow.failed(moment) == []
         # A check fails only if two connections in a row refuse it.
-        assert len(flow.failed()) <= CONNECTIONS
+        assert len(flow.failed()) <= flow.pool.status().total
         assert all(flow.healthy)
 
         await run_sync(door.listen)
@@ -349,7 +351,7 @@ async def test_connections_closed_after_n_requests_are_replaced_without_a_pause(
     authorizer = authorizers()
     # Opening a connection takes less time than the calls that it carries.
     authorizer.delay = 0.005 if requests == 10 else 0.0
-    proxy = proxies(kind, authorizer, http=f"keepalive_requests {requests};")
+    proxy = proxies(kind, authorizer, server=f"keepalive_requests {requests};")
     async with traffic(proxy.options, streams_per_connection=streams) as flow:
         counters = flow.pool._counters
         needed = min(CONNECTIONS, CALLERS // streams)

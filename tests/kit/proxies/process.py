@@ -243,6 +243,8 @@ class Nginx(ProxyProcess):
                 log_format call "{_CALL}$remote_port $uri $status";
                 access_log {self._log} call;
                 {folders}
+                # Its default, 1,000, is reached within seconds.
+                keepalive_requests 1000000;
                 {self.settings.get("http", "")}
                 upstream authorizers {{ {servers} keepalive 128; }}
                 server {{
