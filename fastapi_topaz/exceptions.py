@@ -72,7 +72,20 @@ class PoolClosed(PoolError, RuntimeError):  # noqa: N818
 
 
 class PoolSaturated(PoolError):  # noqa: N818
-    """The pool refused a caller at once, because `max_waiting` callers already wait."""
+    """
+    The pool refused a caller at once: it is overloaded.
+
+    Either `max_waiting` callers wait already, or the answer to a check would come after
+    the end of its budget.
+
+    Attributes:
+        retry_after: The seconds after which the queue is probably short enough, at
+            least 0. None if the pool has no estimate.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after: Final = retry_after
 
 
 class ConnectFailed(PoolError, ConnectionError):  # noqa: N818

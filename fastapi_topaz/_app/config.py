@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi_topaz._app.asking import chain
-from fastapi_topaz._app.question import Ask, Budget, Decision, Question
+from fastapi_topaz._app.question import Ask, Decision, Question
 from fastapi_topaz._authorizer.messages import IS, is_request
 from fastapi_topaz._authorizer.options import (
     AuthorizerOptions,
@@ -24,6 +24,7 @@ from fastapi_topaz._authorizer.resource import EXACT
 from fastapi_topaz._checks import check_seconds, check_text, safe_repr
 from fastapi_topaz._error_text import error_kind, log_text
 from fastapi_topaz._log_limit import LogLimit
+from fastapi_topaz._pool.budget import Budget
 from fastapi_topaz._pool.readiness import is_ready
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rpc.metadata import frozen_metadata

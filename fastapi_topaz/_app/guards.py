@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["require_policy_allowed", "require_policy_auto"]
 
 
-RETRY_AFTER = "1"
+RETRY_AFTER = 1.0
 """Seconds. When the authorizer is back, the pool works again within a second."""
 
 POLICY_VIOLATION = 1008
@@ -179,25 +180,43 @@ async def _check(
             *(policy_path, _reason(error, config.check_timeout)),
         )
         end = MISUSE if misuse else ENDS.get(_code(error), UNAVAILABLE)
+        wait = getattr(error, "retry_after", None)
     else:
         if limit.held:
             limit.flush()
         if decision.allowed:
             return
-        end = DENIED
+        end, wait = DENIED, None
     # Raised outside the except block. Inside it, the error of the authorizer would be
     # the context. Error trackers and logs show that, and it may name the identity.
-    raise _refusal(request, *end)
+    raise _refusal(request, *end, wait)
 
 
-def _refusal(request: HTTPConnection, status: int, detail: str) -> Exception:
-    """Return the exception that ends *request* with *status*."""
+def _refusal(
+    request: HTTPConnection, status: int, detail: str, wait: float | None
+) -> Exception:
+    """
+    Return the exception that ends *request* with *status*.
+
+    *wait* is the estimate of the pool for `Retry-After`, in seconds.
+    """
     if request.scope["type"] == "websocket":
         extensions = request.scope.get("extensions") or {}
         if "websocket.http.response" not in extensions or not _ANSWERS_WEBSOCKETS:
             return WebSocketException(POLICY_VIOLATION, detail)
-    headers = {"Retry-After": RETRY_AFTER} if status == 503 else None
+    headers = None
+    if status == 503:
+        headers = {"Retry-After": _retry_after(wait)}
     return HTTPException(status, detail, headers)
+
+
+def _retry_after(wait: float | None) -> str:
+    """Return the value of the header `Retry-After`: whole seconds, at least 1."""
+    if wait is None:
+        return f"{RETRY_AFTER:.0f}"
+    # With jitter. Otherwise all refused clients come back at the same moment.
+    jitter = random.uniform(1, 2)  # noqa: S311  (no secret)
+    return str(round(max(wait, RETRY_AFTER) * jitter))
 
 
 def _code(error: Exception) -> Any:

@@ -6,39 +6,19 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Literal, NoReturn, Protocol
 
-import anyio
 import attrs
 
 
 if TYPE_CHECKING:
+    from fastapi_topaz._pool.budget import Budget
     from fastapi_topaz._rpc.metadata import Metadata
 
 
-__all__ = ["Ask", "Budget", "Decision", "Origin", "Question"]
+__all__ = ["Ask", "Decision", "Origin", "Question"]
 
 
 Origin = Literal["authorizer"]
 """Who gave a decision."""
-
-
-class Budget:
-    """
-    The time in which a check has to end; all its attempts share it.
-
-    Args:
-        seconds: How long, from now on.
-    """
-
-    __slots__ = ("_deadline", "_seconds")
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._deadline = anyio.current_time() + seconds
-
-    def left(self) -> float:
-        """Return the seconds left, at least 0."""
-        # Never more than the original budget, even if the loop's clock goes back.
-        return min(self._seconds, max(0.0, self._deadline - anyio.current_time()))
 
 
 @attrs.frozen

@@ -142,20 +142,20 @@ class PooledConnection(AuthorizerCalls, Handle):
                 f"{connection!r} carries no gRPC calls: use the object itself: "
                 "is the attribute `connection`"
             )
-        assert self._claim is not None  # noqa: S101  (connection would have raised)
-        slot = self._claim.slot
+        claim = self._claim
+        assert claim is not None  # noqa: S101  (connection would have raised)
+        slot = claim.slot
         assert slot is not None  # noqa: S101
         try:
             response: bytes = await rpc(
                 method, request, timeout=timeout, metadata=propagated(metadata)
             )
         except Exception as error:
-            self._open_pool.judge(slot, error)
+            self._open_pool.judge(claim, slot, error)
             if is_reset(error):
                 self._open_pool.state.failed()  # the server failed, not the connection
             raise
-        slot.proven_at = self._open_pool.now()
-        slot.answered = True
+        self._open_pool.answered(claim)
         return response
 
 
@@ -238,6 +238,11 @@ class ConnectionPool(Pool[PooledConnection]):
         max_lifetime: A connection is replaced at this age, minus up to 10 % at
             random, so that load moves to new servers. Default 3600. 0 means never;
             otherwise at least 1.
+        adaptive_limit: Whether the number of leases at once follows the server.
+            Default True: if checks take too much of their budget, or get no answer,
+            the pool lowers the number below `max_connections *
+            streams_per_connection`, so that no queue grows in the server. It raises
+            the number again when the server is quick.
         leak_threshold: If a lease is held for longer, the pool logs a warning with
             the name of the task and the place. Default 0, which means off.
         name: The name of the pool in logs, errors and the metric attribute `pool`.
@@ -286,6 +291,7 @@ class ConnectionPool(Pool[PooledConnection]):
         max_waiting: int | None = None,
         max_lifetime: float = 3600.0,
         leak_threshold: float = 0.0,
+        adaptive_limit: bool = True,
         name: str | None = None,
         connector: Connector | None = None,
         transport: Transport | None = None,
@@ -308,6 +314,7 @@ class ConnectionPool(Pool[PooledConnection]):
             max_waiting=max_waiting,
             max_lifetime=max_lifetime,
             leak_threshold=leak_threshold,
+            adaptive_limit=adaptive_limit,
             name=name,
         )
         if connector is not None and not callable(getattr(connector, "connect", None)):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from types import FrameType, TracebackType
 
+    from fastapi_topaz._pool.budget import Budget
+
 
 __all__ = ["Acquire", "explain_missing_await"]
 
@@ -27,9 +29,9 @@ H = TypeVar("H", bound=Handle)
 class Lender(Protocol[H]):
     """The methods of the pool that `Acquire` needs."""
 
-    def _acquire_nowait(self) -> H | None: ...
+    def _acquire_nowait(self, budget: Budget | None) -> H | None: ...
 
-    async def _acquire(self, timeout: float | None) -> H: ...
+    async def _acquire(self, timeout: float | None, budget: Budget | None) -> H: ...
 
     def _release(self, conn: H) -> None: ...
 
@@ -44,6 +46,9 @@ class Acquire(NotAsync, Generic[H]):
     _conn: H | None = None
     _entered = False
     _right_form = LEASE_FORM
+
+    # The time within which the whole use of the lease must end. None: no limit.
+    budget: Budget | None = None
 
     def __init__(self, pool: Lender[H], timeout: float | None) -> None:
         self._pool = pool
@@ -60,9 +65,9 @@ class Acquire(NotAsync, Generic[H]):
 
     @protected
     def __await__(self) -> Generator[Any, Any, H]:
-        conn = self._pool._acquire_nowait()  # noqa: SLF001
+        conn = self._pool._acquire_nowait(self.budget)  # noqa: SLF001
         if conn is None:
-            waiting = self._pool._acquire(self._timeout)  # noqa: SLF001
+            waiting = self._pool._acquire(self._timeout, self.budget)  # noqa: SLF001
             del self  # a traceback keeps this frame, and so its locals, alive
             conn = yield from waiting.__await__()
         return conn
@@ -75,9 +80,10 @@ class Acquire(NotAsync, Generic[H]):
         # the wait, and the lease of the first one would be lost.
         self._entered = True
         try:
-            conn = self._pool._acquire_nowait()  # noqa: SLF001
+            budget = self.budget
+            conn = self._pool._acquire_nowait(budget)  # noqa: SLF001
             if conn is None:
-                conn = await self._pool._acquire(self._timeout)  # noqa: SLF001
+                conn = await self._pool._acquire(self._timeout, budget)  # noqa: SLF001
         except BaseException:
             self._entered = False
             del self  # a traceback keeps this frame, and so its locals, alive

@@ -44,6 +44,9 @@ Seconds between two searches for lost connections. So even an idle pool notices 
 this time that its server is gone.
 """
 
+LATENESS_EVERY = 0.1
+"""Seconds between two looks at how late the event loop is."""
+
 PROBES_AT_ONCE = 4
 """The most probes of one health check that run at the same time."""
 
@@ -60,6 +63,8 @@ async def run_pool(open_pool: OpenPool) -> None:
             tasks.start_soon(_loss_watcher, open_pool)
             tasks.start_soon(_health_checker, open_pool, tasks)
             tasks.start_soon(_prober, open_pool, tasks)
+            if open_pool.overload.adaptive is not None:
+                tasks.start_soon(_lateness_watcher, open_pool)
             if open_pool.leaks is not None:
                 tasks.start_soon(_leak_watcher, open_pool, open_pool.leaks)
             await open_pool.until_closed()
@@ -312,6 +317,18 @@ async def _prober(open_pool: OpenPool, tasks: TaskGroup) -> None:
             open_pool.dismiss_refused()
         while (due := outage.due(open_pool.now())) is not None:
             tasks.start_soon(connections.probe_claimed, open_pool, due)
+
+
+@protected
+async def _lateness_watcher(open_pool: OpenPool) -> None:
+    """While checks wait, tell the adaptive limit if the event loop is late."""
+    overload = open_pool.overload
+    while True:
+        await overload.queued.wait()
+        overload.queued = anyio.Event()
+        due = open_pool.now() + LATENESS_EVERY
+        await open_pool.clock.sleep(LATENESS_EVERY)
+        overload.late(open_pool.now() - due)
 
 
 @protected

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import enum
+import logging
 from typing import Protocol
 
 
-__all__ = ["Connection", "Connector", "Verdict"]
+__all__ = ["Connection", "Connector", "Verdict", "names_of"]
+
+
+logger = logging.getLogger("fastapi_topaz.pool")
 
 
 class Verdict(enum.Enum):
@@ -110,3 +114,21 @@ class Connector(Protocol):
                 exception also counts as a failed attempt, which may be repeated.
         """
         ...
+
+
+def names_of(connector: Connector, label: str) -> tuple[str, str]:
+    """
+    Return the name of the server in messages, and in metrics (the series).
+
+    If the connector has no `target`, messages show its repr(). Metrics show its class
+    name, because the memory address in a repr() would make a new series at each start.
+    """
+    series = type(connector).__name__
+    try:
+        target = getattr(connector, "target", None)
+        if target is not None:
+            return str(target), str(target)
+        return str(connector), series
+    except Exception:  # noqa: BLE001  (a connector may raise anything)
+        logger.debug("%s: cannot read the attribute `target` of its connector", label)
+        return series, series

@@ -86,9 +86,8 @@ class Leaks:
         self._out: dict[Claim, _Holder] = {}
         self._late: dict[Claim, _Holder] = {}
 
-    def taken(self, claim: Claim, now: float) -> None:
-        """Record the running task as the holder of *claim*; *now* is in seconds."""
-        claim.acquired_at = now
+    def taken(self, claim: Claim) -> None:
+        """Record the running task as the holder of *claim*."""
         self._out[claim] = _Holder.here()
 
     def returned(self, claim: Claim, held: float) -> None:

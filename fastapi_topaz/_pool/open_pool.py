@@ -12,14 +12,15 @@ import logging
 import math
 import random
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from fastapi_topaz._error_text import safe_text, without_context
-from fastapi_topaz._pool.connector import Verdict
+from fastapi_topaz._pool.connector import Verdict, names_of
 from fastapi_topaz._pool.leaks import Leaks
+from fastapi_topaz._pool.nested_search import NestedSearch
+from fastapi_topaz._pool.overload import Overload
 from fastapi_topaz._pool.refusals import Refusals
 from fastapi_topaz._pool.state.pool_state import PoolState
 from fastapi_topaz.exceptions import PoolClosed
@@ -35,19 +36,17 @@ if TYPE_CHECKING:
     from fastapi_topaz._pool.owner_loop import OwnerLoop
     from fastapi_topaz._pool.state.options import PoolOptions
     from fastapi_topaz._pool.state.slot import Claim, Slot
-    from fastapi_topaz._pool.state.status import PoolCounters, PoolObserver
+    from fastapi_topaz._pool.state.status import (
+        PoolCounters,
+        PoolObserver,
+        PoolStatus,
+    )
 
 
 __all__ = ["OpenPool"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
-
-NESTED_FOR = 0.1
-"""Seconds for which one search for nested leases is used. It takes a millisecond."""
-
-NESTED_MOST = 100
-"""The most waiting tasks in one search for nested leases."""
 
 
 class OpenPool:
@@ -59,12 +58,28 @@ class OpenPool:
 
     # Slots, because beyond 30 attributes an instance loses its fast lookup (3.11).
     __slots__ = (
-        *("_close_at", "_close_changed", "_count_nested", "_dismissed"),
-        *("_latest", "_nested", "_nested_at", "_refusals"),
+        *("_admission", "_close_at", "_close_changed", "_dismissed"),
+        *("_latest", "_refusals"),
         *("adopted", "alarm", "answered_probes", "attempts", "clock"),
         *("connector", "coroutines", "counters", "done", "earlier"),
-        *("initializing", "label", "leaks", "limiter", "log_limit", "now"),
-        *("observer", "owner", "perf_counter", "progress", "readiness", "series"),
+        *(
+            "initializing",
+            "label",
+            "leaks",
+            "limiter",
+            "log_limit",
+            "nested_leases",
+            "now",
+        ),
+        *(
+            "observer",
+            "overload",
+            "owner",
+            "perf_counter",
+            "progress",
+            "readiness",
+            "series",
+        ),
         *("state", "suspicion", "target", "tasks", "work"),
     )
 
@@ -85,7 +100,7 @@ class OpenPool:
         # Set once an initialize() succeeded or another caller used the pool. Before
         # that, a cancelled initialize() closes the pool again.
         self.adopted = False
-        self.target, self.series = _names_of(connector, label)
+        self.target, self.series = names_of(connector, label)
         self.connector = connector
         self.counters = counters
         self.observer = observer
@@ -101,7 +116,9 @@ class OpenPool:
             spreads=getattr(connector, "spreads", False),
             target=self.target,
         )
-        self.limiter = anyio.CapacityLimiter(options.capacity)
+        self.overload = Overload(label, self.state, counters)
+        self._admission = self.overload.admission
+        self.limiter = anyio.CapacityLimiter(self.state.limit)
         # Set if there is a connection to open or to close. The opener replaces it.
         self.work = anyio.Event()
         # Set, and replaced at once, by connections_changed(): wakes all its waiters.
@@ -122,9 +139,9 @@ class OpenPool:
         # The dismissed callers whose tasks have not run since. Each keeps a token until
         # then, unless its task is cancelled at the same moment.
         self._dismissed = 0
-        self._count_nested = count_nested
-        # The result of the last search for nested leases, and its time.
-        self._nested, self._nested_at = (0, 0), -math.inf
+        self.nested_leases = NestedSearch(
+            lambda coroutines: count_nested(coroutines, self), self.state, self.now
+        )
         self._refusals = Refusals(label, self.target, self.state, self.nested_leases)
         self.leaks: Leaks | None = None
         if 0 < options.leak_threshold < math.inf:
@@ -146,6 +163,10 @@ class OpenPool:
     def __repr__(self) -> str:
         return f"<OpenPool of {self.label} {self.state.status()}>"
 
+    def status(self) -> PoolStatus:
+        """Return a snapshot of the numbers. Thread-safe."""
+        return self.state.status(self.overload.estimated_wait(self.clock.peek()))
+
     # -- acquire and release ----------------------------------------------------
 
     def take(self, claim: Claim) -> bool:
@@ -154,7 +175,7 @@ class OpenPool:
         state = self.state
         # Checked before the limiter, because to raise and catch WouldBlock costs more
         # than the rest of this method.
-        if state.waiting or not state.ready:
+        if state.waiting or not state.ready or state.in_use >= state.limit:
             return False
         # The same as now(), inlined for speed. `release` handles a clock that goes
         # back.
@@ -172,6 +193,20 @@ class OpenPool:
             self.after_change()  # some were unfit
         return taken
 
+    async def lease(self, claim: Claim, timeout: float) -> None:
+        """Serve *claim*, which found nothing free a moment ago; see `wait`."""
+        limited = self.state.limit < self.options.capacity
+        if limited and not claim.budget and self.overload.exempt(claim):
+            self._apply_limit()
+        try:
+            # Opening the pool, or room beyond the limit, may have changed that.
+            if not self.take(claim):
+                await self.wait(claim, timeout)
+        except BaseException:
+            if self.overload.withdraw(claim):
+                self.limiter.total_tokens = self.state.limit
+            raise
+
     async def wait(self, claim: Claim, timeout: float) -> None:
         """
         Serve *claim* within *timeout* seconds.
@@ -185,8 +220,12 @@ class OpenPool:
             self.after_change()
             raise self._refusals.timed_out(timeout)
         self._refusals.check_saturation()
-        began = self.perf_counter()
-        claim.deadline = self.now() + timeout
+        began, now = self.perf_counter(), self.now()
+        claim.deadline = now + timeout
+        if claim.budget:
+            self._admit(claim, now)
+        if not self.state.waiting:
+            self._admission.queue_begins(now)
         served = False
         watched = self._watch(claim.deadline)
         claim.waiter = self.owner.coroutine()
@@ -207,10 +246,21 @@ class OpenPool:
         if served:
             claim.held_since = self.perf_counter()
             claim.waited = claim.held_since - began
+            if claim.budget:
+                self._admission.served(claim.acquired_at - now, claim.acquired_at)
         elif claim.failure is not None:
             raise self._refusals.failed(claim.failure)
         else:
-            raise self._refusals.timed_out(timeout)
+            raise self._refusals.timed_out(claim.deadline - now)
+
+    def _admit(self, claim: Claim, now: float) -> None:
+        """Let the check of *claim* wait, but not until its answer would be late."""
+        wait = self.overload.admit(claim, now)
+        if wait is not None:
+            raise self._refusals.overloaded(wait, claim.due - now)
+        latest = self._latest if self.state.waiting else 0.0
+        start = self.overload.latest_start(claim, latest)
+        claim.deadline = min(claim.deadline, start)
 
     async def _queue(self, claim: Claim) -> None:
         """Return when *claim* is served, or was dismissed."""
@@ -239,11 +289,21 @@ class OpenPool:
         if now < clock.last:
             now = clock.now()
         clock.last = now
+        admission = self._admission
+        lease = now - claim.acquired_at
+        admission.held += lease
+        admission.ended += 1
+        admission.last_end = now
         state.give_back(claim, now)
         # The limiter lends the token to the next caller in its queue at once. So
         # `_serve` comes after this line. Then it counts the token that the next caller
         # has just got.
         self.limiter.release_on_behalf_of(claim)
+        if claim.budget:
+            if self.overload.end(claim, lease, now):
+                self._apply_limit()
+        elif claim.exempt and self.overload.withdraw(claim):
+            self.limiter.total_tokens = state.limit
         if (
             (state.waiting and self._serve(now))
             or state.to_close
@@ -255,6 +315,11 @@ class OpenPool:
         self.observer.released(held)
         if self.leaks is not None:
             self.leaks.returned(claim, held)
+
+    def _apply_limit(self) -> None:
+        # If it is raised, the limiter lends tokens to waiting callers at once.
+        self.limiter.total_tokens = self.state.limit
+        self.after_change()
 
     def _serve(self, now: float) -> bool:
         """Serve waiting callers; return whether a caller with a token got no stream."""
@@ -306,31 +371,6 @@ class OpenPool:
         self._send_away(self.state.dismiss(now))
         self.alarm = next(iter(waiting)).deadline if waiting else math.inf
 
-    def nested_leases(self) -> tuple[int, int]:
-        """
-        Return the number of leases held by tasks that wait for another one, and of all.
-
-        The first number is a lower bound; it is 0 if it is less than half of all. Both
-        numbers are up to `NESTED_FOR` seconds old, because a search takes time.
-        """
-        now = self.now()
-        if self.state.in_use >= self.options.capacity:
-            if now - self._nested_at >= NESTED_FOR:
-                waiting = islice(self.state.waiting, NESTED_MOST)
-                coroutines = (claim.waiter for claim in waiting)
-                held = self._count_nested(coroutines, self)
-                # A few nested leases do not explain a timeout: a pool that is too small
-                # also has some. If at least half of all leases are nested, the error
-                # names them as the cause.
-                self._nested = (
-                    held if 2 * held >= self.state.in_use else 0,
-                    self.state.in_use,
-                )
-                self._nested_at = now
-        elif now - self._nested_at >= NESTED_FOR:
-            return 0, 0
-        return self._nested
-
     def _dismiss(self, failure: Exception) -> None:
         """Wake all waiting callers now, and have each of them raise *failure*."""
         self._send_away(self.state.fail_waiting(failure))
@@ -370,7 +410,15 @@ class OpenPool:
             return None
         return verdict
 
-    def judge(self, slot: Slot, error: Exception) -> None:
+    def answered(self, claim: Claim) -> None:
+        """Record that a call on the lease of *claim* was answered."""
+        slot = claim.slot
+        if slot is not None:
+            slot.proven_at = self.now()
+            slot.answered = True
+        claim.answered = True
+
+    def judge(self, claim: Claim, slot: Slot, error: Exception) -> None:
         """Change the state of *slot* after a call on it raised *error*."""
         verdict = self.verdict(slot.connection, error)
         if verdict is None:
@@ -380,7 +428,7 @@ class OpenPool:
         match verdict:
             case Verdict.ANSWERED:
                 slot.proven_at = now
-                slot.answered = True
+                slot.answered = claim.answered = True
                 return
             case Verdict.REFUSED:
                 self.state.refused(slot, now)
@@ -389,6 +437,7 @@ class OpenPool:
             case Verdict.BROKEN:
                 self.state.broke(slot, now)
             case Verdict.SILENT:
+                claim.unanswered = True
                 self.state.timed_out(slot, now)
         self.after_change()
 
@@ -469,7 +518,8 @@ class OpenPool:
     def resize(self, options: PoolOptions) -> None:
         """Apply the new limits in *options*."""
         self.state.resize(options)
-        self.limiter.total_tokens = options.capacity
+        self.overload.resize()
+        self.limiter.total_tokens = self.state.limit
         self.connections_changed()
 
     # -- connections --------------------------------------------------------------
@@ -535,21 +585,3 @@ class OpenPool:
             self._close_changed = anyio.Event()
             with self.clock.deadline(self._close_at):
                 await self._close_changed.wait()
-
-
-def _names_of(connector: Connector, label: str) -> tuple[str, str]:
-    """
-    Return the name of the server in messages, and in metrics (the series).
-
-    If the connector has no `target`, messages show its repr(). Metrics show its class
-    name, because the memory address in a repr() would make a new series at each start.
-    """
-    series = type(connector).__name__
-    try:
-        target = getattr(connector, "target", None)
-        if target is not None:
-            return str(target), str(target)
-        return str(connector), series
-    except Exception:  # noqa: BLE001  (a connector may raise anything)
-        logger.debug("%s: cannot read the attribute `target` of its connector", label)
-        return series, series

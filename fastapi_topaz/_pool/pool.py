@@ -16,6 +16,7 @@ from fastapi_topaz._fork import keep
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._pool.acquire import Acquire
 from fastapi_topaz._pool.background import close_now, run_pool
+from fastapi_topaz._pool.budget import Budget
 from fastapi_topaz._pool.connections import CLOSE_LIMIT
 from fastapi_topaz._pool.handle import Handle
 from fastapi_topaz._pool.interrupts import protected
@@ -94,7 +95,9 @@ class Pool(NotAsync, NotCopied, Generic[H]):
 
     # -- leases -----------------------------------------------------------------
 
-    def acquire(self, *, timeout: float | None = None) -> Acquire[H]:
+    def acquire(
+        self, *, timeout: float | None = None, budget: float | None = None
+    ) -> Acquire[H]:
         """
         Lease a connection: `async with pool.acquire() as conn`, or `await` it.
 
@@ -105,10 +108,15 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         Args:
             timeout: The longest wait in seconds. The default is `acquire_timeout` of
                 the pool; 0 does not wait.
+            budget: Seconds within which the whole use of the lease must end: the wait
+                and the call. With it, the pool treats the lease as a check, and
+                refuses it at once if it would probably end too late. None, the
+                default: the pool does not refuse it for overload.
 
         Raises:
             PoolTimeout: No connection became available in time.
-            PoolSaturated: `max_waiting` callers wait already.
+            PoolSaturated: `max_waiting` callers wait already, or the *budget* is
+                probably too short for the wait and the call.
             ConnectFailed: No connection is open, and the attempts to connect failed.
             PoolClosed: The pool is closed, or was closed during the wait.
             PoolMisuse: The pool is open in another process or on another event loop, or
@@ -117,7 +125,11 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         """
         if timeout is not None:
             check_seconds("timeout", timeout)
-        return self._acquiring(self, timeout)
+        acquire = self._acquiring(self, timeout)
+        if budget is not None:
+            check_seconds("budget", budget, zero=False, infinite=False)
+            acquire.budget = Budget(budget)
+        return acquire
 
     async def release(self, conn: H, *, discard: bool = False) -> None:
         """
@@ -151,7 +163,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             )
         self._release(conn, discard=discard)
 
-    def _acquire_nowait(self) -> H | None:
+    def _acquire_nowait(self, budget: Budget | None) -> H | None:
         """Lease a free connection; return None if the caller has to use `_acquire`."""
         open_pool = self._open_pool
         if open_pool is None or open_pool.state.shut:
@@ -164,19 +176,25 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         except RuntimeError:
             return None
         claim = Claim()
-        return self._lend(open_pool, claim) if open_pool.take(claim) else None
+        if not open_pool.take(claim):
+            return None
+        if budget is not None:
+            _limit(claim, budget, open_pool)
+        return self._lend(open_pool, claim)
 
     def _lend(self, open_pool: Any, claim: Claim) -> H:
         """Count that *claim* was served, and return its handle."""
         self._counters.acquisitions += 1
         open_pool.observer.acquired(claim.waited)
+        if claim.budget:
+            open_pool.overload.begin(claim)
         if open_pool.leaks is not None:
-            open_pool.leaks.taken(claim, open_pool.now())
+            open_pool.leaks.taken(claim)
         handle: H = self._handle(self, open_pool, claim)
         return handle
 
     @boundary
-    async def _acquire(self, timeout: float | None) -> H:
+    async def _acquire(self, timeout: float | None, budget: Budget | None) -> H:
         if timeout is None:
             timeout = self._options.acquire_timeout
         try:
@@ -190,9 +208,9 @@ class Pool(NotAsync, NotCopied, Generic[H]):
                 await open_pool.done.wait()
                 open_pool = self._first_use()
             claim = Claim()
-            # Nothing was free a moment ago, but opening the pool may change that.
-            if not open_pool.take(claim):  # pragma: no branch
-                await open_pool.wait(claim, timeout)
+            if budget is not None:
+                _limit(claim, budget, open_pool)
+            await open_pool.lease(claim, timeout)
         except BaseException as error:
             self._counters.count_refused(error)
             raise
@@ -313,7 +331,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         open_pool = self._open_pool
         forked = open_pool is not None and open_pool.owner.is_forked()
         if open_pool is not None and not forked and not open_pool.owner.is_closed():
-            return open_pool.state.status()
+            return open_pool.status()
         options = self._options
         return PoolStatus(
             total=0,
@@ -537,3 +555,9 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         return PoolClosed(
             f"{self._label()} is closed ({self.status()}); initialize() opens it again"
         )
+
+
+def _limit(claim: Claim, budget: Budget, open_pool: OpenPool) -> None:
+    """Record on *claim* when its caller needs the answer."""
+    claim.budget = budget.seconds
+    claim.due = open_pool.now() + budget.left()

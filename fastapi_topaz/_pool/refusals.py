@@ -57,12 +57,28 @@ class Refusals:
         # The first callers in the queue wait for a connection, not for capacity. The
         # number of tokens does not show how many these are, because a dismissed caller
         # keeps its token until its task has run.
-        entitled = max(0, self.state.options.capacity - state.in_use)
+        entitled = max(0, state.limit - state.in_use)
         if len(state.waiting) - entitled >= allowed:
             raise PoolSaturated(
                 f"{self.label} is saturated: {allowed} callers (max_waiting) already "
                 f"wait for {self.target} ({state.status()})"
             )
+
+    def overloaded(self, wait: float, left: float) -> PoolSaturated:
+        """
+        Return the error of a check that would not get its answer in time.
+
+        Args:
+            wait: The estimate of its wait, in seconds.
+            left: The seconds within which it needs its answer.
+        """
+        state = self.state
+        return PoolSaturated(
+            f"{self.label} is overloaded: about {_seconds(wait)} s of queue for "
+            f"{self.target}, {_seconds(left)} s of budget (limit={state.limit} "
+            f"{state.status()})",
+            retry_after=max(0.0, wait - left),
+        )
 
     def timed_out(self, timeout: float) -> PoolTimeout:
         """Return the error of a caller who has waited for *timeout* seconds."""
@@ -80,7 +96,12 @@ class Refusals:
                 "lease before the next acquire() or is_allowed(), or make the call on "
                 "the lease that you hold"
             )
-        elif state.in_use >= self.state.options.capacity:
+        elif state.limit <= state.in_use < state.options.capacity:
+            hint = (
+                f"; all {state.limit} leases are out that the server can answer in "
+                f"time (adaptive_limit, reason {state.limit_reason})"
+            )
+        elif state.in_use >= state.options.capacity:
             hint = (
                 f"; all {state.in_use} leases are out: raise max_connections or "
                 "streams_per_connection, do not acquire a lease while you hold one, or "
@@ -112,3 +133,7 @@ class Refusals:
         )
         error.__cause__ = failure
         return error
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 0.1 else f"{value:.2g}"

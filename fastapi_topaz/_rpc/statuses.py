@@ -36,6 +36,7 @@ __all__ = [
     "is_reset",
     "is_unprocessed",
     "is_worth_a_retry",
+    "lacks_answer",
     "lacks_status",
     "status_number",
     "too_large",
@@ -210,6 +211,13 @@ def is_worth_a_retry(error: BaseException) -> bool:
     if isinstance(error, grpc.aio.AioRpcError):
         return error.code() in STOPPING
     return isinstance(error, ConnectionLost)
+
+
+def lacks_answer(error: BaseException) -> bool:
+    """Return whether the call ended with its connection, and not with an answer."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return True
+    return ending(error) in {Ending.CUT_OFF, Ending.NOT_SENT, Ending.GOAWAY}
 
 
 def is_from_service(error: grpc.aio.AioRpcError) -> bool:

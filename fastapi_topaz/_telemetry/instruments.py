@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import attrs
 
-from fastapi_topaz._pool.state.status import CloseReason
+from fastapi_topaz._pool.state.status import CloseReason, LimitReason
 from fastapi_topaz.exceptions import FailureReason
 
 
@@ -44,13 +44,18 @@ Phase: TypeAlias = Literal["wait", "hold", "connect"]
 
 @attrs.frozen
 class Gauge:
-    """A gauge: a current count, split by *label* if given."""
+    """
+    A gauge: a current count, split by *label* if given.
+
+    The values of pools with equal attributes are added up, unless it is not *additive*.
+    """
 
     name: str
     unit: str
     description: str
-    read: Callable[[PoolStatus], int | Mapping[str, int]]
+    read: Callable[[PoolStatus], float | Mapping[str, int]]
     label: str = ""
+    additive: bool = True
 
 
 @attrs.frozen
@@ -162,6 +167,19 @@ TOPAZ = Convention(
             lambda s: s.streams_max,
         ),
         Gauge(
+            "topaz_pool_limit",
+            "{lease}",
+            "Leases there may be now: the adaptive limit, at most streams_max",
+            lambda s: s.limit,
+        ),
+        Gauge(
+            "topaz_pool_estimated_wait",
+            "s",
+            "Time that a check would wait for its lease if it came now",
+            lambda s: s.estimated_wait,
+            additive=False,
+        ),
+        Gauge(
             "topaz_pool_waiting",
             "{request}",
             "Callers waiting in acquire()",
@@ -184,7 +202,7 @@ TOPAZ = Convention(
         Counter(
             "topaz_pool_rejected",
             "{request}",
-            "Calls of acquire() refused because max_waiting callers waited",
+            "Calls of acquire() refused at once: overload, or max_waiting",
             lambda c: c.rejected,
         ),
         Counter(
@@ -235,8 +253,21 @@ TOPAZ = Convention(
         Counter(
             "topaz_pool_retries",
             "{check}",
-            "Checks that were lost with their connection and asked again",
+            "Checks that got no answer and were asked again",
             lambda c: c.retries,
+        ),
+        Counter(
+            "topaz_pool_retries_suppressed",
+            "{check}",
+            "Checks that were not asked again, because too many failed",
+            lambda c: c.retries_suppressed,
+        ),
+        Counter(
+            "topaz_pool_limit_changes",
+            "{change}",
+            "Changes of the adaptive limit",
+            lambda c: _all(LimitReason, c.limit_changes),
+            "reason",
         ),
         Counter(
             "topaz_pool_leaked",

@@ -227,7 +227,12 @@ class _Instruments:
             for duration in convention.durations
         }
         for level in convention.levels:
-            meter.create_observable_up_down_counter(
+            create = (
+                meter.create_observable_up_down_counter
+                if level.additive
+                else meter.create_observable_gauge
+            )
+            create(
                 level.name,
                 [self._level(level)],
                 unit=level.unit,
@@ -270,9 +275,9 @@ class _Instruments:
 
 
 def _observations(
-    value: int | Mapping[str, int], label: str, attributes: Mapping[str, str]
+    value: float | Mapping[str, int], label: str, attributes: Mapping[str, str]
 ) -> Iterator[Observation]:
-    if isinstance(value, int):
+    if isinstance(value, int | float):
         yield Observation(value, attributes)
         return
     for kind, count in value.items():

@@ -20,8 +20,10 @@ from fastapi_topaz import (
     TopazConfig,
 )
 from fastapi_topaz._app import config as _config
-from fastapi_topaz._app.asking import Retry
-from fastapi_topaz._app.question import Budget, Question
+from fastapi_topaz._app.asking import Retry, RetryTokens
+from fastapi_topaz._app.question import Question
+from fastapi_topaz._pool.budget import Budget
+from fastapi_topaz._pool.state.status import PoolCounters
 
 
 PATH = "myapp.GET.documents"
@@ -186,6 +188,11 @@ async def test_a_question_is_encoded_once_for_all_its_attempts(
 # -- the retry ------------------------------------------------------------------------
 
 
+def retry(ask, counters=None, tokens=None):
+    counters = counters or PoolCounters()
+    return Retry(ask, lambda: counters, tokens or RetryTokens(lambda: 10))
+
+
 # Functions, because a leak test counts the existing gRPC errors.
 @pytest.mark.parametrize(
     "lost",
@@ -193,18 +200,18 @@ async def test_a_question_is_encoded_once_for_all_its_attempts(
     ids=["UNAVAILABLE", "CANCELLED", "lost"],
 )
 async def test_a_lost_answer_is_retried_once(lost):
-    script, retries = Script([lost()]), []
+    script, counters = Script([lost()]), PoolCounters()
     asked = question()
-    assert (await Retry(script, lambda: retries.append(1))(asked)).allowed
+    assert (await retry(script, counters)(asked)).allowed
     assert script.asked == [asked, asked]
-    assert len(retries) == 1
+    assert counters.retries == 1
 
 
 async def test_a_second_loss_is_not_retried():
-    script, retries = Script([unavailable(), unavailable()]), []
+    script, counters = Script([unavailable(), unavailable()]), PoolCounters()
     with pytest.raises(grpc.aio.AioRpcError):
-        await Retry(script, lambda: retries.append(1))(question())
-    assert (len(script.asked), len(retries)) == (2, 1)
+        await retry(script, counters)(question())
+    assert (len(script.asked), counters.retries) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -221,27 +228,28 @@ async def test_a_second_loss_is_not_retried():
 async def test_other_errors_are_not_retried(make_error):
     script = Script([make_error()])
     with pytest.raises(type(make_error())):
-        await Retry(script, list)(question())
+        await retry(script)(question())
     assert len(script.asked) == 1
 
 
 async def test_the_first_loss_is_the_cause_of_the_later_error():
     lost, then = unavailable(), PoolTimeout("no connection")
     with pytest.raises(PoolTimeout) as caught:
-        await Retry(Script([lost, then]), list)(question())
+        await retry(Script([lost, then]))(question())
     assert caught.value.__cause__ is lost
 
 
 async def test_unprocessed_questions_are_resent_with_pauses_in_the_budget():
-    script, retries = Script([unprocessed() for _ in range(1000)]), []
+    script = Script([unprocessed() for _ in range(1000)])
+    counters = PoolCounters()
     began = anyio.current_time()
     with pytest.raises(grpc.aio.AioRpcError):
-        await Retry(script, lambda: retries.append(1))(question(seconds=5.0))
+        await retry(script, counters)(question(seconds=5.0))
     # Pauses: 0, 0, 0.01, 0.02, ... 0.32, then 0.5 each. The next one exceeds the
     # budget.
     took = anyio.current_time() - began
     assert took == pytest.approx(0.63 + 8 * 0.5)
-    assert len(script.asked) == len(retries) + 1 == 17
+    assert len(script.asked) == counters.retries + 1 == 17
 
 
 async def test_no_retry_begins_without_remaining_budget():
@@ -252,5 +260,52 @@ async def test_no_retry_begins_without_remaining_budget():
         return await script(asked)
 
     with pytest.raises(grpc.aio.AioRpcError):
-        await Retry(slow, list)(question(seconds=5))
+        await retry(slow)(question(seconds=5))
     assert len(script.asked) == 1
+
+
+async def failing(retry, count):
+    for _ in range(count):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await retry(question())
+
+
+async def test_retries_after_unavailable_answers_stop_when_the_tokens_are_used_up():
+    script, counters = Script([unavailable() for _ in range(1000)]), PoolCounters()
+    # 20 tokens, and a retry needs more than half of them.
+    await failing(retry(script, counters), 100)
+    assert len(script.asked) == 109
+    assert (counters.retries, counters.retries_suppressed) == (9, 91)
+
+
+async def test_more_capacity_gives_more_tokens():
+    script, counters = Script([unavailable() for _ in range(1000)]), PoolCounters()
+    await failing(retry(script, counters, RetryTokens(lambda: 100)), 200)
+    assert counters.retries == 99
+
+
+async def test_answers_give_tokens_back_but_not_more_than_there_were():
+    script, counters = Script([]), PoolCounters()
+    layer = retry(script, counters)
+    for _ in range(1000):
+        await layer(question())
+    script.errors[:] = [unavailable() for _ in range(200)]
+    await failing(layer, 100)
+    assert counters.retries == 9
+    script.errors.clear()
+    for _ in range(115):
+        await layer(question())
+    script.errors[:] = [unavailable()]
+    # 11.5 tokens came back, and this failure takes one.
+    assert (await layer(question())).allowed
+    assert counters.retries == 10
+
+
+@pytest.mark.parametrize("lost", [lambda: ConnectionLost("x"), unprocessed])
+async def test_checks_lost_with_their_connection_need_no_token(lost):
+    tokens = RetryTokens(lambda: 1)
+    while tokens.take():
+        pass
+    script, counters = Script([lost()]), PoolCounters()
+    assert (await retry(script, counters, tokens)(question())).allowed
+    assert (counters.retries, counters.retries_suppressed) == (1, 0)

@@ -124,8 +124,8 @@ def test_a_closed_loop_leaves_no_open_socket_or_file_descriptor(
 def test_a_loop_closed_with_the_end_of_a_call_queued_leaves_no_open_socket(
     embedded_authorizer,
 ):
-    # gRPC reads the ends of all calls of the process in any of its loops, and queues each
-    # in the loop of its call. asyncio drops the queue of a loop that closes.
+    # gRPC reads the ends of all calls of the process in any of its loops, and queues
+    # each in the loop of its call. asyncio drops the queue of a loop that closes.
     class Unread(asyncio.SelectorEventLoop):
         """Leaves the reading to the authorizer's loop."""
 

@@ -55,11 +55,19 @@ def the_server_sees_the_closings(books):
 
 
 @holds(31, OF_AN_OPEN_POOL)
-def the_limiter_has_the_capacity(books):
-    """There are as many tokens as capacity, and no caller is being dismissed."""
-    open_pool = books.open_pool
-    if open_pool.limiter.total_tokens != books.state.options.capacity:
-        return f"it has {open_pool.limiter.total_tokens}"
+def the_limiter_has_the_limit(books):
+    """
+    There are as many tokens as the limit, which is between 1 and the capacity. No
+    caller is being dismissed.
+    """
+    open_pool, limit = books.open_pool, books.state.limit
+    if open_pool.limiter.total_tokens != limit:
+        return f"it has {open_pool.limiter.total_tokens} and not {limit}"
+    if not 1 <= limit <= books.state.options.capacity:
+        return f"it is {limit}"
+    beyond = open_pool.overload._exempt
+    if beyond != sum(x.exempt for x in [*books.held, *books.queue] if x):
+        return f"{beyond} explicit leases are counted beyond the limit"
     return f"{open_pool._dismissed} are" if open_pool._dismissed else None
 
 
@@ -180,9 +188,12 @@ def nobody_is_sent_away_without_cause(books):
     for caller in books.ended_now:
         match caller.outcome:
             case PoolTimeout():
-                true = caller.ended >= caller.deadline
+                # A check leaves the queue once its answer would be late.
+                true = caller.ended >= caller.deadline or caller.budget
             case PoolSaturated():
+                # An estimate refuses a check only while calls are under way.
                 true = books.pool.options.max_waiting is not None
+                true = true or (caller.budget and caller.met_leases)
             case PoolClosed():
                 true = caller.came_closed or books.closed_at >= caller.came_at
             case ConnectFailed():
@@ -234,7 +245,7 @@ def the_pool_tells_its_state(books):
     """
     pool = books.pool
     if books.open_pool is not None:
-        same = pool.status() == books.state.status()
+        same = pool.status() == books.open_pool.status()
         return (
             None if same and len(pool.connections()) == len(books.state.open) else "no"
         )

@@ -90,11 +90,11 @@ class Caller:
     """One call of acquire() in its own task, and its outcome."""
 
     number = conn = claim = outcome = ended = None
-    released = cancelled = calling = came_closed = False
+    released = cancelled = calling = came_closed = met_leases = False
     came_at, deadline = 0.0, math.inf
 
-    def __init__(self, books, timeout):
-        self.books, self.timeout = books, timeout
+    def __init__(self, books, timeout, budget=None):
+        self.books, self.timeout, self.budget = books, timeout, budget
         self.scope = anyio.CancelScope()
         self.leave = anyio.Event()
         self.last_words = False
@@ -113,10 +113,12 @@ class Caller:
     async def run(self):
         books = self.books
         self.number, self.came_at = next(books.numbers), books.now
-        self.deadline = self.came_at + self.timeout
+        self.deadline = self.came_at + min(self.timeout, self.budget or math.inf)
         self.came_closed = books.phase in {"closing", "closed"}
         if books.phase == "new":
             books.opened()
+        if books.open_pool is not None:
+            self.met_leases = books.state.in_use > 0
         try:
             with self.scope:
                 await self._claim()
@@ -133,7 +135,8 @@ class Caller:
             self.give_back()
 
     async def _claim(self):
-        async with self.books.pool.acquire(timeout=self.timeout) as conn:
+        acquire = self.books.pool.acquire(timeout=self.timeout, budget=self.budget)
+        async with acquire as conn:
             self.conn, self.claim = conn, conn._claim
             self.deadline = math.inf
             self.epoch = self.books.epoch
@@ -302,8 +305,8 @@ class PoolBooks(RuleBasedStateMachine):
 
     # -- actions that can share one tick ----------------------------------------------
 
-    def start_caller(self, timeout):
-        caller = Caller(self, timeout)
+    def start_caller(self, timeout, budget=None):
+        caller = Caller(self, timeout, budget)
         self.callers.append(caller)
         caller.native_cancel = self.driver.spawn(caller.run) or caller.scope.cancel
 

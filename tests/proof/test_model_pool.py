@@ -73,6 +73,11 @@ class PoolMachine(PoolBooks):
     def many_acquire(self, count, timeout):
         self.do(*[partial(self.start_caller, timeout)] * count)
 
+    @rule(count=integers(1, 4), budget=sampled_from([5, 1, 0.3]))
+    def check(self, count, budget):
+        """Begin checks, which the pool may refuse if their answer would be late."""
+        self.do(*[partial(self.start_caller, 1000, budget)] * count)
+
     @precondition(lambda self: self.holders)
     @rule(number=NUMBERS)
     def release_explicitly(self, number):

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from fastapi_topaz import ConnectionPool, Identity, IdentityType, TopazConfig
 from fastapi_topaz._cli.demo import serving
-from fastapi_topaz._pool.state.status import CloseReason
+from fastapi_topaz._pool.state.status import CloseReason, LimitReason
 from fastapi_topaz._telemetry.instruments import BOUNDARIES, TOPAZ
 from fastapi_topaz._telemetry.semconv import DB_CLIENT
 from fastapi_topaz.exceptions import FailureReason
@@ -168,9 +168,10 @@ def test_every_parameter_is_in_the_table_with_its_default():
 
 def test_the_metrics_are_in_the_table_as_the_code_has_them():
     kinds = (TOPAZ.levels, "gauge", ""), (TOPAZ.events, "counter", "_total")
+    seconds = {"s": "_seconds"}
     expected = [
         (
-            instrument.name + suffix,
+            instrument.name + seconds.get(instrument.unit, "") + suffix,
             instrument.label,
             kind,
             instrument.description,
@@ -187,7 +188,7 @@ def test_the_metrics_are_in_the_table_as_the_code_has_them():
 
 
 def test_every_reason_is_documented():
-    for reasons in (CloseReason, FailureReason):
+    for reasons in (CloseReason, FailureReason, LimitReason):
         for reason in get_args(reasons):
             assert f"`{reason}`" in OBSERVABILITY
     listed = ", ".join(f"{boundary:g}" for boundary in BOUNDARIES)

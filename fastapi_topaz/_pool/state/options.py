@@ -80,6 +80,7 @@ class PoolOptions:
     max_waiting: int | None
     max_lifetime: float
     leak_threshold: float
+    adaptive_limit: bool
     name: str | None
 
     def __attrs_post_init__(self) -> None:
@@ -114,6 +115,7 @@ class PoolOptions:
             check_seconds(name, getattr(self, name), zero=False, infinite=False)
         check_flag("eager_init", self.eager_init)
         check_flag("retry_on_failure", self.retry_on_failure)
+        check_flag("adaptive_limit", self.adaptive_limit)
         check_text("name", self.name)
 
     @property

@@ -36,7 +36,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi_topaz._pool.state.attempts import Attempts, is_failed_attempt
 from fastapi_topaz._pool.state.outage import Outage
 from fastapi_topaz._pool.state.rotation import Rotation
-from fastapi_topaz._pool.state.status import CloseReason, PoolStatus
+from fastapi_topaz._pool.state.snapshot import counts
+from fastapi_topaz._pool.state.status import PoolStatus
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from fastapi_topaz._pool.state.options import PoolOptions
     from fastapi_topaz._pool.state.slot import Claim, Slot
+    from fastapi_topaz._pool.state.status import CloseReason, LimitReason
 
 
 __all__ = ["PoolState"]
@@ -93,6 +95,9 @@ class PoolState:
         self.ready: dict[Slot, None] = {}
         self.waiting: OrderedDict[Claim, None] = OrderedDict()
         self.in_use = 0
+        # The most leases at once now. `Overload` changes it.
+        self.limit = options.capacity
+        self.limit_reason: LimitReason = "capacity"
 
         # Set at the first use: only then the pool keeps `min_connections`.
         self.keeps_minimum = False
@@ -126,6 +131,7 @@ class PoolState:
             del self.ready[slot]
         self.in_use += 1
         claim.slot = slot
+        claim.acquired_at = now
         return True
 
     def enqueue(self, claim: Claim) -> None:
@@ -151,6 +157,7 @@ class PoolState:
         while self.waiting and self.in_use < tokens and (slot := self._pick(now)):
             claim, _ = self.waiting.popitem(last=False)
             self._assign(claim, slot)
+            claim.acquired_at = now
             served.append(claim)
         return served
 
@@ -575,26 +582,19 @@ class PoolState:
         taken = len(self.open) + len(self.connecting) + len(self.closing)
         return self.options.max_connections - taken
 
-    def status(self) -> PoolStatus:
+    def status(self, estimated_wait: float = 0.0) -> PoolStatus:
         """Return a snapshot of the numbers. Thread-safe."""
-        # Metrics are collected in other threads, so iterate over a copy.
-        slots = tuple(self.open)
-        busy = sum(slot.leases > 0 for slot in slots)
-        leaving = sum(slot.retired is not None for slot in slots)
-        suspect = sum(slot.suspect and slot.retired is None for slot in slots)
         return PoolStatus(
-            total=len(slots),
-            idle=len(slots) - busy,
-            busy=busy,
-            healthy_connections=len(slots) - leaving - suspect,
+            **counts(self.open),
             max_connections=self.options.max_connections,
             min_connections=self.options.min_connections,
             waiting=len(self.waiting),
             connecting=len(self.connecting),
             streams_in_use=self.in_use,
             streams_max=self.options.max_connections * self.streams,
-            suspect=suspect,
-            leaving=leaving,
             failing=self.attempts.failures > 0 or self.outage.declared,
             ready=self.is_ready,
+            limit=self.limit,
+            limit_reason=self.limit_reason,
+            estimated_wait=estimated_wait,
         )

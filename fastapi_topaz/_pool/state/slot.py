@@ -114,7 +114,7 @@ class Claim:
     # everything else here.
     slot: Slot | None = None
     # When it was served, on `perf_counter`. `acquired_at` is the same moment on the
-    # pool's clock; only the search for leaks needs it.
+    # pool's clock.
     held_since = 0.0
     acquired_at = 0.0
     # Seconds that the caller waited.
@@ -124,6 +124,18 @@ class Claim:
     # The handle was used in a wrong way, which raised an error. So if the handle is
     # garbage-collected then, that is not a leak.
     refused = False
+    # For a check: the seconds that it had at first, and when it needs its answer, on
+    # the pool's clock. For an explicit lease: 0 and never.
+    budget = 0.0
+    due = float("inf")
+    # Whether it is an explicit lease beyond the adaptive limit, which is for checks.
+    exempt = False
+    # How its last call ended: the server answered, or did not in time. Neither, if the
+    # call was cancelled or lost with its connection.
+    answered = False
+    unanswered = False
+    # The cohort of the adaptive limit that it belongs to. 0: to none.
+    cohort = 0
     # The coroutine of the waiting task, for the search for nested leases.
     waiter: object = None
     # The end of the wait. A claim is dismissed at its deadline, or with a failure.

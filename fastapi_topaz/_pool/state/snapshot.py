@@ -1,4 +1,4 @@
-"""Makes the public snapshots of a pool's connections."""
+"""Makes the public snapshots of a pool and of its connections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,23 @@ if TYPE_CHECKING:
     from fastapi_topaz._pool.state.status import ConnectionCondition
 
 
-__all__ = ["connection_statuses", "peer_of"]
+__all__ = ["connection_statuses", "counts", "peer_of"]
+
+
+def counts(slots: Iterable[Slot]) -> dict[str, int]:
+    """Return the counts of `PoolStatus` that come from the open *slots*."""
+    slots = tuple(slots)  # metrics are collected in other threads
+    busy = sum(slot.leases > 0 for slot in slots)
+    leaving = sum(slot.retired is not None for slot in slots)
+    suspect = sum(slot.suspect and slot.retired is None for slot in slots)
+    return {
+        "total": len(slots),
+        "idle": len(slots) - busy,
+        "busy": busy,
+        "healthy_connections": len(slots) - leaving - suspect,
+        "suspect": suspect,
+        "leaving": leaving,
+    }
 
 
 def connection_statuses(

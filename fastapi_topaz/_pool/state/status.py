@@ -20,12 +20,28 @@ __all__ = [
     "CloseReason",
     "ConnectionCondition",
     "ConnectionStatus",
+    "LimitReason",
     "PoolCounters",
     "PoolObserver",
     "PoolReport",
     "PoolStatus",
 ]
 
+
+LimitReason: TypeAlias = Literal[
+    "capacity", "start", "quick", "trial", "slow", "lost", "undone"
+]
+"""
+Why the limit is what it is:
+
+- `capacity`: it is the capacity of the pool, which is the highest limit.
+- `start`: the pool is new, and has not raised it yet.
+- `quick`: raised, because the calls are quick.
+- `trial`: doubled on trial, although the calls are not quick.
+- `slow`: lowered, because the calls took too much of their budget.
+- `lost`: lowered, because too many calls got no answer within their budget.
+- `undone`: set back, because the last change did not help.
+"""
 
 # Status objects are dataclasses of the standard library. The other records are attrs
 # classes, but FastAPI and pydantic serialise only a dataclass at any place in the
@@ -56,6 +72,11 @@ class PoolStatus:
         leaving: The open connections that close when their last lease is back.
         failing: True after a failed attempt to connect, until one succeeds. Also True
             in an outage.
+        limit: The most leases at once now: see `adaptive_limit` of `ConnectionPool`. 0
+            if the pool is not open.
+        limit_reason: Why the limit is what it is: see `LimitReason`.
+        estimated_wait: The seconds that a check would wait for its lease if it came
+            now. 0 if a lease is free.
         ready: True if the pool is open, and its last answer is newer than its last
             failure. False before the first answer. Answers to calls and to probes
             count, also errors of the authorizer's own. Failures are failed attempts to
@@ -81,6 +102,9 @@ class PoolStatus:
     leaving: int = 0
     failing: bool = False
     ready: bool = False
+    limit: int = 0
+    limit_reason: LimitReason = "capacity"
+    estimated_wait: float = 0.0
     # A derived value, but a field, so that every serialiser includes it.
     healthy: bool = dataclasses.field(init=False, default=False)
 
@@ -170,8 +194,12 @@ class PoolCounters:
     connect_failures: dict[str, int] = attrs.Factory(dict)
     closes: dict[str, int] = attrs.Factory(dict)
     probe_failures: int = 0
-    # How often a lost check was repeated.
+    # How often a lost check was repeated, and how often it was not, because too many
+    # were.
     retries: int = 0
+    retries_suppressed: int = 0
+    # The changes of the limit of leases, by reason.
+    limit_changes: dict[str, int] = attrs.Factory(dict)
     # The leases held for longer than `leak_threshold`, and the leases that were taken
     # back after they were garbage-collected.
     leaked: int = 0

@@ -33,6 +33,7 @@ DEFAULTS = {
     "max_waiting": None,
     "max_lifetime": 3600.0,
     "leak_threshold": 0.0,
+    "adaptive_limit": True,
     "name": None,
 }
 COUNTS = {
@@ -53,7 +54,7 @@ TIMES = [
 ]
 # Times where neither 0 nor infinity is valid.
 LIMITS = ["connection_timeout", "health_check_timeout"]
-FLAGS = ["eager_init", "retry_on_failure"]
+FLAGS = ["eager_init", "retry_on_failure", "adaptive_limit"]
 SECRET = "s3cret"
 
 
@@ -110,6 +111,7 @@ def test_every_parameter_reaches_the_options():
         "max_waiting": 9,
         "max_lifetime": 10.5,
         "leak_threshold": 11.5,
+        "adaptive_limit": False,
         "name": "checks",
     }
     assert values.keys() == DEFAULTS.keys()

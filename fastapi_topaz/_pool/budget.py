@@ -1,0 +1,28 @@
+"""The time in which the caller of a pool needs its answer."""
+
+from __future__ import annotations
+
+import anyio
+
+
+__all__ = ["Budget"]
+
+
+class Budget:
+    """
+    The time in which a check has to end; all its attempts share it.
+
+    Args:
+        seconds: How long, from now on.
+    """
+
+    __slots__ = ("_deadline", "seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._deadline = anyio.current_time() + seconds
+
+    def left(self) -> float:
+        """Return the seconds left, at least 0."""
+        # Never more than the original budget, even if the loop's clock goes back.
+        return min(self.seconds, max(0.0, self._deadline - anyio.current_time()))

@@ -1,0 +1,166 @@
+"""
+What an open pool does about overload: it refuses early, and limits what is in flight.
+
+`Admission` decides which checks may wait, `AdaptiveLimit` how many may be in flight.
+This module connects both to the pool. Explicit leases have no budget. They count in the
+averages, but they are neither refused nor limited: up to the capacity of the pool, each
+explicit lease that finds no room below the limit raises it by one.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import anyio
+
+from fastapi_topaz._pool.state.admission import Admission, Load
+from fastapi_topaz._pool.state.limit import AdaptiveLimit
+
+
+if TYPE_CHECKING:
+    from fastapi_topaz._pool.state.pool_state import PoolState
+    from fastapi_topaz._pool.state.slot import Claim
+    from fastapi_topaz._pool.state.status import PoolCounters
+
+
+__all__ = ["Overload"]
+
+
+logger = logging.getLogger("fastapi_topaz.pool")
+
+LATE = 0.1
+"""The share of a budget by which the event loop may be late."""
+
+
+class Overload:
+    """
+    The overload control of one open pool.
+
+    Strictly private.
+
+    Args:
+        label: The name of the pool in messages.
+        state: Its state. This class sets the limit there.
+        counters: Its counters.
+    """
+
+    __slots__ = (
+        *("_counters", "_exempt", "_label", "_state"),
+        *("adaptive", "admission", "queued"),
+    )
+
+    def __init__(self, label: str, state: PoolState, counters: PoolCounters) -> None:
+        options = state.options
+        self._label = label
+        self._state = state
+        self._counters = counters
+        # The explicit leases beyond the limit.
+        self._exempt = 0
+        self.admission = Admission()
+        self.adaptive: AdaptiveLimit | None = None
+        if options.adaptive_limit:
+            self.adaptive = AdaptiveLimit(options.max_connections, options.capacity)
+            self._publish()
+        # Set if a check waits. The watcher of the event loop replaces it.
+        self.queued = anyio.Event()
+
+    def admit(self, claim: Claim, now: float) -> float | None:
+        """Return None if the check of *claim* may wait, or the estimated wait."""
+        state = self._state
+        # With fewer connections than wanted, the pool has less than its limit. But
+        # while nothing fails, the missing ones are being opened.
+        whole = not state.attempts.failures and not state.outage.declared
+        limit = state.limit if whole else max(1, min(state.in_use, state.limit))
+        load = Load(len(state.waiting), state.in_use, limit)
+        left = claim.due - now
+        wait = self.admission.refuses(load, left, claim.budget, now)
+        if wait is not None and self.adaptive is not None:
+            self.adaptive.refused()
+        self.queued.set()
+        return wait
+
+    def latest_start(self, claim: Claim, latest: float) -> float:
+        """
+        Return the time from which the answer would be late: *claim* leaves the queue.
+
+        The usual time of a call varies. So the result is not before *latest*, the
+        deadline of the callers before it. Otherwise many callers would need a timer of
+        their own.
+        """
+        return max(claim.due - self.admission.call, min(latest, claim.due))
+
+    def begin(self, claim: Claim) -> None:
+        """Record that the check of *claim* has its lease."""
+        if self.adaptive is not None:
+            self.adaptive.begin(claim, self._state.in_use, claim.acquired_at)
+
+    def exempt(self, claim: Claim) -> bool:
+        """Make room for the explicit lease of *claim*; return if the limit changed."""
+        state = self._state
+        if not state.limit <= state.in_use + len(state.waiting) < self._capacity:
+            return False
+        claim.exempt = True
+        self._exempt += 1
+        self._publish()
+        return True
+
+    def withdraw(self, claim: Claim) -> bool:
+        """Take back the room of *claim*, if any; return if the limit changed."""
+        if not claim.exempt:
+            return False
+        claim.exempt = False
+        self._exempt -= 1
+        self._publish()
+        return True
+
+    def end(self, claim: Claim, held: float, now: float) -> bool:
+        """Record the end of a check; return whether the limit was changed."""
+        if claim.answered and now <= claim.due:
+            self.admission.calls.append(held)
+        adaptive = self.adaptive
+        if adaptive is None:
+            return False
+        before = adaptive.limit
+        if not adaptive.end(claim, held, now):
+            return False
+        self._counters.count(self._counters.limit_changes, adaptive.reason)
+        logger.debug(
+            "%s: its limit of leases is %d now, and was %d: %s (%s)",
+            *(self._label, adaptive.limit, before, adaptive.reason),
+            self._state.status(),
+        )
+        self._publish()
+        return True
+
+    def late(self, seconds: float) -> None:
+        """Record that the event loop woke a task *seconds* after its time."""
+        if self.adaptive is not None and seconds > LATE * self.admission.least_budget:
+            self.adaptive.stalled()
+
+    def resize(self) -> None:
+        """Take the changed options of the state."""
+        options = self._state.options
+        if self.adaptive is not None:
+            self.adaptive.resize(options.max_connections, options.capacity)
+        self._publish()
+
+    def estimated_wait(self, now: float) -> float:
+        """Return the seconds that a check would wait now. Thread-safe."""
+        state = self._state
+        load = Load(len(state.waiting), state.in_use, state.limit)
+        if not load.waiting and load.in_use < load.limit:
+            return 0.0
+        return self.admission.wait(load, now)
+
+    @property
+    def _capacity(self) -> int:
+        return self._state.options.capacity
+
+    def _publish(self) -> None:
+        state, adaptive = self._state, self.adaptive
+        if adaptive is None:
+            state.limit = self._capacity
+        else:
+            state.limit = min(self._capacity, adaptive.limit + self._exempt)
+            state.limit_reason = adaptive.reason
