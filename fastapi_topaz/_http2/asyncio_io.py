@@ -35,6 +35,16 @@ class AsyncioConnection(NativeConnection):
     Strictly private.
     """
 
+    __slots__ = (
+        "_armed",
+        "_fileno",
+        "_flush_due",
+        "_has_writer",
+        "_is_attached",
+        "_loop",
+        "_timer",
+    )
+
     def __init__(
         self, wire: Wire, target: Target, blocks: RequestBlocks, peer: str
     ) -> None:

@@ -71,6 +71,16 @@ class ClientConnection(Receiver):
         max_message: The most bytes of a request or response.
     """
 
+    __slots__ = (
+        "_asked_by",
+        "_busy_since",
+        "_ping_deadline",
+        "_ping_timeout",
+        "_silence",
+        "next_deadline",
+        "on_silence",
+    )
+
     def __init__(
         self,
         target: str,
@@ -87,7 +97,7 @@ class ClientConnection(Receiver):
         self._ping_timeout = ping_timeout
         self._ping_deadline = math.inf
         self._asked_by = "a PING"
-        # When the first of the open calls began.
+        # When the first of the current calls began.
         self._busy_since = -math.inf
 
     # -- calls ------------------------------------------------------------------
@@ -115,7 +125,7 @@ class ClientConnection(Receiver):
             raise too_large(method, self.target, len(stream.message), self.max_message)
         stream.response.max_message = self.max_message
         self.next_deadline = min(self.next_deadline, stream.deadline)
-        if not self.streams:
+        if not self.has_calls:
             self._busy_since = now
             self.next_deadline = min(self.next_deadline, now + self._silence)
         if self._has_room():
@@ -262,6 +272,16 @@ class ClientConnection(Receiver):
         """Whether there are bytes to send."""
         return bool(self._out)
 
+    def sent_some(self, now: float) -> None:
+        """
+        Record that the socket took a part of the output at *now*.
+
+        It has no room for the rest, because the peer reads slowly. But the peer reads,
+        and the answer to a PING must wait until it has read what is before the PING.
+        """
+        self._now = now
+        self._heard = True
+
     def receive(self, data: bytes, now: float) -> None:
         """Process *data*, which arrived at *now*. It raises no errors."""
         if self.failure is not None:
@@ -336,7 +356,7 @@ class ClientConnection(Receiver):
         # Waiting calls first. Otherwise the end of an open call could open a waiting
         # call that is also due.
         calls = [*self._waiting, *self.streams.values()]
-        silent = self._silent_at(now) <= now
+        silent = self._silent_at() <= now
         for stream in calls:
             if stream.deadline <= now:
                 silent |= stream.id > 0
@@ -349,17 +369,16 @@ class ClientConnection(Receiver):
             default=math.inf,
         )
         self.next_deadline = min(
-            self.next_deadline, self._ping_deadline, self._silent_at(now)
+            self.next_deadline, self._ping_deadline, self._silent_at()
         )
 
-    def _silent_at(self, now: float) -> float:
+    def _silent_at(self) -> float:
         """Return when the peer has been silent for too long, if it sends nothing."""
         if self._ping_deadline < math.inf:
             return math.inf  # it is asked already
-        if self.streams:
-            return max(self._busy_since, self._now) + self._silence
-        # Calls that wait for the stream limit may be opened at any time.
-        return now + self._silence if self._waiting else math.inf
+        if not self.has_calls:
+            return math.inf
+        return max(self._busy_since, self._now) + self._silence
 
     def _ping(self, now: float) -> None:
         """Make the server send something. Any byte of it will do."""

@@ -6,6 +6,7 @@ It runs on asyncio and trio, because it waits with `anyio.wait_writable`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -36,6 +37,13 @@ ATTEMPT_DELAY: Final = 0.25
 Seconds until the next address is tried in parallel (RFC 8305, section 5).
 
 As in gRPC, an address has this time to become ready for calls, not only to connect.
+"""
+
+_UNSENT_LIMIT: Final = 131_072
+"""
+Bytes in the socket's buffer that are not sent yet. With more, it is not writable.
+
+The system would buffer up to 4 MiB. On a slow link, a PING behind them would be late.
 """
 
 FAILED_FOR: Final = 10.0
@@ -188,6 +196,10 @@ async def connect(sock: socket.socket, address: Address) -> None:
         if address.family != socket.AF_UNIX:
             # A request is one segment, and must not wait for the next one (Nagle).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(AttributeError, OSError):  # not on all systems
+                sock.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_LIMIT
+                )
         try:
             sock.connect(address.sockaddr)
         except BlockingIOError as error:

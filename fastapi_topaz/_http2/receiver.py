@@ -97,6 +97,37 @@ class PeerSettings:
 class Receiver(abc.ABC):
     """The part of a connection that receives frames."""
 
+    __slots__ = (
+        "_blocked",
+        "_connection_window",
+        "_first_unsent_id",
+        "_heard",
+        "_last_stream_id",
+        "_late_frames",
+        "_next_id",
+        "_now",
+        "_open_block",
+        "_out",
+        "_overhead",
+        "_overhead_since",
+        "_peer",
+        "_pings",
+        "_queued",
+        "_queued_control",
+        "_received",
+        "_rest",
+        "_send_window",
+        "_waiting",
+        "failure",
+        "goaway",
+        "max_message",
+        "settings_acknowledged",
+        "settings_received",
+        "streams",
+        "takes_calls",
+        "target",
+    )
+
     def __init__(self, target: str, max_message: int = MAX_MESSAGE) -> None:
         self.target = target
         self.max_message = max_message

@@ -189,6 +189,7 @@ class Wire:
                 raise
             if sent < len(self._unsent):
                 self._unsent = self._unsent[sent:]
+                self.core.sent_some(monotonic())
                 return True
             self._unsent = None
 
@@ -214,6 +215,19 @@ class NativeConnection(abc.ABC):
     Strictly private. The pool expects the interface that
     `fastapi_topaz._pool.connector.Connector` describes.
     """
+
+    __slots__ = (
+        "_blocks",
+        "_closed",
+        "_core",
+        "_peer",
+        "_pid",
+        "_quiet",
+        "_successors",
+        "_target",
+        "_wire",
+        "reopen",
+    )
 
     def __init__(
         self, wire: Wire, target: Target, blocks: RequestBlocks, peer: str

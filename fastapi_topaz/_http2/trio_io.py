@@ -1,9 +1,9 @@
 """
 The I/O layer for trio.
 
-`run` of a connection has two tasks. One reads and keeps the deadlines, the other
-writes. The pool starts `run` in its own task group. So the tasks end with the pool, and
-no system task and no thread is needed.
+The pool starts `run` of a connection in its own task group. It reads and keeps the
+deadlines. A second task writes. So the tasks end with the pool, and no system task and
+no thread is needed.
 """
 
 from __future__ import annotations
@@ -57,13 +57,21 @@ class TrioConnection(NativeConnection):
     Strictly private.
     """
 
+    __slots__ = (
+        "_armed",
+        "_began",
+        "_hosted",
+        "_is_full",
+        "_timer",
+        "_writer",
+    )
+
     def __init__(
         self, wire: Wire, target: Target, blocks: RequestBlocks, peer: str
     ) -> None:
         super().__init__(wire, target, blocks, peer)
         self._began = False
-        self._scope: trio.CancelScope | None = None
-        # The nursery for tasks of successors. It outlives those of this connection.
+        # The nursery of the writer, and of successors, which outlive this connection.
         self._hosted: trio.Nursery | None = None
         self._timer: trio.CancelScope | None = None
         self._armed = math.inf
@@ -151,8 +159,8 @@ class TrioConnection(NativeConnection):
         self._stop_if_over()
 
     def _stop_if_over(self) -> None:
-        if self._core.failure is not None and self._scope is not None:
-            self._scope.cancel()
+        if self._core.failure is not None:
+            self._end()
 
     # Protected like `call`: otherwise Ctrl-C would end the pool, not the application.
 
@@ -162,30 +170,22 @@ class TrioConnection(NativeConnection):
         self._began = True
         try:
             async with trio.open_nursery() as self._hosted:
-                await self._run_own()
+                self._hosted.start_soon(self._write_on)
+                try:
+                    self._flush()
+                    await self._read_on()
+                finally:
+                    # Also if the pool ends. Otherwise calls would wait for responses
+                    # that no task reads.
+                    self._end()
                 if self._sends_again:
                     # The server ended the connection. Successors may start tasks.
                     await trio.sleep_forever()
         finally:
             self._hosted = None
 
-    @trio.lowlevel.enable_ki_protection
-    async def _run_own(self) -> None:
-        try:
-            async with trio.open_nursery() as tasks:
-                self._scope = tasks.cancel_scope
-                tasks.start_soon(self._write_on)
-                tasks.start_soon(self._read_on)
-                self._stop_if_over()
-        finally:
-            # Also if the pool ends. Otherwise calls would wait for responses that no
-            # task reads.
-            self._scope = None
-            self._core.lose("the pool ended its task")
-            self._wire.close()
-
-    # `close` can happen at any time. It cancels these tasks. But a task that was
-    # already woken continues to its next wait, which needs an open socket.
+    # The connection can end at any time, which ends the wait of these tasks. But a task
+    # that was already woken continues to its next wait, which needs an open socket.
 
     @trio.lowlevel.enable_ki_protection
     async def _read_on(self) -> None:
@@ -193,11 +193,15 @@ class TrioConnection(NativeConnection):
             with trio.CancelScope() as self._timer:
                 self._arm()
                 while self._wire.is_open:
-                    await trio.lowlevel.wait_readable(self._wire)
+                    try:
+                        await trio.lowlevel.wait_readable(self._wire)
+                    except trio.ClosedResourceError:
+                        return
                     self._wire.read()
                     if self._core.has_output:
                         self._writer.wake()
                     self._stop_if_over()
+                return
             # The deadline of the timer has passed.
             self._core.expire(monotonic())
             self._flush()
@@ -206,15 +210,20 @@ class TrioConnection(NativeConnection):
     async def _write_on(self) -> None:
         while self._wire.is_open:
             if self._is_full:
-                await trio.lowlevel.wait_writable(self._wire)
+                try:
+                    await trio.lowlevel.wait_writable(self._wire)
+                except trio.ClosedResourceError:
+                    return
             elif not self._core.has_output:
                 await self._writer.park()
             self._is_full = self._wire.write()
             self._stop_if_over()
 
     def _detach(self) -> None:
-        if self._hosted is not None:
+        if self._closed and self._hosted is not None:
+            # Not if the server ended the connection, because successors run there.
             self._hosted.cancel_scope.cancel()
         if self._wire.is_open:
             # No task may wait for the socket when it is closed.
             trio.lowlevel.notify_closing(self._wire)
+            self._writer.wake()

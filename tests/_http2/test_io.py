@@ -13,16 +13,28 @@ import threading
 import weakref
 
 import anyio
+import anyio.to_thread
 import grpc
 import pytest
+from h2.events import SettingsAcknowledged
+from h2.settings import SettingCodes
 
 from fastapi_topaz._http2.errors import ErrorCode
+from fastapi_topaz._http2.limits import QUEUE_LIMIT
 from fastapi_topaz._http2.opening import NativeOpener
 from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz._rpc.statuses import Ending, ending
 from fastapi_topaz._rpc.target import Target
 from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
-from kit.h2peer import HEAD, METHOD, SocketServer, call, descriptors, opened
+from kit.h2peer import (
+    HEAD,
+    METHOD,
+    H2Server,
+    SocketServer,
+    call,
+    descriptors,
+    opened,
+)
 from kit.waiting import eventually
 
 
@@ -84,6 +96,106 @@ async def test_more_bytes_than_the_socket_takes_go_both_ways():
 
             for number in range(4):
                 tasks.start_soon(ask, number)
+
+
+LARGE = 20_000_000
+
+
+class SlowReader:
+    """A server that allows large requests, and reads a part of one when told."""
+
+    def __init__(self):
+        self.listener = socket.socket()
+        # A small buffer, inherited by the socket of the connection.
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen()
+        self.url = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        self.sock = None
+
+    async def accept(self):
+        """Take the connection and exchange SETTINGS."""
+        self.sock, _ = await anyio.to_thread.run_sync(self.listener.accept)
+        server = H2Server({SettingCodes.INITIAL_WINDOW_SIZE: 2**30})
+        server.h2.increment_flow_control_window(2**30)
+        self.sock.sendall(server.output())
+        while not any(isinstance(e, SettingsAcknowledged) for e in server.events):
+            data = await anyio.to_thread.run_sync(self.sock.recv, 65_536)
+            server.receive(data)
+            self.sock.sendall(server.output())
+
+    def read(self):
+        """Read a part, if there is any."""
+        with contextlib.suppress(BlockingIOError):
+            self.sock.recv(65_536, socket.MSG_DONTWAIT)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listener.close()
+        if self.sock is not None:
+            self.sock.close()
+
+
+@contextlib.asynccontextmanager
+async def blocked_by(server):
+    """Yield a connection to *server* whose socket is full of a request."""
+    target = Target(url=server.url, insecure=True, max_message_bytes=LARGE)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(server.accept)
+        async with opened(target) as connection:
+
+            async def ask():
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await call(connection, b"q" * LARGE, timeout=60)
+
+            tasks.start_soon(ask)
+            await eventually(lambda: connection._wire._unsent is not None)
+            yield connection
+            tasks.cancel_scope.cancel()
+
+
+async def test_a_server_that_reads_slowly_is_not_silent():
+    # Otherwise a large request over a slow link ends after two seconds, because the
+    # PING waits behind it.
+    with SlowReader() as server:
+        async with blocked_by(server) as connection:
+            core = connection._core
+            for _ in range(3):
+                core._heard = False
+
+                def progress():
+                    server.read()
+                    return core._heard
+
+                await eventually(progress)
+
+
+@pytest.mark.skipif(
+    not hasattr(socket, "TCP_NOTSENT_LOWAT"),
+    reason="the system does not limit what it buffers",
+)
+async def test_the_system_buffers_little_of_a_large_request():
+    # A PING waits behind what it has buffered.
+    with SlowReader() as server:
+        async with blocked_by(server) as connection:
+            (stream,) = connection._core.streams.values()
+            taken = LARGE - len(stream.unsent)
+            # The core and the wire each hold `QUEUE_LIMIT` bytes of it.
+            assert taken < 2 * QUEUE_LIMIT + 500_000
+
+
+async def test_a_server_that_stops_reading_a_request_is_found():
+    with SlowReader() as server:
+        async with blocked_by(server) as connection:
+            core = connection._core
+            # The timer is armed for the usual silence.
+            core._silence = core._ping_timeout = 0.2
+            core.next_deadline = 0.0
+            connection._arm()
+            await eventually(connection.is_lost)
+            assert "did not answer a PING" in core.failure
 
 
 async def test_a_call_ends_at_its_deadline_and_a_cancelled_one_at_once():
@@ -381,3 +493,23 @@ async def test_a_call_without_the_task_of_its_connection_is_an_error():
         with pytest.raises(RuntimeError, match="while its run"):
             await call(connection)
         await connection.close(0.0)
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)
+async def test_a_call_is_lost_if_the_task_of_its_connection_is_cancelled():
+    # The pool cancels it when it closes. The server may have processed the call.
+    with SocketServer(silent) as server:
+        target = Target(url=server.url, insecure=True)
+        connection = await NativeOpener(target).open(5.0)
+        async with anyio.create_task_group() as tasks:
+
+            async def ask():
+                with pytest.raises(ConnectionLost):
+                    await call(connection)
+
+            async with anyio.create_task_group() as of_the_pool:
+                of_the_pool.start_soon(connection.run)
+                tasks.start_soon(ask)
+                await eventually(lambda: server.servers and server.servers[0].complete)
+                of_the_pool.cancel_scope.cancel()
+        assert not connection._wire.is_open

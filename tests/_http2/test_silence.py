@@ -93,19 +93,55 @@ def test_silence_counts_from_the_first_call_after_a_pause():
         assert connection.next_deadline == math.inf
 
 
-def test_calls_that_wait_for_a_stream_do_not_make_the_peer_silent():
+def test_a_peer_that_is_silent_while_calls_wait_for_a_stream_is_pinged():
+    # Otherwise a call without a deadline would wait without end for a frozen peer.
     connection, server = connected({SettingCodes.MAX_CONCURRENT_STREAMS: 0})
-    Call(connection, began=10.0)
+    call = Call(connection, began=10.0)
     for now in (11.0, 12.0, 13.0):
-        assert not asked(connection, now)
-        assert connection.next_deadline == now + 1.0
-    # Once one was opened, it does.
-    server.h2.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: 1})
-    exchange(connection, server, 13.5)
-    assert not asked(connection, 14.0)
-    assert asked(connection, 14.5)
-    connection.expire(15.5)
-    assert connection.failure is not None
+        # More calls do not postpone the PING.
+        Call(connection, began=now - 0.1)
+        assert asked(connection, now)
+        exchange(connection, server, now)
+    assert pings(server) == 2
+    assert asked(connection, 14.0)
+    connection.expire(15.0)
+    assert connection.failure == "the server did not answer SETTINGS within 1 s"
+    assert ending(call.outcome) is Ending.NOT_SENT
+
+
+def test_a_peer_that_is_silent_while_calls_wait_for_the_socket_is_pinged():
+    connection, server = connected({SettingCodes.INITIAL_WINDOW_SIZE: 2**30})
+    server.h2.increment_flow_control_window(2**30)
+    exchange(connection, server)
+    large = Call(connection, b"q" * 4_000_000)
+    connection.take_output()  # the socket takes no more than this
+    connection.cancel(large.stream)
+    call = Call(connection, began=10.0)
+    assert not connection.streams
+    assert connection.next_deadline <= 11.0
+    connection.expire(11.0)
+    connection.expire(12.0)
+    assert connection.failure == "the server did not answer a PING within 1 s"
+    assert ending(call.outcome) is Ending.NOT_SENT
+
+
+def test_a_peer_that_reads_slowly_is_not_silent():
+    connection, server = connected({SettingCodes.INITIAL_WINDOW_SIZE: 2**30})
+    Call(connection, b"q" * 4_000_000, began=10.0)
+    exchange(connection, server, 10.0)
+    for now in (10.9, 11.8, 12.7):
+        connection.sent_some(now)
+        assert not asked(connection, now + 0.8)
+    assert asked(connection, 13.7)
+    # The PING waits behind the request.
+    connection.take_output()
+    connection.sent_some(14.6)
+    assert not asked(connection, 14.7)
+    assert connection.failure is None
+    # It freezes.
+    assert asked(connection, 15.6)
+    connection.expire(16.6)
+    assert connection.failure == "the server did not answer a PING within 1 s"
 
 
 def test_a_slow_peer_is_asked_by_two_pings_and_then_by_settings():
