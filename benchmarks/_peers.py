@@ -13,8 +13,10 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import io
 import subprocess
 import sys
+import tarfile
 import types
 import zipfile
 from importlib.metadata import version
@@ -129,6 +131,21 @@ def predecessor():
             await pool.close()
 
     return Peer(PREDECESSOR, opened)
+
+
+def extracted(commit, folder):
+    """Write the package as of *commit* into *folder*; return whether git has it."""
+    archive = subprocess.run(
+        ["git", "-C", Path(__file__).parent.parent, "archive", commit, "fastapi_topaz"],
+        capture_output=True,
+        check=False,
+    )
+    if archive.returncode:
+        print(archive.stderr.decode(), file=sys.stderr)
+        return False
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        files.extractall(folder, filter="data")
+    return True
 
 
 def _predecessor_module():

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import os
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
+from _peers import extracted
 from _rounds import Goal, Race, parsed, parser, save, versions
 from _server import POLICY, serving
 
@@ -114,21 +113,6 @@ def running(package, url, policy, loop, transport, given):
         process.wait(PATIENCE)
 
 
-def extracted(commit, folder):
-    """Write the package as of *commit* into *folder*; return whether git has it."""
-    archive = subprocess.run(
-        ["git", "-C", HERE.parent, "archive", commit, "fastapi_topaz"],
-        capture_output=True,
-        check=False,
-    )
-    if archive.returncode:
-        print(archive.stderr.decode(), file=sys.stderr)
-        return False
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-        files.extractall(folder, filter="data")
-    return True
-
-
 def main(given):
     print(versions("grpcio", "uvicorn", "fastapi", "uvloop"))
     with contextlib.ExitStack() as stack:
@@ -159,7 +143,7 @@ def main(given):
                     },
                     given.rounds,
                 )
-            goals = [Goal(name, (before,), MOST) for name in ("grpcio", "native")]
+            goals = [Goal("native", (before,), MOST)]
             race.show(before if has_old else "grpcio", goals)
             save(given, f"endpoint-{loop}", race.data(goals))
 

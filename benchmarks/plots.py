@@ -296,6 +296,40 @@ def metrics(results):
     return drawn
 
 
+def overload(data):
+    """Return the answers by load, and over the time of an overload."""
+    servers = ["ten workers, 50 ms, 10x1", "one at a time, 10 ms, 10x50"]
+    drawn, axes = figure(
+        "Overload: answers within a budget of 1 s",
+        "Share of what the server can do. Virtual time, asyncio",
+        3,
+    )
+    rows = [x for x in data["rows"] if x["backend"] == "asyncio" and x["budget"] == 1]
+    for axis, server in zip(axes, servers, strict=False):
+        axis.set_title(server, fontsize=10, color=FAINT)
+        for name in dict.fromkeys(row["name"] for row in rows):
+            mine = [x for x in rows if (x["server"], x["name"]) == (server, name)]
+            loads = [row["load"] for row in mine]
+            shares = [row["goodput"] for row in mine]
+            axis.plot(loads, shares, **line_of(name), label=name)
+        axis.set_xlabel("load, as share of the capacity")
+        axis.set_ylim(0, 1.15)
+    last = axes[2]
+    last.set_title("30 s of five times the capacity", fontsize=10, color=FAINT)
+    for path in data["recoveries"]:
+        if path["backend"] == "asyncio":
+            last.plot(path["seconds"], **line_of(path["name"]), label=path["name"])
+    last.set_xlabel("seconds")
+    last.set_ylim(0, 1.15)
+    axes[0].legend(frameon=False, fontsize=9)
+    return drawn
+
+
+def line_of(name):
+    colors = {OURS: MINE, "one shared channel": LINE}
+    return {"color": colors.get(name, FAINT), "marker": "", "linewidth": 1.8}
+
+
 def rounds(data):
     count = data["settings"]["rounds"]
     return f"{count} rounds" if count > 1 else "one round"
@@ -317,6 +351,8 @@ def pictures(results):
     if data := loaded(results, "streams"):
         yield "streams", streams(data)
     yield "metrics", metrics(results)
+    if data := loaded(results, "overload"):
+        yield "overload", overload(data)
 
 
 def main(options):

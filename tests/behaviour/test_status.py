@@ -32,6 +32,9 @@ COUNTS = {
     "leaving": 0,
     "failing": False,
     "ready": True,
+    "limit": 10,
+    "limit_reason": "capacity",
+    "estimated_wait": 0.25,
 }
 CONNECTION = {
     "peer": "ipv4:127.0.0.1:8282",

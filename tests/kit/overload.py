@@ -144,7 +144,7 @@ class Crowd:
 
 
 @asynccontextmanager
-async def crowd(server, budget, *, streams=1, **options):
+async def crowd(server, budget, *, streams=1, kind=Crowd, **options):
     """Open a pool of ten connections to *server*, and yield its callers."""
     settings = {"max_connections": 10, "min_connections": 0} | options
     pool = ConnectionPool(
@@ -152,7 +152,7 @@ async def crowd(server, budget, *, streams=1, **options):
         streams_per_connection=streams,
         **settings,
     )
-    callers = Crowd(pool, budget)
+    callers = kind(pool, budget)
     async with pool, anyio.create_task_group() as tasks:
         callers._tasks = tasks
         yield callers

@@ -81,7 +81,7 @@ GROUPS = {
         modules=[
             *("_pool/state/pool_state", "_pool/state/outage", "_pool/state/attempts"),
             *("_pool/state/rotation", "_pool/state/backoff", "_pool/state/slot"),
-            "_pool/state/snapshot",
+            *("_pool/state/snapshot", "_pool/state/admission", "_pool/state/limit"),
         ],
         tests=["_pool/state", "_pool/test_readiness.py"],
         options=["-k", "not trio and not asyncio"],  # only the state
@@ -99,6 +99,7 @@ GROUPS = {
     "pool": Group(
         modules=[
             *("_pool/refusals", "_pool/leaks", "_pool/open_pool", "_pool/connections"),
+            *("_pool/overload", "_pool/nested_search"),
             *("_pool/owner_loop", "_pool/background", "_pool/handle"),
             *("_pool/acquire", "_pool/pool"),
         ],
@@ -108,6 +109,7 @@ GROUPS = {
             *("_pool/test_connections.py", "_pool/test_handle.py"),
             *("_pool/test_leaks.py", "_pool/test_misuse.py", "_pool/test_open_pool.py"),
             *("_pool/test_owner_loop.py", "_pool/test_pool.py"),
+            "_pool/test_overload.py",
             *("_pool/test_readiness.py", "_pool/test_refusals.py"),
             *("_pool/state/test_options.py", "_pool/state/test_snapshot.py"),
             *("behaviour/test_deadlines.py", "behaviour/test_foreign_code.py"),
