@@ -51,6 +51,9 @@ FASTAPI_TESTS = [
     "tests/repository/test_guide.py",
 ]
 
+OVER_GRPCIO = "not slow and not soak and not nightly and not native"
+"""The tests that `grpcio` runs, as an expression of pytest."""
+
 # A release whose Go module and dependencies can be downloaded. The checksum of its
 # files was recorded when it was pinned here.
 TOPAZ = "github.com/aserto-dev/topaz"
@@ -103,7 +106,7 @@ nox.options.sessions = [
     "oldest",
     # The command in the README runs the tests on the Python that runs nox.
     *(f"tests-{python}" for python in PYTHONS[-1:] if python != RUNNING),
-    "native",
+    "grpcio",
     "slow",
     "gopeer",
     "proxies",
@@ -121,7 +124,7 @@ NIGHTLY = {
     "mutants": ["state", "pool"],
     "oracles": [],
     "atheris": [],
-    "proxies": ["--transport", "native"],
+    "proxies": ["--transport", "grpcio"],
     **{f"tests-{python}": [] for python in PYTHONS[:-1] if python != RUNNING},
     "bench": ["--full"],
 }
@@ -133,7 +136,7 @@ NIGHTLY_QUICK = {
     "mutants": ["state", "--modules", "backoff"],
     "oracles": ["--share", "0.1"],
     "atheris": ["--seconds", "10"],
-    "proxies": ["--transport", "native"],
+    "proxies": ["--transport", "grpcio"],
     "bench": [],
 }
 
@@ -206,26 +209,25 @@ def fastapi(session: nox.Session) -> None:
 
 
 @nox.session
-def native(session: nox.Session) -> None:
-    """Run the tests of behaviour and of faults on the transport `native`."""
+def grpcio(session: nox.Session) -> None:
+    """Run the tests of behaviour and of faults over `grpcio`, on asyncio."""
     session.install("-e", ".", "--group", "test")
-    environment = {"FASTAPI_TOPAZ_TRANSPORT": "native"}
+    environment = {"FASTAPI_TOPAZ_TRANSPORT": "grpcio"}
     if topazd := found_topazd(Path(session.cache_dir).resolve() / "topazd"):
         environment["TOPAZD"] = topazd
-    files = ["_app", "_authorizer", "_telemetry", "behaviour", "testing"]
-    files += ["_grpcio/network", "_grpcio/test_certificates.py"]
-    files += ["_grpcio/test_faults_http2.py", "_grpcio/test_plaintext_key.py"]
-    files += ["_grpcio/test_goaway_flood.py", "_grpcio/test_hostile_wire.py"]
-    files += ["_grpcio/test_tls.py"]
+    files = ["_app", "_authorizer", "_grpcio", "_telemetry", "behaviour", "testing"]
+    files += ["transports"]
     names = ["cancel_everywhere", "cancel_outcomes", "cancel_steps"]
     files += [f"proof/test_{name}.py" for name in names]
     paths = [f"tests/{name}" for name in files]
-    chosen = ("-m", "not slow and not soak and not grpcio")
+    chosen = ("-m", OVER_GRPCIO)
     session.run("pytest", *chosen, *paths, *session.posargs, env=environment)
     if binary := built_gopeer(Path(session.cache_dir).resolve() / "gopeer"):
         environment["GOPEER"] = binary
-        chosen = ("-m", "slow and not grpcio", "-n0")
-        session.run("pytest", *chosen, "tests/_grpcio/test_gopeer.py", env=environment)
+        chosen = ("-m", "slow and not native", "-n0")
+        session.run(
+            "pytest", *chosen, "tests/transports/test_gopeer.py", env=environment
+        )
 
 
 @nox.session
@@ -251,7 +253,7 @@ def model(session: nox.Session) -> None:
 
 @nox.session
 def oracles(session: nox.Session) -> None:
-    """Run the longest tests of the transport `native`. A part: `-- --share 0.1`."""
+    """Run the longest tests of the native transport. A part: `-- --share 0.1`."""
     share, rest = told(session, "--share", "1")
     session.install("-e", ".", "--group", "test")
     environment = {"NIGHTLY_SHARE": share}
@@ -311,7 +313,7 @@ def soak(session: nox.Session) -> None:
     session.install("-e", ".", "--group", "test")
     # The soak test detects hangs itself, so there is no fault handler timeout.
     pytest = ("pytest", "-m", "soak", "-n0", "-s", "-o", "faulthandler_timeout=0")
-    for transport in ("grpcio", "native"):
+    for transport in ("native", "grpcio"):
         environment = {"SOAK_MINUTES": minutes, "SOAK_SEED": seed}
         environment["FASTAPI_TOPAZ_TRANSPORT"] = transport
         session.run(*pytest, "tests/proof/test_soak.py", *rest, env=environment)
@@ -335,6 +337,11 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "erase")
     # Without worker processes, because coverage measures only this process.
     session.run("coverage", "run", "-m", "pytest", "-n0", *session.posargs)
+    # The default tests hardly use the transport `grpcio`.
+    chosen = ("-m", OVER_GRPCIO, "tests/_grpcio", "tests/transports")
+    environment = {"FASTAPI_TOPAZ_TRANSPORT": "grpcio"}
+    pytest = ("pytest", "-n0", *chosen)
+    session.run("coverage", "run", "-m", *pytest, env=environment)
     session.run("coverage", "combine")
     session.run("coverage", "report")
 
@@ -481,15 +488,16 @@ def gopeer(session: nox.Session) -> None:
     if binary is None:
         session.skip("no Go, or not one that can build the server of tests/kit/gopeer")
     session.install("-e", ".", "--group", "test")
-    files = ["_grpcio/test_gopeer.py", "_http2/test_interop.py", "_http2/test_peers.py"]
+    files = ["transports/test_gopeer.py", "_http2/test_interop.py"]
+    files += ["_http2/test_peers.py"]
     pytest = ("pytest", "-m", "slow", "-n0", *(f"tests/{name}" for name in files))
     session.run(*pytest, *session.posargs, env={"GOPEER": binary})
 
 
 @nox.session
 def proxies(session: nox.Session) -> None:
-    """Run the pool behind nginx and HAProxy. Over native: `-- --transport native`."""
-    transport, rest = told(session, "--transport", "grpcio")
+    """Run the pool behind nginx and HAProxy. Over grpcio: `-- --transport grpcio`."""
+    transport, rest = told(session, "--transport", "native")
     cache = Path(session.cache_dir).resolve()
     named = {}
     for name in ("nginx", "haproxy"):
@@ -500,7 +508,8 @@ def proxies(session: nox.Session) -> None:
     if not named:
         session.skip("neither nginx nor haproxy can be had")
     session.install("-e", ".", "--group", "test")
-    pytest = ("pytest", "-m", "slow", "-n0", "tests/behaviour/test_proxies.py")
+    chosen = "slow and not native" if transport == "grpcio" else "slow"
+    pytest = ("pytest", "-m", chosen, "-n0", "tests/behaviour/test_proxies.py")
     environment = named | {"FASTAPI_TOPAZ_TRANSPORT": transport}
     session.run(*pytest, *rest, env=environment)
 

@@ -38,6 +38,7 @@ FILES = (
     *(f"metrics-{backend}" for backend in BACKENDS),
     "metrics-calls",
     "imports",
+    "overload",
 )
 REFERENCES = ("bare stub, asyncio", "at 054dee3", "grpcio")
 HARDLY = 0.1
@@ -347,6 +348,31 @@ def imports(saved):
     return "### Imports\n\n" + table(heads, rows)
 
 
+def overload(saved):
+    data = saved.get("overload")
+    if not data:
+        return ""
+    parts = ["### Overload\n\nGoodput, and the median time of the answered checks."]
+    rows, names = {}, list(dict.fromkeys(row["name"] for row in data["rows"]))
+    for row in data["rows"]:
+        key = (row["server"], f"{row['budget']:g} s", row["backend"], row["load"])
+        rows.setdefault(key, {})[row["name"]] = row
+    heads = ("server", "budget", "backend", "load", *(LABELS.get(x, x) for x in names))
+    body = [
+        (*key, *(goodput(found.get(name)) for name in names))
+        for key, found in rows.items()
+    ]
+    parts.append(table(heads, body) + picture("overload", "Overload"))
+    return "\n\n".join(parts)
+
+
+def goodput(row):
+    if row is None:
+        return ""
+    median = "" if row["median"] is None else f", {row['median'] * 1000:.0f} ms"
+    return f"{row['goodput']:.2f}{median}"
+
+
 def main(options):
     walls = [f"{name}-wall" for name in FILES if name.startswith("check")]
     saved = {name: loaded(options.results, name) for name in FILES}
@@ -359,6 +385,7 @@ def main(options):
             checks,
             transports,
             streams,
+            overload,
             cancellation,
             memory,
             outages,

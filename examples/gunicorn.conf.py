@@ -38,10 +38,11 @@ worker_class = Worker
 workers = 4
 
 # The parent imports the application once, then forks the workers. A pool may be created
-# before the fork, but must be opened after it, because gRPC does not survive a fork
-# with open connections (the native transport does). The lifespan opens it, and runs in
-# the workers. So make no gRPC call and no `pool.initialize()` at import time. The hooks
-# `on_starting`, `when_ready` and `pre_fork` also run in the parent.
+# before the fork. The lifespan opens it, and runs in the workers. If the pool is opened
+# before the fork, the parent keeps connections that it does not need. With
+# FASTAPI_TOPAZ_TRANSPORT=grpcio it must not be: gRPC does not survive such a fork. So
+# call no `pool.initialize()` at import time. The hooks `on_starting`, `when_ready` and
+# `pre_fork` also run in the parent.
 preload_app = True
 
 # Longer than both together. After this time gunicorn kills the worker, and its pool is

@@ -25,8 +25,9 @@ __all__ = [
 
 E = TypeVar("E", bound=BaseException)
 
-# gRPC's own text for an HTTP answer. Only the number in it comes from the server.
-_HARMLESS = re.compile(r"(^|: )Received http2 header with status: \d+$")
+# The texts of both transports for an answer without a gRPC status. The number helps in
+# the log. The rest of the details may come from the server.
+_HTTP_STATUS = re.compile(r"(?:HTTP|Received http2 header with) status: (\d{3})\b")
 
 WORDS = 300
 """Maximum characters of an error's details, because a proxy may send a whole page."""
@@ -56,8 +57,10 @@ def log_text(error: BaseException) -> str:
     cause = error.__cause__
     while cause is not None:
         details = _details(cause)
-        if details and not _HARMLESS.search(details):
-            text = text.replace(details, "(details in the error)")
+        if details:
+            found = _HTTP_STATUS.search(details)
+            status = f"HTTP status: {found[1]}; " if found else ""
+            text = text.replace(details, f"({status}details in the error)")
         cause = cause.__cause__
     return text
 

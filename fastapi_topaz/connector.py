@@ -7,7 +7,6 @@ import os
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, get_args
 
 from fastapi_topaz._checks import safe_repr
-from fastapi_topaz._grpcio.opening import GrpcioOpener
 from fastapi_topaz._rpc.credentials import CredentialedConnection
 from fastapi_topaz._rpc.loopback import is_loopback
 from fastapi_topaz._rpc.target import Target
@@ -28,7 +27,7 @@ Transport: TypeAlias = Literal["native", "grpcio"]
 TRANSPORT_VARIABLE: Final = "FASTAPI_TOPAZ_TRANSPORT"
 """The environment variable with the transport to use where none is passed."""
 
-_DEFAULT: Final[Transport] = "grpcio"
+_DEFAULT: Final[Transport] = "native"
 
 
 def chosen_transport(transport: object) -> Transport:
@@ -59,17 +58,22 @@ class _Opener(Protocol):
 
 
 def _opener(transport: Transport, target: Target) -> _Opener:
-    if transport == "grpcio":
-        return GrpcioOpener(target)
-    # Here and not above: it takes 10 ms to load, and is not the default.
-    from fastapi_topaz._http2.opening import NativeOpener  # noqa: PLC0415
+    # Imported here, because an application uses only one of them, and an import of this
+    # package should load neither.
+    if transport == "native":
+        from fastapi_topaz._http2.opening import NativeOpener  # noqa: PLC0415
 
-    return NativeOpener(target)
+        return NativeOpener(target)
+    from fastapi_topaz._grpcio.opening import GrpcioOpener  # noqa: PLC0415
+
+    return GrpcioOpener(target)
 
 
 class GrpcConnector:
     """
-    Makes gRPC connections for a pool, on the running backend: asyncio or trio.
+    Makes gRPC connections for a pool, on the running backend.
+
+    The transport `native` works on asyncio and trio, `grpcio` only on asyncio.
 
     Each connection has a TCP connection of its own. A `ConnectionPool` with this
     connector pools the connections of any gRPC service. `stub()` of a lease makes a
@@ -79,7 +83,7 @@ class GrpcConnector:
         target: Where the server is, and how to talk to it.
         transport: `"native"` is the HTTP/2 client of this package, `"grpcio"` is
             grpc.aio. None, the default, means the environment variable
-            `FASTAPI_TOPAZ_TRANSPORT`, and `"grpcio"` if that is not set or empty.
+            `FASTAPI_TOPAZ_TRANSPORT`, and `"native"` if that is not set or empty.
 
     Raises:
         TypeError: *target* is not a `Target`.
@@ -117,6 +121,19 @@ class GrpcConnector:
     def __repr__(self) -> str:
         return f"<GrpcConnector to {self.target} transport={self.transport}>"
 
+    def check_backend(self) -> None:
+        """
+        Check that the transport works on the running event loop.
+
+        Raises:
+            ValueError: The transport is grpcio, and the event loop is not one of
+                asyncio.
+        """
+        if self.transport == "grpcio":
+            from fastapi_topaz._grpcio.opening import require_asyncio  # noqa: PLC0415
+
+            require_asyncio()
+
     def opened(self, pool: str) -> None:
         """Log the transport of *pool*, and once that it sends its key in plaintext."""
         _logger.info("%s: its transport is %s", pool, self.transport)
@@ -148,6 +165,8 @@ class GrpcConnector:
                 why.
             PoolMisuse: The transport is grpcio, and this process was forked while
                 connections were open, or kept.
+            ValueError: The transport is grpcio, and the event loop is not one of
+                asyncio.
         """
         connection = await self._opener.open(timeout)
         if self._target.credentials is None:

@@ -24,6 +24,7 @@ import pytest
 import trio.testing
 
 from fastapi_topaz._pool.clock import Clock
+from fastapi_topaz.connector import TRANSPORT_VARIABLE
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -134,6 +135,40 @@ def pytest_generate_tests(metafunc):
         names += ["asyncio+eager"] * (sys.version_info >= (3, 12))
         names += shuffled_names(metafunc)
     metafunc.parametrize("anyio_backend", names, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect the tests of `grpcio` on trio, because it works on asyncio only."""
+    on_trio = [item for item in items if over_grpcio(item) and is_on_trio(item)]
+    if on_trio:
+        config.hook.pytest_deselected(items=on_trio)
+        items[:] = [item for item in items if item not in set(on_trio)]
+
+
+def over_grpcio(item):
+    """Return whether a test uses the transport `grpcio`."""
+    if item.get_closest_marker("grpcio"):
+        return True
+    chosen = parameters(item).get("transport", os.environ.get(TRANSPORT_VARIABLE))
+    return chosen == "grpcio" and not item.get_closest_marker("native")
+
+
+def is_on_trio(item):
+    return "trio" in {
+        parameters(item).get(name) for name in ("anyio_backend", "backend")
+    }
+
+
+def parameters(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+@pytest.fixture(autouse=True)
+def _transport_of_markers(request, monkeypatch):
+    """Use the transport of the marker `grpcio` or `native`, if there is one."""
+    for transport in ("grpcio", "native"):
+        if request.node.get_closest_marker(transport):
+            monkeypatch.setenv(TRANSPORT_VARIABLE, transport)
 
 
 @pytest.fixture(autouse=True)

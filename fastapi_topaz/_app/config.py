@@ -223,7 +223,9 @@ class TopazConfig(NotCopied):
         Return whether the policy *policy_path* allows the caller of *request*.
 
         If the answer is lost with its connection, or the call ends with UNAVAILABLE or
-        CANCELLED, this asks once more within `check_timeout`. If the server certainly
+        CANCELLED, this asks once more within `check_timeout`. If many calls end like
+        this while their connections work, it does not ask again, because that would
+        double the load (gRFC A6, retry throttling). If the server certainly
         did not process the call, this sends it again as often as that time allows. The
         first two repetitions follow at once, the third one after 0.01 s. Later pauses
         double, up to 0.5 s.
@@ -246,6 +248,8 @@ class TopazConfig(NotCopied):
             raises an error.
 
         Raises:
+            PoolSaturated: The pool is overloaded: the answer would come after
+                `check_timeout`, or `max_waiting` callers wait already.
             PoolError: No connection was available within `check_timeout`, or two
                 connections were lost. See `ConnectionPool.acquire`.
             grpc.aio.AioRpcError: The authorizer answered with an error status, too

@@ -84,7 +84,8 @@ def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
 
     - 403 if the policy denies it, or if the authorizer does not know the identity or
       could not look it up;
-    - 503 and `Retry-After` if the authorizer cannot be asked;
+    - 503 and `Retry-After` if the authorizer cannot be asked, or the pool is
+      overloaded;
     - 500 if the authorizer cannot evaluate the policy: the policy or the rule does not
       exist, or the rule has no value or fails. Trying again does not help;
     - 500 if the application misuses the pool: see `PoolMisuse`.

@@ -195,15 +195,16 @@ class AuthorizerOptions:
         url: `host`, `host:port` or `[IPv6]:port`. The default is `localhost:8282`. If
             the port is missing, it is 8282, and the attribute `url` includes it.
             These gRPC targets are accepted too: `dns:///host:port`,
-            `dns://nameserver/host:port`, `ipv4:1.2.3.4:8282,5.6.7.8:8282`,
-            `ipv6:[2001:db8::1]:8282`, `unix:/path` and `unix-abstract:name`. The
-            schemes `xds` and `vsock` are not accepted. Write an internationalised
-            host name in its ASCII form (`xn--...`).
+            `dns://nameserver/host:port` (with the transport `grpcio` only),
+            `ipv4:1.2.3.4:8282,5.6.7.8:8282`, `ipv6:[2001:db8::1]:8282`, `unix:/path`
+            and `unix-abstract:name`. The schemes `xds` and `vsock` are not accepted.
+            Write an internationalised host name in its ASCII form (`xn--...`).
         tenant_id: Sent as the metadata `aserto-tenant-id`. Default None.
         api_key: Sent as the metadata `authorization: basic KEY`. Default None.
         cert_file_path: A PEM file with the CA that signed the server's certificate.
-            None, the default, means the root certificates that gRPC ships. The file
-            is read at every connect, so new connections use a rotated file.
+            None, the default, means the root certificates of the system, or of gRPC
+            with the transport `grpcio`. The file is read at every connect, so new
+            connections use a rotated file.
         insecure: True means plaintext, without TLS. Default False: if the server does
             not support TLS, connecting fails. There is no fallback to plaintext. With
             an *api_key*, *extra_metadata* or *credentials*, and a *url* that is not

@@ -250,9 +250,9 @@ class ConnectionPool(Pool[PooledConnection]):
         connector: The object that makes connections. None, the default, means gRPC
             to the authorizer given to `configure()`.
         transport: Which code makes gRPC calls: `"native"` is the HTTP/2 client of this
-            package, `"grpcio"` is grpc.aio. None, the default, means the environment
-            variable `FASTAPI_TOPAZ_TRANSPORT`, and `"grpcio"` if that is not set. It
-            cannot be combined with *connector*.
+            package, `"grpcio"` is grpc.aio, on asyncio only. None, the default, means
+            the environment variable `FASTAPI_TOPAZ_TRANSPORT`, and `"native"` if that
+            is not set. It cannot be combined with *connector*.
         meter_provider: The OpenTelemetry provider for metrics. None, the default,
             means the global one.
         semantic_conventions: Whether to report the metrics also under OpenTelemetry's
@@ -381,6 +381,8 @@ class ConnectionPool(Pool[PooledConnection]):
         self._connector = connector
 
     def _start(self, owner: OwnerLoop, connector: Connector) -> OpenPool:
+        if isinstance(connector, GrpcConnector):
+            connector.check_backend()
         open_pool = super()._start(owner, connector)
         if isinstance(connector, GrpcConnector):
             connector.opened(open_pool.label)

@@ -1,1 +1,1 @@
-"""gRPC connections through grpc.aio, on asyncio and on trio."""
+"""gRPC connections through the public API of grpc.aio, on asyncio."""

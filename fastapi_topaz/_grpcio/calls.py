@@ -1,143 +1,115 @@
-"""The calls in flight on one channel."""
+"""
+The calls in flight on one channel.
+
+Two habits of grpc.aio must not reach a caller:
+
+- If a task that awaits a call is cancelled, grpc.aio replaces the CancelledError by one
+  of its own, which the cancel scopes of anyio do not recognize (grpc#43502). So each
+  call is awaited by a task of its own.
+- If a channel is closed, each task that awaits a call gets CancelledError, although it
+  was not cancelled. Here the call ends with the outcome None.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import asyncio
+import contextlib
+from itertools import chain
+from typing import Any, Final, TypeAlias
 
-from fastapi_topaz._grpcio.call import call_class
-from fastapi_topaz._grpcio.closed_loop import call_later
-from fastapi_topaz._grpcio.failures import in_time
-from fastapi_topaz._rpc.statuses import NotSent, too_large
-from fastapi_topaz.exceptions import ConnectionLost
+import grpc.aio
 
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fastapi_topaz._grpcio.call import Call
-    from fastapi_topaz._rpc.metadata import Metadata
-    from fastapi_topaz._rpc.target import Target
+from fastapi_topaz._grpcio.protocol import checked
 
 
-__all__ = ["LAST_CALLS", "Calls"]
+__all__ = ["Calls", "Outcome"]
 
 
-LAST_CALLS = 1.0
-"""Seconds that operations of gRPC get to end by themselves after they were cut off."""
+Outcome: TypeAlias = bytes | grpc.aio.AioRpcError | None
+"""The response, the error, or None if the call ended without either."""
+
+_REPORTED: Final = 0.1
+"""
+Seconds within which gRPC's core reports the end of a cancelled call to its event loop.
+
+It takes about a millisecond on an idle machine. If the loop is closed by then, the
+report raises "Event loop is closed" in another loop of the process.
+"""
 
 
 class Calls:
     """
-    Those who wait for a call on one channel, and the end of it.
+    The calls in flight on one channel.
 
-    Strictly private. Used in one thread, but for what says otherwise.
+    Strictly private.
     """
 
-    def __init__(self, channel: Any, target: Target) -> None:
-        self._call_class = call_class()
-        self._channel = channel
-        self._target = target.url
-        self._metadata = tuple(target.metadata)
-        self._max_message = target.max_message_bytes
-        # Maps each call to the callback that runs when it ends.
-        self._waiting: dict[Call, Callable[[], object]] = {}
-        self._on_quiet: Callable[[], object] | None = None
-        self.closed = False
+    def __init__(self) -> None:
+        # Each call by the task that awaits it.
+        self._running: dict[asyncio.Task[Outcome], Any] = {}
+        self._reported: float | None = None
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._running)
 
-    def begin(
-        self,
-        on_end: Callable[[], object],
-        method: str,
-        request: bytes,
-        timeout: float | None,
-        metadata: Metadata,
-    ) -> Call:
-        """
-        Begin a call; *on_end* is called when it has ended.
-
-        Raises:
-            ConnectionLost: The connection is closed.
-            grpc.aio.AioRpcError: The request is too large to be sent.
-        """
-        if self.closed:
-            raise self.lost(method)
-        if len(request) > self._max_message:
-            raise too_large(method, self._target, len(request), self._max_message)
-        pairs = (*self._metadata, *metadata) if metadata else self._metadata
-        call = self._call_class(
-            self._channel, method, request, timeout, pairs, self._ended
-        )
-        self._waiting[call] = on_end
-        return call
-
-    def result(self, call: Call, method: str) -> bytes:
-        """
-        Return the response of *call*, which has ended.
-
-        Raises:
-            grpc.aio.AioRpcError: The call ended with another status than OK.
-            ConnectionLost: The connection was closed under the call.
-        """
-        outcome = call.outcome()
-        deadline = call.deadline
-        # The frames of an error live as long as somebody keeps it. A call in one of
-        # them keeps its socket open, even that of a closed channel; the error itself
-        # makes a circle, which all of them wait in for the garbage collector.
-        del call
+    async def outcome(self, call: Any) -> Outcome:
+        """Return how *call* ends. If this is cancelled, so is the call."""
+        task = asyncio.create_task(_end_of(call))
+        self._running[task] = call
+        task.add_done_callback(lambda task: self._running.pop(task, None))
         try:
-            if isinstance(outcome, bytes):
-                return outcome
-            # OK without a message gRPC lets pass, but nothing was answered.
-            raise self.lost(method) if outcome is None else in_time(outcome, deadline)
+            await asyncio.wait([task])
+            return None if task.cancelled() else task.result()
+        except asyncio.CancelledError:
+            self._cancel(call)
+            raise
         finally:
-            del outcome
+            # The frames of an error must not keep the call, because a call keeps the
+            # socket of its channel open.
+            del call, task
 
-    def lost(self, method: str) -> ConnectionLost:
-        """Return the error of a call whose connection was closed; from any thread."""
-        return ConnectionLost(
-            f"the call {method} to {self._target} ended without an answer: the "
-            "connection was closed under it, or the server broke the protocol"
-        )
+    def _cancel(self, call: Any) -> None:
+        call.cancel()
+        self._reported = asyncio.get_running_loop().time() + _REPORTED
 
-    def not_sent(self, method: str, why: str) -> Exception:
-        """Return the error of a call for which there is no connection."""
-        return self.lost(method) if self.closed else NotSent(method, self._target, why)
+    async def until_quiet(self, timeout: float) -> None:
+        """Return when the last call has ended, or after *timeout* seconds."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout)
 
     def cut_off(self) -> None:
-        """Cancel all calls, and let those who wait for them go at once."""
-        for call, on_end in list(self._waiting.items()):
-            self._waiting[call] = _nobody
-            call.cancel("connection closed")
-            on_end()
+        """Cancel all calls. Each ends with the outcome None."""
+        for call in self._running.values():
+            self._cancel(call)
+
+    async def until_reported(self) -> None:
+        """Return when gRPC's core has reported the end of all cancelled calls."""
+        if self._reported is not None:
+            now = asyncio.get_running_loop().time()
+            await asyncio.sleep(max(0.0, self._reported - now))
 
     def abandon(self) -> None:
-        """Cancel all calls, whose tasks will never go on."""
-        self.closed = True
-        for call in list(self._waiting):
-            # Its task may be kept, and a call in its frames keeps the socket open.
-            self._waiting[call] = call.drop
-            call.abandon()
-        if self._waiting:
-            call_later(LAST_CALLS, self._drop)
-
-    def _drop(self) -> None:
-        # The loop had queued the ends of these calls when it closed, so they are lost.
-        for call in list(self._waiting):
-            call.drop()
-
-    def when_quiet(self, then: Callable[[], object]) -> None:
-        """Call *then*, once, when the last of the calls has ended."""
-        self._on_quiet = then
-
-    def _ended(self, call: Call) -> None:
-        self._waiting.pop(call)()
-        if not self._waiting and (on_quiet := self._on_quiet) is not None:
-            self._on_quiet = None
-            on_quiet()
+        """Cancel all calls, because their event loop was closed."""
+        for call in self._running.values():
+            # gRPC's core cancels the call. Then grpc.aio needs the loop, and fails.
+            with contextlib.suppress(RuntimeError):
+                call.cancel()
+        self._running.clear()
 
 
-def _nobody() -> None:
-    """Ignore the end of a call whose caller has left."""
+async def _end_of(call: Any) -> Outcome:
+    try:
+        response = await call
+        metadata = chain(await call.initial_metadata(), await call.trailing_metadata())
+    except grpc.aio.AioRpcError as error:
+        # Its frames hold the call.
+        without_frames: grpc.aio.AioRpcError = error.with_traceback(None)
+        return without_frames
+    except KeyError:  # gRPC 1.80 has no name for a status that a server makes up
+        return None
+    except asyncio.CancelledError:
+        # The call was cancelled. If this task ended with the error, its frames would
+        # make a cycle with the call.
+        return None
+    # gRPC accepts the status OK without a message, but that answers nothing.
+    return checked(response, metadata) if isinstance(response, bytes) else None

@@ -1,26 +1,30 @@
 """
-Why a connection or a call failed, as far as only the text of the failure tells.
+Why a connection or a call failed, by the texts of gRPC's core.
 
-gRPC gives the reason in no other way, so the texts are read here, in one place, and
-connections that failed get words that say what to do. An unknown text is passed on.
+gRPC gives the reason only as a text. All texts are matched here. The error of a failed
+connection says what to do. An unknown text is passed on.
+
+gRPC reports a status that it made itself in the same way as one that the server sent:
+one code and one text. The text of a call is matched from its beginning, because a proxy
+may quote the same words: "upstream reset: Connection reset by peer" is an answer. gRPC
+1.81 and newer put their own words into "Stream removed (...)".
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Final
 
 import grpc
 import grpc.aio
 
 from fastapi_topaz._rpc.certificates import client_fault, name_of
 from fastapi_topaz._rpc.clock import monotonic
-from fastapi_topaz._rpc.statuses import Ending, ending
+from fastapi_topaz._rpc.statuses import EndedCall, Ending
 from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from fastapi_topaz._rpc.target import Target
     from fastapi_topaz.exceptions import FailureReason
 
@@ -28,21 +32,19 @@ if TYPE_CHECKING:
 __all__ = [
     "connect_failed",
     "connect_timed_out",
-    "each_failed",
+    "ended",
     "hung_up",
-    "in_time",
     "out_of_time",
     "unserved",
 ]
 
 
 # The texts are those of gRPC 1.80 to 1.85 and of its BoringSSL, collected from servers
-# that fail in each of these ways. After the reason of a failed handshake BoringSSL says
-# what it thinks of the server's certificate: "OK", or "Invalid certificate verification
-# context" if it has not seen one yet.
+# that fail in each of these ways. After the reason of a failed handshake, BoringSSL
+# adds its verdict on the server's certificate: "OK", or "Invalid certificate
+# verification context" if it has not got one yet.
 #
-# Each row: parts of gRPC's text, reason, permanent, message. The first match wins; of
-# several addresses, the one whose row comes first.
+# Each row: parts of gRPC's text, reason, permanent, message. The first match wins.
 _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
     (
         ("certificate has expired",),
@@ -115,10 +117,9 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
     ),
     (
         (
-            # With TLS 1.3 the server says so after the handshake, where gRPC does not
-            # read the alert.
+            # With TLS 1.3 the alert comes after the handshake. gRPC does not read it.
             "Unwrap failed",
-            # The server's certificate was accepted, so ours is what is missing.
+            # The server's certificate was accepted, so the client's is missing.
             "ALERT_HANDSHAKE_FAILURE: OK",
             "ALERT_CERTIFICATE_",
             "ALERT_BAD_CERTIFICATE",
@@ -225,77 +226,37 @@ _KNOWN: tuple[tuple[tuple[str, ...], FailureReason, bool, str], ...] = (
     ),
 )
 
-_MOST = 16
-"""Addresses that a message lists."""
-
 
 def connect_failed(details: str, target: Target) -> ConnectFailed:
     """Return the error for gRPC's *details* of a failed attempt."""
-    _, reason, permanent, said = _cause(details, target)
-    return ConnectFailed(
-        f"cannot connect to {target.url}: {said}"
-        + (f" (gRPC: {details})" if said != details else ""),
-        reason=reason,
-        permanent=permanent,
-    )
-
-
-def each_failed(
-    failed: ConnectFailed,
-    target: Target,
-    tried: Sequence[tuple[str, str | None]],
-) -> ConnectFailed:
-    """
-    Return the error for an attempt at several addresses, *tried* with gRPC's texts.
-
-    It is *failed*, which is about one of them, if gRPC does not say why each failed.
-    """
-    causes = []
-    for address, text in tried:
-        if text is None:
-            return failed
-        causes.append((_cause(text, target), address, text))
-    causes.sort()
-    by_hint: dict[str, list[str]] = {}
-    for (_, _, _, hint), address, _ in causes:
-        by_hint.setdefault(hint, []).append(address)
-    said = "; ".join(
-        f"{_listed(addresses)}: {hint}" for hint, addresses in by_hint.items()
-    )
-    (_, reason, _, _), _, details = causes[0]
-    return ConnectFailed(
-        f"cannot connect to {target.url}: {said} (gRPC: {details})",
-        reason=reason,
-        # An address whose fault is not permanent may come back.
-        permanent=all(permanent for (_, _, permanent, _), _, _ in causes),
-    )
-
-
-def _listed(addresses: Sequence[str]) -> str:
-    more = f" and {len(addresses) - _MOST} more" if len(addresses) > _MOST else ""
-    return f"{', '.join(addresses[:_MOST])}{more}"
-
-
-def _cause(details: str, target: Target) -> tuple[int, FailureReason, bool, str]:
-    """Return the row of `_KNOWN` that *details* match, by its number."""
-    for number, (needles, reason, permanent, hint) in enumerate(_KNOWN):
+    reason: FailureReason = "other"
+    permanent, message = False, details
+    for needles, row_reason, row_permanent, hint in _KNOWN:
         if any(needle in details for needle in needles):
-            said = hint.format(
-                roots=(
-                    f"cert_file_path={target.cert_file_path!r} holds"
-                    if target.cert_file_path
-                    else "gRPC ships; pass the right one as cert_file_path"
-                ),
-                closed=(
-                    "is it using TLS? insecure=True was given"
-                    if target.insecure
-                    else "is it a gRPC server with TLS? perhaps " + client_fault(target)
-                ),
-                client=client_fault(target),
-                name=name_of(target),
-            )
-            return number, reason, permanent, said
-    return len(_KNOWN), "other", False, details
+            reason, permanent = row_reason, row_permanent
+            message = f"{_filled(hint, target)} (gRPC: {details})"
+            break
+    return ConnectFailed(
+        f"cannot connect to {target.url}: {message}", reason=reason, permanent=permanent
+    )
+
+
+def _filled(hint: str, target: Target) -> str:
+    """Return *hint* with the words for *target*."""
+    return hint.format(
+        roots=(
+            f"cert_file_path={target.cert_file_path!r} holds"
+            if target.cert_file_path
+            else "gRPC ships; pass the right one as cert_file_path"
+        ),
+        closed=(
+            "is it using TLS? insecure=True was given"
+            if target.insecure
+            else "is it a gRPC server with TLS? perhaps " + client_fault(target)
+        ),
+        client=client_fault(target),
+        name=name_of(target),
+    )
 
 
 def hung_up(target: Target) -> ConnectFailed:
@@ -307,19 +268,11 @@ def hung_up(target: Target) -> ConnectFailed:
     )
 
 
-def connect_timed_out(
-    target: Target,
-    timeout: float,
-    tried: Sequence[tuple[str, str | None]] = (),
-) -> ConnectFailed:
+def connect_timed_out(target: Target, timeout: float) -> ConnectFailed:
     """Return the error for an attempt that gave no reason in *timeout* seconds."""
-    each = "; ".join(
-        f"{address}: {text or 'no answer'}" for address, text in tried[:_MOST]
-    )
     return ConnectFailed(
         f"cannot connect to {target.url}: not ready within connection_timeout="
-        f"{timeout:g} s; the server may be overloaded, or send nothing"
-        + (f" (tried {each})" if each else ""),
+        f"{timeout:g} s; the server may be overloaded, or send nothing",
         reason="timeout",
     )
 
@@ -332,42 +285,74 @@ def unserved(target: Target) -> ConnectFailed:
     )
 
 
-def out_of_time() -> Exception:
-    """Return the error of a call whose deadline came before it was sent."""
-    none = grpc.aio.Metadata()
-    error: Exception = grpc.aio.AioRpcError(
-        grpc.StatusCode.DEADLINE_EXCEEDED, none, none, details="Deadline Exceeded"
-    )
-    return error
+def out_of_time() -> EndedCall:
+    """Return the error of a call whose deadline passed before it was sent."""
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    return EndedCall(Ending.TIMED_OUT, code, "Deadline Exceeded")
 
+
+# The first match wins. The text of an RST_STREAM or GOAWAY may be followed by more.
+_ENDINGS: Final = tuple(
+    (re.compile(text), how)
+    for text, how in (
+        (
+            r"(RST_STREAM \()?Received RST_STREAM with error code 7\b",
+            Ending.REFUSED_STREAM,
+        ),
+        (r"(RST_STREAM \()?Received RST_STREAM", Ending.RESET),
+        (r"GOAWAY received", Ending.GOAWAY),
+        (r"Received http2 header with status: |No status received", Ending.NO_STATUS),
+        (r"Data frame with END_STREAM", Ending.NO_STATUS),
+        (
+            r"Socket closed|(recvmsg|sendmsg|writev?):|Connection reset|Broken pipe",
+            Ending.CUT_OFF,
+        ),
+    )
+)
+_WRAPPED: Final = re.compile(r"Stream removed( \(|$)")
 
 _EARLY = 0.01
-"""Seconds. By so much a deadline may come before its time where the server is."""
+"""Seconds by which a deadline may pass earlier at the server than here."""
 
 
-def in_time(error: Exception, deadline: float | None) -> Exception:
+def ended(error: grpc.aio.AioRpcError, deadline: float | None) -> EndedCall:
     """
-    Return what a call ended with, DEADLINE_EXCEEDED if that was its *deadline*.
+    Return *error* of grpc.aio with how its call ended.
 
-    *deadline* is a time of `monotonic`.
-
-    It travels with the call, and a server on grpc-go, as Topaz is, resets the stream
-    when it has passed: up to one time in ten that is here, as CANCELLED, before gRPC's
-    own timer goes off. It is the silence that the others are.
+    *deadline* is a time of `monotonic`. It travels with the call. A server on grpc-go,
+    such as Topaz, resets the stream when it has passed. Up to one time in ten, that
+    arrives here as CANCELLED before gRPC's own timer fires. So it is DEADLINE_EXCEEDED.
     """
-    if (
-        deadline is None
-        or monotonic() < deadline - _EARLY
-        or not isinstance(error, grpc.aio.AioRpcError)
-        or error.code() is not grpc.StatusCode.CANCELLED
-        or ending(error) is not Ending.RESET
-    ):
+    if isinstance(error, EndedCall):
         return error
-    late: Exception = grpc.aio.AioRpcError(
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        error.initial_metadata(),
-        error.trailing_metadata(),
-        details="Deadline Exceeded",
-        debug_error_string=error.debug_error_string(),
+    how, code, details = _how(error), error.code(), error.details() or ""
+    if (
+        how is Ending.RESET
+        and code is grpc.StatusCode.CANCELLED
+        and deadline is not None
+        and monotonic() >= deadline - _EARLY
+    ):
+        late = out_of_time()
+        how, code, details = late.how, late.code(), late.details() or ""
+    return EndedCall(
+        how,
+        code,
+        details,
+        tuple(error.initial_metadata()),
+        tuple(error.trailing_metadata()),
+        error.debug_error_string(),
     )
-    return late
+
+
+def _how(error: grpc.aio.AioRpcError) -> Ending:
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Ending.TIMED_OUT
+    details = error.details() or ""
+    wrapped = _WRAPPED.match(details)
+    start = wrapped.end() if wrapped else 0
+    for text, how in _ENDINGS:
+        if text.match(details, start):
+            return how
+    # With other codes gRPC refuses the answer itself, such as one that is too large.
+    unknown = error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN}
+    return Ending.CUT_OFF if wrapped and unknown else Ending.STATUS

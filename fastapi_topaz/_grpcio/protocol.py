@@ -1,8 +1,9 @@
 """
-Which answers break HTTP/2 or gRPC, although gRPC's core accepts them with status OK.
+Responses that violate HTTP/2 or gRPC, although gRPC's core accepts them with status OK.
 
-Only what the core passes on can be checked here. It passes on neither `:status` nor
-`content-type`, nor a `grpc-status` that another one follows: see `docs/topaz.md`.
+Only the parts that the core passes on can be checked here. It passes on neither
+`:status` nor `content-type`, nor a `grpc-status` that another one follows: see
+`docs/topaz.md`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import grpc
-import grpc.aio
+
+from fastapi_topaz._rpc.statuses import EndedCall, Ending
 
 
 if TYPE_CHECKING:
@@ -31,14 +33,13 @@ _PREFIX = 5
 
 def checked(
     answer: bytes, metadata: Iterable[tuple[str, str | bytes]]
-) -> bytes | grpc.aio.AioRpcError:
-    """Return *answer*, or the error for one whose *metadata* break the protocol."""
+) -> bytes | EndedCall:
+    """Return *answer*, or an error if its *metadata* violates the protocol."""
     for key, value in metadata:
         if fault := _fault(key, value, len(answer)):
-            return grpc.aio.AioRpcError(
+            return EndedCall(
+                Ending.STATUS,
                 grpc.StatusCode.INTERNAL,
-                grpc.aio.Metadata(),
-                grpc.aio.Metadata(),
                 f"the answer breaks the protocol: {fault}",
             )
     return answer

@@ -38,7 +38,7 @@ _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 def root_certificates(target: Target) -> bytes | None:
     """
-    Return the PEM text of `cert_file_path`, or None for gRPC's own roots.
+    Return the PEM text of `cert_file_path`, or None for the default roots.
 
     Raises:
         ValueError: The file cannot be read, or is not a PEM file of certificates.

@@ -37,8 +37,7 @@ class CredentialedConnection:
     """
     A connection that asks the `credentials` of its target for each call and probe.
 
-    Strictly private. This class runs the callable in the task of the caller: on trio,
-    another layer may run on the loop thread.
+    Strictly private. The callable runs in the task of the caller.
 
     Args:
         connection: The connection that makes the calls, of any transport.

@@ -1,17 +1,12 @@
 """
 What the end of a gRPC call means: for the call, for its connection, and for a retry.
 
-gRPC reports a status that it made itself in the same way as one that the server sent:
-one code and one text. So the text decides. It is matched from its beginning, because
-a proxy may quote the same words: "upstream reset: Connection reset by peer" is an
-answer. gRPC 1.81 and newer put their own words into "Stream removed (...)". The native
-transport raises `EndedCall`, which carries the ending itself.
+Both transports raise `EndedCall`, which carries how the call ended.
 """
 
 from __future__ import annotations
 
 import enum
-import re
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -59,7 +54,7 @@ class Ending(enum.Enum):
     """How a call ended, if not with OK."""
 
     STATUS = enum.auto()
-    """With a status of the other side, or one of gRPC with a text unknown here."""
+    """With a status of the other side, or one that is unknown here."""
     NO_STATUS = enum.auto()
     """With an HTTP answer without a `grpc-status`, as the error page of a proxy."""
     REFUSED_STREAM = enum.auto()
@@ -90,13 +85,14 @@ class EndedCall(grpc.aio.AioRpcError):  # type: ignore[misc]
         details: str,
         initial_metadata: Metadata = (),
         trailing_metadata: Metadata = (),
+        debug: str | None = None,
     ) -> None:
         super().__init__(
             code,
             grpc.aio.Metadata(*initial_metadata),
             grpc.aio.Metadata(*trailing_metadata),
             details,
-            debug_error_string=details,
+            debug_error_string=details if debug is None else debug,
         )
         self.how = how
 
@@ -107,6 +103,7 @@ class EndedCall(grpc.aio.AioRpcError):  # type: ignore[misc]
             self.details(),
             tuple(self.initial_metadata()),
             tuple(self.trailing_metadata()),
+            self.debug_error_string(),
         )
 
 
@@ -136,37 +133,17 @@ def too_large(method: str, target: str, size: int, limit: int) -> EndedCall:
     )
 
 
-# The first match wins. The text of an RST_STREAM or GOAWAY may be followed by more.
-_TEXTS = (
-    (r"(RST_STREAM \()?Received RST_STREAM with error code 7\b", Ending.REFUSED_STREAM),
-    (r"(RST_STREAM \()?Received RST_STREAM", Ending.RESET),
-    (r"GOAWAY received", Ending.GOAWAY),
-    (r"Received http2 header with status: |No status received", Ending.NO_STATUS),
-    (r"Data frame with END_STREAM", Ending.NO_STATUS),
-    (
-        r"Socket closed|(recvmsg|sendmsg|writev?):|Connection reset|Broken pipe",
-        Ending.CUT_OFF,
-    ),
-)
-_KNOWN = tuple((re.compile(text), ending) for text, ending in _TEXTS)
-_WRAPPED = re.compile(r"Stream removed( \(|$)")
-
-
 def ending(error: grpc.aio.AioRpcError) -> Ending:
-    """Return how the call ended that raised *error*."""
+    """
+    Return how the call ended that raised *error*.
+
+    An error that is not an `EndedCall` comes from a connector of the application. It
+    has only a status.
+    """
     if isinstance(error, EndedCall):
         return error.how
-    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return Ending.TIMED_OUT
-    details = error.details() or ""
-    wrapped = _WRAPPED.match(details)
-    start = wrapped.end() if wrapped else 0
-    for text, found in _KNOWN:
-        if text.match(details, start):
-            return found
-    # With other codes gRPC refuses the answer itself, as one that is too large.
-    unknown = error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN}
-    return Ending.CUT_OFF if wrapped and unknown else Ending.STATUS
+    is_late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    return Ending.TIMED_OUT if is_late else Ending.STATUS
 
 
 def status_number(error: BaseException) -> int | None:

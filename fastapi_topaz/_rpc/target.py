@@ -40,8 +40,9 @@ class Target:
         metadata: Pairs that are sent with every call, default none. They may be
             secret, so no repr shows them.
         cert_file_path: A PEM file with the CA that signed the server's certificate.
-            None, the default, means the root certificates that gRPC ships. The file
-            is read at every connect, so new connections use a rotated file.
+            None, the default, means the root certificates of the system, or of gRPC
+            with the transport `grpcio`. The file is read at every connect, so new
+            connections use a rotated file.
         insecure: True means plaintext, without TLS. Default False.
         probe: The full name of a unary-unary call, as `/package.Service/Method`. The
             pool sends it with an empty request to check that the server is alive. Any

@@ -24,6 +24,7 @@ from fastapi_topaz._app.asking import Retry, RetryTokens
 from fastapi_topaz._app.question import Question
 from fastapi_topaz._pool.budget import Budget
 from fastapi_topaz._pool.state.status import PoolCounters
+from fastapi_topaz._rpc.statuses import EndedCall, Ending
 
 
 PATH = "myapp.GET.documents"
@@ -61,7 +62,8 @@ def cancelled():
 
 
 def unprocessed():
-    return ended(grpc.StatusCode.UNAVAILABLE, "GOAWAY received")
+    code = grpc.StatusCode.UNAVAILABLE
+    return EndedCall(Ending.GOAWAY, code, "GOAWAY received")
 
 
 @attrs.define

@@ -1,268 +1,219 @@
-"""Test that calls end alike on gRPC's core and through grpc.aio itself."""
+"""Test how calls of grpc.aio end."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import logging
 
 import anyio
 import grpc
 import grpc.aio
 import pytest
-import trio
 
-from fastapi_topaz import ConnectFailed, ConnectionLost, ConnectionPool
-from fastapi_topaz._authorizer import messages as _messages
-from fastapi_topaz._grpcio import call as _call
-from fastapi_topaz._grpcio.loop_thread import LoopThread
-from fastapi_topaz.connector import GrpcConnector
-from fastapi_topaz.testing import EmbeddedAuthorizer
-from kit.channels import connected
+from fastapi_topaz import ConnectionLost
+from fastapi_topaz._grpcio.calls import Calls
+from kit.backends import asyncio_only
+from kit.channels import ask, connected
 from kit.waiting import eventually
 
 
-pytestmark = [pytest.mark.real_clock, pytest.mark.uvloop]
+class Call:
+    """A call that ends with *end*, an error or a response, when it is allowed to."""
 
-QUESTION = _messages.is_request("app.GET.x", ("allowed",), None, None, None, None)
-KINDS = [_call.DirectCall, _call.TaskCall]
+    def __init__(self, end=b"", trailing=()):
+        self.end, self.trailing = end, trailing
+        self.may_end = asyncio.Event()
+        self.cancels = 0
 
+    def __await__(self):
+        yield from self.may_end.wait().__await__()
+        if isinstance(self.end, BaseException):
+            raise self.end
+        return self.end
 
-@pytest.fixture(params=KINDS, ids=lambda call_class: call_class.__name__, autouse=True)
-def call_class(request, monkeypatch):
-    monkeypatch.setattr(_call, "_call_class", request.param)
-    return request.param
+    async def initial_metadata(self):
+        return grpc.aio.Metadata()
 
+    async def trailing_metadata(self):
+        return grpc.aio.Metadata(*self.trailing)
 
-@pytest.fixture
-def authorizer(embedded_authorizer):
-    embedded_authorizer.policies = {"app.GET.x": True}
-    return embedded_authorizer
-
-
-async def ask(connection, *, timeout=10.0, metadata=()):
-    return await connection.call(
-        _messages.IS, QUESTION, timeout=timeout, metadata=metadata
-    )
-
-
-async def test_a_call_returns_the_bytes_of_the_answer(authorizer):
-    async with connected(authorizer.options) as connection:
-        answers = []
-        async with anyio.create_task_group() as callers:
-
-            async def caller():
-                answers.append(await ask(connection, timeout=None))
-
-            for _ in range(30):
-                callers.start_soon(caller)
-        assert len(answers) == 30
-        assert all(isinstance(answer, bytes) and answer for answer in answers)
+    def cancel(self):
+        self.cancels += 1
+        self.end = asyncio.CancelledError()
+        self.may_end.set()
 
 
-async def test_an_error_has_the_status_and_details_of_the_server(authorizer):
-    authorizer.fail("RESOURCE_EXHAUSTED", "too many of them", times=1)
-    async with connected(authorizer.options) as connection:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await ask(connection)
-        error = caught.value
-        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert error.details() == "too many of them"
-        assert isinstance(error.trailing_metadata(), grpc.aio.Metadata)
-        assert isinstance(error.initial_metadata(), grpc.aio.Metadata)
-        assert "too many of them" in (error.debug_error_string() or "")
-        assert await ask(connection)
+def ended(*args):
+    call = Call(*args)
+    call.may_end.set()
+    return call
 
 
-async def test_a_deadline_ends_the_call_and_not_the_connection(authorizer):
-    async with connected(authorizer.options) as connection:
-        authorizer.delay = 5.0
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await ask(connection, timeout=0.1)
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        authorizer.delay = 0.0
-        assert await ask(connection)
+@asyncio_only
+async def test_the_response_of_a_call_is_its_outcome():
+    calls = Calls()
+    assert await calls.outcome(ended(b"an answer")) == b"an answer"
+    assert len(calls) == 0
 
 
-async def test_a_cancelled_call_is_cancelled_on_the_server_too(authorizer):
-    authorizer.delay = 60.0
-    async with connected(authorizer.options) as connection:
-        async with anyio.create_task_group() as callers:
-
-            async def caller():
-                with anyio.CancelScope() as scope:
-                    scopes.append(scope)
-                    await ask(connection, timeout=60)
-
-            scopes = []
-            for _ in range(5):
-                callers.start_soon(caller)
-            await eventually(lambda: authorizer.streams == 5)
-            for scope in scopes:
-                scope.cancel()
-        assert all(scope.cancelled_caught for scope in scopes)
-        await eventually(lambda: authorizer.streams == 0)
-        authorizer.delay = 0.0
-        assert await ask(connection)
+# OK without a message, a closed channel, and a status that gRPC 1.80 has no name for.
+@asyncio_only
+@pytest.mark.parametrize(
+    "end", [None, asyncio.CancelledError(), KeyError(99)], ids=repr
+)
+async def test_a_call_that_ends_abnormally_has_no_answer(end):
+    assert await Calls().outcome(ended(end)) is None
 
 
-async def test_closing_ends_calls_with_connection_lost_at_once(authorizer):
-    authorizer.delay = 60.0
-    lost = []
-    async with connected(authorizer.options) as connection:
-        async with anyio.create_task_group() as callers:
+@asyncio_only
+async def test_an_error_has_no_frames_which_would_keep_the_call():
+    none = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(grpc.StatusCode.NOT_FOUND, none, none)
+    outcome = await Calls().outcome(ended(error))
+    assert outcome is error
+    assert outcome.__traceback__ is None
+
+
+@asyncio_only
+async def test_a_response_that_violates_the_protocol_is_an_error():
+    outcome = await Calls().outcome(ended(b"yes", [("connection", "close")]))
+    assert outcome.code() is grpc.StatusCode.INTERNAL
+    assert "does not exist in HTTP/2" in outcome.details()
+
+
+@asyncio_only
+async def test_a_cancelled_caller_cancels_its_call_and_gets_its_own_cancellation():
+    calls, call = Calls(), Call()
+    task = asyncio.create_task(calls.outcome(call))
+    await asyncio.sleep(0)
+    assert len(calls) == 1
+    task.cancel("enough")
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert caught.value.args == ("enough",)
+    assert call.cancels == 1
+    await asyncio.sleep(0.01)
+    assert len(calls) == 0
+
+
+@asyncio_only
+async def test_calls_that_are_cut_off_have_no_answer_and_cancel_nobody():
+    calls, outcomes = Calls(), []
+    async with anyio.create_task_group() as tasks:
+
+        async def caller():
+            outcomes.append(await calls.outcome(Call()))
+
+        for _ in range(3):
+            tasks.start_soon(caller)
+        await anyio.wait_all_tasks_blocked()
+        calls.cut_off()
+        began = anyio.current_time()
+        await calls.until_reported()
+        assert anyio.current_time() - began == pytest.approx(0.1)
+    assert outcomes == [None] * 3
+
+
+@asyncio_only
+async def test_without_a_cancelled_call_there_is_no_report_to_wait_for():
+    calls = Calls()
+    await calls.outcome(ended())
+    began = anyio.current_time()
+    await calls.until_reported()
+    assert anyio.current_time() == began
+
+
+@pytest.mark.grpcio
+@pytest.mark.real_clock
+async def test_the_frames_of_a_lost_call_keep_no_socket(embedded_authorizer):
+    embedded_authorizer.delay = 60.0
+    kept = []
+    gc.collect()
+    gc.disable()
+    try:
+        async with (
+            connected(embedded_authorizer.options) as connection,
+            anyio.create_task_group() as tasks,
+        ):
 
             async def caller():
                 try:
-                    await ask(connection, timeout=60)
-                except ConnectionLost:
-                    lost.append(True)
-
-            for _ in range(5):
-                callers.start_soon(caller)
-            await eventually(lambda: authorizer.streams == 5)
-            await connection.close(0)
-        with pytest.raises(ConnectionLost):
-            await ask(connection)
-    assert lost == [True] * 5
-
-
-async def test_a_close_with_grace_lets_calls_end(authorizer):
-    authorizer.delay = 0.3
-    answers = []
-    async with (
-        connected(authorizer.options) as connection,
-        anyio.create_task_group() as tasks,
-    ):
-
-        async def caller():
-            answers.append(await ask(connection))
-
-        for _ in range(5):
-            tasks.start_soon(caller)
-        await eventually(lambda: authorizer.streams == 5)
-        await connection.close(30)
-    assert len(answers) == 5
-    assert all(answers)
-
-
-async def test_metadata_of_a_call_is_sent_in_any_form(authorizer):
-    async with connected(authorizer.options) as connection:
-        for metadata in [(("a-b", "c"),), [("a-b", "c"), ("x-bin", b"\0\xff")]]:
-            assert await ask(connection, metadata=metadata)
-        assert await ask(connection, metadata=(["a-b", "c"],))
-
-
-async def test_a_caller_cancelled_before_the_call_sends_nothing(
-    authorizer, monkeypatch
-):
-    # On trio the loop thread might get the answer before the cancellation.
-    handed = []
-    async with connected(authorizer.options) as connection:
-        with anyio.CancelScope() as scope, monkeypatch.context() as patch:
-            patch.setattr(LoopThread, "call_soon", lambda *args: handed.append(args))
-            scope.cancel()
-            await ask(connection)
-        assert scope.cancelled_caught
-        assert not handed
-        assert await ask(connection)
-
-
-async def test_an_error_is_freed_with_its_last_reference(authorizer):
-    """The error forms no cycle with its own frames, which hold the data of callers."""
-
-    def errors():
-        return sum(isinstance(x, grpc.aio.AioRpcError) for x in gc.get_objects())
-
-    authorizer.fail("NOT_FOUND")
-    async with connected(authorizer.options) as connection:
-        gc.collect()
-        gc.disable()
-        before = errors()  # other tests may keep theirs
-        try:
-            for _ in range(20):
-                with contextlib.suppress(grpc.aio.AioRpcError):
                     await ask(connection)
-            assert errors() <= before + 1
-        finally:
-            gc.enable()
+                except ConnectionLost as error:
+                    kept.append(error)
+
+            for _ in range(3):
+                tasks.start_soon(caller)
+            await eventually(lambda: embedded_authorizer.streams == 3)
+            await connection.close(0)
+        assert len(kept) == 3
+        await eventually(lambda: embedded_authorizer.connections_open == 0)
+    finally:
+        gc.enable()
 
 
-async def test_interceptors_added_to_all_channels_are_bypassed(authorizer, monkeypatch):
-    class Nosy(grpc.aio.UnaryUnaryClientInterceptor):
-        async def intercept_unary_unary(self, continuation, details, request):
-            raise AssertionError("asked")
+class Traced(grpc.aio.UnaryUnaryClientInterceptor):
+    """Sees each call, as a library for tracing does."""
 
-    plain = grpc.aio.insecure_channel
+    def __init__(self):
+        self.methods = []
+
+    async def intercept_unary_unary(self, continuation, details, request):
+        self.methods.append(details.method)
+        return await continuation(details, request)
+
+
+@pytest.mark.grpcio
+@pytest.mark.real_clock
+async def test_interceptors_that_are_added_to_all_channels_work(
+    embedded_authorizer, monkeypatch
+):
+    traced, plain = Traced(), grpc.aio.insecure_channel
     monkeypatch.setattr(
         grpc.aio,
         "insecure_channel",
-        lambda target, options: plain(target, options=options, interceptors=[Nosy()]),
+        lambda target, options: plain(target, options=options, interceptors=[traced]),
     )
-    async with connected(authorizer.options) as connection:
+    async with connected(embedded_authorizer.options) as connection:
         assert await ask(connection)
-    authorizer.stop()
-    with pytest.raises(ConnectFailed, match="refused"):
-        await GrpcConnector(authorizer.options.target).connect(10)
+        embedded_authorizer.fail("NOT_FOUND", "nothing there")
+        with pytest.raises(grpc.aio.AioRpcError, match="nothing there"):
+            await ask(connection)
+    assert len(traced.methods) == 2
 
 
-@pytest.mark.parametrize("call_class", [None], indirect=True)
-def test_trio_as_a_guest_of_asyncio_makes_calls_too(authorizer, call_class):
-    """Two loops share a thread, and gRPC is driven from the inner loop."""
+class Loopless(Call):
+    """A call whose event loop is closed, as grpc.aio cancels it."""
 
-    async def guest():
-        pool = ConnectionPool()
-        pool.configure(authorizer.options)
-        async with pool:
-            for _ in range(20):
-                async with pool.acquire() as conn:
-                    await conn.info()
-        return "asked"
-
-    async def host():
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
-        trio.lowlevel.start_guest_run(
-            guest,
-            run_sync_soon_threadsafe=loop.call_soon_threadsafe,
-            done_callback=done.set_result,
-        )
-        return (await done).unwrap()
-
-    assert asyncio.run(host()) == "asked"
+    def cancel(self):
+        self.cancels += 1
+        raise RuntimeError("Event loop is closed")
 
 
-class AnotherInside:
-    """A channel whose private attributes differ from the known ones."""
-
-    class _channel:  # noqa: N801
-        @staticmethod
-        def call(method, deadline):
-            raise AssertionError("called with less than it should be")
-
-
-@pytest.mark.parametrize("call_class", [None], indirect=True)
-@pytest.mark.parametrize("channel", [AnotherInside(), object()])
-def test_an_unknown_grpc_version_falls_back_to_its_public_calls(
-    channel, call_class, caplog
-):
-    with caplog.at_level(logging.INFO, "fastapi_topaz"):
-        _call.detect_call_class(channel)
-        _call.detect_call_class(channel)
-    assert _call._call_class is _call.TaskCall
-    assert not _call.is_direct()
-    assert [r.message for r in caplog.records] == [
-        (
-            f"gRPC {grpc.__version__} is not known from inside: "
-            "the slower public calls of grpc.aio are used"
-        )
-    ]
+@asyncio_only
+async def test_calls_of_a_closed_loop_are_all_cancelled():
+    calls, running = Calls(), [Loopless(), Loopless()]
+    tasks = [asyncio.create_task(calls.outcome(call)) for call in running]
+    await asyncio.sleep(0)
+    calls.abandon()
+    assert [call.cancels for call in running] == [1, 1]
+    assert len(calls) == 0
+    for call in running:
+        call.may_end.set()
+    assert await asyncio.gather(*tasks) == [b"", b""]
 
 
-@pytest.mark.parametrize("call_class", [None], indirect=True)
-async def test_the_installed_grpc_is_driven_through_its_core(call_class):
-    with EmbeddedAuthorizer({"app.GET.x": True}) as authorizer:
-        async with connected(authorizer.options) as connection:
-            assert await ask(connection)
-    assert _call.is_direct()
+@asyncio_only
+async def test_waiting_for_quiet_ends_with_the_last_call_or_its_time():
+    calls, call = Calls(), Call()
+    began = anyio.current_time()
+    await calls.until_quiet(5)
+    assert anyio.current_time() == began
+    task = asyncio.create_task(calls.outcome(call))
+    await asyncio.sleep(0)
+    await calls.until_quiet(5)
+    assert anyio.current_time() - began == pytest.approx(5)
+    call.may_end.set()
+    await calls.until_quiet(5)
+    assert anyio.current_time() - began == pytest.approx(5)
+    assert await task == b""

@@ -1,11 +1,10 @@
-"""Test the reasons why a channel does not become ready."""
+"""Test when a channel is ready, and the reasons why it is not."""
 
 from __future__ import annotations
 
 import asyncio
 
 import anyio
-import anyio.lowlevel
 import grpc
 import grpc.aio
 import pytest
@@ -13,8 +12,8 @@ import pytest
 from fastapi_topaz import ConnectFailed
 from fastapi_topaz._grpcio import channel as _channel
 from fastapi_topaz._grpcio import connection as _connection
-from fastapi_topaz._grpcio import failures as _failures
 from fastapi_topaz.connector import GrpcConnector
+from kit.backends import asyncio_only
 from kit.channels import INFO
 from kit.configs import TOPAZ
 
@@ -22,35 +21,96 @@ from kit.configs import TOPAZ
 # Far longer than a test takes.
 PATIENCE = 20.0
 
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_channel_that_connects_while_its_error_is_read_is_ready(
-    monkeypatch,
-):
-    states = [grpc.ChannelConnectivity.TRANSIENT_FAILURE]
-    asked = []
-
-    class Channel:
-        def get_state(self, *, try_to_connect):
-            return states[-1]
-
-        async def wait_for_state_change(self, state):
-            assert state is not states[-1]
-
-    class Answered:
-        def __init__(self, channel, method, request, timeout, metadata, on_end):
-            asked.append(method)
-            states.append(grpc.ChannelConnectivity.READY)
-            on_end(self)
-
-        def outcome(self):
-            return b"an answer"
-
-    monkeypatch.setattr(_channel, "call_class", lambda: Answered)
-    await _channel.until_ready(Channel(), TOPAZ.target)
-    assert asked == [INFO]
+State = grpc.ChannelConnectivity
 
 
+class Call:
+    """A call that ends at once."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def __await__(self):
+        if isinstance(self.end, Exception):
+            raise self.end
+        return self.end
+        yield
+
+    async def initial_metadata(self):
+        return grpc.aio.Metadata()
+
+    trailing_metadata = initial_metadata
+
+
+class Channel:
+    """A channel that shows these states, and then the last one."""
+
+    def __init__(self, *states, end=b"an answer", after_call=None):
+        self.states = [*states]
+        self.asked = []
+        self.connects = 0
+        self.end, self.after_call = end, after_call
+
+    def get_state(self, try_to_connect=False):
+        self.connects += try_to_connect
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
+
+    def unary_unary(self, method):
+        self.asked.append(method)
+        if self.after_call is not None:
+            self.states = [self.after_call]
+        return lambda _request, **_options: Call(self.end)
+
+
+def unavailable(details):
+    none = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, none, none, details)
+
+
+@asyncio_only
+async def test_a_channel_is_ready_after_its_attempt():
+    channel = Channel(State.IDLE, State.IDLE, State.CONNECTING, State.READY)
+    await _channel.until_ready(channel, TOPAZ.target)
+    assert (channel.asked, channel.connects) == ([], 1)
+
+
+@asyncio_only
+async def test_a_channel_that_connects_while_its_error_is_read_is_ready():
+    channel = Channel(State.TRANSIENT_FAILURE, after_call=State.READY)
+    await _channel.until_ready(channel, TOPAZ.target)
+    assert channel.asked == [INFO]
+
+
+@asyncio_only
+async def test_a_failed_attempt_is_not_repeated():
+    refused = unavailable("Connection refused")
+    channel = Channel(State.CONNECTING, State.TRANSIENT_FAILURE, end=refused)
+    with pytest.raises(ConnectFailed, match="nothing listens there"):
+        await _channel.until_ready(channel, TOPAZ.target)
+    assert (channel.asked, channel.connects) == ([INFO], 1)
+
+
+@asyncio_only
+@pytest.mark.parametrize(
+    "states",
+    [
+        [State.CONNECTING, State.IDLE],
+        [State.CONNECTING, State.SHUTDOWN],
+        # The server hung up before the first look.
+        [State.IDLE],
+    ],
+    ids=str,
+)
+async def test_a_server_that_hangs_up_gets_one_connect(states):
+    channel = Channel(*states)
+    began = anyio.current_time()
+    with pytest.raises(ConnectFailed, match="ended the connection as soon as it was"):
+        await _channel.until_ready(channel, TOPAZ.target)
+    assert channel.connects == 1
+    assert anyio.current_time() - began < 1
+
+
+@pytest.mark.grpcio
 @pytest.mark.real_clock
 async def test_an_attempt_without_a_reason_in_time_reports_that(monkeypatch):
     async def never(_channel, _options):
@@ -64,7 +124,5 @@ async def test_an_attempt_without_a_reason_in_time_reports_that(monkeypatch):
     assert "not ready within connection_timeout=0.05 s" in str(caught.value)
 
 
-def test_an_unknown_reason_is_passed_on_unchanged():
-    failed = _failures.connect_failed("the moon is full", TOPAZ.target)
-    assert str(failed) == "cannot connect to topaz.test:8282: the moon is full"
-    assert (failed.reason, failed.permanent) == ("other", False)
+def test_the_largest_connection_timeout_gives_valid_channel_options():
+    assert _channel._channel_options(1.7e308)

@@ -161,9 +161,10 @@ def test_a_pool_opened_before_a_fork_is_500_with_the_remedy(caplog, monkeypatch)
     asyncio.run(main())
 
 
+@pytest.mark.grpcio
 @pytest.mark.real_clock
 def test_grpc_inherited_by_a_fork_is_500_with_the_remedy(caplog, monkeypatch):
-    config = config_of_alice(ConnectionPool(max_retries=0, transport="grpcio"))
+    config = config_of_alice(ConnectionPool(max_retries=0))
     monkeypatch.setattr(_fork, "inherited_from", lambda: 1)
     app = guarded(config)
     app.router.lifespan_context = config.lifespan

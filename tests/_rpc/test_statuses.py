@@ -7,7 +7,15 @@ import grpc.aio
 import pytest
 
 from fastapi_topaz import ConnectionLost, Verdict
-from fastapi_topaz._rpc.statuses import is_worth_a_retry, status_number, verdict
+from fastapi_topaz._rpc.statuses import (
+    EndedCall,
+    Ending,
+    ending,
+    is_unprocessed,
+    is_worth_a_retry,
+    status_number,
+    verdict,
+)
 
 
 OTHERS = sorted(
@@ -46,8 +54,20 @@ def test_a_status_of_the_server_gives_this_verdict(code, lost, expected):
 )
 def test_a_goaway_counts_only_if_the_connection_has_ended(lost, expected):
     """A proxy may quote the GOAWAY of its own connection."""
-    error = ended(grpc.StatusCode.UNAVAILABLE, "GOAWAY received")
+    code = grpc.StatusCode.UNAVAILABLE
+    error = EndedCall(Ending.GOAWAY, code, "GOAWAY received")
     assert verdict(error, lambda: lost) is expected
+
+
+@pytest.mark.parametrize("details", ["GOAWAY received", "Socket closed", "", None])
+def test_a_text_alone_says_nothing(details):
+    """A connector of the application may raise errors of grpc.aio itself."""
+    error = ended(grpc.StatusCode.UNAVAILABLE, details)
+    assert ending(error) is Ending.STATUS
+    assert not is_unprocessed(error)
+    assert verdict(error, lambda: False) is Verdict.REFUSED
+    late = ended(grpc.StatusCode.DEADLINE_EXCEEDED, details)
+    assert ending(late) is Ending.TIMED_OUT
 
 
 def test_a_lost_connection_is_broken_and_other_errors_say_nothing():

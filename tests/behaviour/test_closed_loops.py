@@ -91,14 +91,14 @@ JOBS = [used, leased, in_flight, connecting, greeting, waiting]
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
 @pytest.mark.parametrize("shared", [False, True], ids=["own pools", "one pool"])
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("transport", ["grpcio", "native"])
+@pytest.mark.native
 def test_a_closed_loop_leaves_no_open_socket_or_file_descriptor(
-    embedded_authorizer, make_loop, job, shared, count, transport
+    embedded_authorizer, make_loop, job, shared, count
 ):
     process = psutil.Process()
 
     def make():
-        pool = ConnectionPool(min_connections=2, max_connections=4, transport=transport)
+        pool = ConnectionPool(min_connections=2, max_connections=4)
         pool.configure(embedded_authorizer.options)
         pool.authorizer = embedded_authorizer
         return pool
@@ -111,7 +111,7 @@ def test_a_closed_loop_leaves_no_open_socket_or_file_descriptor(
             embedded_authorizer.heal()
         gc.collect()
 
-    # gRPC opens these once for each process, and keeps them.
+    # The first rounds open descriptors that a process opens once and keeps.
     rounds(3)
     until(lambda: embedded_authorizer.connections_open == 0)
     before = process.num_fds()
@@ -120,40 +120,25 @@ def test_a_closed_loop_leaves_no_open_socket_or_file_descriptor(
     until(lambda: process.num_fds() <= before)
 
 
-@pytest.mark.grpcio  # the queue is gRPC's
-def test_a_loop_closed_with_the_end_of_a_call_queued_leaves_no_open_socket(
-    embedded_authorizer,
+@pytest.mark.grpcio
+@pytest.mark.parametrize("make_loop", list(event_loops()))
+@pytest.mark.parametrize(
+    "job", [used, leased, connecting], ids=lambda job: job.__name__
+)
+def test_a_closed_loop_leaves_no_grpc_channel_without_calls_open(
+    embedded_authorizer, make_loop, job
 ):
-    # gRPC reads the ends of all calls of the process in any of its loops, and queues
-    # each in the loop of its call. asyncio drops the queue of a loop that closes.
-    class Unread(asyncio.SelectorEventLoop):
-        """Leaves the reading to the authorizer's loop."""
-
-        def add_reader(self, fd, callback, *args):
-            pass
-
-    pool = ConnectionPool(min_connections=1, transport="grpcio")
-    pool.configure(embedded_authorizer.options)
-    loop = Unread()
-
-    def stop_with_the_first_answer_queued(loop):
-        if not embedded_authorizer.calls["Info"]:
-            loop.call_soon(stop_with_the_first_answer_queued, loop)
-            return
-        until(lambda: any("_handle_callback_wrapper" in str(x) for x in loop._ready))
-        loop.stop()
-
-    task = loop.create_task(pool.acquire().__aenter__())
-    loop.call_soon(stop_with_the_first_answer_queued, loop)
-    loop.run_forever()
-    loop.close()
-    del task, pool, loop
+    for _ in range(4):
+        pool = ConnectionPool(min_connections=2, max_connections=4)
+        pool.configure(embedded_authorizer.options)
+        run(make_loop, job, pool)
     gc.collect()
     until(lambda: embedded_authorizer.connections_open == 0)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("make_loop", list(event_loops()))
-def test_grpc_works_on_a_new_loop_after_a_loop_closed_during_a_call(
+def test_a_pool_works_on_a_new_loop_after_a_loop_closed_during_a_call(
     embedded_authorizer, make_loop, caplog
 ):
     caplog.set_level(logging.WARNING, logger="asyncio")

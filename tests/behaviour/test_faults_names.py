@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from contextlib import ExitStack, asynccontextmanager
 
 import anyio
 import pytest
+from anyio.to_thread import run_sync
 
 from fastapi_topaz import (
     AuthorizerOptions,
@@ -38,18 +40,28 @@ def others(http2_server):
 
 
 @pytest.fixture
-def names(http2_server):
+def names(http2_server, transport, monkeypatch):
+    """
+    Answers for the name: those of a name server to gRPC, which can ask any server.
+
+    The native transport asks the system, so for that one they are the system's.
+    """
     with Names({NAME: [http2_server.host]}) as running:
+        running.transport = transport
+        if transport == "native":
+            resolver = running.resolver(socket.getaddrinfo)
+            monkeypatch.setattr(socket, "getaddrinfo", resolver)
         yield running
 
 
 @asynccontextmanager
 async def opened(names, http2_server, **options):
     """Open a pool to the name; no connection is opened before its first use."""
-    # Only gRPC's core can ask a DNS server that the url names.
     defaults = {"min_connections": 0, "acquire_timeout": PATIENCE}
-    pool = ConnectionPool(transport="grpcio", **(defaults | options))
-    target = names.target(NAME, http2_server.port)
+    pool = ConnectionPool(transport=names.transport, **(defaults | options))
+    target = f"{NAME}:{http2_server.port}"
+    if names.transport == "grpcio":
+        target = names.target(NAME, http2_server.port)
     pool.configure(AuthorizerOptions(url=target, insecure=True))
     with anyio.fail_after(PATIENCE):
         async with pool:
@@ -91,9 +103,14 @@ def address(http2_server):
 
 
 def peers(pool):
-    """Count the connections by address, for connections that know it."""
-    told = (connection.peer for connection in pool.connections())
-    return Counter(peer for peer in told if peer is not None)
+    """Count the connections by address."""
+    return Counter(connection.peer for connection in pool.connections())
+
+
+def are_at(pool, *servers):
+    """Return whether all connections lead to these servers. grpcio does not tell it."""
+    expected = {address(server) for server in servers}
+    return set(peers(pool)) in (expected, {None})
 
 
 # -- no address ----------------------------------------------------------------------
@@ -231,7 +248,8 @@ async def test_a_drained_pool_reconnects_to_the_new_address_of_its_name(
             pool.drain()
             await eventually(lambda: http2_server.open == 0, PATIENCE)
             await more(answers)
-            assert set(peers(pool)) == {address(other)}
+            assert are_at(pool, other)
+            assert other.open == 4
         assert all(answers)
         assert pool._counters.closes == {"drain": 4}
         assert (http2_server.accepted, pool._counters.failed) == (4, 0)
@@ -246,10 +264,12 @@ async def test_a_lost_connection_is_replaced_at_the_current_address(
         await fill(pool, 4)
         async with users(pool, 4) as answers:
             names.set(NAME, [other.host])
-            http2_server.goaway()
+            # In a thread: it waits until the client has noticed.
+            await run_sync(http2_server.goaway)
             await eventually(lambda: http2_server.open == 0, PATIENCE)
             await more(answers)
-            await eventually(lambda: set(peers(pool)) == {address(other)}, PATIENCE)
+            await eventually(lambda: are_at(pool, other), PATIENCE)
+            await eventually(lambda: other.open == pool.status().total, PATIENCE)
         assert all(answers)
         assert pool._counters.failed == 0
 
@@ -269,8 +289,7 @@ async def test_connections_spread_over_all_addresses_of_the_name(
             await eventually(lambda: sum(each.open for each in servers) == 20, PATIENCE)
             landed = Counter({address(each): each.open for each in servers})
             assert len(pool.connections()) == 20
-            assert set(peers(pool)) == set(+landed)
-            assert peers(pool) <= landed
+            assert peers(pool) in (+landed, Counter({None: 20}))
             for conn in leases:
                 await pool.release(conn)
         await eventually(lambda: not any(each.open for each in servers), PATIENCE)
@@ -284,7 +303,7 @@ async def test_addresses_that_refuse_connections_are_skipped(http2_server, names
     names.set(NAME, ["127.0.0.2", http2_server.host, "127.0.0.3"])
     async with opened(names, http2_server, max_connections=20) as pool:
         await fill(pool, 20)
-        assert set(peers(pool)) == {address(http2_server)}
+        assert are_at(pool, http2_server)
         assert await check(pool)
         assert http2_server.accepted == 20
         assert pool._counters.connect_failures == {}

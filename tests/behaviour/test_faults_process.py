@@ -72,6 +72,7 @@ def assert_ended_well(result):
         assert trouble not in result.stderr
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("action", ["always", "error"])
 def test_a_run_that_ends_with_open_leases_logs_a_warning_with_their_count(action, url):
     program = left_open(url, "asyncio", "trio")
@@ -97,8 +98,9 @@ def test_without_file_descriptors_open_connections_serve_and_the_error_says_why(
 ):
     program = f"""
         import anyio, os, resource, threading
-        # Else the import would be what fails.
-        import fastapi_topaz._grpcio.trio_connection
+        # Otherwise the import would fail.
+        import fastapi_topaz._http2.asyncio_io
+        import fastapi_topaz._http2.trio_io
         from fastapi_topaz import (
             AuthorizerOptions, ConnectFailed, ConnectionPool, PoolTimeout
         )

@@ -257,6 +257,7 @@ async def test_close_leaves_no_task_socket_or_thread(authorizer):
 # -- event loops and backends -------------------------------------------------------
 
 
+@pytest.mark.native
 def test_one_pool_object_works_on_one_backend_after_the_other(authorizer):
     pool = make_configured(authorizer, min_connections=2, eager_init=True)
 
@@ -285,6 +286,7 @@ async def test_initialize_and_close_may_run_in_different_tasks(authorizer):
     await eventually(lambda: authorizer.connections_open == 0)
 
 
+@pytest.mark.native
 def test_two_pools_work_on_two_backends_at_once(authorizer):
     def use(backend):
         async def main():
@@ -441,10 +443,10 @@ async def test_thousands_of_calls_cancelled_at_random_points_leak_nothing(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.grpcio
 @pytest.mark.parametrize("opened", [False, True])
 def test_after_a_fork_an_unopened_pool_works_and_an_opened_one_raises(
-    backend, opened, authorizer
+    opened, authorizer
 ):
     program = f"""
         import anyio, os, sys, threading
@@ -476,10 +478,8 @@ def test_after_a_fork_an_unopened_pool_works_and_an_opened_one_raises(
                     except PoolError as error:
                         print("child", error)
                 print("child", pool.status().total)
-            # In a thread: trio takes the fork of a running loop for a running loop.
-            thread = threading.Thread(
-                target=anyio.run, args=(main,), kwargs={{"backend": {backend!r}}}
-            )
+            # In a thread, because the loop of the parent runs in this one.
+            thread = threading.Thread(target=anyio.run, args=(main,))
             thread.start()
             thread.join()
 
@@ -504,7 +504,7 @@ def test_after_a_fork_an_unopened_pool_works_and_an_opened_one_raises(
             print("parent", await ask())
             await pool.close()
 
-        anyio.run(main, backend={backend!r})
+        anyio.run(main)
     """
     result = subprocess.run(
         [

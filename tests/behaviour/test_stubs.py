@@ -38,9 +38,9 @@ def greeter():
         yield running
 
 
-@pytest.fixture(params=["native", "grpcio"])
-def connector(greeter, request):
-    return GrpcConnector(Target(url=greeter.url, insecure=True), request.param)
+@pytest.fixture
+def connector(greeter, transport):
+    return GrpcConnector(Target(url=greeter.url, insecure=True), transport)
 
 
 def in_memory(answer=None, **options):

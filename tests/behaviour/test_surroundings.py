@@ -166,7 +166,7 @@ async def check_under(presser, authorizer, connected):
             sys.settrace(None)
 
 
-@pytest.mark.parametrize("transport", ["grpcio", "native"])
+@pytest.mark.native
 @pytest.mark.parametrize(
     "connected, step",
     [
@@ -176,10 +176,9 @@ async def check_under(presser, authorizer, connected):
     ],
 )
 def test_ctrl_c_on_trio_at_any_line_of_a_check_raises_and_loses_no_lease(
-    authorizer, caplog, monkeypatch, transport, connected, step
+    authorizer, caplog, connected, step
 ):
     """Trio raises KeyboardInterrupt between any two lines, in the pool's tasks too."""
-    monkeypatch.setenv("FASTAPI_TOPAZ_TRANSPORT", transport)
     caplog.set_level(logging.WARNING)
     # Without it, trio leaves the signal to this handler.
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -46,9 +46,19 @@ def connector_of(pool):
 # -- the choice -----------------------------------------------------------
 
 
-def test_grpcio_is_the_default():
-    assert GrpcConnector(TARGET).transport == "grpcio"
-    assert connector_of(ConnectionPool()).transport == "grpcio"
+def test_native_is_the_default(monkeypatch):
+    assert GrpcConnector(TARGET).transport == "native"
+    assert connector_of(ConnectionPool()).transport == "native"
+    monkeypatch.setenv(TRANSPORT_VARIABLE, "")
+    assert connector_of(ConnectionPool()).transport == "native"
+
+
+async def test_the_default_works_on_each_event_loop():
+    with Http2Server() as server:
+        pool = ConnectionPool(min_connections=0)
+        pool.configure(server.options)
+        async with pool, pool.acquire() as conn:
+            assert await conn.decisions(policy_path="app") == {"allowed": True}
 
 
 @pytest.mark.parametrize("transport", ["native", "grpcio"])
@@ -98,15 +108,19 @@ def test_a_connector_and_a_transport_exclude_each_other():
 
 
 def test_a_url_for_grpcio_alone_is_refused_where_it_is_configured():
-    pool = ConnectionPool(transport="native")
+    pool = ConnectionPool()
     options = AuthorizerOptions(url="dns://10.0.0.53/topaz:8282", insecure=True)
     with pytest.raises(ValueError, match="transport='grpcio'"):
         pool.configure(options)
     assert pool.authorizer_options is None
 
 
-def test_grpcio_does_not_load_the_native_transport():
-    code = "import fastapi_topaz, sys; print('hpack' in sys.modules)"
+def test_the_native_transport_does_not_load_the_other():
+    code = (
+        "import fastapi_topaz as f, sys; pool = f.ConnectionPool()\n"
+        "pool.configure(f.AuthorizerOptions(insecure=True))\n"
+        "print('fastapi_topaz._grpcio' in sys.modules)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

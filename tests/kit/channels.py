@@ -29,13 +29,19 @@ async def ask(connection, method=INFO, *, timeout=NEVER):
 @contextlib.asynccontextmanager
 async def hosted(connection):
     """Yield *connection* while its task runs, if it needs one, and close it."""
+    failure = None
     async with anyio.create_task_group() as tasks:
         if hasattr(connection, "run"):
             tasks.start_soon(connection.run)
         try:
             yield connection
+        except Exception as error:  # noqa: BLE001  (raised outside of the group)
+            failure = error
         finally:
-            await connection.close(0)
+            with anyio.CancelScope(shield=True):
+                await connection.close(0)
+    if failure is not None:
+        raise failure
 
 
 @contextlib.asynccontextmanager
@@ -54,12 +60,8 @@ async def bare(authorizer):
 @contextlib.asynccontextmanager
 async def connected(options, timeout=10.0):
     """Connect to the server of *options*, and close the connection at the end."""
-    connection = await GrpcConnector(options.target).connect(timeout)
-    try:
-        yield connection
-    finally:
-        with anyio.CancelScope(shield=True):
-            await connection.close(0)
+    async with hosted(await GrpcConnector(options.target).connect(timeout)) as link:
+        yield link
 
 
 # Seconds that a busy machine may take on top of a timeout.

@@ -12,6 +12,7 @@ import pytest
 from aserto.authorizer.v2 import Decision, IsRequest, IsResponse
 
 from fastapi_topaz import AuthorizerOptions, ConnectionPool, Identity, IdentityType
+from kit.backends import asyncio_only
 from kit.ccore import CCoreServer
 from kit.sizes import at_night
 
@@ -122,6 +123,7 @@ async def outcome(pool, asked):
 SIZES = [2_000, pytest.param(at_night(100_000), marks=pytest.mark.nightly)]
 
 
+@asyncio_only
 @pytest.mark.parametrize("count", SIZES)
 async def test_both_transports_give_equal_answers(count):
     seed = 1 if count == SIZES[0] else int.from_bytes(os.urandom(4))

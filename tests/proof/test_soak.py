@@ -23,12 +23,17 @@ from pathlib import Path
 import pytest
 
 import fastapi_topaz
+from fastapi_topaz.connector import chosen_transport
 from kit.soaking.network import Network
 
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 
+OVER_GRPCIO = chosen_transport(None) == "grpcio"
+# grpcio works on asyncio only.
 WORKERS = ["asyncio", "trio", "asyncio+uvloop"]
+if OVER_GRPCIO:
+    WORKERS.remove("trio")
 SCRIPT = Path(__file__).parents[1] / "kit" / "soaking" / "worker.py"
 PACKAGE = str(Path(fastapi_topaz.__file__).parents[1])
 FURTHER = os.environ.get("PYTHONPATH")
@@ -103,7 +108,9 @@ def assert_sound(worker, found):
     before, after = found["before"], found["after"]
     for name in ("fds", "threads", "tasks"):
         assert after[name] <= before[name], (name, before, after, found["alive"])
-    assert after["rss"] - before["rss"] < GROWTH, (before, after)
+    # gRPC leaks about 900 bytes for each cancelled call.
+    leaked = found["ended"]["cancelled"] if OVER_GRPCIO else 0
+    assert after["rss"] - before["rss"] < GROWTH + leaked, (before, after)
 
 
 @pytest.mark.real_clock

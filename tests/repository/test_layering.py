@@ -22,7 +22,7 @@ FOLDERS = {
     "_rpc": {"grpc"},
     "_telemetry": {"opentelemetry"},
     "_http2": {"anyio", "grpc", "hpack", "trio"},
-    "_grpcio": {"anyio", "grpc", "trio"},
+    "_grpcio": {"anyio", "grpc"},
     "connector.py": set(),
     "_authorizer": {"anyio", "aserto", "google", "grpc", "opentelemetry"},
     "_app": {"anyio", "fastapi", "grpc", "opentelemetry", "starlette"},
@@ -85,6 +85,17 @@ def test_a_folder_imports_only_folders_below_it(module):
 def test_there_are_no_import_circles():
     graph = {module: set(imports(module)) & MODULES.keys() for module in MODULES}
     TopologicalSorter(graph).prepare()
+
+
+@each_module
+def test_only_the_public_api_of_grpc_is_used(module):
+    for name in imports(module):
+        first, *parts = name.split(".")
+        private = first == "grpc" and any(part.startswith("_") for part in parts)
+        assert not private, name
+    # ruff detects private attributes.
+    if folder_of(module) == "_grpcio":
+        assert "SLF001" not in MODULES[module].read_text()
 
 
 # The transports are beside each other.

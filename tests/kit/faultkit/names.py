@@ -2,7 +2,8 @@
 A DNS server with answers that change on request.
 
 gRPC asks it for a target such as `dns://127.0.0.1:5353/topaz.test:8282`, so a name
-can move, grow or vanish without touching the machine's resolver.
+can move, grow or vanish without touching the machine's resolver. The native transport
+asks only the machine's resolver, which `Names.resolver` can replace in a test.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import selectors
 import socket
 import struct
 import threading
+import time
 from collections import Counter
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 
 __all__ = ["Names"]
@@ -64,6 +66,27 @@ class Names:
     def target(self, name: str, port: int) -> str:
         """Return the gRPC target that makes gRPC look *name* up at this server."""
         return f"dns://127.0.0.1:{self.port}/{name}:{port}"
+
+    def resolver(self, usual: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a `getaddrinfo` that answers for these names, and else as *usual*."""
+        known = frozenset(self._names)
+
+        def getaddrinfo(host: str, port: str, **options: Any) -> Any:
+            if host not in known:
+                return usual(host, port, **options)
+            with self._lock:
+                self._queries[host] += 1
+                addresses, silent = self._names.get(host), self._is_silent
+            if silent:
+                while self._is_silent:
+                    time.sleep(0.01)
+                raise socket.gaierror(socket.EAI_AGAIN, "no name server answered")
+            if not addresses:
+                raise socket.gaierror(socket.EAI_NONAME, "it has no address")
+            kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+            return [(*kind, (address, int(port))) for address in addresses]
+
+        return getaddrinfo
 
     def set(self, name: str, addresses: Iterable[str] | None) -> None:
         """Change the addresses of *name* from the next query on."""

@@ -6,9 +6,8 @@ import functools
 
 import pytest
 
-from fastapi_topaz.connector import GrpcConnector
 from fastapi_topaz.testing import EmbeddedAuthorizer
-from kit.channels import ask
+from kit.channels import ask, connected
 
 
 @pytest.fixture
@@ -18,11 +17,8 @@ def authorizer(embedded_authorizer):
 
 @pytest.fixture
 async def connection(authorizer):
-    connection = await GrpcConnector(authorizer.options.target).connect(10)
-    yield connection
-    # Close the connection unless the test has closed it.
-    if "closed" not in repr(connection):
-        await connection.close(0)
+    async with connected(authorizer.options) as connection:
+        yield connection
 
 
 @pytest.fixture

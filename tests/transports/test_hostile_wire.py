@@ -8,7 +8,6 @@ a rule that gRPC's core or the transport has to check.
 from __future__ import annotations
 
 import gzip
-import os
 import random
 from contextlib import asynccontextmanager
 
@@ -29,8 +28,7 @@ from fastapi_topaz import (
     TopazError,
     require_policy_allowed,
 )
-from fastapi_topaz._grpcio import call as _call
-from fastapi_topaz.connector import TRANSPORT_VARIABLE
+from fastapi_topaz.connector import chosen_transport
 from kit.backends import backends
 from kit.configs import POLICY, REQUEST, config_of
 from kit.faultkit.frames import (
@@ -352,6 +350,9 @@ async def test_an_answer_that_violates_the_protocol_is_an_error(frame_server, sc
 async def test_an_unfinished_answer_is_an_error_at_its_deadline(frame_server, script):
     frame_server.script = to_checks(script)
     async with opened(frame_server, SOON) as config:
+        # A busy machine may need longer to connect than the check may take.
+        async with config.connection_pool.acquire(timeout=PATIENCE):
+            pass
         assert_error(await end_of(config))
     assert frame_server.calls["Is"] >= 1
 
@@ -388,7 +389,7 @@ async def test_a_compressed_message_without_an_encoding_is_an_error(frame_server
 
 
 @pytest.mark.xfail(
-    os.environ.get(TRANSPORT_VARIABLE) != "native",
+    chosen_transport(None) == "grpcio",
     reason="gRPC's core does not tell what it read",
     raises=AssertionError,
 )
@@ -397,21 +398,6 @@ async def test_a_violation_hidden_by_grpc_is_an_error(frame_server, script):
     frame_server.script = script
     async with opened(frame_server) as config:
         assert_error(await end_of(config))
-
-
-# It replaces a class of that transport.
-@pytest.mark.grpcio
-@pytest.mark.parametrize("name", ["connection", "x-lines"])
-async def test_a_call_through_public_grpc_aio_is_checked_too(
-    frame_server, name, monkeypatch
-):
-    # As with a gRPC version whose private attributes are unknown.
-    monkeypatch.setattr(_call, "_call_class", _call.TaskCall)
-    async with opened(frame_server) as config:
-        assert await end_of(config) is True
-        for place in ("header", "trailer"):
-            frame_server.script = HOSTILE[f"{place} {name!r}"]
-            assert_error(await end_of(config))
 
 
 @pytest.mark.grpcio  # native takes it for the answer of a proxy, and probes first

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from fastapi_topaz import AuthorizerOptions, ConnectionPool
-from fastapi_topaz.connector import GrpcConnector
+from kit.channels import connected
 
 
 pytestmark = pytest.mark.real_clock
@@ -194,9 +194,8 @@ async def test_an_accepted_url_can_be_connected_to(url, embedded_authorizer):
     options = AuthorizerOptions(
         url=url.format(port=embedded_authorizer.port), insecure=True
     )
-    connection = await GrpcConnector(options.target).connect(5)
-    await connection.probe(5)
-    await connection.close(0)
+    async with connected(options, 5) as connection:
+        await connection.probe(5)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +207,7 @@ async def test_a_unix_socket_can_be_connected_to(url, tmp_path):
     server.add_insecure_port(url)
     server.start()
     try:
-        connection = await GrpcConnector(
-            AuthorizerOptions(url=url, insecure=True).target
-        ).connect(5)
-        await connection.close(0)
+        async with connected(AuthorizerOptions(url=url, insecure=True), 5):
+            pass
     finally:
         server.stop(0).wait()

@@ -416,16 +416,17 @@ async def test_on_native_a_frozen_replica_fails_no_check(peers):
 async def test_a_frozen_replica_fails_its_calls_and_few_others(peers):
     settings = {"check_timeout": 2, "transport": "grpcio"}
     async with two_replicas(peers, **settings) as ((peer, _), flow):
-        held = peer.count("Serving")
+        held, connections = peer.count("Serving"), peer.count("Open")
+        closes = flow.pool._counters.closes
         peer.send(signal.SIGSTOP)
-        connections = flow.pool.connections
-        await eventually(lambda: peer.url not in str(connections()), PATIENCE)
+        await eventually(lambda: closes.get("unhealthy", 0) >= connections, PATIENCE)
         failed = len(flow.failures)
         assert kinds(flow.failures) == {"DEADLINE_EXCEEDED"}
         assert failed <= held * (STREAMS + 2)
         await flow.flows(10 * USERS)
         peer.send(signal.SIGCONT)
-        await eventually(lambda: peer.url in str(connections()), PATIENCE)
+        answered = peer.count("Calls", "Is") + USERS
+        await eventually(lambda: peer.count("Calls", "Is") > answered, THIRD_SPREAD)
         await flow.flows()
         assert len(flow.failures) == failed
 

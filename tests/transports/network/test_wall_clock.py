@@ -12,7 +12,6 @@ import grpc.aio._utils
 import pytest
 
 from fastapi_topaz import ConnectionPool, PoolTimeout
-from fastapi_topaz._grpcio import call as _call
 from fastapi_topaz.testing import FakeConnector
 from kit.network import checked, patient_config, pool_to, sockets, soon
 
@@ -22,8 +21,7 @@ def jump(monkeypatch):
     """Set the wall clock to another time."""
     real = time.time
     # gRPC's core reads the clock itself. Its driver must read the same clock.
-    for module in (grpc.aio._utils, _call):
-        monkeypatch.setattr(module, "time", types.SimpleNamespace(time=real))
+    monkeypatch.setattr(grpc.aio._utils, "time", types.SimpleNamespace(time=real))
 
     def jump(seconds):
         monkeypatch.setattr(time, "time", lambda: real() + seconds)

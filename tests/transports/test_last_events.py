@@ -1,8 +1,7 @@
-"""Test that gRPC reports all its operations to a loop before that loop is closed."""
+"""Test that no operation of a connection outlives its event loop."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import logging
@@ -18,10 +17,9 @@ from fastapi_topaz import (
     ConnectionPool,
     PoolError,
 )
-from fastapi_topaz._grpcio.calls import LAST_CALLS
-from fastapi_topaz._grpcio.channel import until_reported
 from fastapi_topaz.connector import GrpcConnector
-from kit.backends import asyncio_only, backends
+from kit.backends import backends
+from kit.channels import connected
 
 
 @pytest.fixture
@@ -57,13 +55,14 @@ async def connect_out_of_time(options, seconds):
 
 async def cancelled_calls(options, seconds):
     with anyio.move_on_after(1), contextlib.suppress(ConnectFailed):
-        connection = await GrpcConnector(options.target).connect(0.02)
-        async with anyio.create_task_group() as tasks:
+        async with (
+            connected(options, 0.02) as connection,
+            anyio.create_task_group() as tasks,
+        ):
             for _ in range(5):
                 tasks.start_soon(connection.probe, 5)
             await anyio.sleep(seconds)
             tasks.cancel_scope.cancel()
-        await connection.close(0)
 
 
 @contextlib.asynccontextmanager
@@ -107,6 +106,8 @@ async def pool_left_open(options, seconds):
         pool_left_open,
     ],
 )
+# gRPC reports the end of cancelled operations to loops that are closed.
+@pytest.mark.native
 @backends
 def test_nothing_is_reported_to_a_closed_loop(caplog, ports, backend, work):
     # Time limits below and above the total duration, in steps of 0.2 ms.
@@ -117,39 +118,3 @@ def test_nothing_is_reported_to_a_closed_loop(caplog, ports, backend, work):
     logged = [record for record in caplog.records if record.name == "asyncio"]
     wrong = [record for record in logged if record.levelno >= logging.ERROR]
     assert [str(record.exc_info) for record in wrong] == []
-
-
-@asyncio_only
-async def test_waiting_for_the_report_survives_repeated_cancellation():
-    operation = asyncio.get_running_loop().create_future()
-    waiting = asyncio.ensure_future(until_reported(operation))
-    for _ in range(3):
-        await anyio.sleep(LAST_CALLS / 10)
-        waiting.cancel()
-    await anyio.sleep(LAST_CALLS / 10)
-    assert not waiting.done()
-    operation.set_result(None)
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-
-
-@asyncio_only
-async def test_waiting_for_the_report_has_a_time_limit():
-    operation = asyncio.get_running_loop().create_future()
-    began = anyio.current_time()
-    await until_reported(operation)
-    assert anyio.current_time() - began == pytest.approx(LAST_CALLS)
-    assert not operation.done()
-
-
-# anyio cancels in each turn of the loop, so a virtual clock would never advance.
-@asyncio_only
-@pytest.mark.real_clock
-async def test_waiting_for_the_report_works_in_a_cancelled_scope():
-    operation = asyncio.get_running_loop().create_future()
-    with anyio.CancelScope() as scope:
-        scope.cancel()
-        asyncio.get_running_loop().call_later(LAST_CALLS / 10, operation.set_result, 1)
-        await until_reported(operation)
-    assert scope.cancelled_caught
-    assert operation.done()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ssl
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import grpc
 import pytest
 
 from fastapi_topaz import AuthorizerOptions, ConnectFailed, ConnectionPool
-from fastapi_topaz._grpcio.failures import connect_failed
 from fastapi_topaz.connector import GrpcConnector
-from kit.faultkit.names import Names
 from kit.faultkit.tls import (
     CLIENT_AUTH,
     SETTINGS,
@@ -282,92 +279,3 @@ async def test_a_correct_server_of_the_kit_gets_calls(ca_path):
         await connection.close(0)
     assert server.handshakes == 1
     assert HEADERS in frames(server.decrypted)
-
-
-# -- several addresses ----------------------------------------------------------------
-
-NAME = "topaz.test"
-
-
-@contextmanager
-def addresses(*hosts):
-    with Names({NAME: hosts}) as names:
-        yield names
-
-
-# These use a name server of the test, which only gRPC can ask. `tests/_http2` has tests
-# with lists of addresses.
-
-
-@pytest.mark.grpcio
-async def test_each_tried_address_is_listed_with_its_cause(ca_path):
-    expired = signed(days=PAST, names=[NAME])
-    with TlsServer(expired) as server, addresses("127.0.0.1", "127.0.0.2") as names:
-        url = names.target(NAME, server.port)
-        # The order is random, and gRPC reports the reason of the last address.
-        for _ in range(4):
-            error = await refused_by_tls(server, ca_path, url=url)
-            text = str(error)
-            first = text.index(f"ipv4:127.0.0.1:{server.port}: the server's certif")
-            assert first < text.index(f"ipv4:127.0.0.2:{server.port}: nothing listens")
-            assert error.reason == "tls"
-            assert not error.permanent, "the other address may come back"
-
-
-@pytest.mark.grpcio
-async def test_addresses_with_the_same_cause_share_it(ca_path):
-    with TlsServer() as server:
-        pass
-    with addresses("127.0.0.1", "127.0.0.2", "127.0.0.3") as names:
-        url = names.target(NAME, server.port)
-        error = await refused_by_tls(server, ca_path, url=url)
-    text = str(error)
-    assert text.count("nothing listens there (connection refused)") == 1
-    for host in ("127.0.0.1", "127.0.0.2", "127.0.0.3"):
-        assert f"ipv4:{host}:{server.port}" in text
-    assert error.reason == "refused"
-
-
-@pytest.mark.grpcio
-async def test_a_message_does_not_grow_with_the_number_of_addresses(ca_path):
-    with TlsServer() as server:
-        pass
-    with addresses(*(f"127.0.1.{number}" for number in range(1, 30))) as names:
-        url = names.target(NAME, server.port)
-        text = str(await refused_by_tls(server, ca_path, url=url))
-    assert text.count("ipv4:127.0.1.") <= 16 + 1
-    assert "and 13 more: nothing listens there" in text
-
-
-# -- texts of other versions ----------------------------------------------------------
-
-HANDSHAKE = "Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000"
-NOT_SEEN = "Invalid certificate verification context: OK"
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        # gRPC 1.80
-        ("recvmsg:Connection reset by peer", "closed the connection"),
-        ("Socket closed", "closed the connection"),
-        (
-            "Trying to connect an http1.x server (HTTP status 400)",
-            "does not speak gRPC",
-        ),
-        # gRPC 1.85
-        ("Handshake read failed (Socket closed)", "closed the connection"),
-        ("Handshake read failed (recvmsg:Connection reset by peer (104))", "closed"),
-        # grpc-go with TLS 1.2
-        (f"{HANDSHAKE}412: SSLV3_ALERT_BAD_CERTIFICATE: OK", "client certificate"),
-        (f"{HANDSHAKE}410: SSLV3_ALERT_HANDSHAKE_FAILURE: OK", "client certificate"),
-        (f"{HANDSHAKE}410: SSLV3_ALERT_HANDSHAKE_FAILURE: {NOT_SEEN}", "ciphers"),
-        ("something new", "something new"),
-    ],
-)
-def test_error_texts_of_each_grpc_version_are_recognized(text, said):
-    details = f"failed to connect to all addresses; last error: UNKNOWN: {text}"
-    error = connect_failed(details, AuthorizerOptions().target)
-    assert said in str(error)
-    assert text in str(error)
-    assert "insecure=True" not in str(error)

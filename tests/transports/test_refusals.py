@@ -14,7 +14,7 @@ from fastapi_topaz import (
     ConnectFailed,
     ConnectionPool,
 )
-from fastapi_topaz._rpc.statuses import Ending, ending, is_unprocessed
+from fastapi_topaz._rpc.statuses import is_unprocessed
 from kit.configs import POLICY, REQUEST
 from kit.faultkit.unavailable import headers, http, trailers
 from kit.network import patient_config
@@ -337,49 +337,6 @@ async def test_free_resends_slow_down_and_end_with_the_budget(lenient_http2_serv
         assert is_unprocessed(no.value)
         # Two at once, then after 0.01, 0.02, 0.04, 0.08 and 0.16 s.
         assert 3 <= lenient_http2_server.calls["Is"] - before <= 8
-
-
-def error(code, details):
-    metadata = grpc.aio.Metadata()
-    return grpc.aio.AioRpcError(code, metadata, metadata, details=details)
-
-
-@pytest.mark.parametrize(
-    "details, found",
-    [
-        ("Stream removed (Socket closed)", Ending.CUT_OFF),
-        ("Socket closed", Ending.CUT_OFF),
-        ("recvmsg:Connection reset by peer", Ending.CUT_OFF),
-        ("Stream removed (Socket closed (GOAWAY received; x))", Ending.CUT_OFF),
-        ("Stream removed (ping timeout)", Ending.CUT_OFF),
-        ("Stream removed", Ending.CUT_OFF),
-        ("Stream removed (GOAWAY received; Error code: 0)", Ending.GOAWAY),
-        ("GOAWAY received; Error code: 0", Ending.GOAWAY),
-        (
-            "Stream removed (RST_STREAM (Received RST_STREAM with error code 7))",
-            Ending.REFUSED_STREAM,
-        ),
-        ("Received RST_STREAM with error code 7", Ending.REFUSED_STREAM),
-        ("Received RST_STREAM with error code 77", Ending.RESET),
-        ("Received RST_STREAM with error code 2", Ending.RESET),
-        ("Received http2 header with status: 502", Ending.NO_STATUS),
-        ("No status received", Ending.NO_STATUS),
-        ("upstream: Socket closed", Ending.STATUS),
-        ("the text 'Stream removed'", Ending.STATUS),
-        ("", Ending.STATUS),
-        (None, Ending.STATUS),
-    ],
-)
-def test_the_details_of_an_error_classify_how_its_call_ended(details, found):
-    assert ending(error(grpc.StatusCode.UNAVAILABLE, details)) is found
-    late = error(grpc.StatusCode.DEADLINE_EXCEEDED, details)
-    assert ending(late) is Ending.TIMED_OUT
-
-
-def test_an_answer_rejected_by_grpc_itself_is_a_status():
-    too_large = "Stream removed (CLIENT: Received message larger than max (9 vs. 4))"
-    found = ending(error(grpc.StatusCode.RESOURCE_EXHAUSTED, too_large))
-    assert found is Ending.STATUS
 
 
 def test_only_a_grpc_error_counts_as_unprocessed():
