@@ -19,7 +19,7 @@ class Budget:
     __slots__ = ("_deadline", "seconds")
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+        self.seconds: float = seconds
         self._deadline = anyio.current_time() + seconds
 
     def left(self) -> float:

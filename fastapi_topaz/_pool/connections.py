@@ -150,6 +150,8 @@ async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
     slot.alive_since = open_pool.perf_counter()
     took = slot.alive_since - began
     open_pool.state.connected(slot, connection, open_pool.now())
+    open_pool.overload.connected()
+    open_pool.limiter.total_tokens = open_pool.state.limit
     open_pool.counters.connects += 1
     open_pool.observer.connected(took)
     if refusal is not None:

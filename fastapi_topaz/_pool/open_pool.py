@@ -291,8 +291,10 @@ class OpenPool:
         clock.last = now
         admission = self._admission
         lease = now - claim.acquired_at
-        admission.held += lease
-        admission.ended += 1
+        # How long a connection took to break says nothing about the next leases.
+        if not claim.cut_off and claim.slot.retired is None:  # type: ignore[union-attr]
+            admission.held += lease
+            admission.ended += 1
         admission.last_end = now
         state.give_back(claim, now)
         # The limiter lends the token to the next caller in its queue at once. So
@@ -433,8 +435,10 @@ class OpenPool:
             case Verdict.REFUSED:
                 self.state.refused(slot, now)
             case Verdict.UNAVAILABLE:
+                claim.cut_off = True
                 self.state.unavailable(slot, now)
             case Verdict.BROKEN:
+                claim.cut_off = True
                 self.state.broke(slot, now)
             case Verdict.SILENT:
                 claim.unanswered = True

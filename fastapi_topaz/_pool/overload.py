@@ -133,6 +133,19 @@ class Overload:
         self._publish()
         return True
 
+    def connected(self) -> None:
+        """
+        Record a new connection. If it is the only one, the past says nothing.
+
+        The caller applies the new limit, if any.
+        """
+        state = self._state
+        if sum(slot.retired is None for slot in state.open) == 1:
+            self.admission.forget()
+            if self.adaptive is not None:
+                self.adaptive.restart()
+                self._publish()
+
     def late(self, seconds: float) -> None:
         """Record that the event loop woke a task *seconds* after its time."""
         if self.adaptive is not None and seconds > LATE * self.admission.least_budget:

@@ -11,7 +11,10 @@ from functools import partial
 import anyio
 import pytest
 
-from fastapi_topaz import PoolTimeout
+from fastapi_topaz import ConnectionLost, PoolSaturated, PoolTimeout
+from fastapi_topaz._pool.state.admission import Load
+from fastapi_topaz.testing import FakeConnector
+from kit.autojump import jump
 from kit.overload import (
     Server,
     bimodal,
@@ -63,7 +66,7 @@ async def overloaded(setup, budget, load, seconds=SECONDS, **options):
 
 
 @servers
-@pytest.mark.parametrize("load", [2, *(slow(load) for load in (3, 5)), 10])
+@pytest.mark.parametrize("load", [3, *(slow(load) for load in (2, 5, 10))])
 @pytest.mark.parametrize("budget", [0.2, 1, slow(5)])
 async def test_an_overloaded_pool_answers_as_much_as_the_server_can(
     setup, budget, load
@@ -135,6 +138,121 @@ async def test_one_slow_policy_among_fast_ones_gets_no_fast_one_refused():
     service, mean = bimodal(0.02, 0.16, 0.05), 0.95 * 0.02 + 0.05 * 0.16
     callers, _ = await overloaded((service, None, 10 / mean, 1), 1, 0.7, 20)
     assert {check.end for check in callers.checks} == {"answered"}
+
+
+async def test_a_refused_check_is_told_the_queue_and_its_budget():
+    async with crowd(Server(constant(0.5)), 1, max_connections=1) as callers:
+        pool = callers.pool
+        await callers.check()
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(callers.check)
+            await queued(pool, 1)
+            assert pool.status().estimated_wait == pytest.approx(1.0)
+            text = r"overloaded: about 1\.0 s of queue for fake, 0\.8 s of budget"
+            with pytest.raises(PoolSaturated, match=text) as caught:
+                await pool.acquire(budget=0.8)
+        assert caught.value.retry_after == pytest.approx(0.2)
+        assert pool.status().estimated_wait == 0
+        assert pool._counters.rejected == 1 + len(callers.ended(0, "refused"))
+
+
+async def test_a_waiting_check_leaves_the_queue_when_its_answer_would_be_late():
+    async with crowd(Server(constant(0.2)), 1, max_connections=1) as callers:
+        await callers.check()
+        held = await callers.pool.acquire()
+        began = anyio.current_time()
+        await callers.check()
+        # Its call would take 0.2 s.
+        assert anyio.current_time() - began == pytest.approx(0.8)
+        assert callers.checks[-1].end == "dismissed"
+        await callers.pool.release(held)
+        assert callers.pool._counters.timeouts == 1
+
+
+async def test_calls_that_freeze_on_one_connection_do_not_lower_the_limit():
+    class Frozen(Server):
+        async def __call__(self, method, request):
+            self.calls += 1
+            if self.calls % 10 == 0:
+                await anyio.sleep_forever()
+            return await super().__call__(method, request)
+
+    # One call in twenty never ends.
+    async with crowd(Frozen(constant(0.02)), 1) as callers:
+        await callers.come(60, 20)
+        assert callers.pool.status().limit == 10
+        assert len(callers.ended(0, "answered")) > 0.8 * len(callers.checks)
+
+
+@servers
+async def test_a_late_event_loop_does_not_lower_the_limit(setup):
+    service, workers, capacity, streams = setup
+    async with crowd(Server(service, workers), 1, streams=streams) as callers:
+        await callers.come(0.8 * capacity, 5)
+        before = callers.pool.status().limit
+        for _ in range(5):
+            jump(0.9)
+            await callers.come(0.8 * capacity, 1)
+        assert callers.pool.status().limit >= before
+
+
+async def test_calls_on_connections_that_break_do_not_count_as_slow():
+    connector = FakeConnector(answer=Server(constant(0.01)))
+    pool = make_pool(connector, max_connections=4)
+    async with pool:
+        for _ in range(10):
+            async with pool.acquire(budget=5) as conn:
+                await conn.call("/a/b", b"")
+
+        async def frozen():
+            async with pool.acquire(budget=5) as conn:
+                await anyio.sleep(4)
+                conn.connection.hung_up = True
+                with pytest.raises(ConnectionLost):
+                    await conn.call("/a/b", b"")
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(frozen)
+        waited = pool._open_pool._admission.wait(Load(0, 4, 4), anyio.current_time())
+        assert waited <= 0.01 / 4
+
+
+async def test_the_first_connection_after_an_outage_begins_without_a_past():
+    server = Server(constant(2.0))
+    connector = FakeConnector(answer=server)
+    pool = make_pool(connector, max_connections=1)
+    async with pool:
+        for _ in range(3):
+            async with pool.acquire(budget=5) as conn:
+                await conn.call("/a/b", b"")
+        load = Load(0, 1, 1)
+        assert pool._open_pool._admission.wait(load, anyio.current_time()) > 1
+        connector.connections[-1].hung_up = True
+        async with pool.acquire(budget=5):
+            assert pool._open_pool._admission.wait(load, anyio.current_time()) == 0
+
+
+async def test_an_estimate_of_a_slow_phase_locks_no_caller_out():
+    server = Server(constant(0.05))
+    async with crowd(server, 1) as callers:
+        server.factor = 100
+        await callers.come(100, 5)
+        server.factor = 1
+        await anyio.sleep(2)
+        for _ in range(50):
+            await callers.check()
+        assert {check.end for check in callers.checks[-50:]} == {"answered"}
+
+
+async def test_without_an_adaptive_limit_the_queue_is_still_kept_short():
+    callers, since = await overloaded(FIXED, 1, 5, adaptive_limit=False)
+    assert callers.measured >= 0.95
+    assert callers.latency(since) <= 1 / 3
+    callers, _ = await overloaded(HIDDEN_QUEUE, 1, 5, adaptive_limit=False)
+    assert callers.pool.status().limit == 0  # closed
+    assert callers.pool.options.adaptive_limit is False
 
 
 async def test_explicit_leases_are_not_limited():

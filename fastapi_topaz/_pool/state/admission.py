@@ -147,6 +147,12 @@ class Admission:
             return wait
         return None
 
+    def forget(self) -> None:
+        """Forget the times of leases: the server may be another one now."""
+        self.held, self.ended = 0.0, 0
+        self._averages = [0.0 for _ in WEIGHTS]
+        self._standing_until = float("-inf")
+
     def queue_begins(self, now: float) -> None:
         """Record that a caller joins the empty queue."""
         self._stands_since = now

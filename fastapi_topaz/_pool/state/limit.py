@@ -100,14 +100,15 @@ class AdaptiveLimit:
 
     __slots__ = (
         *("_answered", "_base", "_before", "_begun", "_capacity", "_closes_at"),
-        *("_full", "_held", "_hold", "_kind", "_lost", "_number", "_ratios"),
+        *("_first", "_full", "_held", "_hold", "_kind", "_lost", "_number", "_ratios"),
         *("_recovering", "_refused", "_size", "_strikes", "_tolerance"),
         *("_tolerated", "_usual", "limit", "reason"),
     )
 
     def __init__(self, connections: int, capacity: int) -> None:
         self._capacity = capacity
-        self.limit = min(capacity, max(connections, START))
+        self._first = min(capacity, max(connections, START))
+        self.limit = self._first
         self.reason: LimitReason = "start" if self.limit < capacity else "capacity"
         # The smoothed median of cohorts, and its recent values with their times.
         self._usual: float | None = None
@@ -184,11 +185,22 @@ class AdaptiveLimit:
         """Forget the calls under way: the event loop was late, not the server."""
         self._begin_cohort()
 
+    def restart(self) -> None:
+        """Begin as at first, if the limit is lower: the server may be another one."""
+        if self.limit < self._first:
+            self.limit = self._first
+            self.reason = "start" if self.limit < self._capacity else "capacity"
+        self._before = None
+        self._recovering = False
+        self._strikes = 0
+        self._begin_cohort()
+
     def resize(self, connections: int, capacity: int) -> None:
         """Take the new limits of the pool."""
         # A pool at its capacity stays there. Otherwise the limit follows the server.
         at_most = self.limit == self._capacity and capacity <= max(connections, START)
         self._capacity = capacity
+        self._first = min(capacity, max(connections, START))
         self.limit = capacity if at_most else max(1, min(self.limit, capacity))
         if self.limit == capacity:
             self.reason = "capacity"
@@ -225,8 +237,10 @@ class AdaptiveLimit:
             self._undo(before, median, now)
         elif lost > LOST:
             self._recovering = True
-            fitting = rate * target * budget
-            self._cut(min(self.limit / 2, fitting), rate, "lost")
+            half = self.limit / 2
+            # Without any answer, the server may be frozen and not overloaded.
+            fitting = rate * target * budget if self._answered else half
+            self._cut(min(half, fitting), rate, "lost")
         elif self._recovering and median <= 1.5 * base:
             self._raise(2 * self.limit, "quick")
         elif median > target:

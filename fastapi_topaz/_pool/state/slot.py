@@ -130,10 +130,11 @@ class Claim:
     due = float("inf")
     # Whether it is an explicit lease beyond the adaptive limit, which is for checks.
     exempt = False
-    # How its last call ended: the server answered, or did not in time. Neither, if the
-    # call was cancelled or lost with its connection.
+    # How its last call ended: the server answered, or did not in time, or the
+    # connection ended. None of them, if the call was cancelled.
     answered = False
     unanswered = False
+    cut_off = False
     # The cohort of the adaptive limit that it belongs to. 0: to none.
     cohort = 0
     # The coroutine of the waiting task, for the search for nested leases.

@@ -100,6 +100,22 @@ def test_lost_calls_halve_it_at_least_and_it_never_falls_below_one():
     assert min(calls.cohort(0.9, lost=0.9) for _ in range(20)) >= 1
 
 
+def test_without_any_answer_it_is_halved_and_no_more():
+    calls = Calls()
+    assert calls.cohort(1.0, lost=1.0) == 8
+    assert calls.cohort(1.0, lost=1.0) in {4, 16}
+
+
+def test_a_restart_begins_as_at_first_if_the_limit_is_lower():
+    calls = Calls()
+    calls.cohort(1.0, lost=1.0)
+    calls.limit.restart()
+    assert (calls.limit.limit, calls.limit.reason) == (16, "start")
+    assert calls.cohort(0.01) == 32
+    calls.limit.restart()
+    assert calls.limit.limit == 32
+
+
 def test_a_cut_that_makes_no_call_quicker_is_undone():
     calls = Calls()
     for _ in range(3):
