@@ -67,14 +67,8 @@ class Overload:
 
     def admit(self, claim: Claim, now: float) -> float | None:
         """Return None if the check of *claim* may wait, or the estimated wait."""
-        state = self._state
-        # With fewer connections than wanted, the pool has less than its limit. But
-        # while nothing fails, the missing ones are being opened.
-        whole = not state.attempts.failures and not state.outage.declared
-        limit = state.limit if whole else max(1, min(state.in_use, state.limit))
-        load = Load(len(state.waiting), state.in_use, limit)
         left = claim.due - now
-        wait = self.admission.refuses(load, left, claim.budget, now)
+        wait = self.admission.refuses(self._load(), left, claim.budget, now)
         if wait is not None and self.adaptive is not None:
             self.adaptive.refused()
         self.queued.set()
@@ -161,10 +155,20 @@ class Overload:
     def estimated_wait(self, now: float) -> float:
         """Return the seconds that a check would wait now. Thread-safe."""
         state = self._state
-        load = Load(len(state.waiting), state.in_use, state.limit)
-        if not load.waiting and load.in_use < load.limit:
+        if not state.waiting and state.in_use < state.limit:
             return 0.0
-        return self.admission.wait(load, now)
+        return self.admission.wait(self._load(), now)
+
+    def _load(self) -> Load:
+        state = self._state
+        limit = state.limit
+        if self.adaptive is not None and self.adaptive.grows:
+            limit = self._capacity  # it is being raised, one cohort after the other
+        if state.attempts.failures or state.outage.declared:
+            # The pool has fewer connections than it wants. While nothing fails, the
+            # missing ones are being opened.
+            limit = max(1, min(state.in_use, limit))
+        return Load(len(state.waiting), state.in_use, limit)
 
     @property
     def _capacity(self) -> int:

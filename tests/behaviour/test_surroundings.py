@@ -172,7 +172,11 @@ async def check_under(presser, authorizer, connected):
     [
         pytest.param(True, 3, id="connected"),
         pytest.param(False, 13, id="first"),
-        pytest.param(False, 1, id="first, each line", marks=pytest.mark.slow),
+        pytest.param(
+            *(False, 1),
+            id="first, each line",
+            marks=[pytest.mark.slow, pytest.mark.timeout(600)],
+        ),
     ],
 )
 def test_ctrl_c_on_trio_at_any_line_of_a_check_raises_and_loses_no_lease(

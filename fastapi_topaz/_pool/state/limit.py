@@ -42,6 +42,9 @@ ENDED = 0.9
 SHARE = 0.2
 """The share of its budget that a call may take, before the limit is lowered."""
 
+QUICK = 0.75
+"""Below this share of the time that they may take, calls are quick."""
+
 KAPPA = 4.0
 """A call may also take less than this many times the shortest usual time."""
 
@@ -96,20 +99,27 @@ class AdaptiveLimit:
     Args:
         connections: The maximum number of connections.
         capacity: The maximum number of leases.
+
+    Attributes:
+        limit: The leases that may be out at once.
+        reason: Why it is what it is.
+        grows: True until the first cohort that is not quick, or until the limit is the
+            capacity. A pool that begins to be used is not overloaded because of this.
     """
 
     __slots__ = (
         *("_answered", "_base", "_before", "_begun", "_capacity", "_closes_at"),
         *("_first", "_full", "_held", "_hold", "_kind", "_lost", "_number", "_ratios"),
         *("_recovering", "_refused", "_size", "_strikes", "_tolerance"),
-        *("_tolerated", "_usual", "limit", "reason"),
+        *("_tolerated", "_usual", "grows", "limit", "reason"),
     )
 
     def __init__(self, connections: int, capacity: int) -> None:
         self._capacity = capacity
         self._first = min(capacity, max(connections, START))
         self.limit = self._first
-        self.reason: LimitReason = "start" if self.limit < capacity else "capacity"
+        self.grows = self.limit < capacity
+        self.reason: LimitReason = "start" if self.grows else "capacity"
         # The smoothed median of cohorts, and its recent values with their times.
         self._usual: float | None = None
         self._base: deque[tuple[float, float]] = deque()
@@ -178,6 +188,7 @@ class AdaptiveLimit:
         self._judge(claim.budget, now)
         if self.limit == self._capacity:
             self.reason = "capacity"
+            self.grows = False
         self._begin_cohort()
         return self.limit != before
 
@@ -189,7 +200,8 @@ class AdaptiveLimit:
         """Begin as at first, if the limit is lower: the server may be another one."""
         if self.limit < self._first:
             self.limit = self._first
-            self.reason = "start" if self.limit < self._capacity else "capacity"
+            self.grows = self.limit < self._capacity
+            self.reason = "start" if self.grows else "capacity"
         self._before = None
         self._recovering = False
         self._strikes = 0
@@ -232,6 +244,7 @@ class AdaptiveLimit:
         target = min(SHARE, KAPPA * base + FLOOR / budget)
         if now < self._tolerance.until:
             target = max(target, self._tolerated)
+        self.grows &= median < QUICK * target and lost < LOST
         before, self._before = self._before, None
         if before is not None and full and self._is_useless(before, rate):
             self._undo(before, median, now)
@@ -252,7 +265,7 @@ class AdaptiveLimit:
             if pressed and (self._strikes >= 2 or median > 2 * target):
                 share = min(max(target / median, 0.5), 0.7)
                 self._cut(self.limit * share, rate, "slow")
-        elif full and median < 0.75 * target:
+        elif full and median < QUICK * target:
             self._strikes = 0
             quick = median < 1.3 * base or median < target / 2
             self._raise(2 * self.limit if quick else 1.1 * self.limit + 1, "quick")
