@@ -242,7 +242,15 @@ def model(session: nox.Session) -> None:
     """Run many more examples of models and fuzzing. Other examples: `-- --seed 17`."""
     seed, rest = told(session, "--seed", "1")
     session.install("-e", ".", "--group", "test")
-    names = ["model_state", "model_pool", "fuzz", "fuzz_calls", "fuzz_connectors"]
+    names = [
+        "model_state",
+        "model_pool",
+        "model_decisions",
+        "model_circuit",
+        "fuzz",
+        "fuzz_calls",
+        "fuzz_connectors",
+    ]
     names += ["differential"]
     files = [f"tests/proof/test_{name}.py" for name in names]
     deep = ("-rP", "--timeout=0", "--hypothesis-profile=deep")

@@ -14,14 +14,17 @@ from fastapi_topaz._distribution import refuse_mixture
 refuse_mixture()
 
 from fastapi_topaz._app.config import TopazConfig
-from fastapi_topaz._app.question import Decision
 from fastapi_topaz._authorizer.options import AuthorizerOptions, Identity, IdentityType
 from fastapi_topaz._authorizer.pool import ConnectionPool, PooledConnection
+from fastapi_topaz._decisions.breaker import CircuitBreaker, CircuitStatus
+from fastapi_topaz._decisions.cache import CacheStatus, DecisionCache
+from fastapi_topaz._decisions.question import Decision
 from fastapi_topaz._pool.connector import Connector, Verdict
 from fastapi_topaz._pool.state.status import ConnectionStatus, PoolStatus
 from fastapi_topaz._rpc.target import Target
 from fastapi_topaz.connector import GrpcConnector
 from fastapi_topaz.exceptions import (
+    CircuitOpen,
     ConnectFailed,
     ConnectionLost,
     CredentialsFailed,
@@ -40,6 +43,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuthorizerOptions",
+    "CacheStatus",
+    "CircuitBreaker",
+    "CircuitOpen",
+    "CircuitStatus",
     "ConnectFailed",
     "ConnectionLost",
     "ConnectionPool",
@@ -47,6 +54,7 @@ __all__ = [
     "Connector",
     "CredentialsFailed",
     "Decision",
+    "DecisionCache",
     "GrpcConnector",
     "Identity",
     "IdentityType",

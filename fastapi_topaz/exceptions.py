@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 
 __all__ = [
+    "CircuitOpen",
     "ConnectFailed",
     "ConnectionLost",
     "CredentialsFailed",
@@ -121,6 +122,20 @@ class ConnectionLost(PoolError, ConnectionError):  # noqa: N818
     The pool does not know whether the server processed the request. The calls of an
     authorizer only read, so it is safe to repeat them on another connection.
     """
+
+
+class CircuitOpen(PoolError):  # noqa: N818
+    """
+    The `CircuitBreaker` refused a check, because too many checks before it failed.
+
+    Attributes:
+        retry_after: Seconds until the breaker lets the next check through, if that is
+            known. Otherwise an estimate.
+    """
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after: Final = retry_after
 
 
 class CredentialsFailed(PoolError):  # noqa: N818

@@ -11,7 +11,7 @@ import anyio
 import anyio.lowlevel
 import grpc
 import pytest
-from fastapi import HTTPException, Request
+from fastapi import HTTPException
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +26,7 @@ from fastapi_topaz import (
 )
 from fastapi_topaz._log_limit import INTERVAL, MOST_REASONS, OTHER, LogLimit
 from fastapi_topaz.testing import FakeConnection, FakeConnector, fail, hang, ok
+from kit.configs import Requests
 from kit.logs import lines
 from kit.pools import Making
 
@@ -260,7 +261,7 @@ class Checks:
 
     async def check(self, number=0):
         guard = require_policy_allowed(self.config, f"app.x{number}")
-        request = Request({"type": "http", "path_params": {}, "headers": []})
+        request = Requests({"type": "http", "path_params": {}, "headers": []})
         try:
             await guard(request)
             self.statuses[200] += 1

@@ -1,7 +1,9 @@
 """
-The layers of a check, each an `Ask` that wraps the next; `chain` gives their order.
+The layers of a check, each an `Ask` that wraps the next; `Layers` gives their order.
 
-    Trace ──▶ Retry ──▶ AskPool ──▶ the authorizer
+    Trace ─▶ Fallback ─▶ Memo ─▶ Cached ─▶ Breaking ─▶ Retry ─▶ AskPool
+
+A layer that is not configured is left out, so it costs nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ import anyio
 import attrs
 import grpc
 
-from fastapi_topaz._app.question import Decision
+from fastapi_topaz._decisions.breaker import Breaking
+from fastapi_topaz._decisions.cache import Cached, freshness_of
+from fastapi_topaz._decisions.credentialed import Credentialed
+from fastapi_topaz._decisions.fallback import Fallback
+from fastapi_topaz._decisions.memo import Memo
+from fastapi_topaz._decisions.openings import Openings
+from fastapi_topaz._decisions.question import Decision
 from fastapi_topaz._rpc.statuses import is_unprocessed, is_worth_a_retry, lacks_answer
 from fastapi_topaz._telemetry.tracing import current_check
 from fastapi_topaz.exceptions import TopazError
@@ -21,13 +29,17 @@ from fastapi_topaz.exceptions import TopazError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fastapi_topaz._app.question import Ask, Question
     from fastapi_topaz._authorizer.pool import ConnectionPool
+    from fastapi_topaz._decisions.breaker import CircuitBreaker
+    from fastapi_topaz._decisions.cache import DecisionCache
+    from fastapi_topaz._decisions.fallback import Custom, Fallbacks, Strategy
+    from fastapi_topaz._decisions.question import Ask, Question
+    from fastapi_topaz._decisions.sharing import Freshness
     from fastapi_topaz._pool.state.status import PoolCounters
     from fastapi_topaz._telemetry.tracing import Tracing
 
 
-__all__ = ["chain"]
+__all__ = ["Layers"]
 
 
 LEAST_TOKENS = 20
@@ -41,21 +53,62 @@ LONGEST_PAUSE = 0.5
 """Seconds between attempts at a call that the server did not process."""
 
 
-def chain(pool: Callable[[], ConnectionPool], tracing: Tracing) -> Ask:
+@attrs.frozen
+class Layers:
     """
-    Return the outermost layer, which holds the others.
+    The layers of the checks of one configuration.
 
     Args:
         pool: Returns the pool. An application may replace that of its configuration.
         tracing: Begins the spans.
+        cache: Keeps answers, if given.
+        breaker: Refuses checks while the authorizer fails, if given.
+        has_credentials: Whether calls have metadata that a callable computes.
     """
 
-    def counters() -> PoolCounters:
-        return pool()._counters  # noqa: SLF001
+    pool: Callable[[], ConnectionPool]
+    tracing: Tracing
+    cache: DecisionCache | None = None
+    breaker: CircuitBreaker | None = None
+    has_credentials: bool = False
 
-    asking: Ask = AskPool(pool)
-    asking = Retry(asking, counters, RetryTokens(lambda: pool().options.capacity))
-    return Trace(asking, tracing, pool)
+    def chain(self) -> tuple[Ask, Freshness, Callable[[Question], Decision | None]]:
+        """
+        Return the layers below the fallback.
+
+        Returns:
+            The first of them; what invalidates answers; and what finds an answer that
+            is older than usual.
+        """
+
+        def counters() -> PoolCounters:
+            return self.pool()._counters  # noqa: SLF001
+
+        tokens = RetryTokens(lambda: self.pool().options.capacity)
+        asking: Ask = Retry(AskPool(self.pool), counters, tokens)
+        if self.breaker is not None:
+            asking = Breaking(asking, self.breaker, self.pool)
+        openings = Openings(self.pool)
+        if self.cache is None:
+            freshness = freshness_of()
+            if not self.has_credentials:
+                asking = Memo(asking, freshness, openings)
+            return asking, freshness, lambda _question: None
+        cached = Cached(asking, self.cache, openings)
+        freshness = cached.freshness
+        excludes = self.cache._excludes  # noqa: SLF001
+        asking = Memo(cached, freshness, openings, excludes, cached.hit)
+        if self.has_credentials:
+            asking = Credentialed(asking, self.pool)
+        return asking, freshness, cached.stale
+
+    def traced(
+        self, asking: Ask, fallback: Strategy | Custom, shared: Fallbacks
+    ) -> Ask:
+        """Return the outermost layer above *asking*, with this *fallback*."""
+        if fallback != "error":
+            asking = Fallback(asking, fallback, shared)
+        return Trace(asking, self.tracing, self.pool)
 
 
 @attrs.frozen
@@ -70,7 +123,7 @@ class Trace:
         path, decision = question.policy_path, question.decision
         with self.tracing.check(path, decision, self.pool().options.name) as span:
             answer = await self.ask(question)
-            span.decided(answer.allowed)
+            span.decided(answer.allowed, answer.origin)
             return answer
 
 
@@ -177,10 +230,11 @@ class AskPool:
         async with acquire as conn:
             if conn.waited:
                 current_check().waited(conn.waited)
+            budget.sent = budget.left()
             decisions = await conn._decide(  # noqa: SLF001
                 question.request,
                 (question.decision,),
-                budget.left(),
+                budget.sent,
                 question.metadata,
             )
         return Decision(allowed=decisions[question.decision] is True)

@@ -7,21 +7,25 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from fastapi_topaz._app.asking import chain
-from fastapi_topaz._app.question import Ask, Decision, Question
+from fastapi_topaz._app.asking import Layers
 from fastapi_topaz._authorizer.messages import IS, is_request
 from fastapi_topaz._authorizer.options import (
     AuthorizerOptions,
     AuthorizerOptionsLike,
     Identity,
     IdentityLike,
+    IdentityType,
 )
 from fastapi_topaz._authorizer.pool import ConnectionPool
 from fastapi_topaz._authorizer.rego import check_name, check_reference
 from fastapi_topaz._authorizer.resource import EXACT
-from fastapi_topaz._checks import check_seconds, check_text, safe_repr
+from fastapi_topaz._checks import check_flag, check_seconds, check_text, safe_repr
+from fastapi_topaz._decisions.breaker import CircuitBreaker
+from fastapi_topaz._decisions.cache import DecisionCache
+from fastapi_topaz._decisions.fallback import Fallbacks, check_fallback
+from fastapi_topaz._decisions.question import Ask, Decision, Question
 from fastapi_topaz._error_text import error_kind, log_text
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._pool.budget import Budget
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
     from starlette.requests import HTTPConnection
 
+    from fastapi_topaz._decisions.fallback import Custom, OnFallback, Strategy
     from fastapi_topaz._rpc.metadata import Metadata
 
     # Called with a Request, or with a WebSocket where a WebSocket route is guarded.
@@ -83,6 +88,21 @@ class TopazConfig(NotCopied):
             text. A whole number beyond 2**53 is text, because JSON would round it.
         tracer_provider: Records the spans of checks. None, the default: the global
             provider of OpenTelemetry.
+        decision_cache: Keeps answers for a short time. None, the default: only equal
+            checks of one HTTP request share an answer, for at most 5 seconds.
+        circuit_breaker: Refuses checks while most of them fail. Default None.
+        fallback: What decides if there is no decision now, because the authorizer or
+            the pool fails. "error", the default: the error is raised, which guards
+            answer with 503. "deny": it is a denial. "cache_then_error" and
+            "cache_then_deny": an older answer of *decision_cache* decides, if there is
+            one. "cache_then_allow" and "allow" allow without an answer. Or a callable,
+            sync or async, with the arguments request, policy path, resource context,
+            cached decision (a bool or None) and error. It allows only by returning
+            True. If it raises an error, the error of the check is raised.
+        allow_unsafe_fallback: True permits a fallback to allow without an answer of the
+            authorizer. Default False.
+        on_fallback: Called for each decision of a fallback with request, policy path,
+            cached decision and the decision. Default None.
 
     Raises:
         TypeError, ValueError: An argument is wrong. The message names it.
@@ -105,13 +125,23 @@ class TopazConfig(NotCopied):
         check_timeout: float = 5.0,
         path_parameters: Literal["typed", "text"] = "typed",
         tracer_provider: TracerProvider | None = None,
+        decision_cache: DecisionCache | None = None,
+        circuit_breaker: CircuitBreaker | None = None,
+        fallback: Strategy | Custom = "error",
+        allow_unsafe_fallback: bool = False,
+        on_fallback: OnFallback | None = None,
     ) -> None:
         check_reference("policy_path_root", policy_path_root)
         check_text("policy_instance_name", policy_instance_name)
         check_text("policy_instance_label", policy_instance_label)
+        check_flag("allow_unsafe_fallback", allow_unsafe_fallback)
         _callable("identity_provider", identity_provider)
-        if resource_context_provider is not None:
-            _callable("resource_context_provider", resource_context_provider)
+        for name, given in (
+            ("resource_context_provider", resource_context_provider),
+            ("on_fallback", on_fallback),
+        ):
+            if given is not None:
+                _callable(name, given)
         if path_parameters not in ("typed", "text"):
             raise ValueError(
                 "path_parameters must be 'typed' or 'text', got "
@@ -123,12 +153,6 @@ class TopazConfig(NotCopied):
             raise TypeError(
                 "connection_pool must be a ConnectionPool, got "
                 f"{safe_repr(connection_pool)}"
-            )
-        get_tracer = getattr(tracer_provider, "get_tracer", None)
-        if tracer_provider is not None and not callable(get_tracer):
-            raise TypeError(
-                "tracer_provider must be a TracerProvider, got "
-                f"{safe_repr(tracer_provider)}"
             )
         self.authorizer_options: AuthorizerOptions = AuthorizerOptions.coerce(
             authorizer_options
@@ -143,20 +167,67 @@ class TopazConfig(NotCopied):
             "check_timeout", check_timeout, zero=False, infinite=False
         )
         self.path_parameters = path_parameters
-        self._ask: Ask = chain(
-            lambda: self.connection_pool, Tracing(tracer_provider, IS)
+        self._set_layers(_tracing(tracer_provider), decision_cache, circuit_breaker)
+        self._fallbacks = Fallbacks(
+            self._stale, allow_unsafe=allow_unsafe_fallback, on_fallback=on_fallback
         )
-        # The dependency for each policy path; None is the key of require_policy_auto.
-        self._dependencies: dict[str | None, Any] = {}
+        self._ask: Ask = self._asking(fallback)
+        # The dependencies by their arguments.
+        self._dependencies: dict[Any, Any] = {}
         self._log_limit = LogLimit(logger, "checks")
-        already = connection_pool.authorizer_options
+        self._configure(connection_pool)
+        if allow_unsafe_fallback:
+            logger.warning(
+                "%r: allow_unsafe_fallback=True: with fallback=%s, requests may pass "
+                "that the authorizer did not allow",
+                *(self, repr(fallback) if isinstance(fallback, str) else "a callable"),
+            )
+
+    def _configure(self, pool: ConnectionPool) -> None:
+        already = pool.authorizer_options
         if already not in (None, self.authorizer_options):
             raise ValueError(
                 "connection_pool must not be shared by configurations of different "
                 f"authorizers: it is configured for {already}, and this one is for "
                 f"{self.authorizer_options}"
             )
-        connection_pool.configure(self.authorizer_options)
+        pool.configure(self.authorizer_options)
+
+    def _set_layers(self, tracing: Tracing, cache: object, breaker: object) -> None:
+        if cache is not None and not isinstance(cache, DecisionCache):
+            raise TypeError(
+                f"decision_cache must be a DecisionCache, got {safe_repr(cache)}"
+            )
+        if breaker is not None and not isinstance(breaker, CircuitBreaker):
+            raise TypeError(
+                f"circuit_breaker must be a CircuitBreaker, got {safe_repr(breaker)}"
+            )
+        self._decision_cache, self._circuit_breaker = cache, breaker
+        self._layers = Layers(
+            *(lambda: self.connection_pool, tracing, cache, breaker),
+            self.authorizer_options.credentials is not None,
+        )
+        self._below, self._freshness, self._stale = self._layers.chain()
+
+    def _asking(self, fallback: Strategy | Custom) -> Ask:
+        """Return the layers of a check with *fallback*, if that is permitted."""
+        shared = self._fallbacks
+        checked = check_fallback(
+            fallback,
+            allow_unsafe=shared.allow_unsafe,
+            has_cache=self._decision_cache is not None,
+        )
+        return self._layers.traced(self._below, checked, shared)
+
+    @property
+    def decision_cache(self) -> DecisionCache | None:
+        """The cache of this configuration, or None."""
+        return self._decision_cache
+
+    @property
+    def circuit_breaker(self) -> CircuitBreaker | None:
+        """The circuit breaker of this configuration, or None."""
+        return self._circuit_breaker
 
     def __repr__(self) -> str:
         return (
@@ -171,6 +242,7 @@ class TopazConfig(NotCopied):
                 yield
         finally:
             self._log_limit.flush(everything=True)
+            self._fallbacks.flush()
 
     @boundary
     async def is_ready(self, timeout: float = 1.0) -> bool:
@@ -218,6 +290,7 @@ class TopazConfig(NotCopied):
         decision: str = "allowed",
         resource_context: Mapping[str, Any] | None = None,
         metadata: Metadata | None = None,
+        max_age: float | None = None,
     ) -> bool:
         """
         Return whether the policy *policy_path* allows the caller of *request*.
@@ -242,16 +315,21 @@ class TopazConfig(NotCopied):
                 with each attempt of this check, in addition to those of
                 `authorizer_options`. They may be secret, so no error shows them. None,
                 the default, means none.
+            max_age: The oldest answer to use, in seconds since the authorizer was
+                asked. 0 always asks it, as after a change of rights. None, the default:
+                the limits of `decision_cache`, or 5 seconds within one HTTP request.
 
         Returns:
-            True only if the authorizer decided so. If there is no decision, this
+            True only if the authorizer decided so, or a *fallback* of the configuration
+            that is permitted to. If there is no decision, this
             raises an error.
 
         Raises:
             PoolSaturated: The pool is overloaded: the answer would come after
                 `check_timeout`, or `max_waiting` callers wait already.
-            PoolError: No connection was available within `check_timeout`, or two
-                connections were lost. See `ConnectionPool.acquire`.
+            PoolError: No connection was available within `check_timeout`, two
+                connections were lost, or the circuit breaker is open. See
+                `ConnectionPool.acquire`.
             grpc.aio.AioRpcError: The authorizer answered with an error status, too
                 late, or without a clear decision.
             TypeError: A provider returned a value of a wrong type, or an argument
@@ -261,7 +339,7 @@ class TopazConfig(NotCopied):
         """
         decided = await self._ask(
             await self._question(
-                request, policy_path, decision, resource_context, metadata
+                request, policy_path, decision, resource_context, metadata, max_age
             )
         )
         return decided.allowed
@@ -275,6 +353,7 @@ class TopazConfig(NotCopied):
         decision: str = "allowed",
         resource_context: Mapping[str, Any] | None = None,
         metadata: Metadata | None = None,
+        max_age: float | None = None,
     ) -> Decision:
         """
         Ask as `is_allowed` does, and return the whole decision.
@@ -285,13 +364,14 @@ class TopazConfig(NotCopied):
             decision: The decision that must be true, default `allowed`.
             resource_context: What the application adds to the resource context.
             metadata: Pairs that are sent with this check. Default none.
+            max_age: The oldest answer to use, in seconds. Default None.
 
         Returns:
             The decision. It has no truth value: write `if decision.allowed`.
         """
         return await self._ask(
             await self._question(
-                request, policy_path, decision, resource_context, metadata
+                request, policy_path, decision, resource_context, metadata, max_age
             )
         )
 
@@ -302,6 +382,7 @@ class TopazConfig(NotCopied):
         decision: str = "allowed",
         resource_context: Mapping[str, Any] | None = None,
         metadata: Metadata | None = None,
+        max_age: float | None = None,
     ) -> Question:
         """
         Return the question about *request*, encoded.
@@ -317,21 +398,45 @@ class TopazConfig(NotCopied):
                 f"resource_context must be a mapping, got "
                 f"{type(resource_context).__name__}"
             )
+        if max_age is not None:
+            max_age = check_seconds("max_age", max_age)
         pairs = frozen_metadata(metadata)
+        identity = await self._identity(request)
+        resource = {**await self._resource(request), **(resource_context or {})}
         return Question(
             policy_path,
             decision,
             is_request(
                 policy_path,
                 (decision,),
-                await self._identity(request),
-                {**await self._resource(request), **(resource_context or {})},
+                identity,
+                resource,
                 self.policy_instance_name,
                 self.policy_instance_label,
             ),
             Budget(self.check_timeout),
             pairs,
+            token=identity.value if identity.type is IdentityType.JWT else None,
+            http=request,
+            resource=resource,
+            max_age=max_age,
         )
+
+    @boundary
+    def invalidate(
+        self,
+        *,
+        identity: IdentityLike | None = None,
+        policy_path: str | None = None,
+        resource: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Use no answer again that was asked for before this call. Thread-safe.
+
+        This concerns the cache of this configuration and what requests under way have
+        asked. For the arguments see `DecisionCache.invalidate`.
+        """
+        self._freshness.invalidate(identity, policy_path, resource)
 
     async def _identity(self, request: HTTPConnection) -> Identity:
         identity = await _result(self.identity_provider(request))
@@ -365,6 +470,14 @@ class TopazConfig(NotCopied):
         for name, value in request.path_params.items():
             resource[name] = value if typed and _is_exact_number(value) else str(value)
         return resource
+
+
+def _tracing(provider: object) -> Tracing:
+    if provider is not None and not callable(getattr(provider, "get_tracer", None)):
+        raise TypeError(
+            f"tracer_provider must be a TracerProvider, got {safe_repr(provider)}"
+        )
+    return Tracing(cast("TracerProvider | None", provider), IS)
 
 
 def _is_exact_number(value: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ from starlette.requests import HTTPConnection  # noqa: TC002  (FastAPI reads it)
 
 from fastapi_topaz._app.config import TopazConfig
 from fastapi_topaz._app.routes import route_policy_path
-from fastapi_topaz._authorizer.rego import check_reference
-from fastapi_topaz._checks import safe_repr
+from fastapi_topaz._authorizer.rego import check_name, check_reference
+from fastapi_topaz._checks import check_seconds, safe_repr
 from fastapi_topaz._error_text import error_kind, log_text
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz.exceptions import PoolMisuse, TopazError
@@ -22,6 +23,9 @@ from fastapi_topaz.exceptions import PoolMisuse, TopazError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from fastapi_topaz._decisions.fallback import Custom, Strategy
+    from fastapi_topaz._decisions.question import Ask
 
     Dependency = Callable[[HTTPConnection], Awaitable[None]]
 
@@ -75,7 +79,14 @@ ENDS: dict[Any, tuple[int, str]] = {
 """The HTTP response for the gRPC status of a check. Other statuses: UNAVAILABLE."""
 
 
-def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
+def require_policy_allowed(
+    config: TopazConfig,
+    policy_path: str,
+    *,
+    decision: str = "allowed",
+    fallback: Strategy | Custom | None = None,
+    max_age: float | None = None,
+) -> Dependency:
     """
     Return a dependency that lets a request pass if *policy_path* allows it.
 
@@ -104,22 +115,35 @@ def require_policy_allowed(config: TopazConfig, policy_path: str) -> Dependency:
     Args:
         config: The configuration whose authorizer is asked.
         policy_path: The whole path of the policy.
+        decision: The name of the decision that must be true. Default `allowed`.
+        fallback: What decides on this route if there is no decision, as *fallback* of
+            `TopazConfig`. None, the default: that of *config*. One that may allow
+            without an answer needs `allow_unsafe_fallback` of *config*, too.
+        max_age: The oldest answer to use, in seconds; 0 always asks the authorizer.
+            Default None: see `TopazConfig.is_allowed`.
 
     Raises:
-        TypeError: *config* or *policy_path* has the wrong type.
-        ValueError: *policy_path* is not a Rego reference.
+        TypeError: *config*, *policy_path* or another argument has the wrong type.
+        ValueError: *policy_path* is not a Rego reference, or another argument is wrong.
     """
     _check_config(config)
     check_reference("policy_path", policy_path)
+    check_name("decision", decision)
+    rules = _Rules(config, decision, fallback, max_age)
 
     @boundary
     async def dependency(request: HTTPConnection) -> None:
-        await _check(config, request, policy_path)
+        await _check(rules, request, policy_path)
 
-    return _once(config, policy_path, dependency)
+    return _once(rules, policy_path, dependency)
 
 
-def require_policy_auto(config: TopazConfig) -> Dependency:
+def require_policy_auto(
+    config: TopazConfig,
+    *,
+    fallback: Strategy | Custom | None = None,
+    max_age: float | None = None,
+) -> Dependency:
     """
     Return a dependency that takes the policy path from the route.
 
@@ -142,36 +166,66 @@ def require_policy_auto(config: TopazConfig) -> Dependency:
 
     Args:
         config: The configuration whose authorizer is asked.
+        fallback: What decides on this route if there is no decision: see
+            `require_policy_allowed`.
+        max_age: The oldest answer to use, in seconds: see `require_policy_allowed`.
 
     Raises:
-        TypeError: *config* is not a TopazConfig.
+        TypeError: *config* is not a TopazConfig, or another argument has the wrong
+            type.
+        ValueError: Another argument is wrong.
     """
     _check_config(config)
+    rules = _Rules(config, "allowed", fallback, max_age)
 
     @boundary
     async def dependency(request: HTTPConnection) -> None:
         path = route_policy_path(config.policy_path_root, request.scope)
-        await _check(config, request, path)
+        await _check(rules, request, path)
 
-    return _once(config, None, dependency)
-
-
-def _once(
-    config: TopazConfig, policy_path: str | None, dependency: Dependency
-) -> Dependency:
-    """Return the dependency of *policy_path*, which lives as long as *config*."""
-    known: dict[str | None, Dependency] = config._dependencies  # noqa: SLF001
-    return known.setdefault(policy_path, dependency)
+    return _once(rules, None, dependency)
 
 
-async def _check(
-    config: TopazConfig, request: HTTPConnection, policy_path: str
-) -> None:
+class _Rules:
+    """How a guard asks, beside the policy."""
+
+    def __init__(
+        self,
+        config: TopazConfig,
+        decision: str,
+        fallback: Strategy | Custom | None,
+        max_age: float | None,
+    ) -> None:
+        if max_age is not None:
+            max_age = check_seconds("max_age", max_age)
+        self.config = config
+        self.decision = decision
+        self.max_age = max_age
+        # By its identity: a callable may not be hashable.
+        name: object = id(fallback) if callable(fallback) else fallback
+        self.key = decision, name, max_age
+        self.ask: Ask = (
+            config._ask  # noqa: SLF001
+            if fallback is None
+            else config._asking(fallback)  # noqa: SLF001
+        )
+
+
+def _once(rules: _Rules, policy_path: str | None, dependency: Dependency) -> Dependency:
+    """Return the dependency of *policy_path*, which lives as long as the config."""
+    known: dict[Any, Dependency] = rules.config._dependencies  # noqa: SLF001
+    return known.setdefault((policy_path, *rules.key), dependency)
+
+
+async def _check(rules: _Rules, request: HTTPConnection, policy_path: str) -> None:
+    config = rules.config
     # Outside the try: an error of a provider is the application's own.
-    question = await config._question(request, policy_path)  # noqa: SLF001
+    question = await config._question(  # noqa: SLF001
+        request, policy_path, rules.decision, max_age=rules.max_age
+    )
     limit = config._log_limit  # noqa: SLF001
     try:
-        decision = await config._ask(question)  # noqa: SLF001
+        decision = await rules.ask(question)
     except (TopazError, grpc.RpcError) as error:
         misuse = isinstance(error, PoolMisuse)
         limit.report(
@@ -215,9 +269,9 @@ def _retry_after(wait: float | None) -> str:
     """Return the value of the header `Retry-After`: whole seconds, at least 1."""
     if wait is None:
         return f"{RETRY_AFTER:.0f}"
+    least = math.ceil(max(wait, RETRY_AFTER))
     # With jitter. Otherwise all refused clients come back at the same moment.
-    jitter = random.uniform(1, 2)  # noqa: S311  (no secret)
-    return str(round(max(wait, RETRY_AFTER) * jitter))
+    return str(least + random.randint(0, least))  # noqa: S311  (no secret)
 
 
 def _code(error: Exception) -> Any:

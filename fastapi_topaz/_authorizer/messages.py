@@ -54,6 +54,7 @@ __all__ = [
     "Subject",
     "decision_tree_of",
     "decisions_of",
+    "identity_context",
     "is_request",
     "names_of",
     "policy_instance",
@@ -171,7 +172,8 @@ def policy_instance(name: str | None, label: str | None) -> PolicyInstance | Non
     return PolicyInstance(name=name or "", instance_label=label or name or "")
 
 
-def _identity_context(identity: Identity) -> IdentityContext:
+def identity_context(identity: Identity) -> IdentityContext:
+    """Return the message of *identity*."""
     return IdentityContext(
         type=identity.type,  # type: ignore[arg-type]
         identity=text_of("identity", identity.value or "", show=False),
@@ -210,7 +212,8 @@ def is_request(
         return question + asker
     rest = IsRequest()
     fill(rest.resource_context, resource_context)
-    return question + asker + rest.SerializeToString()
+    # Deterministic, so that equal questions have equal bytes.
+    return question + asker + rest.SerializeToString(deterministic=True)
 
 
 _PLAIN = frozenset({str, type(None)})
@@ -233,7 +236,7 @@ def _question(
 
 
 def _encode(identity: Identity) -> bytes:
-    request = IsRequest(identity_context=_identity_context(identity))
+    request = IsRequest(identity_context=identity_context(identity))
     encoded = request.SerializeToString()
     if type(identity) is Identity:  # a subclass may be mutable
         # Stored on the identity, so it lives no longer. It may contain a token.
@@ -276,7 +279,7 @@ class Subject:
             fill(resource, self.resource_context)
         return {
             "policy_context": PolicyContext(path=self.policy_path, decisions=decisions),
-            "identity_context": _identity_context(Identity.coerce(self.identity)),
+            "identity_context": identity_context(Identity.coerce(self.identity)),
             "resource_context": resource,
             "policy_instance": policy_instance(
                 self.policy_instance_name, self.policy_instance_label

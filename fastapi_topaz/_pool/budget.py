@@ -14,12 +14,18 @@ class Budget:
 
     Args:
         seconds: How long, from now on.
+
+    Attributes:
+        seconds: The whole budget.
+        sent: The seconds that were left when the last attempt got its connection, or
+            None.
     """
 
-    __slots__ = ("_deadline", "seconds")
+    __slots__ = ("_deadline", "seconds", "sent")
 
     def __init__(self, seconds: float) -> None:
         self.seconds: float = seconds
+        self.sent: float | None = None
         self._deadline = anyio.current_time() + seconds
 
     def left(self) -> float:

@@ -58,6 +58,7 @@ class OpenPool:
 
     # Slots, because beyond 30 attributes an instance loses its fast lookup (3.11).
     __slots__ = (
+        "__weakref__",
         *("_admission", "_close_at", "_close_changed", "_dismissed"),
         *("_latest", "_refusals"),
         *("adopted", "alarm", "answered_probes", "attempts", "clock"),

@@ -13,7 +13,7 @@ import grpc.aio
 from fastapi_topaz._pool.clock import time_limit
 from fastapi_topaz._rpc.clock import left, monotonic
 from fastapi_topaz._rpc.metadata import Credentials, Metadata, frozen_metadata
-from fastapi_topaz._rpc.statuses import EndedCall, Ending
+from fastapi_topaz._rpc.statuses import Ending, LateCredentials
 from fastapi_topaz.exceptions import ConnectFailed, CredentialsFailed
 
 
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from fastapi_topaz._rpc.target import Target
 
 
-__all__ = ["CredentialedConnection"]
+__all__ = ["CallCredentials", "Computed", "CredentialedConnection"]
 
 
 _SHARE: Final = 0.95
 """The part of a probe's timeout after which the error names the cause, in time."""
 
 
-class _OutOfTime(EndedCall):
-    """The call ended by its deadline before its metadata were there."""
+class Computed(tuple[tuple[str, str | bytes], ...]):
+    """Metadata of one call that include those of `credentials` already."""
+
+    __slots__ = ()
 
 
 class CredentialedConnection:
@@ -45,11 +47,9 @@ class CredentialedConnection:
     """
 
     def __init__(self, connection: Any, target: Target) -> None:
-        assert target.credentials is not None  # noqa: S101
         self._connection = connection
         self._url = target.url
-        self._credentials: Credentials = target.credentials
-        self._taken = frozenset(key for key, _ in target.metadata)
+        self._ask = CallCredentials(target).ask
         # The pool calls it before each lease.
         self.is_lost = connection.is_lost
 
@@ -76,9 +76,11 @@ class CredentialedConnection:
             grpc.aio.AioRpcError: See `RpcConnection.call`. Also DEADLINE_EXCEEDED if
                 the callable did not return in time.
         """
-        pairs, timeout = await self._ask(f"the call {method}", timeout)
+        if not isinstance(metadata, Computed):
+            pairs, timeout = await self._ask(f"the call {method}", timeout)
+            metadata = (*pairs, *metadata)
         response: bytes = await self._connection.call(
-            method, request, timeout=timeout, metadata=(*pairs, *metadata)
+            method, request, timeout=timeout, metadata=metadata
         )
         return response
 
@@ -96,18 +98,18 @@ class CredentialedConnection:
         """
         try:
             pairs, rest = await self._ask("the first probe", timeout * _SHARE)
-        except (CredentialsFailed, _OutOfTime) as error:
-            late = isinstance(error, _OutOfTime)
+        except (CredentialsFailed, LateCredentials) as error:
+            late = isinstance(error, LateCredentials)
             raise ConnectFailed(
                 f"cannot connect to {self._url}: "
-                f"{error.details() if isinstance(error, _OutOfTime) else error}",
+                f"{error.details() if isinstance(error, LateCredentials) else error}",
                 reason="timeout" if late else "other",
             ) from None
         await self._connection.greet(rest, pairs)
 
     def judge(self, error: BaseException, /) -> Verdict | None:
         """Return what *error* means for the connection: nothing if it was not used."""
-        if isinstance(error, CredentialsFailed | _OutOfTime):
+        if isinstance(error, CredentialsFailed | LateCredentials):
             return None
         verdict: Verdict | None = self._connection.judge(error)
         return verdict
@@ -122,7 +124,22 @@ class CredentialedConnection:
         """Close the connection; see `Connection.close`."""
         await self._connection.close(grace)
 
-    async def _ask(
+
+class CallCredentials:
+    """
+    Computes the metadata of calls to one target, with its `credentials`.
+
+    Args:
+        target: The target, with `credentials`.
+    """
+
+    def __init__(self, target: Target) -> None:
+        assert target.credentials is not None  # noqa: S101
+        self._url = target.url
+        self._credentials: Credentials = target.credentials
+        self._taken = frozenset(key for key, _ in target.metadata)
+
+    async def ask(
         self, what: str, timeout: float | None
     ) -> tuple[Metadata, float | None]:
         """
@@ -164,7 +181,7 @@ class CredentialedConnection:
             )
         rest = left(deadline)
         if is_late or rest == 0:
-            raise _OutOfTime(
+            raise LateCredentials(
                 Ending.STATUS,
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 f"{what} to {self._url} was not sent: credentials took longer than its "

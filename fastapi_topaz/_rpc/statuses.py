@@ -13,7 +13,13 @@ import grpc
 import grpc.aio
 
 from fastapi_topaz._pool.connector import Verdict
-from fastapi_topaz.exceptions import ConnectionLost
+from fastapi_topaz.exceptions import (
+    CircuitOpen,
+    ConnectFailed,
+    ConnectionLost,
+    PoolSaturated,
+    PoolTimeout,
+)
 
 
 if TYPE_CHECKING:
@@ -25,13 +31,17 @@ if TYPE_CHECKING:
 __all__ = [
     "EndedCall",
     "Ending",
+    "LateCredentials",
     "NotSent",
+    "blames_server",
     "ending",
     "is_from_service",
+    "is_out_of_time",
     "is_reset",
     "is_unprocessed",
     "is_worth_a_retry",
     "lacks_answer",
+    "lacks_decision",
     "lacks_status",
     "status_number",
     "too_large",
@@ -123,6 +133,13 @@ class NotSent(EndedCall):
         )
 
 
+class LateCredentials(EndedCall):
+    """The call was not sent: the callable for its metadata had no value in time."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LateCredentials, super().__reduce__()[1]
+
+
 def too_large(method: str, target: str, size: int, limit: int) -> EndedCall:
     """Return the error of a request that is too large to be sent."""
     return EndedCall(
@@ -175,6 +192,14 @@ def is_unprocessed(error: BaseException) -> bool:
     }
 
 
+def is_out_of_time(error: BaseException) -> bool:
+    """Return whether *error* is DEADLINE_EXCEEDED."""
+    return (
+        isinstance(error, grpc.aio.AioRpcError)
+        and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    )
+
+
 def is_reset(error: BaseException) -> bool:
     """Return whether *error* is a reset stream: an answer without a `grpc-status`."""
     return isinstance(error, grpc.aio.AioRpcError) and ending(error) in {
@@ -204,6 +229,56 @@ def is_from_service(error: grpc.aio.AioRpcError) -> bool:
     UNAVAILABLE does not count: a proxy says that for a service which is down.
     """
     return ending(error) is Ending.STATUS and error.code() is not UNAVAILABLE
+
+
+_FAILED = STOPPING | {
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+}
+"""The statuses of a server, or of a call to it, that has no answer."""
+
+_NOT_ITS_OWN = frozenset({grpc.StatusCode.NOT_FOUND})
+"""
+Topaz sends NOT_FOUND for an identity that it does not know, and also if its directory
+is down. So it says nothing about the server.
+"""
+
+
+def blames_server(error: BaseException) -> bool | None:
+    """
+    Return whether *error* of a check shows that the server fails.
+
+    Returns:
+        True if it gave no answer. False if it answered, even with an error of its own.
+        None if *error* says nothing about the server: for example, the check had no
+        connection, or was cancelled.
+    """
+    if isinstance(error, ConnectionLost):
+        return True
+    if not isinstance(error, grpc.aio.AioRpcError) or isinstance(
+        error, LateCredentials
+    ):
+        return None
+    if error.code() in _FAILED:
+        return True
+    return None if error.code() in _NOT_ITS_OWN else False
+
+
+def lacks_decision(error: BaseException) -> bool:
+    """
+    Return whether a check ended with *error* because no decision could be got now.
+
+    False for an error that only a change can repair, such as a wrong policy path, wrong
+    credentials or a certificate that is not trusted.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConnectFailed) and cause.permanent:
+            return False
+        cause = cause.__cause__
+    lacking = ConnectFailed | PoolTimeout | PoolSaturated | CircuitOpen
+    return isinstance(error, lacking) or blames_server(error) is True
 
 
 def lacks_status(error: grpc.aio.AioRpcError) -> bool:

@@ -17,6 +17,7 @@ from opentelemetry import context, propagate, trace
 from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_span
 
 from fastapi_topaz._error_text import error_kind, without_context
+from fastapi_topaz._rpc.credentials import Computed
 from fastapi_topaz._rpc.metadata import is_metadata
 from fastapi_topaz._rpc.statuses import status_number
 from fastapi_topaz._version import VERSION
@@ -66,7 +67,7 @@ def propagated(metadata: Metadata) -> Metadata:
         _failed("propagating a trace", error)
         return metadata
     given = {key for key, _ in metadata or ()}
-    return [
+    pairs = [
         *(metadata or ()),
         *(
             (key.lower(), value)
@@ -75,6 +76,7 @@ def propagated(metadata: Metadata) -> Metadata:
             if key.lower() not in given and is_metadata(key.lower(), value)
         ),
     ]
+    return Computed(pairs) if isinstance(metadata, Computed) else pairs
 
 
 class Tracing:
@@ -131,6 +133,7 @@ class CheckSpan:
         self._span = span
         self._token: Any = None
         self._outcome = "error"
+        self._origin: str | None = None
         self._status: int | None = None
 
     def __enter__(self) -> Self:
@@ -157,15 +160,28 @@ class CheckSpan:
                 self._outcome = "cancelled"
             if self._status is not None:
                 self._span.set_attribute("rpc.grpc.status_code", self._status)
+            if self._origin is not None:
+                self._span.set_attribute("topaz.origin", self._origin)
             self._span.set_attribute("topaz.outcome", self._outcome)
             self._span.end()
         except Exception as error:  # noqa: BLE001  (code of the tracing library)
             _failed("ending a span", error)
 
-    def decided(self, allowed: bool) -> None:
-        """Record the decision, which is an answer with the status OK."""
+    def decided(self, allowed: bool, origin: str) -> None:
+        """Record the decision; one of the authorizer is an answer with status OK."""
         self._outcome = "allowed" if allowed else "denied"
-        self._status = 0
+        if origin == "authorizer":
+            self._status = 0
+        else:
+            self._origin = origin
+            self._status = None
+
+    def fell_back(self, strategy: str, error: Exception) -> None:
+        """Record that the fallback *strategy* decided, because of *error*."""
+        self._event(
+            "topaz.fallback",
+            {"topaz.strategy": strategy, "error.type": error_kind(error)},
+        )
 
     def waited(self, seconds: float) -> None:
         """Record that the check waited *seconds* for its lease."""
@@ -194,7 +210,7 @@ class _NoSpan(CheckSpan):
     def __exit__(self, *_exc: object) -> None:
         pass
 
-    def decided(self, allowed: bool) -> None:
+    def decided(self, allowed: bool, origin: str) -> None:
         pass
 
     def _event(self, name: str, attributes: Mapping[str, float | str]) -> None:

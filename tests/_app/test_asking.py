@@ -21,7 +21,7 @@ from fastapi_topaz import (
 )
 from fastapi_topaz._app import config as _config
 from fastapi_topaz._app.asking import Retry, RetryTokens
-from fastapi_topaz._app.question import Question
+from fastapi_topaz._decisions.question import Question
 from fastapi_topaz._pool.budget import Budget
 from fastapi_topaz._pool.state.status import PoolCounters
 from fastapi_topaz._rpc.statuses import EndedCall, Ending

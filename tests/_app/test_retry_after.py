@@ -15,7 +15,7 @@ from kit.configs import POLICY, REQUEST, config_of
 
 
 async def refused(wait, monkeypatch, jitter):
-    monkeypatch.setattr(guards.random, "uniform", lambda low, high: jitter)
+    monkeypatch.setattr(guards.random, "randint", lambda low, high: (low, high)[jitter])
     config = config_of(ConnectionPool(connector=FakeConnector()))
 
     async def ask(_question):
@@ -31,7 +31,7 @@ async def refused(wait, monkeypatch, jitter):
 
 @pytest.mark.parametrize(
     "wait, jitter, header",
-    [(0.0, 1.0, "1"), (0.3, 2.0, "2"), (4.0, 1.0, "4"), (4.0, 1.9, "8")],
+    [(0.0, 0, "1"), (0.3, 1, "2"), (3.2, 0, "4"), (4.0, 1, "8")],
 )
 async def test_the_header_is_the_estimate_with_jitter_and_at_least_one_second(
     wait, jitter, header, monkeypatch
@@ -40,7 +40,7 @@ async def test_the_header_is_the_estimate_with_jitter_and_at_least_one_second(
 
 
 async def test_without_an_estimate_the_header_is_one_second(monkeypatch):
-    assert await refused(None, monkeypatch, 2.0) == "1"
+    assert await refused(None, monkeypatch, 1) == "1"
 
 
 async def test_an_overloaded_pool_refuses_a_request_with_the_estimate():

@@ -16,7 +16,6 @@ import attrs
 import grpc
 import pytest
 from anyio.to_thread import run_sync
-from starlette.requests import Request
 
 from fastapi_topaz import (
     AuthorizerOptions,
@@ -27,6 +26,7 @@ from fastapi_topaz import (
     TopazConfig,
 )
 from fastapi_topaz.testing._certs import Certificates
+from kit.configs import Requests
 from kit.topaz.config import Config
 from kit.topaz.server import EMBEDDED, REAL, Topazd, TopazdError, free_port
 from kit.waiting import eventually
@@ -189,7 +189,7 @@ class Traffic:
         self.stopped = False
 
     async def user(self):
-        request = Request(
+        request = Requests(
             {"type": "http", "method": "GET", "path": "/", "headers": []}
             | {"path_params": {}}
         )

@@ -15,7 +15,6 @@ import trio
 import trio.testing
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from starlette.requests import Request
 
 from fastapi_topaz import (
     AuthorizerOptions,
@@ -30,6 +29,7 @@ from fastapi_topaz._pool.clock import Clock
 from fastapi_topaz._pool.owner_loop import OwnerLoop
 from fastapi_topaz.testing import FakeConnector, fail, hang
 from kit.autojump import jump
+from kit.configs import Requests
 from kit.pools import make_pool
 
 
@@ -226,7 +226,7 @@ async def test_a_clock_jump_during_a_lease_does_not_lengthen_a_check(seconds):
         connection_pool=make_pool(connector),
         check_timeout=3,
     )
-    request = Request({"type": "http", "path_params": {}, "headers": []})
+    request = Requests({"type": "http", "path_params": {}, "headers": []})
     async with config.connection_pool:
         with contextlib.suppress(grpc.aio.AioRpcError):
             await config.is_allowed(request, "myapp.GET.a")

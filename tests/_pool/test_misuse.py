@@ -18,7 +18,7 @@ import pytest
 from aserto.authorizer.v2 import Decision, IsResponse
 from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
-from starlette.requests import Request
+from starlette.requests import Request  # noqa: TC002  (FastAPI reads it)
 
 from fastapi_topaz import (
     AuthorizerOptions,
@@ -38,7 +38,7 @@ from fastapi_topaz._app import config as _config
 from fastapi_topaz._pool import pool as _pool
 from fastapi_topaz._pool.nesting import held_by
 from fastapi_topaz.testing import FakeConnector, slow
-from kit.configs import config_of
+from kit.configs import Requests, config_of
 from kit.pools import make_pool
 from kit.threads import in_a_thread
 
@@ -446,7 +446,7 @@ async def test_a_timeout_of_0_names_the_leases_in_the_callers_variables():
 async def test_a_check_during_a_lease_is_reported_as_nested():
     async with make_pool(max_connections=1) as pool:
         config = config_of_alice(pool, check_timeout=1)
-        request = Request({"type": "http", "path_params": {}, "headers": []})
+        request = Requests({"type": "http", "path_params": {}, "headers": []})
         async with pool.acquire():
             with pytest.raises(PoolTimeout, match=NESTED.format(1, 1)):
                 await config.is_allowed(request, "myapp.GET.a")
@@ -506,7 +506,7 @@ async def test_an_unsendable_argument_raises_its_own_error_on_a_full_pool(
 ):
     async with make_pool(max_connections=1) as pool, pool.acquire():
         config = config_of_alice(pool, check_timeout=1)
-        request = Request({"type": "http", "path_params": {}, "headers": []})
+        request = Requests({"type": "http", "path_params": {}, "headers": []})
         began = anyio.current_time()
         with pytest.raises(error):
             await config.is_allowed(request, **{"policy_path": "a.b", **arguments})
@@ -517,7 +517,7 @@ async def test_an_unsendable_argument_raises_its_own_error_on_a_full_pool(
 @pytest.mark.parametrize("context", [5, 0, "", "id=7", [], [("id", 7)]])
 async def test_a_resource_context_that_is_not_a_mapping_is_named(context):
     async with make_pool() as pool:
-        request = Request({"type": "http", "path_params": {}, "headers": []})
+        request = Requests({"type": "http", "path_params": {}, "headers": []})
         with pytest.raises(TypeError, match="resource_context must be a mapping, got"):
             await config_of_alice(pool).is_allowed(
                 request, "a.b", resource_context=context
@@ -561,7 +561,7 @@ async def test_a_retried_check_is_encoded_once(monkeypatch):
     connector = FakeConnector(answer=answer, default=slow(0.01))
     async with make_pool(connector) as pool:
         config = config_of_alice(pool)
-        request = Request({"type": "http", "path_params": {}, "headers": []})
+        request = Requests({"type": "http", "path_params": {}, "headers": []})
         assert await config.is_allowed(request, "myapp.GET.a") is False
     assert len(encoded) == 1
     assert sent == encoded * 2

@@ -12,7 +12,7 @@ import anyio
 import grpc
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI
 from opentelemetry import baggage, context, propagate, trace
 from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider, sampling
@@ -32,6 +32,7 @@ from fastapi_topaz import (
     require_policy_allowed,
 )
 from fastapi_topaz._cli.demo import serving
+from kit.configs import Requests
 from kit.waiting import eventually
 
 
@@ -69,7 +70,7 @@ class Traced:
         )
 
     async def ask(self, path=PATH):
-        request = Request({"type": "http", "path_params": {"id": SECRET}})
+        request = Requests({"type": "http", "path_params": {"id": SECRET}})
         return await self.config.is_allowed(request, path)
 
     @property

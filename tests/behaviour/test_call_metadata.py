@@ -6,7 +6,6 @@ import grpc
 import grpc.aio
 import pytest
 from aserto.authorizer.v2 import Decision, IsResponse
-from starlette.requests import Request
 
 from fastapi_topaz import (
     AuthorizerOptions,
@@ -15,6 +14,7 @@ from fastapi_topaz import (
     IdentityType,
     TopazConfig,
 )
+from kit.configs import Requests
 from kit.h2peer import SocketServer
 from kit.secrets import KEY, assert_clean
 
@@ -22,7 +22,7 @@ from kit.secrets import KEY, assert_clean
 pytestmark = [pytest.mark.real_clock, pytest.mark.uvloop]
 
 SERVICE = "/aserto.authorizer.v2.Authorizer"
-REQUEST = Request({"type": "http", "headers": []})
+REQUEST = Requests({"type": "http", "headers": []})
 ALLOWED = IsResponse(decisions=[Decision(decision="allowed", **{"is": True})])
 
 CALLS = {

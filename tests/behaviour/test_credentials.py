@@ -16,7 +16,6 @@ import pytest
 import sniffio
 from fastapi import Depends, FastAPI
 from fastapi.testclient import TestClient
-from starlette.requests import Request
 
 from fastapi_topaz import (
     AuthorizerOptions,
@@ -30,6 +29,7 @@ from fastapi_topaz import (
     TopazConfig,
     require_policy_allowed,
 )
+from kit.configs import Requests
 from kit.faultkit.http2 import Http2Server
 from kit.h2peer import METHOD, SocketServer
 from kit.secrets import KEY, assert_clean
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.real_clock, pytest.mark.uvloop]
 
 PROBE = "/grpc.health.v1.Health/Check"
 BEARER = ("authorization", f"Bearer {KEY}")
-REQUEST = Request({"type": "http", "headers": []})
+REQUEST = Requests({"type": "http", "headers": []})
 
 
 @pytest.fixture

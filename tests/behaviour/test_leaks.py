@@ -13,7 +13,6 @@ import warnings
 import anyio
 import anyio.lowlevel
 import pytest
-from starlette.requests import Request
 
 from fastapi_topaz import (
     ConnectionPool,
@@ -23,6 +22,7 @@ from fastapi_topaz import (
     PoolTimeout,
     TopazConfig,
 )
+from kit.configs import Requests
 from kit.logs import lines_of
 from kit.pools import make_pool
 
@@ -72,7 +72,7 @@ async def test_the_reported_code_location_of_a_check_is_outside_the_package(
         identity_provider=lambda _: Identity(IdentityType.NONE),
         connection_pool=ConnectionPool(leak_threshold=0.01),
     )
-    request = Request({"type": "http", "path_params": {}, "headers": []})
+    request = Requests({"type": "http", "path_params": {}, "headers": []})
     async with config.connection_pool:
         assert await config.is_allowed(request, "myapp.GET.x")
     line = next(line for line in lines_of(caplog, logging.WARNING) if "held" in line)

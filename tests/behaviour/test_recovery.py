@@ -10,6 +10,7 @@ import pytest
 
 from fastapi_topaz import ConnectFailed, PoolTimeout
 from fastapi_topaz.testing import FakeConnector, fail, hang, ok, slow
+from kit.configs import Requests
 from kit.pools import fill, make_pool, most_within
 from kit.waiting import eventually
 
@@ -498,7 +499,6 @@ async def test_draining_a_full_pool_replaces_the_idle_connections_first():
 
 
 async def test_a_check_on_a_silent_connection_ends_at_its_timeout():
-    from starlette.requests import Request
 
     from fastapi_topaz import AuthorizerOptions, Identity, IdentityType, TopazConfig
 
@@ -514,7 +514,7 @@ async def test_a_check_on_a_silent_connection_ends_at_its_timeout():
         await fill(pool, 1)
         connector.connections[0].frozen = True
         began = anyio.current_time()
-        request = Request({"type": "http", "headers": [], "path_params": {}})
+        request = Requests({"type": "http", "headers": [], "path_params": {}})
         with pytest.raises(TimeoutError):
             await config.is_allowed(request, "myapp.GET.documents")
         assert anyio.current_time() - began == pytest.approx(3)

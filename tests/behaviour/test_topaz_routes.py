@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.testclient import TestClient
 
 from fastapi_topaz import Identity, IdentityType, TopazConfig, require_policy_auto
+from kit.configs import Requests
 from kit.topaz.config import ROUTE_POLICIES
 from kit.topaz.server import EMBEDDED, REAL, Topazd
 
@@ -90,7 +91,7 @@ def test_a_denied_route_returns_403_even_if_other_routes_are_public(backend, con
 async def test_rego_in_a_request_cannot_turn_a_denial_into_an_allow(
     path, decision, config
 ):
-    request = Request({"type": "http", "path_params": {}})
+    request = Requests({"type": "http", "path_params": {}})
     async with config.connection_pool:
         with pytest.raises(ValueError):
             await config.is_allowed(request, path, decision=decision)

@@ -10,7 +10,6 @@ import sys
 import anyio
 import pytest
 from aserto.authorizer.v2 import Decision, IsResponse
-from starlette.requests import Request
 
 from fastapi_topaz import (
     AuthorizerOptions,
@@ -23,13 +22,14 @@ from fastapi_topaz import (
 )
 from fastapi_topaz.connector import TRANSPORT_VARIABLE
 from fastapi_topaz.testing import FakeConnector
+from kit.configs import Requests
 from kit.faultkit.http2 import Http2Server
 from kit.h2peer import METHOD, SocketServer
 
 
 pytestmark = [pytest.mark.real_clock, pytest.mark.uvloop]
 
-REQUEST = Request({"type": "http", "headers": []})
+REQUEST = Requests({"type": "http", "headers": []})
 TARGET = Target(url="127.0.0.1:1", insecure=True)
 
 

@@ -8,7 +8,25 @@ from fastapi_topaz import AuthorizerOptions, Identity, IdentityType, TopazConfig
 
 
 POLICY = "app.GET.documents"
-REQUEST = Request({"type": "http", "headers": [], "path_params": {}})
+
+
+class Requests(Request):
+    """
+    Another HTTP request at each use, because its scope is a new one each time.
+
+    Equal checks of one request share an answer, and most tests want a call for each.
+    """
+
+    @property
+    def scope(self):
+        return dict(self._scope)
+
+    @scope.setter
+    def scope(self, scope):
+        self._scope = scope
+
+
+REQUEST = Requests({"type": "http", "headers": [], "path_params": {}})
 TOPAZ = AuthorizerOptions(url="topaz.test:8282", insecure=True)
 """Options of an authorizer that does not exist."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from fastapi_topaz.testing import EmbeddedAuthorizer
@@ -9,6 +11,12 @@ from fastapi_topaz.testing import EmbeddedAuthorizer
 from .faultkit.frames import FrameServer, answer
 from .faultkit.http2 import Http2Server
 from .secrets import KEY
+
+
+@pytest.fixture
+def no_log(caplog):
+    """Write no log, because a model produces very many lines."""
+    caplog.set_level(logging.CRITICAL + 1, logger="fastapi_topaz")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import re
 import anyio
 import attrs
 import pytest
-from starlette.requests import Request
 
 from fastapi_topaz import (
     AuthorizerOptions,
@@ -17,6 +16,7 @@ from fastapi_topaz import (
     TopazConfig,
 )
 from kit.backends import backends
+from kit.configs import Requests
 from kit.examples import ROOT
 
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.real_clock
 
 PAGE = (ROOT / "docs" / "credentials.md").read_text()
 ROTATE, CALL, NAMES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-REQUEST = Request({"type": "http", "headers": []})
+REQUEST = Requests({"type": "http", "headers": []})
 
 
 @backends

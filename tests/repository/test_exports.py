@@ -16,6 +16,10 @@ from kit.examples import ROOT
 
 PUBLIC = [
     "AuthorizerOptions",
+    "CacheStatus",
+    "CircuitBreaker",
+    "CircuitOpen",
+    "CircuitStatus",
     "ConnectFailed",
     "ConnectionLost",
     "ConnectionPool",
@@ -23,6 +27,7 @@ PUBLIC = [
     "Connector",
     "CredentialsFailed",
     "Decision",
+    "DecisionCache",
     "GrpcConnector",
     "Identity",
     "IdentityType",
@@ -57,6 +62,7 @@ def test_all_is_sorted_and_complete(module):
 def test_the_error_hierarchy_matches_the_documentation():
     tree = {
         "PoolError": (exceptions.TopazError,),
+        "CircuitOpen": (exceptions.PoolError,),
         "CredentialsFailed": (exceptions.PoolError,),
         "PoolTimeout": (exceptions.PoolError, TimeoutError),
         "PoolClosed": (exceptions.PoolError, RuntimeError),

@@ -25,6 +25,7 @@ FOLDERS = {
     "_grpcio": {"anyio", "grpc"},
     "connector.py": set(),
     "_authorizer": {"anyio", "aserto", "google", "grpc", "opentelemetry"},
+    "_decisions": {"anyio", "aserto", "google", "grpc", "starlette"},
     "_app": {"anyio", "fastapi", "grpc", "opentelemetry", "starlette"},
     "testing": {"anyio", "aserto", "google", "grpc", "pytest", "trustme"},
     "_cli": None,
@@ -122,6 +123,17 @@ def test_the_core_of_http2_has_no_input_and_output_and_no_clock(module):
         assert not isinstance(node, ast.AsyncFunctionDef | ast.Await)
     names = {name.partition(".")[0] for name in imports(module)}
     assert not {"time", "asyncio", "threading", "random", "anyio", "trio"} & names
+
+
+PURE = {"circuit", "invalidation", "keys", "store", "tags", "tokens"}
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_the_core_of_the_decision_layers_has_no_coroutines_and_no_clock(name):
+    module = f"fastapi_topaz._decisions.{name}"
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        assert not isinstance(node, ast.AsyncFunctionDef | ast.Await)
+    assert not {"time", "asyncio", "random", "anyio", "trio"} & set(imports(module))
 
 
 @each_module

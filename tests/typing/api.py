@@ -8,9 +8,14 @@ from fastapi import Depends, FastAPI, Request
 
 from fastapi_topaz import (
     AuthorizerOptions,
+    CacheStatus,
+    CircuitBreaker,
+    CircuitStatus,
     ConnectionPool,
     Connector,
     CredentialsFailed,
+    Decision,
+    DecisionCache,
     Identity,
     IdentityType,
     PooledConnection,
@@ -51,7 +56,44 @@ TopazConfig(
     identity_provider=get_identity_later,
 )
 
+
+async def decide_in_an_outage(
+    _request: object,
+    policy_path: str,
+    _resource: object,
+    cached: bool | None,
+    _error: Exception,
+) -> bool:
+    return cached is True and policy_path == "myapp.d"
+
+
+cached = TopazConfig(
+    authorizer_options=AuthorizerOptions(),
+    policy_path_root="myapp",
+    identity_provider=get_identity,
+    decision_cache=DecisionCache(ttl_seconds=10, exclude=["*.DELETE.*"]),
+    circuit_breaker=CircuitBreaker(on_state_change=print),
+    fallback=decide_in_an_outage,
+    on_fallback=print,
+)
+
 app = FastAPI(lifespan=config.lifespan)
+
+
+@app.get(
+    "/d",
+    dependencies=[
+        Depends(require_policy_auto(cached, fallback="deny", max_age=0)),
+        Depends(require_policy_allowed(cached, "myapp.d", decision="visible")),
+    ],
+)
+async def decided(request: Request) -> Decision:
+    cached.invalidate(resource={"id": "1"})
+    if cached.decision_cache is not None and cached.circuit_breaker is not None:
+        await cached.decision_cache.clear()
+        assert_type(cached.decision_cache.status(), CacheStatus)
+        assert_type(cached.circuit_breaker.status(), CircuitStatus)
+    return await cached.decide(request, "myapp.d", max_age=1)
 
 
 @app.get("/a", dependencies=[Depends(require_policy_auto(config))])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 import attrs
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from starlette.requests import HTTPConnection
+
     from fastapi_topaz._pool.budget import Budget
     from fastapi_topaz._rpc.metadata import Metadata
 
@@ -17,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Ask", "Decision", "Origin", "Question"]
 
 
-Origin = Literal["authorizer"]
-"""Who gave a decision."""
+Origin = Literal["authorizer", "cache", "shared", "stale", "fallback"]
+"""Where a decision comes from."""
 
 
 @attrs.frozen
@@ -37,6 +41,12 @@ class Question:
     budget: Budget = attrs.field(eq=False, repr=False)
     # Of this check alone, and perhaps secret. The answer may depend on it.
     metadata: Metadata = attrs.field(default=(), repr=False)
+    # The rest is not sent. The JSON Web Token in the request, if there is one:
+    token: str | None = attrs.field(default=None, eq=False, repr=False)
+    http: HTTPConnection | None = attrs.field(default=None, eq=False, repr=False)
+    resource: Mapping[str, Any] = attrs.field(factory=dict, eq=False, repr=False)
+    # The oldest answer that the caller accepts, in seconds since it was asked for.
+    max_age: float | None = attrs.field(default=None, eq=False, repr=False)
 
 
 # A dataclass of the standard library, as the status objects: a route may return it.
@@ -49,10 +59,17 @@ class Decision:
     TypeError. Write `if decision.allowed`.
 
     Attributes:
-        allowed: True only if the authorizer decided so.
-        origin: Who decided: `authorizer`.
-        age: Seconds since the authorizer was asked; 0 if it was asked for this check.
-        id: Identifies this decision in logs: 32 hexadecimal digits, chosen here.
+        allowed: True only if the authorizer decided so, or the `fallback` of the
+            configuration did.
+        origin: Where the decision comes from. `authorizer`: it was asked for this
+            check. `cache`: the `DecisionCache`, or an earlier equal check of the same
+            request. `shared`: the call of an equal check at the same time. `stale`: an
+            older answer in the cache, and `fallback`: the fallback itself, both because
+            the authorizer could not be asked.
+        age: Seconds since the authorizer was asked; 0 if it was asked for this check,
+            and if the fallback decided.
+        id: Identifies the answer of the authorizer in logs: 32 hexadecimal digits,
+            chosen here. Decisions that reuse one answer have the same id.
     """
 
     allowed: bool
