@@ -304,6 +304,7 @@ def overload(data):
         "Share of what the server can do. Virtual time, asyncio",
         3,
     )
+    drawn.subplots_adjust(left=0.07, right=0.98, top=0.76, wspace=0.3)
     rows = [x for x in data["rows"] if x["backend"] == "asyncio" and x["budget"] == 1]
     for axis, server in zip(axes, servers, strict=False):
         axis.set_title(server, fontsize=10, color=FAINT)
@@ -312,7 +313,7 @@ def overload(data):
             loads = [row["load"] for row in mine]
             shares = [row["goodput"] for row in mine]
             axis.plot(loads, shares, **line_of(name), label=name)
-        axis.set_xlabel("load, as share of the capacity")
+        axis.set_xlabel("load / capacity")
         axis.set_ylim(0, 1.15)
     last = axes[2]
     last.set_title("30 s of five times the capacity", fontsize=10, color=FAINT)
@@ -327,7 +328,12 @@ def overload(data):
 
 def line_of(name):
     colors = {OURS: MINE, "one shared channel": LINE}
-    return {"color": colors.get(name, FAINT), "marker": "", "linewidth": 1.8}
+    # Another commit may lie below another line.
+    style = "-" if name in colors else (0, (3, 3))
+    return {
+        **{"color": colors.get(name, FAINT), "linestyle": style, "linewidth": 1.8},
+        "zorder": 1 if name in colors else 3,
+    }
 
 
 def rounds(data):

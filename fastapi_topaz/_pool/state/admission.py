@@ -134,6 +134,9 @@ class Admission:
         wait, call = self.wait(load, now), self.call
         if wait + call > left:
             return wait
+        # Callers wait for connections that are being opened, and not for capacity.
+        if load.in_use < load.limit:
+            return None
         # While the queue stands, it is kept short: a caller that waits for most of its
         # budget gains nothing, because the queue is as long for all others.
         interval = wait / (load.waiting + 1)

@@ -69,6 +69,13 @@ def test_a_queue_that_stands_is_kept_below_a_quarter_of_the_budget():
     assert made.refuses(full(50), 1, 1, 1.9) is None
 
 
+def test_a_queue_for_connections_that_are_being_opened_does_not_stand():
+    made = admission(held=0.05)
+    made.queue_begins(0)
+    assert made.refuses(Load(50, 9, 10), 1, 1, 0.9) is None
+    assert made.refuses(Load(50, 10, 10), 1, 1, 0.9) is not None
+
+
 def test_a_short_wait_shows_that_the_queue_does_not_stand():
     made = admission(held=0.05)
     made.queue_begins(0)
