@@ -331,7 +331,9 @@ def line_of(name):
     # Another commit may lie below another line.
     style = "-" if name in colors else (0, (3, 3))
     return {
-        **{"color": colors.get(name, FAINT), "linestyle": style, "linewidth": 1.8},
+        "color": colors.get(name, FAINT),
+        "linestyle": style,
+        "linewidth": 1.8,
         "zorder": 1 if name in colors else 3,
     }
 
