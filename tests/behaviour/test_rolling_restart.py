@@ -11,7 +11,13 @@ import pytest
 from anyio.to_thread import run_sync
 from starlette.requests import Request
 
-from fastapi_topaz import ConnectionPool, Identity, IdentityType, TopazConfig
+from fastapi_topaz import (
+    ConnectionPool,
+    Identity,
+    IdentityType,
+    PoolSaturated,
+    TopazConfig,
+)
 from kit.faultkit.replicas import Replicas
 from kit.waiting import eventually
 
@@ -62,6 +68,15 @@ class Traffic:
                 await anyio.sleep(0.01)
             else:
                 self.answered += 1
+
+    def lost(self):
+        """
+        Return the errors of checks that were not refused at once.
+
+        The frozen streams are missing to the others. So on a busy machine the pool may
+        refuse some.
+        """
+        return [x for x in self.failures if not isinstance(x, PoolSaturated)]
 
     async def flows(self, rounds=1):
         """Wait until *count* more checks are answered for each user."""
@@ -135,9 +150,15 @@ async def test_a_rolling_restart_of_replicas_with_separate_addresses(replicas, u
             await run_sync(replicas[i].start)
             await flow.flows()
         await all_serve(replicas)
-        peers = {conn.peer for conn in flow.config.connection_pool.connections()}
-        # grpcio does not tell them.
-        assert peers == {None} or len(peers - {None}) == 3
+        connections = flow.config.connection_pool.connections
+
+        def are_spread():
+            peers = {conn.peer for conn in connections()}
+            # grpcio does not tell them.
+            return peers == {None} or len(peers - {None}) == 3
+
+        # A busy replica looks silent, and is tried last for ten seconds.
+        await eventually(are_spread, timeout=60)
     assert flow.failures == []
 
 
@@ -158,14 +179,14 @@ async def test_a_frozen_replica_fails_only_the_calls_in_flight_on_it(replicas, u
             ),
             timeout=30,
         )
-        for error in flow.failures:
+        for error in flow.lost():
             assert isinstance(error, grpc.aio.AioRpcError)
             assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         # All calls that it held at first, and calls that came between two deadlines.
-        assert 0 < len(flow.failures) <= 2 * frozen * users // CONNECTIONS
-        failed = len(flow.failures)
+        assert 0 < len(flow.lost()) <= 2 * frozen * users // CONNECTIONS
+        failed = len(flow.lost())
         await flow.flows(5)
-        assert len(flow.failures) == failed
+        assert len(flow.lost()) == failed
         replicas[1].thaw()
         await all_serve(replicas)
-        assert len(flow.failures) == failed
+        assert len(flow.lost()) == failed

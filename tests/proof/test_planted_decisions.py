@@ -22,10 +22,16 @@ from proof.test_model_circuit import CircuitMachine
 from proof.test_model_decisions import DecisionMachine
 
 
-pytestmark = pytest.mark.usefixtures("no_log")
+# By default the models themselves run. How soon they find a bug depends on constants
+# in all imported files, so there are many examples.
+pytestmark = [
+    pytest.mark.usefixtures("no_log"),
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]
 
 FOUND = settings(
-    max_examples=1500,
+    max_examples=10_000,
     stateful_step_count=40,
     derandomize=True,
     database=None,
