@@ -234,7 +234,7 @@ def grpcio(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """Run the tests that take long."""
     session.install("-e", ".", "--group", "test")
-    session.run("pytest", "-m", "slow", *session.posargs)
+    session.run("pytest", "-m", "slow and not nightly", *session.posargs)
 
 
 @nox.session

@@ -236,6 +236,7 @@ async def test_a_closed_pool_answers_nothing_from_the_cache(embedded_authorizer,
         assert await origins(config, http_request()) == ["authorizer"]
 
 
+@pytest.mark.native  # one of the loops is trio's
 @pytest.mark.parametrize("first", ["asyncio", "trio"])
 @backends
 def test_another_event_loop_gets_nothing_of_before(
