@@ -44,8 +44,8 @@ Seconds between two searches for lost connections. So even an idle pool notices 
 this time that its server is gone.
 """
 
-LATENESS_EVERY = 0.1
-"""Seconds between two looks at how late the event loop is."""
+OVERLOAD_EVERY = 0.1
+"""Seconds between two looks at the calls while checks wait."""
 
 PROBES_AT_ONCE = 4
 """The most probes of one health check that run at the same time."""
@@ -64,7 +64,7 @@ async def run_pool(open_pool: OpenPool) -> None:
             tasks.start_soon(_health_checker, open_pool, tasks)
             tasks.start_soon(_prober, open_pool, tasks)
             if open_pool.overload.adaptive is not None:
-                tasks.start_soon(_lateness_watcher, open_pool)
+                tasks.start_soon(_overload_watcher, open_pool)
             if open_pool.leaks is not None:
                 tasks.start_soon(_leak_watcher, open_pool, open_pool.leaks)
             await open_pool.until_closed()
@@ -320,15 +320,18 @@ async def _prober(open_pool: OpenPool, tasks: TaskGroup) -> None:
 
 
 @protected
-async def _lateness_watcher(open_pool: OpenPool) -> None:
-    """While checks wait, tell the adaptive limit if the event loop is late."""
+async def _overload_watcher(open_pool: OpenPool) -> None:
+    """While checks wait, look for calls that do not end, and for a late event loop."""
     overload = open_pool.overload
     while True:
         await overload.queued.wait()
         overload.queued = anyio.Event()
-        due = open_pool.now() + LATENESS_EVERY
-        await open_pool.clock.sleep(LATENESS_EVERY)
-        overload.late(open_pool.now() - due)
+        while open_pool.state.waiting:
+            due = open_pool.now() + OVERLOAD_EVERY
+            await open_pool.clock.sleep(OVERLOAD_EVERY)
+            now = open_pool.now()
+            if overload.look(now - due, now):
+                open_pool.apply_limit()
 
 
 @protected

@@ -198,7 +198,7 @@ class OpenPool:
         """Serve *claim*, which found nothing free a moment ago; see `wait`."""
         limited = self.state.limit < self.options.capacity
         if limited and not claim.budget and self.overload.exempt(claim):
-            self._apply_limit()
+            self.apply_limit()
         try:
             # Opening the pool, or room beyond the limit, may have changed that.
             if not self.take(claim):
@@ -304,7 +304,7 @@ class OpenPool:
         self.limiter.release_on_behalf_of(claim)
         if claim.budget:
             if self.overload.end(claim, lease, now):
-                self._apply_limit()
+                self.apply_limit()
         elif claim.exempt and self.overload.withdraw(claim):
             self.limiter.total_tokens = state.limit
         if (
@@ -319,7 +319,7 @@ class OpenPool:
         if self.leaks is not None:
             self.leaks.returned(claim, held)
 
-    def _apply_limit(self) -> None:
+    def apply_limit(self) -> None:
         # If it is raised, the limiter lends tokens to waiting callers at once.
         self.limiter.total_tokens = self.state.limit
         self.after_change()

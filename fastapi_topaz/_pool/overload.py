@@ -87,7 +87,7 @@ class Overload:
     def begin(self, claim: Claim) -> None:
         """Record that the check of *claim* has its lease."""
         if self.adaptive is not None:
-            self.adaptive.begin(claim, self._state.in_use, claim.acquired_at)
+            self.adaptive.begin(claim, self._state.in_use)
 
     def exempt(self, claim: Claim) -> bool:
         """Make room for the explicit lease of *claim*; return if the limit changed."""
@@ -116,8 +116,29 @@ class Overload:
         if adaptive is None:
             return False
         before = adaptive.limit
-        if not adaptive.end(claim, held, now):
+        return adaptive.end(claim, held, now) and self._changed(adaptive, before)
+
+    def look(self, late: float, now: float) -> bool:
+        """
+        Look at the calls while checks wait; return whether the limit was changed.
+
+        *late* is the number of seconds by which this comes too late: the event loop was
+        busy.
+        """
+        state, adaptive = self._state, self.adaptive
+        admission = self.admission
+        if adaptive is None or state.in_use < state.limit:
             return False
+        if late > LATE * admission.least_budget:
+            adaptive.stalled()
+            return False
+        before = adaptive.limit
+        changed = adaptive.wait(
+            admission.idle_since, admission.call, admission.least_budget, now
+        )
+        return changed and self._changed(adaptive, before)
+
+    def _changed(self, adaptive: AdaptiveLimit, before: int) -> bool:
         self._counters.count(self._counters.limit_changes, adaptive.reason)
         logger.debug(
             "%s: its limit of leases is %d now, and was %d: %s (%s)",
@@ -140,11 +161,6 @@ class Overload:
                 self.adaptive.restart()
                 self._publish()
 
-    def late(self, seconds: float) -> None:
-        """Record that the event loop woke a task *seconds* after its time."""
-        if self.adaptive is not None and seconds > LATE * self.admission.least_budget:
-            self.adaptive.stalled()
-
     def resize(self) -> None:
         """Take the changed options of the state."""
         options = self._state.options
@@ -163,7 +179,7 @@ class Overload:
         state = self._state
         limit = state.limit
         if self.adaptive is not None and self.adaptive.grows:
-            limit = self._capacity  # it is being raised, one cohort after the other
+            limit = min(2 * limit, self._capacity)  # as it will be after this cohort
         if state.attempts.failures or state.outage.declared:
             # The pool has fewer connections than it wants. While nothing fails, the
             # missing ones are being opened.

@@ -170,6 +170,34 @@ async def test_a_waiting_check_leaves_the_queue_when_its_answer_would_be_late():
         assert callers.pool._counters.timeouts == 1
 
 
+@pytest.mark.parametrize("quick", [0, 1, 4])
+async def test_long_calls_do_not_keep_out_quick_ones_while_the_pool_has_room(quick):
+    class Held(Server):
+        async def __call__(self, method, request):
+            if request == b"long":
+                await anyio.sleep(30)
+            return await super().__call__(method, request)
+
+    async with (
+        crowd(Held(constant(0.01)), 60, streams=50) as callers,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def long():
+            async with callers.pool.acquire(budget=60) as conn:
+                await conn.call("/test/Is", b"long")
+
+        # Together with the quick ones, they are as many as the first limit.
+        for _ in range(16 - quick):
+            tasks.start_soon(long)
+        await anyio.wait_all_tasks_blocked()
+        await callers.come(100, 5)
+        since = anyio.current_time()
+        await callers.come(100, 2)
+        assert callers.latency(since) < 0.02
+        tasks.cancel_scope.cancel()
+
+
 async def test_calls_that_freeze_on_one_connection_do_not_lower_the_limit():
     class Frozen(Server):
         async def __call__(self, method, request):

@@ -302,8 +302,8 @@ def test_workers_that_restart_after_n_requests_fail_no_request(serve, topaz):
 
 @servers("gunicorn", "gunicorn --preload", "uvicorn")
 def test_a_killed_worker_fails_only_its_own_requests(server, serve, topaz):
-    # Room for the held requests and for the load.
-    served = serve(server, 2, streams_per_connection=50)
+    # Room for the held requests and for the load, from the beginning.
+    served = serve(server, 2, streams_per_connection=50, adaptive_limit=False)
     pids = served.workers(2)
     victim, survivor = pids
 

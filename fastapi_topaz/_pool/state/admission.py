@@ -96,6 +96,11 @@ class Admission:
         return min(self._least)
 
     @property
+    def idle_since(self) -> float:
+        """When the last lease came back, or when the queue began, if that is later."""
+        return max(self.last_end, self._stands_since)
+
+    @property
     def call(self) -> float:
         """The usual time of a call; 0 if none was answered yet."""
         return median_low(self.calls) if self.calls else 0.0
@@ -107,7 +112,7 @@ class Admission:
         if age > FRESH_FOR:
             average *= 0.5 ** (age - FRESH_FOR)
         if load.waiting and load.in_use >= load.limit:
-            stalled = now - max(self.last_end, self._stands_since) - STALLED_AFTER
+            stalled = now - self.idle_since - STALLED_AFTER
             average = max(average, stalled)
         return (load.waiting + 1) * average / load.limit
 

@@ -60,6 +60,15 @@ SMOOTHING = 0.25
 HOLDS = (2.0, 60.0)
 """The first and the longest pause in seconds after a change that did not help."""
 
+LONGEST_WAIT = 1.0
+"""
+Seconds that the pool waits at most for calls that do not end, before it raises the
+limit. Otherwise a few long calls would keep out all others, although the pool has room.
+"""
+
+STUCK = 4.0
+"""The pool waits at least this many times the usual time of a call."""
+
 LOST = 0.3
 """The share of calls without an answer from which the limit is at least halved."""
 
@@ -108,9 +117,9 @@ class AdaptiveLimit:
     """
 
     __slots__ = (
-        *("_answered", "_base", "_before", "_begun", "_capacity", "_closes_at"),
-        *("_first", "_full", "_held", "_hold", "_kind", "_lost", "_number", "_ratios"),
-        *("_recovering", "_refused", "_size", "_strikes", "_tolerance"),
+        *("_answered", "_base", "_before", "_capacity", "_complete_at", "_first"),
+        *("_full", "_held", "_hold", "_kind", "_lost", "_raised_at", "_ratios"),
+        *("_recovering", "_refused", "_running", "_size", "_strikes", "_tolerance"),
         *("_tolerated", "_usual", "grows", "limit", "reason"),
     )
 
@@ -135,24 +144,29 @@ class AdaptiveLimit:
         # help.
         self._tolerance = _Hold()
         self._tolerated = 0.0
-        self._number = 0
-        self._closes_at = float("inf")
+        # When the last call of the cohort began, and when calls that did not end raised
+        # the limit.
+        self._complete_at = self._raised_at = float("-inf")
         self._begin_cohort()
 
     # -- the calls --------------------------------------------------------------
 
-    def begin(self, claim: Claim, in_use: int, now: float) -> None:
+    def begin(self, claim: Claim, in_use: int) -> None:
         """Record that *claim* got its lease; *in_use* leases are out with it."""
-        if self._begun >= self._size:
+        if claim.due - claim.acquired_at < claim.budget / 2:
+            # Only a quick call would still be answered, so it shows nothing. But it has
+            # waited for too long, so the pool is overloaded.
+            self.grows = False
+            return
+        if self._is_complete():
             # Too many calls of the cohort never ended: frozen connections.
-            if now > self._closes_at:
-                self._begin_cohort()
-            else:
+            if claim.acquired_at <= self._complete_at + 2 * claim.budget:
                 return
-        claim.cohort = self._number
-        self._begun += 1
-        self._full += in_use >= self.limit
-        self._closes_at = now + 2 * claim.budget
+            self._begin_cohort()
+        is_full = in_use >= self.limit
+        self._running[claim] = is_full
+        self._full += is_full
+        self._complete_at = claim.acquired_at
 
     def refused(self) -> None:
         """Record that the pool refused a caller for overload."""
@@ -165,32 +179,49 @@ class AdaptiveLimit:
         Returns:
             Whether the limit has changed.
         """
-        if claim.cohort != self._number:
+        if claim not in self._running:
             return False
+        was_full = self._running.pop(claim)
         if claim.answered and now <= claim.due:
             self._answered += 1
         elif claim.unanswered or claim.answered:
-            # Without enough time left, a missing answer says nothing of the server.
-            if claim.due - claim.acquired_at < claim.budget / 2:
-                self._begun -= 1
-                return False
             self._lost += 1
         else:
             # Cancelled, or lost with its connection.
-            self._begun -= 1
+            self._full -= was_full
             return False
         self._held += held
         self._ratios.append(held / claim.budget)
-        ended = len(self._ratios)
-        if self._begun < self._size or ended < ENDED * self._begun:
+        # The last few calls may hang.
+        if not self._is_complete() or len(self._ratios) < ENDED * self._begun:
             return False
-        before = self.limit
-        self._judge(claim.budget, now)
+        return self._decide(claim.budget, now)
+
+    def wait(self, last_end: float, call: float, budget: float, now: float) -> bool:
+        """
+        Act on calls that do not end while callers wait.
+
+        Args:
+            last_end: When the last lease came back, or when the queue began.
+            call: The usual time of a call, in seconds.
+            budget: The smallest budget of the callers, in seconds.
+            now: The time.
+
+        Returns:
+            Whether the limit has changed.
+        """
         if self.limit == self._capacity:
-            self.reason = "capacity"
-            self.grows = False
-        self._begin_cohort()
-        return self.limit != before
+            return False
+        patience = max(min(SHARE * budget, LONGEST_WAIT), STUCK * call)
+        if now - max(last_end, self._raised_at) > patience:
+            # No call ends, so the limit cannot make any quicker.
+            self._raised_at = now
+            self._before = None
+            self._raise(2 * self.limit, "trial")
+            return self._changed()
+        if self.grows and self._is_complete() and now > self._complete_at + patience:
+            return self._decide(budget, now)
+        return False
 
     def stalled(self) -> None:
         """Forget the calls under way: the event loop was late, not the server."""
@@ -198,44 +229,64 @@ class AdaptiveLimit:
 
     def restart(self) -> None:
         """Begin as at first, if the limit is lower: the server may be another one."""
-        if self.limit < self._first:
-            self.limit = self._first
-            self.grows = self.limit < self._capacity
-            self.reason = "start" if self.grows else "capacity"
+        self.limit = max(self.limit, self._first)
         self._before = None
         self._recovering = False
         self._strikes = 0
-        self._begin_cohort()
+        self._begin_again()
 
     def resize(self, connections: int, capacity: int) -> None:
         """Take the new limits of the pool."""
-        # A pool at its capacity stays there. Otherwise the limit follows the server.
-        at_most = self.limit == self._capacity and capacity <= max(connections, START)
         self._capacity = capacity
         self._first = min(capacity, max(connections, START))
-        self.limit = capacity if at_most else max(1, min(self.limit, capacity))
-        if self.limit == capacity:
-            self.reason = "capacity"
-        elif self.reason == "capacity":
-            self.reason = "start"
+        self.limit = min(max(self.limit, self._first), capacity)
         self._before = None
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        if self.limit == self._capacity:
+            self.reason, self.grows = "capacity", False
+        elif self.limit == self._first or self.reason == "capacity":
+            self.reason, self.grows = "start", True
         self._begin_cohort()
 
     def _begin_cohort(self) -> None:
-        self._number += 1
         self._size = min(max(2 * self.limit, SMALLEST_COHORT), LARGEST_COHORT)
-        self._begun = self._answered = self._lost = self._refused = self._full = 0
+        self._answered = self._lost = self._refused = self._full = 0
         self._held = 0.0
         self._ratios: list[float] = []
-        self._closes_at = float("inf")
+        # The calls that have not ended, and whether the pool was full when they began.
+        self._running: dict[Claim, bool] = {}
+
+    @property
+    def _begun(self) -> int:
+        return len(self._running) + len(self._ratios)
+
+    def _is_complete(self) -> bool:
+        return self._begun >= self._size
+
+    def _changed(self) -> bool:
+        if self.limit == self._capacity:
+            self.reason, self.grows = "capacity", False
+        self._begin_cohort()
+        return True
 
     # -- the decision -----------------------------------------------------------
 
+    def _decide(self, budget: float, now: float) -> bool:
+        before = self.limit
+        self._judge(budget, now)
+        if self.limit != before:
+            return self._changed()
+        self._begin_cohort()
+        return False
+
     def _judge(self, budget: float, now: float) -> None:
         begun = self._begun
-        # The calls that have not ended are the slowest ones.
-        ratios = sorted(self._ratios)
-        median = ratios[min(begun // 2, len(ratios) - 1)]
+        # The calls that have not ended count with their time so far.
+        running = [(now - claim.acquired_at) / budget for claim in self._running]
+        ratios = sorted([*self._ratios, *running])
+        median = ratios[begun // 2]
         lost = self._lost / begun
         full = 2 * self._full >= begun
         refused = self._refused / (self._refused + begun)

@@ -135,8 +135,6 @@ class Claim:
     answered = False
     unanswered = False
     cut_off = False
-    # The cohort of the adaptive limit that it belongs to. 0: to none.
-    cohort = 0
     # The coroutine of the waiting task, for the search for nested leases.
     waiter: object = None
     # The end of the wait. A claim is dismissed at its deadline, or with a failure.

@@ -25,7 +25,7 @@ class Calls:
         claim.acquired_at = self.now
         claim.due = self.now + (self.budget if left is None else left)
         in_use = self.limit.limit if in_use is None else in_use
-        self.limit.begin(claim, in_use, self.now)
+        self.limit.begin(claim, in_use)
         return claim
 
     def end(self, claim, held, how="answered"):
@@ -37,7 +37,6 @@ class Calls:
 
     def cohort(self, held, *, lost=0.0, refused=0, full=True):
         """Begin calls until the cohort has ended; return the new limit."""
-        number = self.limit._number
         for _ in range(refused):
             self.limit.refused()
         in_use = None if full else 0
@@ -47,7 +46,7 @@ class Calls:
             self.end(claim, self.budget, "unanswered")
         for claim in claims[silent:]:
             self.end(claim, held)
-        assert self.limit._number > number
+        assert self.limit._begun == 0, "the cohort has not ended"
         self.now += held + 0.1
         return self.limit.limit
 
@@ -154,6 +153,8 @@ def test_a_call_that_began_with_too_little_time_is_no_evidence():
     for _ in range(200):
         assert not calls.end(calls.begin(left=0.4), 0.4, "unanswered")
     assert calls.limit.limit == 16
+    # But a new pool whose callers wait for so long is overloaded.
+    assert not calls.limit.grows
 
 
 def test_an_answer_after_its_time_counts_as_lost():
@@ -184,11 +185,13 @@ def test_many_calls_that_never_end_begin_a_new_cohort_after_two_budgets():
     calls = Calls()
     for _ in range(calls.limit._size):
         calls.begin()
-    number = calls.limit._number
+    begun = calls.limit._begun
     calls.now = 1.9
-    assert calls.begin().cohort == 0
+    calls.begin()
+    assert calls.limit._begun == begun
     calls.now = 2.1
-    assert calls.begin().cohort == number + 1
+    calls.begin()
+    assert calls.limit._begun == 1
 
 
 @pytest.mark.parametrize(
@@ -197,9 +200,68 @@ def test_many_calls_that_never_end_begin_a_new_cohort_after_two_budgets():
         ((10, 10), (20, 20), 20, "capacity"),
         ((10, 500), (5, 250), 16, "start"),
         ((10, 500), (1, 8), 8, "capacity"),
+        ((40, 40), (40, 500), 40, "start"),
     ],
 )
 def test_resize_keeps_it_between_one_and_the_capacity(before, after, limit, reason):
     made = AdaptiveLimit(*before)
     made.resize(*after)
     assert (made.limit, made.reason) == (limit, reason)
+
+
+# -- calls that do not end ------------------------------------------------------------
+
+
+def looked(calls, now, *, last_end=0.0, call=0.001):
+    calls.limit.wait(last_end, call, calls.budget, now)
+    return calls.limit.limit
+
+
+def test_if_no_call_ends_for_a_fifth_of_the_budget_the_limit_is_doubled():
+    calls = Calls(budget=1.0)
+    for _ in range(16):
+        calls.begin()
+    assert looked(calls, 0.19) == 16
+    assert looked(calls, 0.21) == 32
+    assert calls.limit.reason == "trial"
+    # The next time after as long again.
+    assert looked(calls, 0.4) == 32
+    assert looked(calls, 0.42) == 64
+    assert looked(calls, 0.7, last_end=0.6) == 64
+
+
+def test_the_pool_waits_for_calls_for_at_most_a_second():
+    calls = Calls(budget=60.0)
+    assert looked(calls, 0.99) == 16
+    assert looked(calls, 1.01) == 32
+
+
+def test_calls_that_usually_take_longer_have_more_time():
+    calls = Calls(budget=1.0)
+    assert looked(calls, 0.9, call=0.25) == 16
+    assert looked(calls, 1.1, call=0.25) == 32
+
+
+def test_a_limit_at_its_capacity_stays_there():
+    calls = Calls(capacity=16)
+    assert looked(calls, 100) == 16
+
+
+def test_while_the_limit_grows_a_few_long_calls_do_not_hold_the_cohort():
+    calls = Calls()
+    claims = [calls.begin() for _ in range(calls.limit._size)]
+    for claim in claims[15:]:
+        calls.end(claim, 0.01)
+    # Calls end all the time, but 15 of the 32 do not.
+    assert looked(calls, 0.19, last_end=0.19) == 16
+    assert looked(calls, 0.21, last_end=0.21) == 32
+    assert calls.limit.reason == "quick"
+
+
+def test_while_the_limit_grows_many_long_calls_do_not_raise_it():
+    calls = Calls()
+    claims = [calls.begin() for _ in range(calls.limit._size)]
+    for claim in claims[:10]:
+        calls.end(claim, 0.01)
+    assert looked(calls, 0.25, last_end=0.25) == 16
+    assert not calls.limit.grows
