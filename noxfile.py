@@ -154,7 +154,9 @@ def typing(session: nox.Session) -> None:
     """Check the types of the package, of its public names and of a user's program."""
     session.install(".", "--group", "typing")
     session.run("mypy")
-    session.run("pyright", "--pythonpath", session.virtualenv.bin + "/python")
+    python = session.virtualenv.bin + "/python"
+    session.run("pyright", "--pythonpath", python)
+    session.run("pyright", "--project", "benchmarks", "--pythonpath", python)
     # In another folder, so that pyright checks the installed package.
     with session.chdir(session.create_tmp()):
         session.run("pyright", "--ignoreexternal", "--verifytypes", "fastapi_topaz")

@@ -28,7 +28,7 @@ from fastapi_topaz import (
     IdentityType,
     TopazConfig,
 )
-from fastapi_topaz._app.asking import AskPool, Retry, Trace
+from fastapi_topaz._app.asking import AskPool, Retry, RetryTokens, Trace
 
 
 MOST = 8.0
@@ -71,7 +71,7 @@ def same_request(config):
 
 def bare(config):
     pool = lambda: config.connection_pool  # noqa: E731
-    below = Retry(AskPool(pool), lambda: None)
+    below = Retry(AskPool(pool), lambda: None, RetryTokens(lambda: 10))
     config._ask = Trace(below, config._layers.tracing, pool)
     return decide(config)
 
