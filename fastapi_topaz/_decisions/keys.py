@@ -5,7 +5,7 @@ Protobuf writes type, length and value, so two questions that the authorizer can
 apart have different bytes. In metadata, each part has its length before it, for the
 same reason. Nothing is normalised, neither Unicode nor case, because Rego compares code
 points. The hash has a random key of this process. So the key reveals neither identity
-nor context, and nobody can choose two questions with one key.
+nor context, and a client cannot construct two questions that have the same key.
 """
 
 from __future__ import annotations

@@ -56,6 +56,13 @@ class Callers:
             self.scopes.append(scope)
             tasks.start_soon(self._ask, scope, options)
 
+    async def lead(self, tasks, followers):
+        """Start one caller, and then *followers* more, which join its call."""
+        self.start(tasks)
+        await anyio.sleep(0.1)
+        self.start(tasks, followers)
+        await anyio.sleep(0.1)
+
     async def _ask(self, scope, options):
         with scope:
             try:
@@ -86,10 +93,7 @@ async def test_200_equal_questions_make_one_call():
 async def test_if_the_first_caller_is_cancelled_another_one_asks_for_all():
     callers = Callers()
     async with anyio.create_task_group() as tasks:
-        callers.start(tasks)
-        await anyio.sleep(0.1)
-        callers.start(tasks, 199)
-        await anyio.sleep(0.1)
+        await callers.lead(tasks, 199)
         callers.scopes[0].cancel()
         await anyio.sleep(0.1)
         _, second = callers.server.calls
@@ -102,10 +106,7 @@ async def test_if_the_first_caller_is_cancelled_another_one_asks_for_all():
 async def test_a_cancelled_follower_changes_nothing():
     callers = Callers()
     async with anyio.create_task_group() as tasks:
-        callers.start(tasks)
-        await anyio.sleep(0.1)
-        callers.start(tasks, 2)
-        await anyio.sleep(0.1)
+        await callers.lead(tasks, 2)
         callers.scopes[1].cancel()
         await anyio.sleep(0.1)
         callers.server.calls[0].answer(allowed=False)
@@ -133,10 +134,7 @@ async def test_each_follower_gets_an_error_of_its_own(number):
     error = ERRORS[number]()
     callers = Callers()
     async with anyio.create_task_group() as tasks:
-        callers.start(tasks)
-        await anyio.sleep(0.1)
-        callers.start(tasks, 3)
-        await anyio.sleep(0.1)
+        await callers.lead(tasks, 3)
         callers.server.calls[0].fail(error)
     assert len(callers.server.calls) == 1
     assert len({id(end) for end in callers.ends}) == 4
@@ -160,10 +158,7 @@ class Unfriendly(Exception):  # noqa: N818
 async def test_an_error_that_cannot_be_copied_is_an_error_for_the_followers():
     callers = Callers()
     async with anyio.create_task_group() as tasks:
-        callers.start(tasks)
-        await anyio.sleep(0.1)
-        callers.start(tasks, 2)
-        await anyio.sleep(0.1)
+        await callers.lead(tasks, 2)
         callers.server.calls[0].fail(Unfriendly("a", "b"))
     kinds = sorted(type(end).__name__ for end in callers.ends)
     assert kinds == ["TopazError", "TopazError", "Unfriendly"]

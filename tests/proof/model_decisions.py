@@ -323,7 +323,7 @@ class DecisionBooks(RuleBasedStateMachine):
             self.breaks("no_flight_without_a_leader", flights)
 
     def check_calls(self, leaders):
-        """At most one caller asks, of those who could have joined it."""
+        """A caller that can share a call under way makes no call of its own."""
         plain = [
             caller
             for caller in leaders
