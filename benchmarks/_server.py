@@ -8,6 +8,7 @@ benchmark can reach at most about 3,000 checks per second.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import subprocess
@@ -30,7 +31,7 @@ PATIENCE = 10.0
 
 
 @contextlib.contextmanager
-def authorizer(*, tls=False, latency=0.0, streams=None):
+def authorizer(*, tls=False, latency=0.0, streams=None, workers=None):
     """
     Start an authorizer, yield the options to connect to it, and stop it at the end.
 
@@ -39,10 +40,13 @@ def authorizer(*, tls=False, latency=0.0, streams=None):
         latency: Time for each answer, in seconds. Default 0.
         streams: Maximum number of open calls on a connection. None, the default,
             means no limit.
+        workers: The number of calls that it works on at once. The others wait in the
+            server. None, the default, means all.
     """
     command = [sys.executable, __file__, f"--latency={latency}"]
     command += ["--tls"] if tls else []
     command += [] if streams is None else [f"--streams={streams}"]
+    command += [] if workers is None else [f"--workers={workers}"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:
@@ -115,11 +119,24 @@ def _gopeer(folder, *, tls):
         yield AuthorizerOptions(url=peer.url, cert_file_path=issued.ca_path), POLICY
 
 
-def serve(*, tls, latency, streams):
+def busy_policy(latency, workers):
+    """Return a policy that needs one of *workers* for each answer."""
+    free = asyncio.Semaphore(workers)
+
+    async def decide(_check):
+        async with free:
+            await asyncio.sleep(latency)
+        return True
+
+    return decide
+
+
+def serve(*, tls, latency, streams, workers):
+    policy = True if workers is None else busy_policy(latency, workers)
     embedded = EmbeddedAuthorizer(
-        {POLICY: True}, tls=tls, max_concurrent_streams=streams
+        {POLICY: policy}, tls=tls, max_concurrent_streams=streams
     )
-    embedded.delay = latency
+    embedded.delay = latency if workers is None else 0.0
     with embedded:
         print(embedded.url, embedded.ca_cert_path or "", flush=True)
         # stdin closes when the parent process ends, for any reason. Then this ends too.
@@ -131,4 +148,5 @@ if __name__ == "__main__":
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--streams", type=int)
+    parser.add_argument("--workers", type=int)
     serve(**vars(parser.parse_args()))
