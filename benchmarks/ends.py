@@ -38,7 +38,6 @@ from kit.faultkit.http2 import Http2Server
 
 
 POLICY = "myapp.GET.documents"
-REQUEST = Request({"type": "http", "headers": [], "path_params": {}})
 GOAL = 0.7
 """Minimum throughput with closed connections, as a share of that without."""
 
@@ -75,7 +74,9 @@ async def measure(url, options):
         nonlocal answered
         while not stopped:
             try:
-                assert await config.is_allowed(REQUEST, POLICY)
+                # Each with a request of its own, which has no earlier answer.
+                request = Request({"type": "http", "headers": [], "path_params": {}})
+                assert await config.is_allowed(request, POLICY)
             except Exception as error:  # noqa: BLE001  (printed at the end)
                 failures.append(error)
             else:
