@@ -165,8 +165,9 @@ def typing(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests on each Python that is found."""
-    # Not editable, so that the wheel is tested and not the sources beside the tests.
-    session.install(".", "--group", "test")
+    # Not editable, so that a wheel is tested and not the sources beside the tests: the
+    # one in WHEEL, or a new one.
+    session.install(os.environ.get("WHEEL", "."), "--group", "test")
     session.run("pytest", *session.posargs)
 
 
