@@ -196,7 +196,8 @@ def calls(count):
     semantic = observers(meter_provider=provider(), semantic_conventions=True)
     spans = TracerProvider(shutdown_on_exit=False)
     spans.add_span_processor(SpanProcessor())
-    span = "with tracing.check('policy', 'allowed', None) as span: span.decided(True)"
+    check = "with tracing.check('policy', 'allowed', None) as span:"
+    span = f"{check} span.decided(True, 'authorizer')"
     current = trace.set_span_in_context(spans.get_tracer("benchmark").start_span("x"))
     return {
         LEASE: functools.partial(run, "asyncio", leases, max(count // 10, CHUNK)),
