@@ -30,6 +30,7 @@ LINE = "#e0803a"
 TEXT = "#1f2933"
 FAINT = "#5b6773"
 FAIR = 3
+SHARED = "one shared channel"
 
 LABELS = {
     "floor": "floor: a limiter and a list",
@@ -326,8 +327,81 @@ def overload(data):
     return drawn
 
 
+def goodput(data):
+    """Return the answers by load, of the pool and of one shared channel."""
+    chosen = [
+        row
+        for row in data["rows"]
+        if (row["server"], row["budget"], row["backend"])
+        == ("ten workers, 50 ms, 10x1", 1, "asyncio")
+    ]
+    if not chosen:
+        return None
+    drawn, (axis,) = figure(
+        "Overload: the pool answers what the server can do",
+        "Answers within 1 s, as share of what the server can do; "
+        f"measured {data['date']}",
+    )
+    for name in (OURS, SHARED):
+        rows = [row for row in chosen if row["name"] == name]
+        loads, shares = zip(*((x["load"], x["goodput"]) for x in rows), strict=True)
+        axis.plot(loads, shares, marker="o", **line_of(name))
+        axis.annotate(
+            "this pool" if name == OURS else name,
+            (loads[-1], shares[-1]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="right",
+            color=line_of(name)["color"],
+            fontweight="bold",
+        )
+    axis.set_xlabel("checks that come, times what the server can do")
+    axis.set_ylim(-0.04, 1.15)
+    axis.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    drawn.subplots_adjust(left=0.09, right=0.97, top=0.82, bottom=0.13)
+    return drawn
+
+
+def recovery(data):
+    """Return the time to the first answer after outages, as bars."""
+    downs = sorted({row["down"] for row in data["rows"]})
+    drawn, (axis,) = figure(
+        "Recovery: seconds from the restart of a server to the first answer",
+        f"Median of {rounds(data)}, line: from least to most; "
+        f"measured {data['date']}, asyncio",
+    )
+    for offset, name in ((-0.2, OURS), (0.2, SHARED)):
+        rows = sorted(
+            (row for row in data["rows"] if row["name"] == name),
+            key=lambda row: row["down"],
+        )
+        places = [place + offset for place in range(len(rows))]
+        medians = [float(np.median(row["seconds"])) for row in rows]
+        shade = MINE if name == OURS else LINE
+        shown = "this pool" if name == OURS else name
+        axis.barh(places, medians, height=0.36, color=shade, label=shown)
+        for place, row, median in zip(places, rows, medians, strict=True):
+            least, most = min(row["seconds"]), max(row["seconds"])
+            axis.plot([least, most], [place, place], color=TEXT, linewidth=1)
+            axis.annotate(
+                f"{median:.1f} s",
+                (most, place),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontweight="bold" if name == OURS else "normal",
+            )
+    axis.set_yticks(range(len(downs)), [f"down for {down:g} s" for down in downs])
+    axis.set_ylim(len(downs) - 0.5, -0.5)
+    axis.set_xticks([])
+    axis.set_xlim(0, 1.15 * max(max(row["seconds"]) for row in data["rows"]))
+    axis.legend(frameon=False, loc="upper right")
+    drawn.subplots_adjust(left=0.17, right=0.97, top=0.82, bottom=0.04)
+    return drawn
+
+
 def line_of(name):
-    colors = {OURS: MINE, "one shared channel": LINE}
+    colors = {OURS: MINE, SHARED: LINE}
     # Another commit may lie below another line.
     style = "-" if name in colors else (0, (3, 3))
     return {
@@ -361,6 +435,9 @@ def pictures(results):
     yield "metrics", metrics(results)
     if data := loaded(results, "overload"):
         yield "overload", overload(data)
+        yield "goodput", goodput(data)
+    if data := loaded(results, "recovery"):
+        yield "recovery", recovery(data)
 
 
 def main(options):

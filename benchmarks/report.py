@@ -9,6 +9,8 @@ results.
 
 from __future__ import annotations
 
+import statistics
+
 from _peers import BACKENDS, OURS
 from _rounds import drawing_options, loaded, race_of
 from _server import SERVERS
@@ -39,6 +41,7 @@ FILES = (
     "metrics-calls",
     "imports",
     "overload",
+    "recovery",
 )
 REFERENCES = ("bare stub, asyncio", "at 054dee3", "grpcio")
 HARDLY = 0.1
@@ -309,6 +312,24 @@ def outages(saved):
     return "\n\n".join(["### An outage", *parts]) if parts else ""
 
 
+def recovery(saved):
+    """Return the chapter on the first answer after an outage."""
+    if not (data := saved.get("recovery")):
+        return ""
+    rows = [
+        (
+            f"{row['down']:g} s",
+            label(row["name"]),
+            f"{statistics.median(row['seconds']):.2f} s",
+            f"{max(row['seconds']):.2f} s",
+        )
+        for row in data["rows"]
+    ]
+    heads = ("the server was down for", "contestant", "first answer, median", "at most")
+    body = table(heads, rows, words=2) + picture("recovery", "Recovery by outage")
+    return f"### The first answer after an outage\n\n{body}"
+
+
 def telemetry(saved):
     """Return the chapter on the cost of metrics and traces."""
     parts = []
@@ -389,6 +410,7 @@ def main(options):
             cancellation,
             memory,
             outages,
+            recovery,
             ends,
             telemetry,
         ),
