@@ -91,11 +91,15 @@ class GrpcConnector:
             transport. Or the transport cannot use an option of *target*.
     """
 
-    # One address may stand for several servers, and each connection picks one of them.
     spreads = True
-    # A connection is ready before the server has answered any call, also behind a proxy
-    # whose server is down, and to a server without the Authorizer.
+    """Connections may lead to different servers, because a name has many addresses."""
     probes = True
+    """
+    The pool probes each new connection.
+
+    A connection is ready before the server has answered any call, also behind a proxy
+    whose server is down, and to a server without the Authorizer.
+    """
 
     def __init__(self, target: Target, transport: Transport | None = None) -> None:
         if not isinstance(target, Target):

@@ -28,6 +28,7 @@ __all__ = [
 FailureReason = Literal[
     "refused", "resolve", "tls", "timeout", "unanswered", "unavailable", "other"
 ]
+"""Why connecting failed: see [ConnectFailed][fastapi_topaz.ConnectFailed]."""
 
 
 class TopazError(Exception):

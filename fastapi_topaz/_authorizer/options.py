@@ -105,8 +105,9 @@ class Identity:
     type: IdentityType
     # Not in the repr: it may be a token, and reprs end up in logs.
     value: str | None = attrs.field(default=None, repr=False)
-    # The encoded identity, set on first use. Not a field, so it is not compared.
+    # Not a field, so it is not compared.
     encoded: ClassVar[bytes | None] = None
+    """The encoded identity. The package sets it on first use."""
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.type, bool) or not isinstance(self.type, int):

@@ -176,6 +176,7 @@ class FakeConnector:
     """
 
     target = "fake"
+    """The address in logs and errors."""
 
     def __init__(
         self,
