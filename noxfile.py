@@ -16,6 +16,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 import nox
@@ -60,6 +62,11 @@ TOPAZ = "github.com/aserto-dev/topaz"
 TOPAZ_RELEASE = "v0.32.58"
 TOPAZ_SUM = "h1:ffw6MPHhfMn268z+NqmFmBR6fqrr4uHKOCiqhxWdGi4="
 
+# The package of npm that draws the diagrams of the documentation, and the SHA-256 of
+# its script.
+MERMAID = "mermaid@11.17.2"
+MERMAID_SUM = "581ed7d74bd9048d0e3a91363927d72ef22942d7722546b27f7cc29e35390eb8"
+
 
 def found_pythons() -> list[str]:
     """Return every supported Python version that starts on this machine."""
@@ -102,6 +109,7 @@ nox.options.sessions = [
     "alerts",
     "topaz",
     "demo",
+    "docs",
     "fastapi",
     "oldest",
     # The command in the README runs the tests on the Python that runs nox.
@@ -160,6 +168,7 @@ def typing(session: nox.Session) -> None:
     # In another folder, so that pyright checks the installed package.
     with session.chdir(session.create_tmp()):
         session.run("pyright", "--ignoreexternal", "--verifytypes", "fastapi_topaz")
+    session.run("python", "tests/repository/snippets.py")
 
 
 @nox.session(python=PYTHONS)
@@ -571,7 +580,7 @@ def topaz(session: nox.Session) -> None:
     session.run(topazd, "version", external=True)
     files = ["_authorizer/test_topaz.py", "behaviour/test_conformance.py"]
     files += ["behaviour/test_topaz_routes.py", "repository/test_containers.py"]
-    files += ["repository/test_examples.py"]
+    files += ["repository/test_examples.py", "repository/test_tutorial.py"]
     files = [f"tests/{name}" for name in files]
     anyhow = ("-n0", "-m", "slow or not slow")
     session.run("pytest", *anyhow, *files, *session.posargs, env={"TOPAZD": topazd})
@@ -583,6 +592,44 @@ def demo(session: nox.Session) -> None:
     session.install("-e", ".[demo]")
     for backend in ("asyncio", "trio"):
         session.run("fastapi-topaz-pool", "demo", "--backend", backend)
+
+
+def found_mermaid(session: nox.Session, cache: Path) -> str | None:
+    """Fetch the script of Mermaid once. Return its path, or None on failure."""
+    script = cache / MERMAID / "mermaid.min.js"
+    try:
+        if not script.exists():
+            script.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as folder:
+                npm = ("npm", "pack", "--silent", "--pack-destination", folder)
+                session.run(*npm, MERMAID)
+                (archive,) = Path(folder).glob("*.tgz")
+                with tarfile.open(archive) as files:
+                    contents = files.extractfile("package/dist/mermaid.min.js").read()
+            if (found := hashlib.sha256(contents).hexdigest()) != MERMAID_SUM:
+                raise ValueError(f"the script of {MERMAID} is {found}")
+            script.write_bytes(contents)
+    except (nox.command.CommandFailed, OSError, ValueError) as error:
+        print(error)  # noqa: T201
+        return None
+    return str(script)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into build/site, test it, and run the commands of its pages."""
+    session.install("-e", ".", "--group", "docs", "--group", "test")
+    environment = {"NO_MKDOCS_2_WARNING": "1"}
+    if script := found_mermaid(session, Path(session.cache_dir).resolve() / "mermaid"):
+        environment["MERMAID"] = script
+    else:
+        session.warn(f"no {MERMAID}, so the site shows its diagrams as text")
+    # Not --quiet: then --strict ignores warnings.
+    session.run("mkdocs", "build", "--strict", env=environment)
+    environment["SITE"] = str(Path("build/site").resolve())
+    files = [f"tests/repository/test_{name}.py" for name in ("site", "walks", "pages")]
+    chosen = ("-n0", "-m", "slow or not slow")
+    session.run("pytest", *chosen, *files, *session.posargs, env=environment)
 
 
 @nox.session

@@ -18,12 +18,13 @@ from fastapi_topaz import (
 from kit.backends import backends
 from kit.configs import Requests
 from kit.examples import ROOT
+from kit.pages import DOCS, codes
 
 
 pytestmark = pytest.mark.real_clock
 
-PAGE = (ROOT / "docs" / "credentials.md").read_text()
-ROTATE, CALL, NAMES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PAGE = (DOCS / "credentials.md").read_text()
+ROTATE, CALL, NAMES = codes(DOCS / "credentials.md", "python")
 REQUEST = Requests({"type": "http", "headers": []})
 
 

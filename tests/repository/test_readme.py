@@ -22,23 +22,17 @@ from fastapi_topaz._telemetry.instruments import BOUNDARIES, TOPAZ
 from fastapi_topaz._telemetry.semconv import DB_CLIENT
 from fastapi_topaz.exceptions import FailureReason
 from kit.examples import ROOT
+from kit.pages import DOCS, codes
 
 
 pytestmark = pytest.mark.real_clock
 
 README = (ROOT / "README.md").read_text()
-OBSERVABILITY = (ROOT / "docs" / "observability.md").read_text()
-READINESS = (ROOT / "docs" / "readiness.md").read_text()
-PARAMETERS = (ROOT / "docs" / "parameters.md").read_text()
-FASTAPI = (ROOT / "docs" / "fastapi.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", FASTAPI, re.DOTALL)
+OBSERVABILITY = (DOCS / "observability.md").read_text()
+READINESS = (DOCS / "readiness.md").read_text()
+PARAMETERS = (DOCS / "parameters.md").read_text()
+BLOCKS = codes(DOCS / "fastapi.md", "python")
 QUICKSTART = ROOT / "examples" / "quickstart"
-
-
-def blocks_of(text, language):
-    """Return the code blocks of a page, including blocks in lists."""
-    found = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    return [textwrap.dedent(block) for block in found]
 
 
 def test_the_readme_has_at_most_120_lines():
@@ -46,11 +40,11 @@ def test_the_readme_has_at_most_120_lines():
 
 
 def test_the_quickstart_matches_the_example():
-    (app,) = blocks_of(README, "python")
+    (app,) = codes(ROOT / "README.md", "python")
     assert (QUICKSTART / "main.py").read_text().partition('"""\n\n')[2].replace(
         "from __future__ import annotations\n\n", ""
     ) == app
-    (policy,) = blocks_of(README, "rego")
+    (policy,) = codes(ROOT / "README.md", "rego")
     assert (QUICKSTART / "policies" / "document.rego").read_text() == policy
 
 
@@ -59,12 +53,12 @@ def test_the_quickstart_gives_the_printed_answers(backend, embedded_authorizer):
     embedded_authorizer.policies = {
         "myapp.GET.documents.__id": lambda check: check.identity.value == "alice"
     }
-    (code,) = blocks_of(README, "python")
+    (code,) = codes(ROOT / "README.md", "python")
     asking = code.replace("127.0.0.1:8282", embedded_authorizer.url)
     names = {}
     exec(compile(asking, "README.md", "exec", dont_inherit=True), names)
     with serving(names["app"], backend) as url, httpx.Client(base_url=url) as client:
-        _, _, dialogue = blocks_of(README, "console")
+        _, _, dialogue = codes(ROOT / "README.md", "console")
         lines = dialogue.splitlines()
         for command, answer in zip(lines[::2], lines[1::2], strict=True):
             user, path = re.search(r"x-user: (\w+)' \S+8000(\S+)", command).groups()
@@ -72,14 +66,14 @@ def test_the_quickstart_gives_the_printed_answers(backend, embedded_authorizer):
 
 
 def test_each_link_of_the_pages_has_a_target():
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    pages = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
     for page in pages:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_ci_runs_the_test_command_word_for_word():
-    demo, tests = blocks_of(README, "console")[0].splitlines()
+    demo, tests = codes(ROOT / "README.md", "console")[0].splitlines()
     assert demo.endswith("fastapi-topaz-pool demo")
     assert tests in (ROOT / ".ci" / "run").read_text()
 
@@ -130,7 +124,7 @@ def test_the_probes_of_the_page_on_readiness_run(backend, embedded_authorizer):
         connection_pool=ConnectionPool(min_connections=0),
     )
     app = FastAPI(lifespan=config.lifespan)
-    (code,) = re.findall(r"```python\n(.*?)```", READINESS, re.DOTALL)
+    (code,) = codes(DOCS / "readiness.md", "python")
     names = {"app": app, "config": config}
     exec(compile(code, "readiness.md", "exec", dont_inherit=True), names)
     with serving(app, backend) as url, httpx.Client(base_url=url) as client:
@@ -151,7 +145,7 @@ def test_the_probes_of_the_page_on_readiness_run(backend, embedded_authorizer):
 
 
 def test_the_readiness_manifest_matches_the_routes_and_the_default():
-    (manifest,) = re.findall(r"```yaml\n(.*?)```", READINESS, re.DOTALL)
+    (manifest,) = codes(DOCS / "readiness.md", "yaml")
     probes = yaml.safe_load(manifest)
     paths = {probe["httpGet"]["path"] for probe in probes.values()}
     assert paths == set(re.findall(r'@app.get\("(.*)"\)', READINESS))
@@ -214,7 +208,7 @@ def test_every_attribute_of_a_span_is_in_the_table():
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_the_application_with_metrics_runs(backend, embedded_authorizer):
     """Run in a separate process, because the test sets the global provider."""
-    (code,) = re.findall(r"```python\n(.*?)```", OBSERVABILITY, re.DOTALL)
+    (code,) = codes(DOCS / "observability.md", "python")
     program = f"""
 import httpx
 from fastapi import Depends

@@ -19,15 +19,13 @@ from fastapi_topaz import ConnectionPool, GrpcConnector, Target
 from kit.backends import backends
 from kit.examples import ROOT
 from kit.greeter import SERVICE, greeter_server
+from kit.pages import DOCS, codes
 
 
 pytestmark = pytest.mark.real_clock
 
-PAGE = (ROOT / "docs" / "services.md").read_text()
-MAKE, GREET, CALL = (
-    textwrap.dedent(block)
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-)
+PAGE = (DOCS / "services.md").read_text()
+MAKE, GREET, CALL = codes(DOCS / "services.md", "python")
 
 
 def message(name, field):

@@ -1,0 +1,168 @@
+"""Test that the tables and files of the how-to pages are true."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+
+import pytest
+import yaml
+
+import fastapi_topaz
+from fastapi_topaz import ConnectionPool, TopazConfig
+from kit.examples import ROOT
+from kit.pages import DOCS, blocks, codes
+
+
+# The names in `__all__` of fastapi-topaz 1.1.0 and 2.0.0, and of their `testing`.
+OTHERS = {
+    "1.x": """
+        AuditEvent AuditLogger AuthorizationError AuthorizerOptions
+        CircuitBreaker CircuitState CircuitStatus ConnectionPool DecisionCache
+        HierarchyResult Identity IdentityMapper IdentityType OTelTracing Obj
+        ObjectMapper PolicyGroup PoolStatus PrometheusMetrics ResourceContext
+        ResourceMapper SkipMiddleware StringMapper TopazConfig TopazMiddleware
+        filter_authorized_resources get_authorized_resource normalize_hyphens
+        require_policy_allowed require_policy_auto require_rebac_allowed
+        require_rebac_hierarchy skip_middleware
+    """,
+    "2.x": """
+        Admission AuditEvent AuditLogger AuthorizerOptions CacheBackend
+        CircuitBreaker CircuitState CircuitStatus DecisionCache HierarchyResult
+        Identity IdentityType OTelTracing Obj PolicyGroup PrometheusMetrics
+        ResourceContext SkipMiddleware TopazConfig TopazMiddleware __version__
+        annotate_openapi filter_authorized_resources get_authorized_resource
+        normalize_hyphens require_policy_allowed require_policy_auto
+        require_rebac_allowed require_rebac_hierarchy skip_middleware
+    """,
+}
+TESTING = "Decision MockTopazConfig install_mock when_policy when_relation"
+
+
+def page(name):
+    return (DOCS / f"{name}.md").read_text()
+
+
+# -- coming from fastapi-topaz --------------------------------------------------------
+
+
+def rows_of_names():
+    table = page("migrating").partition("## Public names")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+) \|$", table, re.MULTILINE)
+
+
+def test_each_name_of_the_other_library_is_in_the_table():
+    known = {version: set(names.split()) for version, names in OTHERS.items()}
+    for names in known.values():
+        names.update(f"testing.{name}" for name in TESTING.split())
+    listed = [name for name, *_ in rows_of_names()]
+    assert len(listed) == len(set(listed))
+    for version, names in known.items():
+        assert {n for n, versions, _ in rows_of_names() if version in versions} == names
+
+
+def test_a_name_that_is_here_too_is_not_said_to_be_missing():
+    for name, _, here in rows_of_names():
+        if name in fastapi_topaz.__all__:
+            assert here.startswith(f"[`{name}`]"), name
+        else:
+            assert not here.startswith("[`" + name), name
+
+
+def test_each_parameter_of_the_page_exists():
+    text = page("migrating").partition("## Parameters of")[2]
+    here = set(inspect.signature(TopazConfig).parameters)
+    same = re.search(r"^\| (.+) \| The same\. The providers", text, re.MULTILINE)[1]
+    assert set(re.findall(r"`(\w+)`", same)) <= here
+    assert {"fallback", "check_timeout", "connection_pool"} <= here
+
+
+# -- incidents ------------------------------------------------------------------------
+
+
+def messages():
+    """Return all texts in the package, with the parts of each f-string."""
+    for path in (ROOT / "fastapi_topaz").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_each_message_of_the_page_incidents_exists():
+    table = page("incidents").partition("## The log says")[2].partition("\n## ")[0]
+    quoted = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(quoted) > 15
+    texts = list(messages())
+    for each in quoted:
+        assert any(each in text for text in texts), each
+
+
+# -- Kubernetes -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def pod():
+    (manifest,) = codes(DOCS / "kubernetes.md", "yaml")
+    return yaml.safe_load(manifest)["spec"]["template"]["spec"]
+
+
+@pytest.fixture
+def gunicorn():
+    (code,) = [
+        b.code for b in blocks(DOCS / "kubernetes.md") if "gunicorn" in str(b.title)
+    ]
+    names = {}
+    exec(code, names)
+    return names
+
+
+def test_a_pod_is_not_killed_before_its_pools_are_closed(pod, gunicorn):
+    (container,) = pod["containers"]
+    pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    grace = inspect.signature(ConnectionPool.close).parameters["grace"].default
+    assert gunicorn["POOL"] == grace
+    assert gunicorn["graceful_timeout"] > gunicorn["REQUESTS"] + grace
+    longest = pod["terminationGracePeriodSeconds"]
+    assert longest > pause + gunicorn["graceful_timeout"]
+
+
+def test_the_probes_of_the_pod_exist_and_have_time(pod):
+    (container,) = pod["containers"]
+    (code,) = [b.code for b in blocks(DOCS / "kubernetes.md") if b.title == "main.py"]
+    for probe in ("livenessProbe", "readinessProbe"):
+        path = container[probe]["httpGet"]["path"]
+        assert f'@app.get("{path}")' in code
+    timeout = inspect.signature(TopazConfig.is_ready).parameters["timeout"].default
+    assert container["readinessProbe"]["timeoutSeconds"] > timeout
+    (variable,) = container["env"]
+    assert f'os.environ.get("{variable["name"]}", "{variable["value"]}")' in code
+
+
+def test_the_pod_uses_the_tested_release_of_topaz(pod):
+    release = re.search(r'TOPAZ_RELEASE = "v(.+)"', (ROOT / "noxfile.py").read_text())
+    (sidecar,) = pod["initContainers"]
+    assert sidecar["image"].endswith(f":{release[1]}")
+
+
+# -- Prometheus -----------------------------------------------------------------------
+
+
+def test_prometheus_scrapes_each_port_of_the_range():
+    (text,) = codes(DOCS / "prometheus.md", "yaml")
+    (job,) = yaml.safe_load(text)["scrape_configs"]
+    (targets,) = job["static_configs"]
+    found = [int(target.rpartition(":")[2]) for target in targets["targets"]]
+    code = page("prometheus")
+    first = int(re.search(r'"METRICS_PORT", "(\d+)"', code)[1])
+    count = int(re.search(r"range\(FIRST, FIRST \+ (\d+)\)", code)[1])
+    assert found == list(range(first, first + count))
+    workers = int(re.search(r"--workers (\d+)", code)[1])
+    assert count == 2 * workers
+
+
+def test_each_expression_of_the_page_prometheus_can_be_parsed():
+    promql_parser = pytest.importorskip("promql_parser")
+    (text,) = codes(DOCS / "prometheus.md", "promql")
+    for line in text.splitlines():
+        promql_parser.parse(line)

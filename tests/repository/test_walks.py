@@ -1,0 +1,147 @@
+"""Test the pages that build an application: their files and commands, as printed."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import importlib.util
+import os
+import re
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from kit.pages import DOCS, Walk
+from kit.waiting import until
+
+
+pytestmark = pytest.mark.real_clock
+
+POLICIES = {
+    "myapp.GET.documents.__id": lambda check: check.identity.value == "alice",
+    "myapp.GET.greeting": lambda check: check.identity.value == "alice",
+}
+METRICS = range(9464, 9472)
+"""The ports on the page prometheus.md."""
+OTLP = "opentelemetry.exporter.otlp.proto.http"
+
+
+@pytest.fixture
+def walk(embedded_authorizer, tmp_path):
+    """Return a function that makes the walk of a page, beside an authorizer."""
+    embedded_authorizer.policies = POLICIES
+
+    def make(name, ports=None, **more):
+        # The terminals use the programs of this Python, and write no files elsewhere.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        kept = {
+            key: text
+            for key, text in os.environ.items()
+            if not key.startswith(("PYTEST", "OTEL"))
+        }
+        env = {**kept, "PATH": path, "HOME": str(tmp_path), **more}
+        # Old and new versions of other libraries warn, and the pages do not show it.
+        env["PYTEST_ADDOPTS"] = "-p no:warnings"
+        ports = {8282: embedded_authorizer.port, **(ports or {})}
+        return Walk(DOCS / name, tmp_path, env, ports)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lifespan.md",
+        "testing.md",
+        pytest.param("kubernetes.md", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.timeout(180)
+def test_a_page_works_as_printed(name, walk):
+    with walk(name) as walking:
+        walking.run()
+
+
+def free_ports(count):
+    """Return the first of *count* free ports that follow each other."""
+    for first in range(20000, 30000, 100):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as listeners:
+            for port in range(first, first + count):
+                listeners.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    raise AssertionError("no free ports")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_each_worker_serves_its_metrics_as_on_the_page_prometheus(walk):
+    first = free_ports(len(METRICS))
+    ports = {port: first + place for place, port in enumerate(METRICS)}
+    with walk("prometheus.md", ports, METRICS_PORT=str(first)) as walking:
+        walking.run()
+
+
+class Receiver(http.server.BaseHTTPRequestHandler):
+    """An OTLP receiver that keeps the requests of its server."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.received.append((self.path, body))
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        """Write no log."""
+
+
+@pytest.fixture
+def receiver():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        server.received = []
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("opentelemetry") is None
+    or importlib.util.find_spec("opentelemetry.exporter") is None
+    or importlib.util.find_spec("opentelemetry.exporter.otlp") is None,
+    reason=f"no {OTLP}: `nox -s docs` installs it",
+)
+@pytest.mark.timeout(180)
+def test_the_trace_of_the_page_traces_arrives(walk, receiver):
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+        ExportTraceServiceRequest,
+    )
+
+    endpoint = f"http://127.0.0.1:{receiver.server_address[1]}"
+    with walk("traces.md", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as walking:
+        walking.run()
+    # The walk has stopped the application, so its last spans are sent.
+    until(lambda: receiver.received)
+    spans = [
+        span
+        for path, body in receiver.received
+        if path == "/v1/traces"
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    ]
+    (check,) = [span for span in spans if span.name == "topaz.check"]
+    (request,) = [span for span in spans if span.span_id == check.parent_span_id]
+    assert request.name == "GET /documents/{id}"
+    found = {
+        each.key: each.value.string_value or str(each.value.int_value)
+        for each in check.attributes
+    }
+    page = (DOCS / "traces.md").read_text()
+    printed = dict(re.findall(r"^\| `([\w.]+)` \| `(.*)` \|$", page, re.MULTILINE))
+    assert printed
+    assert {name: found[name] for name in printed} == printed
