@@ -133,6 +133,7 @@ NIGHTLY = {
     "oracles": [],
     "atheris": [],
     "proxies": ["--transport", "grpcio"],
+    "prometheus": [],
     **{f"tests-{python}": [] for python in PYTHONS[:-1] if python != RUNNING},
     "bench": ["--full"],
 }
@@ -145,6 +146,7 @@ NIGHTLY_QUICK = {
     "oracles": ["--share", "0.1"],
     "atheris": ["--seconds", "10"],
     "proxies": ["--transport", "grpcio"],
+    "prometheus": [],
     "bench": [],
 }
 
@@ -463,6 +465,19 @@ def alerts(session: nox.Session) -> None:
     session.run(
         promtool, "test", "rules", "tests/repository/alerts_test.yaml", external=True
     )
+
+
+@nox.session
+def prometheus(session: nox.Session) -> None:
+    """Let a Prometheus server scrape workers and evaluate dashboard and alerts."""
+    cache = Path(session.cache_dir).resolve() / "prometheus"
+    server = found_program(cache, "prometheus", "prometheus", "--version")
+    if server is None:
+        session.skip("no prometheus, and Debian's package of it cannot be had")
+    session.install("-e", ".", "--group", "test")
+    test = "tests/repository/test_prometheus.py"
+    chosen = ("-m", "nightly", "-n0", test)
+    session.run("pytest", *chosen, *session.posargs, env={"PROMETHEUS": server})
 
 
 def found_go() -> str | None:

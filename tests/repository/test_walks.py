@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.server
 import importlib.util
-import os
 import re
-import socket
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 
-from kit.pages import DOCS, Walk
+from kit.pages import DOCS
 from kit.waiting import until
 
 
 pytestmark = pytest.mark.real_clock
 
-POLICIES = {
-    "myapp.GET.documents.__id": lambda check: check.identity.value == "alice",
-    "myapp.GET.greeting": lambda check: check.identity.value == "alice",
-}
-METRICS = range(9464, 9472)
-"""The ports on the page prometheus.md."""
 OTLP = "opentelemetry.exporter.otlp.proto.http"
-
-
-@pytest.fixture
-def walk(embedded_authorizer, tmp_path):
-    """Return a function that makes the walk of a page, beside an authorizer."""
-    embedded_authorizer.policies = POLICIES
-
-    def make(name, ports=None, **more):
-        # The terminals use the programs of this Python, and write no files elsewhere.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        kept = {
-            key: text
-            for key, text in os.environ.items()
-            if not key.startswith(("PYTEST", "OTEL"))
-        }
-        env = {**kept, "PATH": path, "HOME": str(tmp_path), **more}
-        # Old and new versions of other libraries warn, and the pages do not show it.
-        env["PYTEST_ADDOPTS"] = "-p no:warnings"
-        ports = {8282: embedded_authorizer.port, **(ports or {})}
-        return Walk(DOCS / name, tmp_path, env, ports)
-
-    return make
 
 
 @pytest.mark.parametrize(
@@ -65,21 +32,10 @@ def test_a_page_works_as_printed(name, walk):
         walking.run()
 
 
-def free_ports(count):
-    """Return the first of *count* free ports that follow each other."""
-    for first in range(20000, 30000, 100):
-        with contextlib.suppress(OSError), contextlib.ExitStack() as listeners:
-            for port in range(first, first + count):
-                listeners.enter_context(socket.create_server(("127.0.0.1", port)))
-            return first
-    raise AssertionError("no free ports")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_each_worker_serves_its_metrics_as_on_the_page_prometheus(walk):
-    first = free_ports(len(METRICS))
-    ports = {port: first + place for place, port in enumerate(METRICS)}
+def test_each_worker_serves_its_metrics_as_on_the_page_prometheus(walk, metrics_ports):
+    first, ports = metrics_ports
     with walk("prometheus.md", ports, METRICS_PORT=str(first)) as walking:
         walking.run()
 
