@@ -118,6 +118,7 @@ nox.options.sessions = [
     "slow",
     "gopeer",
     "proxies",
+    "browser",
     "shuffled",
     "soak",
     "bench",
@@ -386,14 +387,14 @@ def package(session: nox.Session) -> None:
         session.run("fastapi-topaz-pool", "demo", "--requests", "200")
 
 
-def found_program(cache: Path, name: str, package: str, argument: str) -> str | None:
+def found_program(cache: Path, name: str, packages: str, argument: str) -> str | None:
     """
     Return the path of a program of this machine, or from an unpacked Debian package.
 
     Args:
         cache: The folder for the unpacked package.
         name: The name of the program.
-        package: The name of Debian's package.
+        packages: The names of Debian's packages that it needs, beside libraries.
         argument: The argument with which the program prints its version.
 
     Returns:
@@ -408,10 +409,10 @@ def found_program(cache: Path, name: str, package: str, argument: str) -> str | 
     try:
         if not starts(program, argument):
             apt = own_apt(cache)
-            unpack(apt, cache, name, [package])
+            unpack(apt, cache, name, packages.split())
             if not starts(program, argument):
                 # Libraries are missing, so unpack its dependencies too.
-                unpack(apt, cache, name, to_install(apt, package))
+                unpack(apt, cache, name, to_install(apt, packages.split()))
         subprocess.run([program, argument], check=True, capture_output=True)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         print(error, getattr(error, "stderr", None) or "")  # noqa: T201
@@ -431,9 +432,9 @@ def own_apt(cache: Path) -> list[str]:
     return apt
 
 
-def to_install(apt: list[str], package: str) -> list[str]:
-    """Return the names of Debian's *package* and of its missing dependencies."""
-    command = [*apt, "install", "--simulate", "--no-install-recommends", package]
+def to_install(apt: list[str], packages: list[str]) -> list[str]:
+    """Return the names of Debian's *packages* and of their missing dependencies."""
+    command = [*apt, "install", "--simulate", "--no-install-recommends", *packages]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     lines = (line.split() for line in told.splitlines())
     return [words[1] for words in lines if words[:1] == ["Inst"]]
@@ -447,7 +448,11 @@ def unpack(apt: list[str], cache: Path, name: str, packages: list[str]) -> None:
         archive.unlink()
     libraries = {str(file.parent) for file in cache.glob("root/**/*.so*")}
     places = shlex.quote(":".join(sorted(libraries)))
-    (binary,) = cache.glob(f"root/usr/*bin/{name}")
+    # What is in /usr/bin may only be a script that starts the program in /usr/lib.
+    binary, *_ = (
+        *cache.glob(f"root/usr/lib/{name}/{name}"),
+        *cache.glob(f"root/usr/*bin/{name}"),
+    )
     command = f"LD_LIBRARY_PATH={places} exec {shlex.quote(str(binary))}"
     (cache / name).write_text(f'#!/bin/sh\n{command} "$@"\n')
     (cache / name).chmod(0o755)
@@ -546,6 +551,29 @@ def proxies(session: nox.Session) -> None:
     chosen = "slow and not native" if transport == "grpcio" else "slow"
     pytest = ("pytest", "-m", chosen, "-n0", "tests/behaviour/test_proxies.py")
     environment = named | {"FASTAPI_TOPAZ_TRANSPORT": transport}
+    session.run(*pytest, *rest, env=environment)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """
+    Test the status page in headless Chromium.
+
+    `-- --pictures docs/images` also makes the pictures of the documentation.
+    """
+    pictures, rest = told(session, "--pictures", "")
+    cache = Path(session.cache_dir).resolve() / "chromium"
+    # The second one has files without which it shows its version, but no page.
+    packages = "chromium chromium-common"
+    chromium = found_program(cache, "chromium", packages, "--version")
+    if chromium is None:
+        session.skip("no chromium, and Debian's package `chromium` cannot be had")
+    # Of Playwright only the driver. It downloads no browser by itself.
+    session.install("-e", ".", "--group", "browser")
+    environment = {"CHROMIUM": chromium}
+    if pictures:
+        environment["PICTURES"] = str(Path(pictures).resolve())
+    pytest = ("pytest", "-m", "slow", "-n0", "tests/browser")
     session.run(*pytest, *rest, env=environment)
 
 

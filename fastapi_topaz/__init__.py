@@ -39,6 +39,7 @@ from fastapi_topaz.exceptions import (
 
 if TYPE_CHECKING:
     from fastapi_topaz._app.guards import require_policy_allowed, require_policy_auto
+    from fastapi_topaz._app.status_page import status_app
 
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "Verdict",
     "require_policy_allowed",
     "require_policy_auto",
+    "status_app",
 ]
 
 
@@ -85,4 +87,8 @@ def __getattr__(name: str) -> Any:
         from fastapi_topaz._app import guards  # noqa: PLC0415
 
         return getattr(guards, name)
+    if name == "status_app":
+        from fastapi_topaz._app import status_page  # noqa: PLC0415
+
+        return status_page.status_app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ __all__ = [
     "full_text",
     "log_text",
     "safe_text",
+    "shortened",
     "without_context",
 ]
 
@@ -73,6 +74,19 @@ def _details(error: BaseException) -> str:
         return ""
     safe_repr = text[:WORDS]
     return "".join(sign if sign.isprintable() else " " for sign in safe_repr).strip()
+
+
+def shortened(text: str, longest: int) -> str:
+    """
+    Return the words of *text* that fit into *longest* characters.
+
+    The last word is left out if it does not fit as a whole. So what hides a secret by
+    the form of a word, such as that of a URL with a password, always sees all of it.
+    """
+    if len(text) <= longest:
+        return text
+    words = re.match(r"(.*)\s", text[: longest + 1], re.DOTALL)
+    return f"{words[1]} …" if words else "…"
 
 
 def error_kind(error: BaseException) -> str:

@@ -55,3 +55,18 @@ def test_the_log_shows_only_the_http_status_of_details(details, logged):
 def test_an_error_with_a_str_that_raises_is_shown_by_its_class_name():
     assert _error_text.safe_text(Sullen()) == "Sullen"
     assert _error_text.error_kind(Sullen()) == "Sullen"
+
+
+@pytest.mark.parametrize(
+    "text, short",
+    [
+        ("", ""),
+        ("ab cd", "ab cd"),
+        ("ab cdef", "ab …"),
+        ("ab cd ef", "ab cd …"),
+        ("ab\ncdef", "ab …"),
+        ("abcdefgh", "…"),
+    ],
+)
+def test_a_shortened_text_has_only_whole_words(text, short):
+    assert _error_text.shortened(text, 5) == short

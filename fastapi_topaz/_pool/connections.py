@@ -154,6 +154,7 @@ async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
     open_pool.limiter.total_tokens = open_pool.state.limit
     open_pool.counters.connects += 1
     open_pool.observer.connected(took)
+    open_pool.events.add("connected", peer_of(slot))
     if refusal is not None:
         _refused(open_pool, slot, refusal, probed_at)
         return
@@ -320,6 +321,7 @@ def _failed(open_pool: OpenPool, slot: Slot, error: ConnectFailed) -> None:
     first = not open_pool.state.attempts.failures
     open_pool.state.connect_failed(slot, error, open_pool.now())
     open_pool.counters.count(open_pool.counters.connect_failures, error.reason)
+    open_pool.events.add("connect failed", None, log_text(error))
     # An outage is one event: only its first failure is a WARNING. Otherwise the log
     # would get a line for each attempt.
     level = logging.WARNING if first else logging.DEBUG
@@ -385,6 +387,9 @@ async def _ask(open_pool: OpenPool, slot: Slot) -> None:
 def _tell_suspicion(open_pool: OpenPool, slot: Slot) -> None:
     silent = slot.suspected_at == slot.timed_out_at
     reason = slot.last_error or "it has answered nothing for too long"
+    if silent:
+        reason = "two calls in a row got no answer in time"
+    open_pool.events.add("suspect", peer_of(slot), reason)
     open_pool.log_limit.report(
         # Calls got no answer, which callers notice: so it is a WARNING, which the
         # default level shows.
@@ -393,8 +398,7 @@ def _tell_suspicion(open_pool: OpenPool, slot: Slot) -> None:
         "%s: a connection to %s is suspect and gets no lease until it answers a "
         "probe: %s (%s)",
         *(open_pool.label, place(open_pool, slot)),
-        "two calls in a row got no answer in time" if silent else reason,
-        open_pool.state.status(),
+        *(reason, open_pool.state.status()),
     )
 
 
@@ -406,6 +410,7 @@ def _answered(open_pool: OpenPool, slot: Slot, *, reset: bool = False) -> None:
     else:
         open_pool.answered_probes += 1
     if was_out:
+        open_pool.events.add("outage over", peer_of(slot))
         open_pool.log_limit.report(
             logging.INFO,
             "outage over",
@@ -414,6 +419,7 @@ def _answered(open_pool: OpenPool, slot: Slot, *, reset: bool = False) -> None:
             all_counts=True,
         )
     elif was_suspect:
+        open_pool.events.add("recovered", peer_of(slot))
         open_pool.log_limit.report(
             logging.INFO,
             "recovered",
@@ -434,6 +440,9 @@ def _refused(open_pool: OpenPool, slot: Slot, error: Exception, began: float) ->
     failure.__cause__ = error.with_traceback(None)
     begins = open_pool.state.probe_refused(slot, failure, began, open_pool.now())
     open_pool.dismiss_refused()
+    open_pool.events.add(
+        "outage" if begins else "probe refused", peer_of(slot), log_text(failure)
+    )
     if begins:
         open_pool.log_limit.report(
             logging.WARNING,
@@ -466,6 +475,7 @@ def _unanswered(open_pool: OpenPool, slot: Slot, error: Exception, late: float) 
         return
     open_pool.counters.probe_failures += 1
     second = slot.suspect
+    open_pool.events.add("probe failed", peer_of(slot), slot.last_error)
     open_pool.state.unanswered(slot, open_pool.now())
     open_pool.log_limit.report(
         logging.WARNING if second else logging.DEBUG,
@@ -483,6 +493,7 @@ def _unanswered(open_pool: OpenPool, slot: Slot, error: Exception, late: float) 
 async def close(open_pool: OpenPool, slot: Slot) -> None:
     """Close the connection of *slot*. Its leases are back, or the grace has ended."""
     where, reason = place(open_pool, slot), slot.retired or "close"
+    peer = peer_of(slot)
     # Cleared before the first wait: from now on a lease of this slot raises
     # ConnectionLost, and `drop` does not close the connection a second time.
     connection, slot.connection = slot.connection, None
@@ -490,6 +501,8 @@ async def close(open_pool: OpenPool, slot: Slot) -> None:
         open_pool.counters.count(open_pool.counters.closes, reason)
         lost = reason in _LOSSES
         error = f", its last error: {slot.last_error}" if slot.last_error else ""
+        error = error if lost else ""
+        open_pool.events.add("closed", peer, reason + error)
         open_pool.log_limit.report(
             # A loss is INFO. The other reasons are decisions of this process.
             logging.INFO if lost else logging.DEBUG,
@@ -501,7 +514,7 @@ async def close(open_pool: OpenPool, slot: Slot) -> None:
                 open_pool.perf_counter() - slot.alive_since,
                 reason,
             ),
-            *(error if lost else "", open_pool.state.status()),
+            *(error, open_pool.state.status()),
         )
         with anyio.CancelScope(shield=True), open_pool.busy_task():
             await _within(open_pool.clock, CLOSE_LIMIT, connection.close, 0.0)
@@ -529,11 +542,13 @@ async def close(open_pool: OpenPool, slot: Slot) -> None:
 
 def drop(open_pool: OpenPool, slot: Slot) -> None:
     """Close the connection of *slot* without waiting, and drop the reference to it."""
+    peer, reason = peer_of(slot), slot.retired or "close"
     connection, slot.connection = slot.connection, None
     slot.is_lost = None
     if connection is None:
         return
-    open_pool.counters.count(open_pool.counters.closes, slot.retired or "close")
+    open_pool.counters.count(open_pool.counters.closes, reason)
+    open_pool.events.add("closed", peer, reason)
     _abandon(open_pool, connection)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from fastapi_topaz._log_limit import LogLimit
     from fastapi_topaz._pool.connector import Connector
+    from fastapi_topaz._pool.events import Events
     from fastapi_topaz._pool.owner_loop import OwnerLoop
     from fastapi_topaz._pool.state.options import PoolOptions
     from fastapi_topaz._pool.state.slot import Claim, Slot
@@ -62,7 +63,7 @@ class OpenPool:
         *("_admission", "_close_at", "_close_changed", "_dismissed"),
         *("_latest", "_refusals"),
         *("adopted", "alarm", "answered_probes", "attempts", "clock"),
-        *("connector", "coroutines", "counters", "done", "earlier"),
+        *("connector", "coroutines", "counters", "done", "earlier", "events"),
         *(
             "initializing",
             "label",
@@ -90,6 +91,7 @@ class OpenPool:
         options: PoolOptions,
         connector: Connector,
         counters: PoolCounters,
+        events: Events,
         observer: PoolObserver,
         log_limit: LogLimit,
         owner: OwnerLoop,
@@ -103,7 +105,7 @@ class OpenPool:
         self.adopted = False
         self.target, self.series = names_of(connector, label)
         self.connector = connector
-        self.counters = counters
+        self.counters, self.events = counters, events
         self.observer = observer
         self.owner = owner
         self.clock = self.owner.clock

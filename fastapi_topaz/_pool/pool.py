@@ -18,6 +18,7 @@ from fastapi_topaz._pool.acquire import Acquire
 from fastapi_topaz._pool.background import close_now, run_pool
 from fastapi_topaz._pool.budget import Budget
 from fastapi_topaz._pool.connections import CLOSE_LIMIT
+from fastapi_topaz._pool.events import Events
 from fastapi_topaz._pool.handle import Handle
 from fastapi_topaz._pool.interrupts import protected
 from fastapi_topaz._pool.nesting import count_nested
@@ -74,6 +75,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         self._options = options
         self._connector = connector
         self._counters = PoolCounters()
+        self._events = Events()
         # One limit for all openings: if the host task fails, the next request opens the
         # pool again. With a limit for each opening, every request could log.
         self._log_limit = LogLimit(logger, self._label())
@@ -468,6 +470,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             self._options,
             connector,
             self._counters,
+            self._events,
             self._metrics.observer,
             self._log_limit,
             owner,
@@ -492,6 +495,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         self._open_pool = open_pool
         self._closed = False
         self._metrics.attach(open_pool.series)
+        self._events.add("pool opened")
         logger.info(
             "%s: opened, to %s (min_connections=%d, max_connections=%d)",
             *(open_pool.label, open_pool.target),
@@ -510,6 +514,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             self._metrics.detach()
             if self._closed:
                 self._log_limit.flush(everything=True)
+            self._events.add("pool closed")
             self._log_limit.clock = None  # do not keep the loop's clock alive
             logger.info("%s: closed", open_pool.label)
 

@@ -44,6 +44,7 @@ PUBLIC = [
     "Verdict",
     "require_policy_allowed",
     "require_policy_auto",
+    "status_app",
 ]
 
 

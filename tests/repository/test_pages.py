@@ -39,6 +39,7 @@ pytestmark = pytest.mark.real_clock
 ELSEWHERE = {
     "docs/observability.md": "test_readme.py",
     "docs/services.md": "test_services_page.py",
+    "docs/status-page.md": "test_status_page_page.py",
 }
 WALKS = {
     "docs/tls.md": "test_tutorial.py",

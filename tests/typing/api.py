@@ -26,6 +26,7 @@ from fastapi_topaz import (
     TopazConfig,
     require_policy_allowed,
     require_policy_auto,
+    status_app,
 )
 from fastapi_topaz.testing import Check, EmbeddedAuthorizer, FakeConnector, fail, slow
 
@@ -77,7 +78,14 @@ cached = TopazConfig(
     on_fallback=print,
 )
 
+
+async def is_operator(request: Request) -> bool:
+    return request.url.hostname == "localhost"
+
+
 app = FastAPI(lifespan=config.lifespan)
+app.mount("/topaz", status_app(config, guard=is_operator, pools=[ConnectionPool()]))
+app.mount("/other", status_app(config, guard=lambda _request: False))
 
 
 @app.get(
