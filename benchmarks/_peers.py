@@ -164,23 +164,41 @@ def shared_client(options):
     )
 
 
-@functools.cache
-def _module_of(release, file):
-    """Load one module of another release of `fastapi-topaz`, and no other part."""
+def unpacked(release):
+    """Return the folder that has the package of another release of `fastapi-topaz`."""
+    folder = CACHE / f"{release.replace(' ', '-')}-whole"
+    if not folder.exists():
+        with zipfile.ZipFile(_wheel(release)) as wheel:
+            wheel.extractall(folder)
+    return folder
+
+
+def _wheel(release):
+    """Return the wheel of a release of `fastapi-topaz`, which pip downloads once."""
     name, number = release.split()
-    source = CACHE / f"{name}-{number}" / file
-    if not source.exists():
+    pattern = f"fastapi_topaz-{number}-*.whl"
+    if not list(CACHE.glob(pattern)):
         # Downloaded but not installed, because it would replace this package.
         pip = "-m pip download -q --no-deps --disable-pip-version-check"
         subprocess.run(
             [sys.executable, *pip.split(), "--dest", CACHE, f"{name}=={number}"],
             check=False,  # success means that the wheel exists
         )
-        wheels = list(CACHE.glob(f"fastapi_topaz-{number}-*.whl"))
-        if not wheels:
-            raise ImportError(f"pip could not download {name}=={number}")
+    wheels = list(CACHE.glob(pattern))
+    if not wheels:
+        raise ImportError(f"pip could not download {name}=={number}")
+    return wheels[0]
+
+
+@functools.cache
+def _module_of(release, file):
+    """Load one module of another release of `fastapi-topaz`, and no other part."""
+    name, number = release.split()
+    source = CACHE / f"{name}-{number}" / file
+    if not source.exists():
+        archive = _wheel(release)
         source.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(wheels[0]) as wheel:
+        with zipfile.ZipFile(archive) as wheel:
             source.write_bytes(wheel.read(f"fastapi_topaz/{file}"))
     module_name = f"{name}_{number}_{source.stem}"
     spec = importlib.util.spec_from_file_location(module_name, source)

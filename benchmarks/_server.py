@@ -31,9 +31,19 @@ PATIENCE = 10.0
 
 
 @contextlib.contextmanager
-def authorizer(*, tls=False, latency=0.0, streams=None, workers=None):
+def authorizer(**options):
+    """Start an authorizer as `counted` does, and yield only the options."""
+    with counted(**options) as (connect_to, _calls):
+        yield connect_to
+
+
+@contextlib.contextmanager
+def counted(*, tls=False, latency=0.0, streams=None, workers=None):
     """
-    Start an authorizer, yield the options to connect to it, and stop it at the end.
+    Start an authorizer, and stop it at the end.
+
+    This yields the options to connect to it, and a function that returns how often it
+    was asked for a decision.
 
     Args:
         tls: Whether to serve TLS, with a temporary CA. Default False.
@@ -53,8 +63,17 @@ def authorizer(*, tls=False, latency=0.0, streams=None, workers=None):
             url, _, ca_path = process.stdout.readline().strip().partition(" ")
             if not url:
                 raise RuntimeError("the authorizer did not start")
-            yield AuthorizerOptions(
-                url=url, cert_file_path=ca_path or None, insecure=not tls
+
+            def calls():
+                process.stdin.write("calls?\n")
+                process.stdin.flush()
+                return int(process.stdout.readline())
+
+            yield (
+                AuthorizerOptions(
+                    url=url, cert_file_path=ca_path or None, insecure=not tls
+                ),
+                calls,
             )
         finally:
             process.stdin.close()
@@ -140,7 +159,8 @@ def serve(*, tls, latency, streams, workers):
     with embedded:
         print(embedded.url, embedded.ca_cert_path or "", flush=True)
         # stdin closes when the parent process ends, for any reason. Then this ends too.
-        sys.stdin.read()
+        for _question in sys.stdin:
+            print(embedded.calls["Is"], flush=True)
 
 
 if __name__ == "__main__":

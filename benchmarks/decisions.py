@@ -28,7 +28,7 @@ from fastapi_topaz import (
     IdentityType,
     TopazConfig,
 )
-from fastapi_topaz._app.asking import AskPool, Retry, RetryTokens, Trace
+from fastapi_topaz._app.asking import AskPool, Observe, Retry, RetryTokens
 
 
 MOST = 8.0
@@ -72,7 +72,7 @@ def same_request(config):
 def bare(config):
     pool = lambda: config.connection_pool  # noqa: E731
     below = Retry(AskPool(pool), lambda: None, RetryTokens(lambda: 10))
-    config._ask = Trace(below, config._layers.tracing, pool)
+    config._ask = Observe(below, config._layers.tracing, pool, config._metrics)
     return decide(config)
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 
 
-__all__ = ["check_count", "check_flag", "check_seconds", "check_text", "safe_repr"]
+__all__ = [
+    "check_count",
+    "check_flag",
+    "check_provider",
+    "check_seconds",
+    "check_text",
+    "safe_repr",
+]
 
 
 def safe_repr(value: object) -> str:
@@ -84,3 +91,17 @@ def check_flag(name: str, value: object) -> None:
             f"{name} must be True or False, got {safe_repr(value)} "
             f"({type(value).__name__})"
         )
+
+
+def check_provider(name: str, value: object, method: str, kind: str) -> None:
+    """
+    Raise TypeError if *value* is neither None nor a provider of OpenTelemetry.
+
+    Args:
+        name: The argument that the message names.
+        value: The argument.
+        method: The method that a provider has.
+        kind: The class of the provider, for the message.
+    """
+    if value is not None and not callable(getattr(value, method, None)):
+        raise TypeError(f"{name} must be a {kind}, got {safe_repr(value)}")

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi_topaz._app.asking import Layers
 from fastapi_topaz._authorizer.messages import IS, is_request
@@ -21,7 +21,13 @@ from fastapi_topaz._authorizer.options import (
 from fastapi_topaz._authorizer.pool import ConnectionPool
 from fastapi_topaz._authorizer.rego import check_name, check_reference
 from fastapi_topaz._authorizer.resource import EXACT
-from fastapi_topaz._checks import check_flag, check_seconds, check_text, safe_repr
+from fastapi_topaz._checks import (
+    check_flag,
+    check_provider,
+    check_seconds,
+    check_text,
+    safe_repr,
+)
 from fastapi_topaz._decisions.breaker import CircuitBreaker
 from fastapi_topaz._decisions.cache import DecisionCache
 from fastapi_topaz._decisions.fallback import Fallbacks, check_fallback
@@ -33,6 +39,7 @@ from fastapi_topaz._pool.readiness import is_ready
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz._rpc.metadata import frozen_metadata
 from fastapi_topaz._slips import NotCopied
+from fastapi_topaz._telemetry.decisions import DecisionMetrics
 from fastapi_topaz._telemetry.tracing import Tracing
 from fastapi_topaz.exceptions import PoolMisuse, TopazError
 
@@ -40,11 +47,13 @@ from fastapi_topaz.exceptions import PoolMisuse, TopazError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
     from starlette.requests import HTTPConnection
 
     from fastapi_topaz._decisions.fallback import Custom, OnFallback, Strategy
     from fastapi_topaz._rpc.metadata import Metadata
+    from fastapi_topaz._telemetry.decisions import CheckSource
 
     # Called with a Request, or with a WebSocket where a WebSocket route is guarded.
     IdentityProvider = Callable[[Any], IdentityLike | Awaitable[IdentityLike]]
@@ -103,6 +112,9 @@ class TopazConfig(NotCopied):
             authorizer. Default False.
         on_fallback: Called for each decision of a fallback with request, policy path,
             cached decision and the decision. Default None.
+        meter_provider: Records the metrics of checks. None, the default: the global
+            provider of OpenTelemetry. That of *connection_pool* is an argument of its
+            own.
 
     Raises:
         TypeError, ValueError: An argument is wrong. The message names it.
@@ -130,6 +142,7 @@ class TopazConfig(NotCopied):
         fallback: Strategy | Custom = "error",
         allow_unsafe_fallback: bool = False,
         on_fallback: OnFallback | None = None,
+        meter_provider: MeterProvider | None = None,
     ) -> None:
         check_reference("policy_path_root", policy_path_root)
         check_text("policy_instance_name", policy_instance_name)
@@ -167,9 +180,14 @@ class TopazConfig(NotCopied):
             "check_timeout", check_timeout, zero=False, infinite=False
         )
         self.path_parameters = path_parameters
-        self._set_layers(_tracing(tracer_provider), decision_cache, circuit_breaker)
+        self._set_layers(
+            *(tracer_provider, meter_provider, decision_cache, circuit_breaker)
+        )
         self._fallbacks = Fallbacks(
-            self._stale, allow_unsafe=allow_unsafe_fallback, on_fallback=on_fallback
+            self._stale,
+            allow_unsafe=allow_unsafe_fallback,
+            on_fallback=on_fallback,
+            counts=self._metrics.counts,
         )
         self._ask: Ask = self._asking(fallback)
         # The dependencies by their arguments.
@@ -193,7 +211,18 @@ class TopazConfig(NotCopied):
             )
         pool.configure(self.authorizer_options)
 
-    def _set_layers(self, tracing: Tracing, cache: object, breaker: object) -> None:
+    def _set_layers(
+        self,
+        tracer_provider: TracerProvider | None,
+        meter_provider: MeterProvider | None,
+        cache: object,
+        breaker: object,
+    ) -> None:
+        for name, provider, method, kind in (
+            ("tracer_provider", tracer_provider, "get_tracer", "TracerProvider"),
+            ("meter_provider", meter_provider, "get_meter", "MeterProvider"),
+        ):
+            check_provider(name, provider, method, kind)
         if cache is not None and not isinstance(cache, DecisionCache):
             raise TypeError(
                 f"decision_cache must be a DecisionCache, got {safe_repr(cache)}"
@@ -203,8 +232,15 @@ class TopazConfig(NotCopied):
                 f"circuit_breaker must be a CircuitBreaker, got {safe_repr(breaker)}"
             )
         self._decision_cache, self._circuit_breaker = cache, breaker
+        self._metrics = DecisionMetrics(
+            meter_provider, lambda: self.connection_pool.options.name, cache, breaker
+        )
         self._layers = Layers(
-            *(lambda: self.connection_pool, tracing, cache, breaker),
+            lambda: self.connection_pool,
+            Tracing(tracer_provider, IS),
+            self._metrics,
+            cache,
+            breaker,
             self.authorizer_options.credentials is not None,
         )
         self._below, self._freshness, self._stale = self._layers.chain()
@@ -217,7 +253,7 @@ class TopazConfig(NotCopied):
             allow_unsafe=shared.allow_unsafe,
             has_cache=self._decision_cache is not None,
         )
-        return self._layers.traced(self._below, checked, shared)
+        return self._layers.observed(self._below, checked, shared)
 
     @property
     def decision_cache(self) -> DecisionCache | None:
@@ -237,6 +273,7 @@ class TopazConfig(NotCopied):
     @asynccontextmanager
     async def lifespan(self, _app: object) -> AsyncIterator[None]:
         """Open the pool when the application starts, close it when it stops."""
+        self._metrics.begin(self.connection_pool.options.name)
         try:
             async with self.connection_pool:
                 yield
@@ -383,6 +420,7 @@ class TopazConfig(NotCopied):
         resource_context: Mapping[str, Any] | None = None,
         metadata: Metadata | None = None,
         max_age: float | None = None,
+        source: CheckSource = "manual",
     ) -> Question:
         """
         Return the question about *request*, encoded.
@@ -420,6 +458,7 @@ class TopazConfig(NotCopied):
             http=request,
             resource=resource,
             max_age=max_age,
+            source=source,
         )
 
     @boundary
@@ -470,14 +509,6 @@ class TopazConfig(NotCopied):
         for name, value in request.path_params.items():
             resource[name] = value if typed and _is_exact_number(value) else str(value)
         return resource
-
-
-def _tracing(provider: object) -> Tracing:
-    if provider is not None and not callable(getattr(provider, "get_tracer", None)):
-        raise TypeError(
-            f"tracer_provider must be a TracerProvider, got {safe_repr(provider)}"
-        )
-    return Tracing(cast("TracerProvider | None", provider), IS)
 
 
 def _is_exact_number(value: object) -> bool:

@@ -221,7 +221,9 @@ async def _check(rules: _Rules, request: HTTPConnection, policy_path: str) -> No
     config = rules.config
     # Outside the try: an error of a provider is the application's own.
     question = await config._question(  # noqa: SLF001
-        request, policy_path, rules.decision, max_age=rules.max_age
+        *(request, policy_path, rules.decision),
+        max_age=rules.max_age,
+        source="dependency",
     )
     limit = config._log_limit  # noqa: SLF001
     try:

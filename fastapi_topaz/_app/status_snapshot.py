@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from fastapi_topaz._error_text import shortened
+from fastapi_topaz._telemetry.decisions import OUTCOMES
 from fastapi_topaz._version import VERSION
 
 
@@ -40,6 +41,14 @@ LONGEST = 500
 _BEFORE_AT = re.compile(r"(?<=://)\S*@|[^\s/]+@")
 
 
+def _outcomes(config: TopazConfig) -> object:
+    sources = config._metrics.counts.sources  # noqa: SLF001
+    return [
+        {"source": source, **{name: getattr(counts, name) for name in OUTCOMES}}
+        for source, counts in sources.items()
+    ]
+
+
 def _cache(config: TopazConfig) -> object:
     return None if config.decision_cache is None else config.decision_cache.status()
 
@@ -49,7 +58,7 @@ def _breaker(config: TopazConfig) -> object:
 
 
 def _fallbacks(config: TopazConfig) -> object:
-    uses = config._fallbacks.uses.copy()  # noqa: SLF001
+    uses = config._metrics.counts.fallbacks.copy()  # noqa: SLF001
     return [
         {"strategy": name, "older_answer": older, "decision": decision, "count": count}
         for (name, older, decision), count in sorted(uses.items())
@@ -57,6 +66,7 @@ def _fallbacks(config: TopazConfig) -> object:
 
 
 SECTIONS: Final[dict[str, Callable[[TopazConfig], object]]] = {
+    "outcomes": _outcomes,
     "cache": _cache,
     "breaker": _breaker,
     "fallbacks": _fallbacks,

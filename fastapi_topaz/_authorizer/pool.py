@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi_topaz._authorizer.calls import AuthorizerCalls
 from fastapi_topaz._authorizer.options import AuthorizerOptions, AuthorizerOptionsLike
-from fastapi_topaz._checks import check_seconds, safe_repr
+from fastapi_topaz._checks import check_provider, check_seconds, safe_repr
 from fastapi_topaz._pool.acquire import Acquire, explain_missing_await
 from fastapi_topaz._pool.handle import Handle
 from fastapi_topaz._pool.pool import Pool
@@ -327,12 +327,7 @@ class ConnectionPool(Pool[PooledConnection]):
                 "connector and transport exclude each other, got transport="
                 f"{safe_repr(transport)}; pass transport to GrpcConnector instead"
             )
-        get_meter = getattr(meter_provider, "get_meter", None)
-        if meter_provider is not None and not callable(get_meter):
-            raise TypeError(
-                "meter_provider must be a MeterProvider, got "
-                f"{safe_repr(meter_provider)}"
-            )
+        check_provider("meter_provider", meter_provider, "get_meter", "MeterProvider")
         if not isinstance(semantic_conventions, bool):
             raise TypeError(
                 "semantic_conventions must be True or False, got "

@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fastapi_topaz._checks import check_count, check_seconds, safe_repr
@@ -29,7 +29,7 @@ from fastapi_topaz.exceptions import CircuitOpen
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from fastapi_topaz._authorizer.pool import ConnectionPool
     from fastapi_topaz._decisions.question import Ask, Decision, Question
@@ -219,6 +219,13 @@ class CircuitBreaker(NotCopied):
         """Begin in this process: permits of the parent never come back."""
         self._pid = process.pid
         self._circuits: OrderedDict[str, Circuit] = OrderedDict()
+        self._changed_so_far: Counter[tuple[str, str]] = Counter()
+
+    def _changes(self) -> Mapping[tuple[str, str], int]:
+        """Return how often the state changed in this process, as (old, new)."""
+        if self._pid != process.pid:
+            self._begin()
+        return self._changed_so_far
 
     def _circuit(self, policy_path: str) -> Circuit:
         if self._pid != process.pid:
@@ -240,6 +247,7 @@ class CircuitBreaker(NotCopied):
         return Circuit(self._rules, self._random, changed)
 
     def _changed(self, name: str, before: str, after: str, reason: str) -> None:
+        self._changed_so_far[before, after] += 1
         self._limit.report(
             logging.WARNING if after == "open" else logging.INFO,
             f"{before} to {after}",

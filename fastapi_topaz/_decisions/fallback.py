@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from fastapi_topaz._checks import safe_repr
@@ -12,10 +11,12 @@ from fastapi_topaz._decisions.question import Decision
 from fastapi_topaz._error_text import error_kind, without_context
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._rpc.statuses import lacks_decision
+from fastapi_topaz._telemetry.decisions import DecisionCounts
 from fastapi_topaz._telemetry.tracing import current_check
 
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Awaitable, Callable, Mapping
 
     from fastapi_topaz._decisions.question import Ask, Question
@@ -77,10 +78,7 @@ class Fallbacks:
         stale: Returns an older answer to a question, or None.
         allow_unsafe: Whether a fallback may allow without an answer.
         on_fallback: Called for each decision of a fallback.
-
-    Attributes:
-        uses: How often which fallback decided, as (strategy, whether an older answer
-            was there, decision).
+        counts: Counts each decision of a fallback. Default: numbers of its own.
     """
 
     def __init__(
@@ -89,12 +87,22 @@ class Fallbacks:
         *,
         allow_unsafe: bool,
         on_fallback: OnFallback | None,
+        counts: DecisionCounts | None = None,
     ) -> None:
         self.stale = stale
         self.allow_unsafe = allow_unsafe
-        self.uses: Counter[tuple[str, bool, str]] = Counter()
+        self._counts = DecisionCounts() if counts is None else counts
         self._on_fallback = on_fallback
         self._limit = LogLimit(logger, "fallbacks")
+
+    @property
+    def uses(self) -> Counter[tuple[str, bool, str]]:
+        """
+        How often which fallback decided.
+
+        The keys are (strategy, whether an older answer was there, decision).
+        """
+        return self._counts.fallbacks
 
     def used(
         self,
@@ -106,7 +114,7 @@ class Fallbacks:
     ) -> None:
         """Count, log and report one decision of a fallback."""
         path, word = question.policy_path, "allowed" if decision.allowed else "denied"
-        self.uses[strategy, stale is not None, word] += 1
+        self._counts.fell_back(strategy, stale is not None, word, error)
         current_check().fell_back(strategy, error)
         self._limit.report(
             logging.WARNING if decision.allowed else logging.INFO,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from fastapi_topaz._pool.budget import Budget
     from fastapi_topaz._rpc.metadata import Metadata
+    from fastapi_topaz._telemetry.decisions import CheckSource
 
 
 __all__ = ["Ask", "Decision", "Origin", "Question"]
@@ -47,6 +48,8 @@ class Question:
     resource: Mapping[str, Any] = attrs.field(factory=dict, eq=False, repr=False)
     # The oldest answer that the caller accepts, in seconds since it was asked for.
     max_age: float | None = attrs.field(default=None, eq=False, repr=False)
+    # What asks, for the metrics.
+    source: CheckSource = attrs.field(default="manual", eq=False, repr=False)
 
 
 # A dataclass of the standard library, as the status objects: a route may return it.

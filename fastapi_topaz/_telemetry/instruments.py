@@ -1,5 +1,5 @@
 """
-The metric instruments of a pool: name, unit and description.
+The metric instruments: name, unit and description. `TOPAZ` are those of a pool.
 
 The names are OpenTelemetry names. A Prometheus exporter appends the unit to a duration
 (`_seconds`), and `_total` to a counter.
@@ -7,7 +7,7 @@ The names are OpenTelemetry names. A Prometheus exporter appends the unit to a d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args
 
 import attrs
 
@@ -16,7 +16,7 @@ from fastapi_topaz.exceptions import FailureReason
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from fastapi_topaz._pool.state.status import PoolCounters, PoolStatus
 
@@ -28,8 +28,14 @@ __all__ = [
     "Counter",
     "Gauge",
     "Histogram",
+    "Label",
     "Phase",
+    "Value",
+    "at_least_zero",
 ]
+
+S = TypeVar("S")
+C = TypeVar("C")
 
 
 # Seconds. The SDK's default boundaries start at 5, which is already a timeout here.
@@ -38,49 +44,74 @@ BOUNDARIES = (
     *(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
 
-Phase: TypeAlias = Literal["wait", "hold", "connect"]
-"""The phases whose duration is measured: wait for a lease, hold it, connect."""
+Phase: TypeAlias = Literal["wait", "hold", "connect", "check", "call"]
+"""
+The phases whose duration is measured: of a pool, wait for a lease, hold it, connect; of
+decisions, a whole check, and one call of the authorizer.
+"""
+
+Label: TypeAlias = str | tuple[str, ...]
+"""The label that splits the values of an instrument, or several. Empty: it has none."""
+
+Value: TypeAlias = "float | Mapping[Any, int]"
+"""
+The value of an instrument. If it has labels: numbers by the value of the label, or by
+the tuple of them.
+"""
 
 
 @attrs.frozen
-class Gauge:
+class Gauge(Generic[S]):
     """
     A gauge: a current count, split by *label* if given.
 
-    The values of pools with equal attributes are added up, unless it is not *additive*.
+    The values of sources with equal attributes are added up. Of a gauge that is not
+    *additive*, the largest one is reported.
+
+    Attributes:
+        owner: Returns the object that the value belongs to. Several sources may share
+            it, and then it is reported once. Default: the source itself.
     """
 
     name: str
     unit: str
     description: str
-    read: Callable[[PoolStatus], float | Mapping[str, int]]
-    label: str = ""
+    read: Callable[[S], Value]
+    label: Label = ""
     additive: bool = True
+    owner: Callable[[S], object] = lambda source: source
 
 
 @attrs.frozen
-class Counter:
-    """A counter: the number of events so far, split by *label* if given."""
+class Counter(Generic[C]):
+    """
+    A counter: the number of events so far, split by *label* if given.
+
+    For *owner* see `Gauge`.
+    """
 
     name: str
     unit: str
     description: str
-    read: Callable[[PoolCounters], int | Mapping[str, int]]
-    label: str = ""
+    read: Callable[[C], Value]
+    label: Label = ""
+    owner: Callable[[C], object] = lambda source: source
 
 
 @attrs.frozen
 class Histogram:
-    """A histogram: the duration of a phase, in seconds."""
+    """A histogram: the duration of a phase, in seconds, split by *label* if given."""
 
     name: str
     phase: Phase
     description: str
     unit: str = "s"
+    label: Label = ""
 
 
-@attrs.frozen
-class Convention:
+# Compared by identity: it is a key.
+@attrs.frozen(eq=False)
+class Convention(Generic[S, C]):
     """
     A naming convention: a set of instruments, and the attribute for the pool's name.
 
@@ -92,18 +123,29 @@ class Convention:
 
     pool: str
     durations: tuple[Histogram, ...]
-    levels: tuple[Gauge, ...]
-    events: tuple[Counter, ...]
+    levels: tuple[Gauge[S], ...]
+    events: tuple[Counter[C], ...]
     names_all: bool = False
 
 
+K = TypeVar("K")
+
+
+def at_least_zero(kinds: Iterable[K], counted: Mapping[K, int]) -> Mapping[K, int]:
+    """
+    Return *counted*, and 0 for each other of *kinds*.
+
+    Each series is reported from the start, with 0. Otherwise Prometheus misses the
+    first increase, because the series does not exist before it.
+    """
+    return {**dict.fromkeys(kinds, 0), **counted}
+
+
 def _all(reasons: object, counted: Mapping[str, int]) -> Mapping[str, int]:
-    # Each reason is reported from the start, with 0. Otherwise Prometheus misses the
-    # first increase, because the series does not exist before it.
-    return {**dict.fromkeys(get_args(reasons), 0), **counted}
+    return at_least_zero(get_args(reasons), counted)
 
 
-TOPAZ = Convention(
+TOPAZ: Convention[PoolStatus, PoolCounters] = Convention(
     pool="pool",
     durations=(
         Histogram(

@@ -7,13 +7,19 @@ but existing dashboards support them.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastapi_topaz._telemetry.instruments import Convention, Counter, Gauge, Histogram
+
+
+if TYPE_CHECKING:
+    from fastapi_topaz._pool.state.status import PoolCounters, PoolStatus
 
 
 __all__ = ["DB_CLIENT"]
 
 
-DB_CLIENT = Convention(
+DB_CLIENT: Convention[PoolStatus, PoolCounters] = Convention(
     pool="db.client.connection.pool.name",
     names_all=True,
     durations=(

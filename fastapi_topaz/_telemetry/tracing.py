@@ -11,7 +11,7 @@ these may name people. If the tracing library raises an error, the check must no
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from opentelemetry import context, propagate, trace
 from opentelemetry.trace import INVALID_SPAN, SpanKind, StatusCode, get_current_span
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._rpc.metadata import Metadata
 
 
-__all__ = ["CheckSpan", "Tracing", "current_check", "propagated"]
+__all__ = ["NO_SPAN", "CheckSpan", "Tracing", "current_check", "propagated"]
 
 
 logger = logging.getLogger("fastapi_topaz.tracing")
@@ -98,7 +98,11 @@ class Tracing:
         _, self._service, self._method = method.split("/")
 
     def check(self, policy_path: str, decision: str, pool: str | None) -> CheckSpan:
-        """Start the span of one check and return it. The caller must enter it."""
+        """
+        Start the span of one check and return it. The caller must enter it.
+
+        If tracing is off, this returns `NO_SPAN`, which needs not be entered.
+        """
         attributes = {
             # Set from the start, so that a sampler sees them.
             "rpc.system": "grpc",
@@ -119,7 +123,7 @@ class Tracing:
                 return CheckSpan(span)
         except Exception as error:  # noqa: BLE001  (code of the tracing library)
             _failed("beginning a span", error)
-        return _NOTHING
+        return NO_SPAN
 
 
 class CheckSpan:
@@ -217,10 +221,10 @@ class _NoSpan(CheckSpan):
         pass
 
 
-_NOTHING = _NoSpan()
+NO_SPAN: Final = _NoSpan()
 
 
 def current_check() -> CheckSpan:
     """Return the span of the check that this code is part of."""
     check = context.get_value(_CHECK)
-    return check if isinstance(check, CheckSpan) else _NOTHING
+    return check if isinstance(check, CheckSpan) else NO_SPAN

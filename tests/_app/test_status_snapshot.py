@@ -71,13 +71,19 @@ async def test_a_layer_that_is_not_configured_is_none():
     assert shown["breaker"] is None
 
 
-async def test_uses_of_a_fallback_are_shown():
+async def test_outcomes_and_uses_of_a_fallback_are_shown():
     pool = make_pool(FakeConnector([fail()], default=fail()), retry_on_failure=False)
     config = config_of(pool, fallback="deny")
     async with pool:
         assert not await config.is_allowed(http_request(), "app.x")
-    assert snapshot(config, ())["decisions"]["fallbacks"] == [
+    shown = snapshot(config, ())["decisions"]
+    assert shown["fallbacks"] == [
         {"strategy": "deny", "older_answer": False, "decision": "denied", "count": 1}
+    ]
+    none = {"allowed": 0, "denied": 0, "error": 0, "cancelled": 0}
+    assert shown["outcomes"] == [
+        {"source": "dependency", **none},
+        {"source": "manual", **none, "denied": 1},
     ]
 
 

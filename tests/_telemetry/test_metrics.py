@@ -15,34 +15,18 @@ import anyio.lowlevel
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from prometheus_client import REGISTRY, generate_latest
+from prometheus_client import REGISTRY
 
 from fastapi_topaz import ConnectionPool, PoolError, PoolTimeout
 from fastapi_topaz._telemetry.instruments import TOPAZ
 from fastapi_topaz.testing import FakeConnector, fail
 from kit.pools import make_pool
+from kit.scraping import scrape
 
 
 @pytest.fixture
 def registry():
     return REGISTRY
-
-
-def scrape(registry, prefix="topaz_pool"):
-    """Return the samples by name and by this package's labels."""
-    samples = {}
-    for line in generate_latest(registry).decode().splitlines():
-        if line.startswith(prefix):
-            series, value = line.rsplit(" ", 1)
-            name, _, labels = series.partition("{")
-            ours = [
-                label
-                for label in labels.rstrip("}").split(",")
-                if label and not label.startswith("otel_scope")
-            ]
-            key = name + (f"{{{','.join(ours)}}}" if ours else "")
-            samples[key] = float(value)
-    return samples
 
 
 def make_metered(provider, connector=None, **options):

@@ -27,6 +27,7 @@ from starlette.requests import Request
 import fastapi_topaz
 import fastapi_topaz.testing
 from fastapi_topaz import (
+    AuthorizerOptions,
     ConnectionPool,
     Identity,
     IdentityType,
@@ -142,6 +143,12 @@ class Recorder(MeterProvider):
 def metrics():
     recorder = Recorder()
     ConnectionPool(meter_provider=recorder, semantic_conventions=True)
+    TopazConfig(
+        authorizer_options=AuthorizerOptions(),
+        policy_path_root="app",
+        identity_provider=lambda _request: Identity(IdentityType.NONE),
+        meter_provider=recorder,
+    )
     yield from sorted(recorder.made)
 
 

@@ -18,7 +18,9 @@ from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastapi_topaz import ConnectionPool
-from fastapi_topaz.testing import FakeConnector
+from kit.allowing import allowing
+from kit.configs import config_of
+from kit.decisions import http_request
 
 
 HERE = Path(__file__).parent.parent.parent / "observability"
@@ -47,12 +49,15 @@ def exported():
     async def scrape():
         provider = MeterProvider([PrometheusMetricReader()])
         pool = ConnectionPool(
-            connector=FakeConnector(), meter_provider=provider, name="named"
+            connector=allowing(), meter_provider=provider, name="named"
         )
+        config = config_of(pool, meter_provider=provider)
         try:
             async with pool:
-                async with pool.acquire():
-                    pass
+                # The first answer comes from the authorizer, the second one does not.
+                request = http_request()
+                for _ in range(2):
+                    assert await config.is_allowed(request, "app.x")
                 return generate_latest(REGISTRY).decode()
         finally:
             provider.shutdown()
@@ -60,7 +65,7 @@ def exported():
     types, labels = {}, {}
     for family in text_string_to_metric_families(anyio.run(scrape)):
         for sample in family.samples:
-            if sample.name.startswith("topaz_pool"):
+            if sample.name.startswith("topaz_"):
                 types[sample.name] = family.type
                 known = labels.setdefault(sample.name, {})
                 for label, value in sample.labels.items():
@@ -242,6 +247,9 @@ def test_the_expected_alerts_exist_and_explain_themselves():
         "TopazPoolAcquireSlow",
         "TopazPoolConnectFailures",
         "TopazPoolNoHealthyConnection",
+        "TopazFallbackAllows",
+        "TopazCircuitOpen",
+        "TopazDenialsJump",
     }
     for rule in RULES.values():
         assert rule["for"]

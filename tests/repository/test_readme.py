@@ -18,6 +18,13 @@ from fastapi import FastAPI
 from fastapi_topaz import ConnectionPool, Identity, IdentityType, TopazConfig
 from fastapi_topaz._cli.demo import serving
 from fastapi_topaz._pool.state.status import CloseReason, LimitReason
+from fastapi_topaz._telemetry.decisions import (
+    CHECK_TYPE,
+    DECISIONS,
+    OUTCOMES,
+    SOURCES,
+    STATES,
+)
 from fastapi_topaz._telemetry.instruments import BOUNDARIES, TOPAZ
 from fastapi_topaz._telemetry.semconv import DB_CLIENT
 from fastapi_topaz.exceptions import FailureReason
@@ -161,23 +168,20 @@ def test_every_parameter_is_in_the_table_with_its_default():
 
 
 def test_the_metrics_are_in_the_table_as_the_code_has_them():
-    kinds = (TOPAZ.levels, "gauge", ""), (TOPAZ.events, "counter", "_total")
-    seconds = {"s": "_seconds"}
-    expected = [
-        (
-            instrument.name + seconds.get(instrument.unit, "") + suffix,
-            instrument.label,
-            kind,
-            instrument.description,
-        )
-        for instruments, kind, suffix in kinds
-        for instrument in instruments
-    ]
-    expected += [
-        (f"{duration.name}_seconds", "", "histogram", duration.description)
-        for duration in TOPAZ.durations
-    ]
-    row = r"^\| `(topaz_pool_\w+)(?:\{(\w+)[^}]*\})?` \| (\w+) \| (.+) \|$"
+    expected = []
+    for convention in (TOPAZ, DECISIONS):
+        for instruments, kind, suffix in (
+            (convention.levels, "gauge", ""),
+            (convention.events, "counter", "_total"),
+            (convention.durations, "histogram", ""),
+        ):
+            for each in instruments:
+                unit = "_seconds" if each.unit == "s" else ""
+                label = each.label
+                labels = label if isinstance(label, str) else ",".join(label)
+                name = each.name + unit + suffix
+                expected.append((name, labels, kind, each.description))
+    row = r"^\| `(topaz_\w+)(?:\{([\w,]+)[^}]*\})?` \| (\w+) \| (.+) \|$"
     assert re.findall(row, OBSERVABILITY, re.MULTILINE) == expected
 
 
@@ -185,6 +189,11 @@ def test_every_reason_is_documented():
     for reasons in (CloseReason, FailureReason, LimitReason):
         for reason in get_args(reasons):
             assert f"`{reason}`" in OBSERVABILITY
+    for each in (*DECISIONS.events, *DECISIONS.durations):
+        for label in (each.label,) if isinstance(each.label, str) else each.label:
+            assert f"`{label}`" in OBSERVABILITY or each.label in ("", "reason")
+    for value in (*SOURCES, *OUTCOMES, *STATES, CHECK_TYPE):
+        assert f"`{value}`" in OBSERVABILITY
     listed = ", ".join(f"{boundary:g}" for boundary in BOUNDARIES)
     assert listed.replace(", 10", " and 10") in OBSERVABILITY
 

@@ -51,6 +51,8 @@ class _Call:
         self.stream = stream
         self.method = path.rpartition("/")[2]
         self.message = _ALLOWED.SerializeToString() if path == _IS else b""
+        # The request so far, as a gRPC message.
+        self.asked = b""
         self.is_held = False
         # The rest of an answer that flow control does not allow yet.
         self.unsent: memoryview | None = None
@@ -181,6 +183,8 @@ class _Connection(asyncio.Protocol):
                 self.server.max_concurrent_seen = peak
             case h2.events.DataReceived():
                 self.h2.acknowledge_received_data(event.flow_controlled_length, stream)
+                if stream in self.calls:
+                    self.calls[stream].asked += event.data
             case h2.events.StreamReset():
                 self.forget(stream)
             case h2.events.StreamEnded() if stream in self.calls:
