@@ -624,6 +624,7 @@ def topaz(session: nox.Session) -> None:
     files = ["_authorizer/test_topaz.py", "behaviour/test_conformance.py"]
     files += ["behaviour/test_topaz_routes.py", "repository/test_containers.py"]
     files += ["repository/test_examples.py", "repository/test_tutorial.py"]
+    files += ["_cli/test_doctor_topaz.py"]
     files = [f"tests/{name}" for name in files]
     anyhow = ("-n0", "-m", "slow or not slow")
     session.run("pytest", *anyhow, *files, *session.posargs, env={"TOPAZD": topazd})

@@ -1,4 +1,8 @@
-"""The console script `fastapi-topaz-pool`. Its commands need the extra `demo`."""
+"""
+The console script `fastapi-topaz-pool`.
+
+Its commands need the extra `cli`, and `demo` needs the extra of that name.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,17 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
-EXTRA: Final = frozenset({"httpx", "hypercorn", "rich", "trio", "typer", "uvicorn"})
+EXTRAS: Final = {
+    "cryptography": "cli",
+    "rich": "cli",
+    "typer": "cli",
+    "trio": "cli,trio",
+    "httpx": "demo",
+    "hypercorn": "demo",
+    "uvicorn": "demo",
+}
+"""The extras that install a library."""
+
 WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130
 
@@ -28,23 +42,35 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         argv: The arguments. None, the default, means `sys.argv`.
 
     Raises:
-        SystemExit: Always. The code is 0 for success, 1 for a failure, 2 for wrong
-            usage, 130 after Ctrl-C.
+        SystemExit: Always. The code is 0 for success, 1 for a failure or a problem
+            found, 2 for wrong usage, 130 after Ctrl-C.
     """
     try:
-        # Imported here, because the script is also installed without the extra.
-        from fastapi_topaz._cli.demo_command import commands  # noqa: PLC0415
+        # Imported here, because the script is also installed without the extras.
+        from fastapi_topaz._cli.commands import commands  # noqa: PLC0415
 
         commands(args=argv, prog_name=DISTRIBUTION)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in EXTRA:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
-        _complain(f"{error.name} is missing: pip install '{DISTRIBUTION}[demo]'")
+        if "demo" in (sys.argv[1:] if argv is None else argv):
+            extra = "demo"
+        _complain(f"{error.name} is missing: pip install '{DISTRIBUTION}[{extra}]'")
         sys.exit(WRONG_USAGE)
     except KeyboardInterrupt:
-        _complain("Interrupted.")
-        sys.exit(INTERRUPTED)
+        _interrupted()
+    except BaseExceptionGroup as group:
+        # On trio, Ctrl-C is raised in one of the tasks.
+        if group.split(KeyboardInterrupt)[1] is not None:
+            raise
+        _interrupted()
     sys.exit()
+
+
+def _interrupted() -> NoReturn:
+    _complain("Interrupted.")
+    sys.exit(INTERRUPTED)
 
 
 def _complain(message: str) -> None:

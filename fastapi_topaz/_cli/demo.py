@@ -40,9 +40,13 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "PATIENCE",
+    "SHOTS",
     "DemoFailed",
+    "Shot",
     "Tally",
     "application",
+    "http_client",
     "identity_of",
     "policies",
     "send",
@@ -351,7 +355,7 @@ async def send(
     async def work() -> None:
         # Each worker has its own client. A shared httpx client checks every
         # connection of its pool for every request, and the demo would measure that.
-        async with _client(url) as client:
+        async with http_client(url) as client:
             for number, shot in shots:
                 if number == requests // 2:
                     tally.halfway = await _health(client)
@@ -365,12 +369,13 @@ async def send(
         for _ in range(min(concurrency, requests)):
             workers.start_soon(work)
     tally.elapsed = time.perf_counter() - begin
-    async with _client(url) as client:
+    async with http_client(url) as client:
         tally.afterwards = await _health(client)
     return tally
 
 
-def _client(url: str) -> httpx.AsyncClient:
+def http_client(url: str) -> httpx.AsyncClient:
+    """Return an HTTP client for the server of the demo."""
     return httpx.AsyncClient(
         base_url=url,
         timeout=PATIENCE,

@@ -1,26 +1,20 @@
-"""The command line of the demo, and the tables that it prints at the end."""
+"""The command `demo`, and the tables that it prints at the end."""
+
+from __future__ import annotations
 
 import contextlib
-import enum
-import logging
 import math
-import re
-import sys
-from collections import Counter
-from collections.abc import Iterator
-from importlib.metadata import version as installed
-from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import attrs
 import typer
-from rich.console import Console
+from rich.console import Group
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
+from rich.text import Text
 
 from fastapi_topaz._app.config import TopazConfig
-from fastapi_topaz._authorizer.options import AuthorizerOptions
 from fastapi_topaz._authorizer.pool import ConnectionPool
 from fastapi_topaz._cli.demo import (
     DemoFailed,
@@ -31,132 +25,81 @@ from fastapi_topaz._cli.demo import (
     send,
     serving,
 )
-from fastapi_topaz._distribution import DISTRIBUTION
+from fastapi_topaz._cli.demo_faults import CHECK_TIMEOUT, ride, scenes
+from fastapi_topaz._cli.output import Causes, ms, new_console, say
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 
-__all__ = ["commands"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console, RenderableType
+
+    from fastapi_topaz._authorizer.options import AuthorizerOptions
+    from fastapi_topaz._cli.demo_faults import Ride, Scene
 
 
-# Columns of output without a terminal, such as a pipe or a log file.
-WIDTH = 100
+__all__ = ["Show", "faults_table", "show_demo"]
 
 
-# -- the options --------------------------------------------------------------------
-
-
-class Backend(enum.StrEnum):
-    """The event loop of the application."""
-
-    ASYNCIO = "asyncio"
-    TRIO = "trio"
-
-
-Url = Annotated[
-    str | None, typer.Option(help="HOST:PORT of a Topaz; without it one is embedded.")
-]
-Cert = Annotated[
-    Path | None,
-    typer.Option(
-        help="PEM file of the CA of that Topaz.",
-        exists=True,
-        dir_okay=False,
-        readable=True,
-    ),
-]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Talk to that Topaz without TLS.")
-]
-ApiKey = Annotated[
-    str | None, typer.Option(help="API key of that Topaz.", envvar="TOPAZ_API_KEY")
-]
-PolicyRoot = Annotated[
-    str, typer.Option(help="The package that all policies are below.")
-]
-Requests = Annotated[int, typer.Option(min=1, help="Requests to send.")]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once.")]
-Streams = Annotated[
-    int, typer.Option(min=1, help="streams_per_connection of the pool.")
-]
-On = Annotated[Backend, typer.Option(help="asyncio is uvicorn, trio is hypercorn.")]
-
-
-# -- the commands -------------------------------------------------------------------
-
-
-commands = typer.Typer(
-    help="A pool of gRPC connections to the Topaz authorizer for FastAPI.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"{DISTRIBUTION} {installed(DISTRIBUTION)}")
-        raise typer.Exit
-
-
-@commands.callback()
-def _root(
-    *,
-    _version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            help="Print the version and exit.",
-            callback=_print_version,
-            is_eager=True,
-        ),
-    ] = False,
-) -> None:
-    pass
-
-
-@commands.command()
-def demo(
-    *,
-    url: Url = None,
-    cert: Cert = None,
-    insecure: Insecure = False,
-    api_key: ApiKey = None,
-    policy_root: PolicyRoot = "myapp",
-    requests: Requests = 2000,
-    concurrency: Concurrency = 50,
-    streams: Streams = 1,
-    backend: On = Backend.ASYNCIO,
-) -> None:
+@attrs.frozen(kw_only=True)
+class Show:
     """
-    Send HTTP requests to a guarded FastAPI application and print what the pool did.
+    What to show.
 
-    Ends with 0 only if every request was answered as it should be.
+    Args:
+        options: The Topaz to ask. None: an embedded one.
+        policy_root: The package that all policies are below.
+        requests: The requests to send.
+        concurrency: The requests at once.
+        streams: `streams_per_connection` of the pool.
+        has_faults: Whether the embedded Topaz misbehaves afterwards.
     """
-    if url is None and (cert is not None or insecure):
-        raise typer.BadParameter("--cert and --insecure need --url")
-    authorizer = EmbeddedAuthorizer(policies(policy_root)) if url is None else None
+
+    options: AuthorizerOptions | None
+    policy_root: str
+    requests: int
+    concurrency: int
+    streams: int
+    has_faults: bool
+
+
+def show_demo(show: Show, backend: str) -> int:
+    """
+    Run the demo, and return the exit code.
+
+    Raises:
+        typer.BadParameter: A setting cannot be used.
+    """
+    rules = policies(show.policy_root)
+    console = new_console()
+    authorizer = EmbeddedAuthorizer(rules) if show.options is None else None
     with Causes() as causes, authorizer or contextlib.nullcontext():
+        pool = ConnectionPool(streams_per_connection=show.streams)
+        options = show.options if authorizer is None else authorizer.options
         try:
-            options = (
-                AuthorizerOptions(
-                    url=url or "",
-                    cert_file_path=None if cert is None else str(cert),
-                    insecure=insecure,
-                    api_key=api_key,
-                )
-                if authorizer is None
-                else authorizer.options
-            )
-            config = TopazConfig(
-                authorizer_options=options,
-                policy_path_root=policy_root,
-                identity_provider=identity_of,
-                connection_pool=ConnectionPool(streams_per_connection=streams),
-            )
-            anyio.run(_open_and_close, config.connection_pool)
+            config = _config(show, options, pool)
+            anyio.run(_open_and_close, pool)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
-        _run(config, authorizer, causes, requests, concurrency, backend)
+        code = _run(console, config, authorizer, causes, show, backend)
+    if code or not show.has_faults:
+        return code
+    # A new authorizer and a new pool, so that the numbers above stay what they were.
+    with Causes(), EmbeddedAuthorizer(rules) as stage:
+        pool = ConnectionPool(streams_per_connection=10, connection_timeout=1)
+        config = _config(show, stage.options, pool, check_timeout=CHECK_TIMEOUT)
+        return _run_faults(console, config, stage, scenes(rules), backend)
+
+
+def _config(show: Show, options: Any, pool: ConnectionPool, **more: Any) -> TopazConfig:
+    return TopazConfig(
+        authorizer_options=options,
+        policy_path_root=show.policy_root,
+        identity_provider=identity_of,
+        connection_pool=pool,
+        **more,
+    )
 
 
 async def _open_and_close(pool: ConnectionPool) -> None:
@@ -166,28 +109,60 @@ async def _open_and_close(pool: ConnectionPool) -> None:
 
 
 def _run(
+    console: Console,
     config: TopazConfig,
     authorizer: EmbeddedAuthorizer | None,
-    causes: "Causes",
-    requests: int,
-    concurrency: int,
-    backend: Backend,
-) -> None:
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    causes: Causes,
+    show: Show,
+    backend: str,
+) -> int:
     strict = authorizer is not None
     who = "the embedded authorizer" if strict else config.authorizer_options.url
-    _say(console, f"{requests} requests on {backend}, guarded by {who}")
+    say(console, f"{show.requests} requests on {backend}, guarded by {who}")
     try:
         with serving(application(config), backend) as base:
-            tally = _traffic(console, base, requests, concurrency, strict)
+            tally = _traffic(console, base, show.requests, show.concurrency, strict)
             seen = None if authorizer is None else Seen.by(authorizer)
     except DemoFailed as error:
-        _say(console, f"Failed: {error}", *causes.lines())
-        raise typer.Exit(1) from error
+        say(console, f"Failed: {error}", *causes.lines())
+        return 1
     console.print(_results(tally, seen), _pool(tally))
     if tally.failed:
-        _say(console, *_failures(tally, requests), *causes.lines())
-        raise typer.Exit(1)
+        say(console, *_failures(tally, show.requests), *causes.lines())
+        return 1
+    return 0
+
+
+def _run_faults(
+    console: Console,
+    config: TopazConfig,
+    authorizer: EmbeddedAuthorizer,
+    faults: Sequence[Scene],
+    backend: str,
+) -> int:
+    """Show each of *faults*. The exit code is 1 if an answer was wrong."""
+    rides: list[Ride] = []
+    said = f"Three faults, with a check_timeout of {CHECK_TIMEOUT:g} s"
+    say(console, "", said)
+    try:
+        with serving(application(config), backend) as base:
+            for scene in faults:
+                with contextlib.ExitStack() as showing:
+                    if console.is_terminal:
+                        showing.enter_context(console.status(scene.story))
+                    rides.append(anyio.run(ride, base, scene, authorizer))
+    except DemoFailed as error:
+        say(console, f"Failed: {error}")
+        return 1
+    console.print(faults_table(rides, has_blocks=_has_blocks(console)))
+    failed = [each for each in rides if each.wrong or math.isnan(each.recovered_after)]
+    for each in failed:
+        name = each.scene.name
+        said = (
+            f"{each.wrong} wrong answers" if each.wrong else "no good answer afterwards"
+        )
+        say(console, f"Failed: {name}: {said}")
+    return 1 if failed else 0
 
 
 def _traffic(
@@ -234,42 +209,6 @@ class Seen:
         )
 
 
-class Causes(logging.Handler):
-    """A log handler that collects warnings, so that they do not disturb the output."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._first: dict[str, str] = {}
-        self._times: Counter[str] = Counter()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Count the message, together with its error."""
-        message = record.getMessage()
-        error = record.exc_info[1] if record.exc_info else None
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        if error is not None:
-            message = f"{message.strip()}: {error}"
-        # If the start fails, servers put a traceback into the text. Keep its last line.
-        message = message.rstrip("\n'").rpartition("\n")[2]
-        # Messages that differ only in numbers have the same cause.
-        kind = re.sub(r"\d+(\.\d+)?", "0", message)
-        self._first.setdefault(kind, message)
-        self._times[kind] += 1
-
-    def lines(self) -> Iterator[str]:
-        """Yield a line with the most frequent message, if there is one."""
-        for kind, _ in self._times.most_common(1):
-            yield f"Cause: {self._first[kind]}"
-
-    def __enter__(self) -> Self:
-        logging.getLogger().addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger().removeHandler(self)
-
-
 def _results(tally: Tally, seen: Seen | None) -> Table:
     table = Table("Result", title="Traffic", title_justify="left")
     table.add_column(justify="right")
@@ -279,8 +218,8 @@ def _results(tally: Tally, seen: Seen | None) -> Table:
         "denied (403)": tally.denied,
         "failed": tally.failed,
         "requests per second": f"{tally.rate:.0f}",
-        "latency p50": _ms(tally.percentile(0.50)),
-        "latency p99": _ms(tally.percentile(0.99)),
+        "latency p50": ms(tally.percentile(0.50)),
+        "latency p99": ms(tally.percentile(0.99)),
         "TCP connections accepted": "n/a" if seen is None else seen.accepted,
         "TCP connections open": "n/a" if seen is None else seen.open,
         "checks answered": "n/a" if seen is None else seen.checks,
@@ -288,10 +227,6 @@ def _results(tally: Tally, seen: Seen | None) -> Table:
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table
-
-
-def _ms(seconds: float) -> str:
-    return "n/a" if math.isnan(seconds) else f"{seconds * 1000:.1f} ms"
 
 
 def _pool(tally: Tally) -> Table:
@@ -317,8 +252,45 @@ def _failures(tally: Tally, requests: int) -> Iterator[str]:
         yield f"Failed: {times} x {failure}"
 
 
-def _say(console: Console, *lines: str) -> None:
-    # Without markup and wrapping: a cause may be long, and may contain brackets that
-    # rich would interpret.
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+# -- the faults ---------------------------------------------------------------------
+
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_PLAIN = " .:-=+*#@"
+
+
+def _has_blocks(console: Console) -> bool:
+    try:
+        _BLOCKS.encode(console.encoding)
+    except (LookupError, UnicodeEncodeError):
+        return False
+    return True
+
+
+def faults_table(rides: Sequence[Ride], *, has_blocks: bool = True) -> Group:
+    """Return the counts of each scene, and below it a timeline of its answers."""
+    table = Table("Fault", title="Faults", title_justify="left")
+    names = ("sent", "answered", "503", "wrong", "slowest", "recovered after")
+    for name in names:
+        table.add_column(name, justify="right")
+    for each in rides:
+        counts = (len(each.answers), each.good, each.refused, each.wrong)
+        times = (ms(each.slowest), ms(each.recovered_after))
+        table.add_row(each.scene.name, *map(str, counts), *times)
+    lines: list[RenderableType] = [table]
+    for each in rides:
+        lines += _timeline(each, _BLOCKS if has_blocks else _PLAIN)
+    return Group(*lines)
+
+
+def _timeline(ride: Ride, signs: str) -> Iterator[Text]:
+    """Yield the lines of one scene. A column is a quarter of a second."""
+    columns = ride.columns()
+    most = max(1.0, *(max(good, other) for good, other in columns), 0.0)
+    yield Text(f"\n{ride.scene.story}.")
+    for number, (name, style) in enumerate((("answered", "green"), ("503", "red"))):
+        heights = (
+            math.ceil(each[number] / most * (len(signs) - 1)) for each in columns
+        )
+        bar = "".join(signs[height] for height in heights)
+        yield Text(f"{name:>9} ").append(bar, style)

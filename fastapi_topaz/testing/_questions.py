@@ -3,7 +3,8 @@ Code common to all requests, and the simple queries that need no Rego engine.
 
 A query is a list of statements, separated by line breaks or semicolons. A statement is
 `data.<path>`, `x = data.<path>` or `x := data.<path>`. The path leads to several
-policies, to one policy or to one decision of a policy.
+policies, to one policy or to one decision of a policy. A query also accepts
+`time.now_ns()` instead of `data.<path>`.
 
 Compile also accepts `== true` after a statement. All values are known here. So the
 result is an empty condition, no solution, or the values of variables.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
@@ -56,10 +58,10 @@ _INVALID = grpc.StatusCode.INVALID_ARGUMENT
 _INTERNAL = grpc.StatusCode.INTERNAL
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _RULE = re.compile(rf'{_NAME}(?:\.{_NAME}|\["(?:[^"\\\n]|\\.)*"\])*')
-_STATEMENT = re.compile(
-    rf"(?:(?P<name>{_NAME})\s*(?P<sign>:?=)(?!=)\s*)?data\.(?P<path>\w+(?:\.\w+)*)"
-)
-_CONDITION = re.compile(_STATEMENT.pattern + r"(?:\s*==?\s*true)?")
+_BINDING = rf"(?:(?P<name>{_NAME})\s*(?P<sign>:?=)(?!=)\s*)?"
+_DATA = r"data\.(?P<path>\w+(?:\.\w+)*)"
+_STATEMENT = re.compile(rf"{_BINDING}(?:{_DATA}|time\.now_ns\(\))")
+_CONDITION = re.compile(rf"{_BINDING}{_DATA}(?:\s*==?\s*true)?")
 
 
 @attrs.frozen
@@ -67,7 +69,7 @@ class _Statement:
     text: str
     name: str | None
     sign: str | None
-    path: str
+    path: str | None  # None: the time
     row: int
     col: int
 
@@ -169,8 +171,14 @@ class Question:
             details = f"an unknown error has occurred: {error}"
             raise Refusal(_INTERNAL, details) from error
 
-    async def value(self, policies: _Policies, path: str) -> object:
-        """Return the value of `data.<path>`, or None if it is undefined."""
+    async def value(self, policies: _Policies, path: str | None) -> object:
+        """
+        Return the value of `data.<path>`, or None if it is undefined.
+
+        If *path* is None, return the time in nanoseconds since 1970.
+        """
+        if path is None:
+            return time.time_ns()
         wanted = tuple(self._request.policy_context.decisions) or ("allowed",)
         document = await self.ask(policies, path, wanted)
         for below in [] if callable(policies) else sorted(policies):

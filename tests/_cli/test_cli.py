@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
-import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 
-import attrs
 import pytest
 from fastapi import FastAPI
 
 from fastapi_topaz import cli
-from fastapi_topaz._cli import demo_command as _demo_command
+from fastapi_topaz._cli import commands as _commands
 from fastapi_topaz.testing import EmbeddedAuthorizer
+from kit.console import command, environment, run
 
 
 pytestmark = pytest.mark.real_clock
@@ -27,134 +23,9 @@ pytestmark = pytest.mark.real_clock
 BACKENDS = ["asyncio", "trio"]
 
 
-@attrs.frozen
-class Ended:
-    code: int
-    out: str
-    err: str
-
-    def row(self, name):
-        """Return the cells of the table row that begins with *name*."""
-        for line in self.out.splitlines():
-            cells = [cell.strip() for cell in re.split(r"[│|]", line)[1:-1]]
-            if cells and cells[0] == name:
-                return cells[1:]
-        raise AssertionError(f"no row {name!r} in {self.out}")
-
-    def number(self, name):
-        return float(self.row(name)[0].removesuffix(" ms"))
-
-
-def command(*args):
-    return [sys.executable, "-W", "error", "-m", "fastapi_topaz", *args]
-
-
-def environment(**more):
-    # Exclude colours, proxies and a narrow screen of the environment.
-    hidden = ("FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TOPAZ_API_KEY")
-    kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    return {
-        **kept,
-        "NO_COLOR": "1",
-        "COLUMNS": "80",
-        "PYTHONIOENCODING": "utf-8",
-        **more,
-    }
-
-
-def run(*args, **env):
-    """Run the command in a separate process."""
-    done = subprocess.run(
-        command(*args),
-        env=environment(**env),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=50,
-        check=False,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
-
-
-FORKS = """
-import importlib, json, os, sys, traceback
-# These take most of the time of a start, and none of them is of the extra.
-import fastapi, fastapi_topaz.testing
-
-class Blocker:
-    def __init__(self, name):
-        assert name not in sys.modules
-        self.name = name
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == self.name:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-def main(args, env, without, out, err):
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    os.environ.clear()
-    os.environ.update(env)
-    if without:
-        sys.meta_path.insert(0, Blocker(without))
-    try:
-        importlib.import_module("fastapi_topaz.cli").main(args)
-    except SystemExit as end:
-        return end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-for line in sys.stdin:
-    if (child := os.fork()) == 0:
-        code = main(**json.loads(line))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def run_forked(tmp_path_factory):
-    """A fast `run`: it forks one process, because a start takes a second."""
-    folder = tmp_path_factory.mktemp("forked")
-    numbers = itertools.count()
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", FORKS],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        start_new_session=True,
-    ) as process:
-
-        def run_forked(*args, without=None, **env):
-            number = next(numbers)
-            out, err = folder / f"{number}.out", folder / f"{number}.err"
-            task = {"args": args, "env": environment(**env), "without": without}
-            process.stdin.write(json.dumps(task | {"out": str(out), "err": str(err)}))
-            process.stdin.write("\n")
-            process.stdin.flush()
-            code = int(process.stdout.readline())
-            return Ended(code, out.read_text("utf-8"), err.read_text("utf-8"))
-
-        yield run_forked
-        # Also kill a child that hangs.
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def nobody():
-    """Yield an address that refuses connections while the test runs."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{taken.getsockname()[1]}"
-
-
 @pytest.fixture(scope="module", params=BACKENDS)
 def demo(request):
-    return run("demo", "--requests", "200", "--backend", request.param)
+    return run("demo", "--requests", "200", "--no-faults", "--backend", request.param)
 
 
 def test_all_requests_are_answered_as_the_policies_decide(demo):
@@ -185,21 +56,25 @@ def test_there_are_never_more_connections_than_allowed(demo):
 
 
 def test_streams_set_the_capacity_of_a_connection(run_forked):
-    ended = run_forked("demo", "--requests", "50", "--streams", "5")
+    ended = run_forked(*("demo", "--requests", "50", "--streams", "5", "--no-faults"))
 
     assert ended.code == 0
     assert ended.row("afterwards")[-1] == "0/50"
 
 
 def test_a_demo_with_one_request_works(run_forked):
-    ended = run_forked("demo", "--requests", "1", "--concurrency", "7")
+    ended = run_forked(
+        *("demo", "--requests", "1", "--concurrency", "7", "--no-faults")
+    )
 
     assert ended.code == 0
     assert ended.number("requests") == ended.number("allowed (200)") == 1
 
 
 def test_proxies_from_the_environment_are_not_used(nobody, run_forked):
-    ended = run_forked("demo", "--requests", "8", HTTP_PROXY=f"http://{nobody}")
+    ended = run_forked(
+        *("demo", "--requests", "8", "--no-faults"), HTTP_PROXY=f"http://{nobody}"
+    )
 
     assert ended.code == 0
 
@@ -269,12 +144,27 @@ WRONG = {
     "demo --url x:1 --cert there-is-none.pem": "--cert",
     f"demo --url x:1 --insecure --cert {__file__}": "exclude",
     "demo --policy-root=": "policy_path_root",
+    "demo --url x:1 --insecure --faults": "--faults",
+    "doctor --timeout 0": "--timeout",
+    "doctor --timeout nan": "--timeout",
+    "doctor --streams 0": "--streams",
+    "doctor --backend curio": "--backend",
+    "load --duration inf": "--duration",
+    "load --duration 99999": "--duration",
+    "load --rate -1": "--rate",
+    "load --concurrency 0": "--concurrency",
+    "load --url http://topaz": "without a scheme",
+    "load --url 127.0.0.1:1 --insecure --cert nothing.pem": "exclude",
+    "load --url 127.0.0.1:1 --cert there-is-none.pem": "cert_file_path",
+    "load --insecure --policy-path not-rego": "policy_path",
     "dmeo": "dmeo",
 }
 QUESTIONS = {
     "--version": r"^fastapi-topaz-pool \d+\.\d+",
     "--help": "Usage: fastapi-topaz-pool",
     "demo --help": "Usage: fastapi-topaz-pool demo",
+    "doctor --help": "Usage: fastapi-topaz-pool doctor",
+    "load --help": "Usage: fastapi-topaz-pool load",
 }
 
 
@@ -318,6 +208,29 @@ def test_a_missing_extra_is_named(name, backend, run_forked):
     )
 
 
+@pytest.mark.parametrize(
+    "line, name, extra",
+    [
+        ("doctor", "rich", "cli"),
+        ("doctor", "typer", "cli"),
+        ("doctor", "cryptography", "cli"),
+        ("load --url 127.0.0.1:1 --insecure --backend trio", "trio", "cli,trio"),
+    ],
+)
+def test_the_extra_of_a_command_is_named(line, name, extra, run_forked):
+    ended = run_forked(*line.split(), without=name)
+
+    assert ended.code == 2
+    wanted = re.escape(f"pip install 'fastapi-topaz-pool[{extra}]'")
+    assert re.search(rf"{name}\S* is missing: {wanted}\n$", ended.err)
+
+
+@pytest.mark.parametrize("line", ["doctor --url 127.0.0.1:1 --insecure", "--help"])
+@pytest.mark.parametrize("name", ["httpx", "uvicorn", "hypercorn", "trustme"])
+def test_only_the_demo_needs_its_extra(line, name, run_forked):
+    assert run_forked(*line.split(), without=name).err == ""
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ctrl_c_ends_the_demo_without_a_traceback(backend):
     arguments = ("demo", "--requests", "1000000", "--backend", backend)
@@ -353,7 +266,7 @@ def test_the_command_leaves_no_threads_and_handlers_in_this_process(capsys):
     before = set(threading.enumerate()), list(logging.getLogger().handlers)
 
     with pytest.raises(SystemExit) as ended:
-        cli.main(["demo", "--requests", "20", "--backend", "trio"])
+        cli.main(["demo", "--requests", "20", "--no-faults", "--backend", "trio"])
 
     assert ended.value.code in {0, None}
     assert "failed" in capsys.readouterr().out
@@ -387,7 +300,7 @@ def test_a_demo_server_that_does_not_start_is_reported(backend, monkeypatch, cap
 
 
 def test_another_missing_module_is_not_blamed_on_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastapi_topaz._cli.demo_command", None)
+    monkeypatch.setitem(sys.modules, "fastapi_topaz._cli.commands", None)
 
     with pytest.raises(ModuleNotFoundError):
         cli.main(["--version"])
@@ -405,10 +318,10 @@ def test_ctrl_c_while_the_command_loads_prints_no_traceback(monkeypatch, capsys)
     class Pressed:
         @staticmethod
         def find_spec(name, path=None, target=None):
-            if name == "fastapi_topaz._cli.demo_command":
+            if name == "fastapi_topaz._cli.commands":
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "fastapi_topaz._cli.demo_command")
+    monkeypatch.delitem(sys.modules, "fastapi_topaz._cli.commands")
     monkeypatch.setattr(sys, "meta_path", [Pressed, *sys.meta_path])
 
     with pytest.raises(SystemExit) as ended:
@@ -418,8 +331,29 @@ def test_ctrl_c_while_the_command_loads_prints_no_traceback(monkeypatch, capsys)
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
+def test_ctrl_c_in_a_task_of_trio_ends_a_command(monkeypatch, capsys):
+    def commands(**_):
+        raise BaseExceptionGroup("tasks", [KeyboardInterrupt()])
+
+    monkeypatch.setattr(_commands, "commands", commands)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor"])
+
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_an_error_beside_ctrl_c_does_not_vanish(monkeypatch):
+    def commands(**_):
+        raise BaseExceptionGroup("tasks", [KeyboardInterrupt(), OSError()])
+
+    monkeypatch.setattr(_commands, "commands", commands)
+    with pytest.raises(BaseExceptionGroup):
+        cli.main(["doctor"])
+
+
 def test_a_command_that_returns_exits_with_0(monkeypatch):
-    monkeypatch.setattr(_demo_command, "commands", lambda **_: None)
+    monkeypatch.setattr(_commands, "commands", lambda **_: None)
 
     with pytest.raises(SystemExit) as ended:
         cli.main([])

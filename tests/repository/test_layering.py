@@ -28,6 +28,7 @@ FOLDERS = {
     "_decisions": {"anyio", "aserto", "google", "grpc", "starlette"},
     "_app": {"anyio", "fastapi", "grpc", "opentelemetry", "starlette"},
     "testing": {"anyio", "aserto", "google", "grpc", "pytest", "trustme"},
+    "_cli/doctor": {"anyio", "cryptography", "google", "grpc"},
     "_cli": None,
     "entrances": None,
 }

@@ -50,10 +50,22 @@ WALKS = {
     },
 }
 LANGUAGES = {
-    *("console", "ini", "mermaid", "nginx", "prometheus", "promql", "python", "rego"),
+    *(
+        "console",
+        "ini",
+        "json",
+        "mermaid",
+        "nginx",
+        "prometheus",
+        "promql",
+        "python",
+        "rego",
+    ),
     *("text", "yaml"),
     "",
 }
+
+METRIC = r"\btopaz_(?:pool|auth|topaz|errors|cache|fallback|circuit)_\w+\b"
 
 # What a block that only defines something is used for.
 USES = {
@@ -190,9 +202,9 @@ def test_each_block_has_a_known_language():
 
 def test_each_metric_of_the_pages_exists():
     surface = (ROOT / "tests" / "repository" / "surface.txt").read_text()
-    known = set(re.findall(r"^(topaz_pool_\w+):", surface, re.MULTILINE))
+    known = set(re.findall(r"^(topaz_\w+):", surface, re.MULTILINE))
     for page in DOCS.rglob("*.md"):
-        for name in re.findall(r"\btopaz_pool_\w+\b", page.read_text()):
+        for name in re.findall(METRIC, page.read_text()):
             short = re.sub(r"_(total|bucket|count|sum)$", "", name)
             short = short.removesuffix("_seconds")
             assert {name, short} & known, f"{page.name}: {name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import grpc
 import pytest
 from aserto.authorizer.v2 import (
@@ -155,6 +157,13 @@ def test_query_reads_the_resource_from_the_context_or_the_input(authorizer, stub
     other.update({"id": 8})
     (result,) = query(stub, statement, input=seven, resource_context=other)
     assert result["bindings"] == {"x": False}
+
+
+def test_query_tells_the_time(authorizer, stub):
+    before = time.time()
+    (result,) = query(stub, "x = time.now_ns()")
+    # A number of JSON is right to a microsecond.
+    assert before - 1e-5 <= result["bindings"]["x"] / 1e9 <= time.time() + 1e-5
 
 
 def test_query_evaluates_the_decisions_of_the_policy_context(authorizer, stub):
