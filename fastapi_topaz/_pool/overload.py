@@ -111,7 +111,7 @@ class Overload:
     def end(self, claim: Claim, held: float, now: float) -> bool:
         """Record the end of a check; return whether the limit was changed."""
         if claim.answered and now <= claim.due:
-            self.admission.calls.append(held)
+            self.admission.calls.append((now, held))
         adaptive = self.adaptive
         if adaptive is None:
             return False

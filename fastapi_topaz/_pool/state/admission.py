@@ -24,7 +24,16 @@ __all__ = ["Admission", "Load"]
 
 
 SAMPLES = 64
-"""The answered calls whose median is the usual time of a call."""
+"""The most answered calls whose median is the usual time of a call."""
+
+RECENT = 2.0
+"""
+Seconds before the last answer within which an answered call counts. A pool with few
+checks would otherwise need half a minute to notice that the server became slower.
+"""
+
+FEWEST = 8
+"""The answered calls that count in any case."""
 
 WEIGHTS = (0.05, 0.01)
 """
@@ -70,7 +79,7 @@ class Admission:
         held: The sum of the times of the leases that came back.
         ended: Their number.
         last_end: When the last one came back.
-        calls: The times of the last answered calls of checks.
+        calls: When the last answered calls of checks ended, and the time of each.
     """
 
     __slots__ = (
@@ -82,7 +91,7 @@ class Admission:
         self.held = 0.0
         self.ended = 0
         self.last_end = float("-inf")
-        self.calls: deque[float] = deque(maxlen=SAMPLES)
+        self.calls: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
         self._averages = [0.0 for _ in WEIGHTS]
         self._stands_since = 0.0
         self._standing_until = float("-inf")
@@ -103,7 +112,11 @@ class Admission:
     @property
     def call(self) -> float:
         """The usual time of a call; 0 if none was answered yet."""
-        return median_low(self.calls) if self.calls else 0.0
+        if not self.calls:
+            return 0.0
+        since = self.calls[-1][0] - RECENT
+        count = max(FEWEST, sum(at >= since for at, _ in self.calls))
+        return median_low([held for _, held in self.calls][-count:])
 
     def wait(self, load: Load, now: float) -> float:
         """Return the seconds that one more caller would wait."""

@@ -23,7 +23,7 @@ def returned(made, held, count=1, now=0.0):
     made.held += held * count
     made.ended += count
     made.last_end = now
-    made.calls.extend([held] * min(count, 64))
+    made.calls.extend([(now, held)] * min(count, 64))
 
 
 def full(waiting):
@@ -152,8 +152,23 @@ def test_a_full_pool_without_returned_leases_for_two_seconds_is_stalled():
 def test_the_usual_time_of_a_call_is_the_median_of_the_last_64():
     made = Admission()
     assert made.call == 0
-    made.calls.extend([9.0] * 64)
-    made.calls.extend([0.01] * 33)
+    made.calls.extend([(0.0, 9.0)] * 64)
+    made.calls.extend([(0.0, 0.01)] * 33)
+    assert made.call == 0.01
+
+
+def test_calls_that_ended_long_before_the_last_one_do_not_count():
+    """Otherwise a pool with few checks would hide for long that a server is slow."""
+    made = Admission()
+    made.calls.extend([(0.1 * each, 0.01) for each in range(60)])
+    made.calls.extend([(9.0 + 0.1 * each, 5.0) for each in range(10)])
+    assert made.call == 5.0
+
+
+def test_a_few_calls_count_however_old_they_are():
+    made = Admission()
+    made.calls.extend([(0.0, 0.01)] * 7)
+    made.calls.append((100.0, 5.0))
     assert made.call == 0.01
 
 
