@@ -160,6 +160,24 @@ class GrpcConnector:
         """
         self._opener.validate()
 
+    async def servers(self) -> tuple[str, ...]:
+        """
+        Return the addresses of the target, such as `ipv4:10.0.0.7:8282`.
+
+        Empty if only gRPC's core can resolve the url.
+
+        Raises:
+            OSError: The name cannot be resolved.
+        """
+        # Here and not above, as for the native transport.
+        from fastapi_topaz._http2.addresses import parse  # noqa: PLC0415
+
+        try:
+            endpoint = parse(self._target.url)
+        except ValueError:
+            return ()
+        return tuple(address.text for address in await endpoint.resolve())
+
     async def connect(self, timeout: float, /) -> RpcConnection:
         """
         Open one connection that is ready for calls.

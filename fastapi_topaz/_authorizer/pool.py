@@ -214,8 +214,9 @@ class ConnectionPool(Pool[PooledConnection]):
         acquire_timeout: Time limit for `acquire()`, which includes waiting and
             connecting. Default 5. With 0, `acquire()` never waits.
         connection_timeout: Time limit for one attempt to connect, default 10.
-        max_idle_time: A connection that is idle for longer is closed, if more than
-            *min_connections* are open. Default 300; 0 means never.
+        max_idle_time: A connection is closed if the others were enough for all leases
+            for so long, and more than *min_connections* are open. Default 300; 0 means
+            never.
         idle_check_interval: Time between two searches for idle connections, default
             60. 0 means never; otherwise at least 0.001.
         health_check_interval: Time between two rounds of health checks, default 30. A

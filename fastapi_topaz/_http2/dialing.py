@@ -22,7 +22,7 @@ from fastapi_topaz._rpc.clock import monotonic
 
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from fastapi_topaz._http2.addresses import Address
 
@@ -75,12 +75,19 @@ class FailedAddresses:
         """Forget a failure of *address*, because a connection to it is ready."""
         self._failed.pop(address, None)
 
-    def order(self, addresses: Iterable[Address]) -> list[Address]:
+    def order(
+        self, addresses: Iterable[Address], in_use: Mapping[str, int] | None = None
+    ) -> list[Address]:
         """
         Return *addresses* in random order. Addresses that failed recently come last.
 
         The random order spreads the connections of all workers over the servers. IPv4
         and IPv6 alternate (RFC 8305, section 4). The first family is also random.
+
+        Args:
+            addresses: The addresses of all servers.
+            in_use: The connections to each address, by its text. Addresses with fewer
+                come first. So the connections of one pool lead to different servers.
         """
         now = monotonic()
         self._failed = {
@@ -98,7 +105,8 @@ class FailedAddresses:
             for group in by_family.values()
             if turn < len(group)
         ]
-        return sorted(turns, key=self._failed.__contains__)
+        used = in_use or {}
+        return sorted(turns, key=lambda a: (a in self._failed, used.get(a.text, 0)))
 
 
 class Race(Generic[R]):

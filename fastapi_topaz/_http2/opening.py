@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
 
 import anyio
 from anyio.lowlevel import current_token
@@ -69,6 +71,7 @@ class NativeOpener:
         )
         self._server_name = target.server_name or self._endpoint.certificate_host
         self._failed = FailedAddresses()
+        self._opened: WeakSet[NativeConnection] = WeakSet()
 
     def validate(self) -> None:
         """
@@ -102,7 +105,7 @@ class NativeOpener:
                 addresses = await self._endpoint.resolve()
             except OSError as failure:
                 raise each_failed(self._target, [(None, failure)]) from failure
-            race = Race(self._failed.order(addresses), greet)
+            race = Race(self._failed.order(addresses, self._in_use()), greet)
             try:
                 won = await race.run()
             finally:
@@ -118,6 +121,10 @@ class NativeOpener:
         for address in race.pending:
             self._failed.add(address)
         raise timed_out(self._target, timeout, race.failures, race.pending)
+
+    def _in_use(self) -> Counter[str]:
+        """Return the number of working connections to each address, by its text."""
+        return Counter(str(each.peer) for each in self._opened if not each.is_lost())
 
     def _context(self) -> ssl.SSLContext | None:
         if self._target.insecure:
@@ -151,7 +158,9 @@ class NativeOpener:
             from fastapi_topaz._http2.trio_io import TrioConnection  # noqa: PLC0415
 
             make = TrioConnection
-        return make(wire, self._target, self._blocks, address.text)
+        connection = make(wire, self._target, self._blocks, address.text)
+        self._opened.add(connection)
+        return connection
 
 
 async def _shake_hands(sock: socket.socket, tls: TlsSession) -> None:

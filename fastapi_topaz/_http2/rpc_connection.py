@@ -217,6 +217,7 @@ class NativeConnection(abc.ABC):
     """
 
     __slots__ = (
+        "__weakref__",
         "_blocks",
         "_closed",
         "_core",

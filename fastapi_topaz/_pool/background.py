@@ -19,6 +19,7 @@ import anyio
 
 from fastapi_topaz._pool import connections
 from fastapi_topaz._pool.interrupts import protected
+from fastapi_topaz._pool.servers import watch_servers
 from fastapi_topaz._redaction import clear_frames
 
 
@@ -65,6 +66,8 @@ async def run_pool(open_pool: OpenPool) -> None:
             tasks.start_soon(_prober, open_pool, tasks)
             if open_pool.overload.adaptive is not None:
                 tasks.start_soon(_overload_watcher, open_pool)
+            if hasattr(open_pool.connector, "servers"):
+                tasks.start_soon(watch_servers, open_pool)
             if open_pool.leaks is not None:
                 tasks.start_soon(_leak_watcher, open_pool, open_pool.leaks)
             await open_pool.until_closed()

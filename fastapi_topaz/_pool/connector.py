@@ -67,6 +67,9 @@ class Connector(Protocol):
     - `spreads` (bool, default False): connections may lead to different servers. After
       one connection is lost, the pool replaces the others, one by one. So a server that
       restarted gets its share of connections again.
+    - `servers()`, a coroutine function: returns the servers that a connection may lead
+      to, as hashable objects. If `spreads` is true, the pool asks about every 30 s. If
+      there is a new server, the pool replaces its connections, one by one.
     - `probes` (bool, default False): the pool probes each new connection, and leases it
       only after an answer. Until then it does not count as connected. The gRPC
       connector sets it. If it is false, the pool leases a new connection at once.

@@ -70,6 +70,26 @@ def test_the_spread_after_a_loss_meets_no_address_that_only_refused():
     assert earliest > dialing.REFUSED_FOR
 
 
+def test_an_address_with_fewer_connections_comes_first():
+    every = [v4("1.1.1.1"), v4("1.1.1.2"), v4("1.1.1.3")]
+    first, second, third = every
+    in_use = {first.text: 2, second.text: 1}
+    assert all(
+        FailedAddresses().order(every, in_use) == [third, second, first]
+        for _ in range(50)
+    )
+    equal = {address.text: 1 for address in every}
+    firsts = {FailedAddresses().order(every, equal)[0] for _ in range(500)}
+    assert firsts == set(every)
+
+
+def test_a_failed_address_without_connections_comes_last_all_the_same():
+    failed, every = FailedAddresses(), [v4("1.1.1.1"), v4("1.1.1.2")]
+    failed.add(every[0])
+    in_use = {every[1].text: 5}
+    assert all(failed.order(every, in_use)[1] == every[0] for _ in range(50))
+
+
 # -- the race -------------------------------------------------------------
 
 
@@ -202,6 +222,25 @@ async def test_each_address_of_a_list_is_tried():
             connection = await opener.open(5.0)
             assert connection.peer == f"ipv4:127.0.0.1:{server.port}"
             await connection.close(0.0)
+
+
+async def test_connections_go_to_the_address_with_the_fewest():
+    with SocketServer() as one, SocketServer() as two, SocketServer() as three:
+        servers = [one, two, three]
+        opener = opening.NativeOpener(
+            Target(url=f"ipv4:{','.join(each.url for each in servers)}", insecure=True)
+        )
+        opened = [await opener.open(5.0) for _ in range(9)]
+        assert Counter(each.peer for each in opened) == {
+            f"ipv4:{each.url}": 3 for each in servers
+        }
+        first, rest = opened[0], opened[1:]
+        for each in [each for each in rest if each.peer == first.peer]:
+            await each.close(0.0)
+        opened.append(await opener.open(5.0))
+        assert opened[-1].peer == first.peer, "closed connections do not count"
+        for each in opened:
+            await each.close(0.0)
 
 
 async def test_an_address_that_does_not_speak_http2_yields_to_another():

@@ -140,11 +140,11 @@ async def test_a_lost_connection_found_by_acquire_is_closed_if_another_serves():
         await pool.release(first)
         await pool.release(second)
         await anyio.sleep(0.1)  # nothing is left to do
-        connector.connections[1].hung_up = True
+        connector.connections[0].hung_up = True
         async with pool.acquire() as conn:
-            assert conn.connection.number == 1
+            assert conn.connection.number == 2
             await anyio.sleep(0.1)
-            assert connector.connections[1].closed == 1
+            assert connector.connections[0].closed == 1
 
 
 async def test_a_stream_given_to_a_cancelled_caller_counts_as_used_until_then():

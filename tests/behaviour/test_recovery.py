@@ -145,11 +145,11 @@ async def test_a_lost_connection_is_replaced_before_its_lease_is_released():
     connector = FakeConnector()
     options = {"min_connections": 2, "max_connections": 3, "streams_per_connection": 2}
     pool = make_pool(connector, **options, eager_init=True)
-    async with pool, pool.acquire() as lost:
+    async with pool, pool.acquire() as lost, pool.acquire() as well:
         await anyio.sleep(0.1)  # the pool's own tasks have no more work
         lost.connection.hung_up = True
         async with pool.acquire() as other:
-            assert other.connection is not lost.connection
+            assert other.connection is well.connection is not lost.connection
             # Before the pool checks whether connections are lost.
             await anyio.sleep(0.7)
             assert pool.status().healthy_connections == 2
@@ -337,12 +337,13 @@ async def test_after_a_loss_all_connections_are_replaced_to_reach_all_servers():
         connector.connections[0].hung_up = True
         await anyio.sleep(1.01)
         assert connector.attempts == 5
-        # About 2, 8 and 32 s after the loss.
-        for after, attempts in [(3, 9), (8, 13), (32, 17), (1000, 17)]:
+        # About 2, 8, 16, 32 and 64 s after the loss.
+        moments = [(3, 9), (7.5, 13), (10.5, 17), (20, 21), (1000, 25), (1000, 25)]
+        for after, attempts in moments:
             await anyio.sleep(after)
             assert connector.attempts == attempts
             assert pool.status().total == 4
-        assert pool._counters.closes == {"lost": 1, "spread": 12}
+        assert pool._counters.closes == {"lost": 1, "spread": 20}
         assert connector.peak <= 6, "one at a time, and the old connection closes"
 
 
@@ -480,8 +481,8 @@ async def test_a_replica_that_stays_down_does_not_keep_the_others_rotating(goes_
         attempts = connector.attempts
         connector.connections[0].hung_up = True
         await anyio.sleep(900)
-        # One replacement, and three times ten attempts, of which each third fails.
-        assert connector.attempts - attempts <= 50
+        # One replacement, and five times ten attempts, of which each third fails.
+        assert connector.attempts - attempts <= 80
 
 
 async def test_draining_a_full_pool_replaces_the_idle_connections_first():

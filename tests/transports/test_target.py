@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import aserto.client
@@ -11,6 +12,8 @@ import grpc
 import pytest
 
 from fastapi_topaz import AuthorizerOptions, ConnectionPool
+from fastapi_topaz._rpc.target import Target
+from fastapi_topaz.connector import GrpcConnector
 from kit.channels import connected
 
 
@@ -211,3 +214,37 @@ async def test_a_unix_socket_can_be_connected_to(url, tmp_path):
             pass
     finally:
         server.stop(0).wait()
+
+
+# -- the servers of a target ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", ["grpcio", "native"])
+@pytest.mark.parametrize(
+    "url, servers",
+    [
+        ("127.0.0.1:82", {"ipv4:127.0.0.1:82"}),
+        ("ipv4:127.0.0.1:82,127.0.0.2:82", {"ipv4:127.0.0.1:82", "ipv4:127.0.0.2:82"}),
+        ("unix:/run/topaz", {"unix:/run/topaz"}),
+    ],
+)
+async def test_a_connector_finds_the_servers_of_its_target(url, servers, transport):
+    connector = GrpcConnector(Target(url=url, insecure=True), transport)
+    assert set(await connector.servers()) == servers
+
+
+async def test_a_connector_resolves_the_name_of_its_target(monkeypatch):
+    found = ["10.0.0.1", "10.0.0.2"]
+
+    def getaddrinfo(host, port, **_options):
+        assert (host, port) == ("topaz.test", "82")
+        return [(socket.AF_INET, 1, 6, "", (ip, 82)) for ip in found]
+
+    connector = GrpcConnector(Target(url="topaz.test:82", insecure=True))
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert set(await connector.servers()) == {"ipv4:10.0.0.1:82", "ipv4:10.0.0.2:82"}
+
+
+async def test_a_url_that_only_the_core_of_grpc_resolves_has_no_known_servers():
+    target = Target(url="dns://10.0.0.53/topaz.test:82", insecure=True)
+    assert await GrpcConnector(target, "grpcio").servers() == ()

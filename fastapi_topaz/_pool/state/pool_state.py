@@ -38,6 +38,7 @@ from fastapi_topaz._pool.state.outage import Outage
 from fastapi_topaz._pool.state.rotation import Rotation
 from fastapi_topaz._pool.state.snapshot import counts
 from fastapi_topaz._pool.state.status import PoolStatus
+from fastapi_topaz._pool.state.turns import emptier, least_used, surplus
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -90,14 +91,16 @@ class PoolState:
         self.failures = 0
         self._closed_answered = False
 
-        # A stack: the slot that became ready last is leased first. So the others stay
-        # idle and can be reaped. It is a dict, because any slot may have to leave it.
+        # A queue: all connections take turns. See `turns`. It is a dict, because any
+        # slot may have to leave it.
         self.ready: dict[Slot, None] = {}
         self.waiting: OrderedDict[Claim, None] = OrderedDict()
         self.in_use = 0
         # The most leases at once now. `Overload` changes it.
         self.limit = options.capacity
         self.limit_reason: LimitReason = "capacity"
+        # By number of leases: when that many were last out at once.
+        self.needed_at: dict[int, float] = {}
 
         # Set at the first use: only then the pool keeps `min_connections`.
         self.keeps_minimum = False
@@ -121,14 +124,17 @@ class PoolState:
         if self.waiting or not self.ready:
             return False
         # The code of _pick() and _assign(), inlined: this runs for almost every lease.
-        slot = next(reversed(self.ready))
+        slot = next(iter(self.ready))
+        if slot.leases or slot.rests:
+            slot = emptier(self.ready)
         if now - slot.proven_at > self._stale_after or slot.is_gone():
             if (picked := self._pick(now)) is None:
                 return False
             slot = picked
+        del self.ready[slot]
         slot.leases += 1
-        if slot.leases == slot.streams:
-            del self.ready[slot]
+        if slot.leases < slot.streams:
+            self.ready[slot] = None
         self.in_use += 1
         claim.slot = slot
         claim.acquired_at = now
@@ -165,16 +171,17 @@ class PoolState:
         # The channel to a dead server shows the loss soon, and asking it costs less
         # than a microsecond.
         while self.ready:
-            slot = next(reversed(self.ready))
+            slot = emptier(self.ready)
             if now - slot.proven_at <= self._stale_after and not slot.is_gone():
                 return slot
             self.suspect(slot, now)
         return None
 
     def _assign(self, claim: Claim, slot: Slot) -> None:
+        del self.ready[slot]
         slot.leases += 1
-        if slot.leases == slot.streams:
-            del self.ready[slot]
+        if slot.leases < slot.streams:
+            self.ready[slot] = None
         self.in_use += 1
         claim.slot = slot
 
@@ -185,6 +192,7 @@ class PoolState:
         claim.slot = None
         slot.leases -= 1
         slot.last_used_at = now
+        self.needed_at[self.in_use] = now
         self.in_use -= 1
         if slot.retired is not None:
             self.retire(slot, slot.retired)
@@ -499,18 +507,12 @@ class PoolState:
         return max(answered, default=float("-inf"))
 
     def reap(self, now: float) -> None:
-        """Retire slots idle for `max_idle_time`, but keep `min_connections`."""
-        limit = self.options.max_idle_time
-        if not limit:
-            return
-        # Refused connections stay: their probes show the end of the outage.
-        refused = self.outage.refused
-        idle = [x for x in self.open if not x.leases and x not in refused]
-        idle.sort(key=lambda slot: slot.last_used_at)
+        """Retire slots not needed for `max_idle_time`, but keep `min_connections`."""
+        since = now - (self.options.max_idle_time or float("inf"))
+        slots = [x for x in self._all_usable() if x not in self.outage.refused]
         spare = self._usable() - self.options.min_connections
-        for slot in idle[: max(0, spare)]:
-            if now - slot.last_used_at >= limit:
-                self.retire(slot, "idle")
+        for slot in surplus(slots, spare, self.in_use, self.needed_at, since):
+            self.retire(slot, "idle")
 
     def retire_expired(self) -> None:
         """
@@ -562,14 +564,9 @@ class PoolState:
         self.to_close.append(slot)
 
     def _trim(self) -> None:
-        surplus = self._usable() - self.options.max_connections
-        # Slots with the fewest leases first, and among them the longest unused.
-        for slot in sorted(self.open, key=lambda e: (e.leases, e.last_used_at)):
-            if surplus <= 0:
-                break
-            if slot.retired is None:
-                self.retire(slot, "resize")
-                surplus -= 1
+        excess = self._usable() - self.options.max_connections
+        for slot in least_used(self._all_usable())[: max(0, excess)]:
+            self.retire(slot, "resize")
 
     def _usable(self) -> int:
         return sum(slot.retired is None for slot in self.open)

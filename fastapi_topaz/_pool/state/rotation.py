@@ -22,13 +22,20 @@ A share of `max_lifetime`. A random part of it is subtracted, so connections tha
 opened together do not all expire together.
 """
 
-RESPREAD = (2.0, 8.0, 32.0)
+RESPREAD = (2.0, 8.0, 16.0, 32.0, 64.0)
 """
 Seconds after a loss at which all connections are marked for replacement.
 
 After a server was lost, its share of connections goes to the other servers. When it is
 back, it gets none until the pool connects again. The pool does not learn when the
-server is back, so it replaces the connections several times.
+server is back, so it replaces the connections several times. The times double: a server
+that was away for a longer time waits longer for its share.
+"""
+
+GROWN = 30.0
+"""
+Seconds within which all connections are replaced if there is a new server. The moment
+is random, so that not all workers of a fleet connect at once.
 """
 
 
@@ -57,6 +64,13 @@ class Rotation:
             self._respread = deque(
                 now + delay * (0.75 + 0.5 * self._random()) for delay in RESPREAD
             )
+
+    def grown(self, now: float) -> None:
+        """Schedule one replacement of all connections, to reach a new server."""
+        at = now + GROWN * self._random()
+        # After a loss, replacements are scheduled already. The next one may be soon.
+        if self._spreads and (not self._respread or at < self._respread[0]):
+            self._respread.appendleft(at)
 
     def expire(self, slots: Iterable[Slot], now: float) -> None:
         """Mark the *slots* that have expired by *now*."""

@@ -34,6 +34,8 @@ class Slot:
     started_at: float = 0.0
     # The attempt takes so long that other attempts may begin in its place.
     overdue: bool = False
+    # It was not needed lately: it gets new leases only if the others are full.
+    rests: bool = False
     opened_at: float = 0.0
     # The same moment as `opened_at`, but on `perf_counter`.
     alive_since: float = 0.0

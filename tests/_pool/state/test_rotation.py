@@ -87,10 +87,10 @@ def test_a_retired_connection_needs_no_replacement():
 
 
 @pytest.mark.parametrize("random, share", [(0.0, 0.75), (0.5, 1.0), (1.0, 1.25)])
-def test_after_a_loss_connections_are_spread_three_times_with_jitter(random, share):
+def test_after_a_loss_connections_are_spread_five_times_with_jitter(random, share):
     rotation, slot = make_rotation(random), Slot()
     rotation.lost(100.0)
-    for delay in (2.0, 8.0, 32.0):
+    for delay in (2.0, 8.0, 16.0, 32.0, 64.0):
         then = 100.0 + delay * share
         assert rotation.next_at([slot]) == pytest.approx(then)
         assert reasons(rotation, [slot], then - 0.01) == []

@@ -28,28 +28,6 @@ def test_an_empty_pool_gives_no_lease():
     assert state.in_use == 0
 
 
-def test_the_most_recently_used_connection_is_taken_first():
-    state = make_state(max_connections=3)
-    first, second, _third = (open_one(state) for _ in range(3))
-    leases = [taken(state) for _ in range(3)]
-    by_entry = {claim.slot: claim for claim in leases}
-    state.give_back(by_entry[second], 1.0)
-    state.give_back(by_entry[first], 2.0)
-    assert taken(state).slot is first
-    assert taken(state).slot is second
-
-
-def test_a_connection_is_filled_to_its_streams_before_the_next_is_used():
-    state = make_state(max_connections=2, streams_per_connection=3)
-    open_one(state)
-    open_one(state)
-    slots = [taken(state).slot for _ in range(6)]
-    assert slots[:3] == [slots[0]] * 3
-    assert slots[3:] == [slots[3]] * 3
-    assert slots[0] is not slots[3]
-    assert not state.take(Claim(), 0.0)
-
-
 def test_waiting_callers_fill_a_connection_to_its_streams():
     state = make_state(max_connections=2, streams_per_connection=3)
     slot = open_one(state)

@@ -259,7 +259,7 @@ def test_a_connection_is_leased_while_its_next_probe_can_be_running():
 
 def test_waiting_callers_get_the_recently_proven_connection():
     state = make_state(health_check_interval=30, health_check_timeout=5)
-    proven, stale = open_several(state, 2)
+    stale, proven = open_several(state, 2)
     proven.proven_at = 60.0
     state.enqueue(Claim())
     (served,) = state.serve(tokens=1, now=80.0)
@@ -278,7 +278,7 @@ def test_without_health_checks_no_proof_expires():
 
 def test_a_lost_connection_is_not_leased_but_closed():
     state = make_state()
-    well, lost = open_several(state, 2)
+    lost, well = open_several(state, 2)
     lost.connection.lost = True
     claim = Claim()
     assert state.take(claim, 1.0)
