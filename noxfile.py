@@ -137,6 +137,7 @@ NIGHTLY = {
     "prometheus": [],
     **{f"tests-{python}": [] for python in PYTHONS[:-1] if python != RUNNING},
     "bench": ["--full"],
+    "fleet": ["--full", "--seed", TODAY],
 }
 # Small sizes, which only show that each session runs.
 NIGHTLY_QUICK = {
@@ -149,6 +150,7 @@ NIGHTLY_QUICK = {
     "proxies": ["--transport", "grpcio"],
     "prometheus": [],
     "bench": [],
+    "fleet": [],
 }
 
 
@@ -674,6 +676,13 @@ def docs(session: nox.Session) -> None:
     files = [f"tests/repository/test_{name}.py" for name in ("site", "walks", "pages")]
     chosen = ("-n0", "-m", "slow or not slow")
     session.run("pytest", *chosen, *files, *session.posargs, env=environment)
+
+
+@nox.session
+def fleet(session: nox.Session) -> None:
+    """Simulate a small fleet of workers and replicas. A large one: `-- --full`."""
+    session.install("-e", ".", "--group", "test")
+    session.run("python", "benchmarks/fleet.py", *session.posargs)
 
 
 @nox.session
