@@ -135,6 +135,7 @@ NIGHTLY = {
     "atheris": [],
     "proxies": ["--transport", "grpcio"],
     "prometheus": [],
+    "redis": [],
     **{f"tests-{python}": [] for python in PYTHONS[:-1] if python != RUNNING},
     "bench": ["--full"],
     "fleet": ["--full", "--seed", TODAY],
@@ -149,6 +150,7 @@ NIGHTLY_QUICK = {
     "atheris": ["--seconds", "10"],
     "proxies": ["--transport", "grpcio"],
     "prometheus": [],
+    "redis": [],
     "bench": [],
     "fleet": [],
 }
@@ -263,6 +265,7 @@ def model(session: nox.Session) -> None:
         "model_state",
         "model_pool",
         "model_decisions",
+        "model_bus",
         "model_circuit",
         "fuzz",
         "fuzz_calls",
@@ -450,11 +453,10 @@ def unpack(apt: list[str], cache: Path, name: str, packages: list[str]) -> None:
         archive.unlink()
     libraries = {str(file.parent) for file in cache.glob("root/**/*.so*")}
     places = shlex.quote(":".join(sorted(libraries)))
-    # What is in /usr/bin may only be a script that starts the program in /usr/lib.
-    binary, *_ = (
-        *cache.glob(f"root/usr/lib/{name}/{name}"),
-        *cache.glob(f"root/usr/*bin/{name}"),
-    )
+    # What is in /usr/bin may only be a script that starts the program in /usr/lib. And
+    # it may link to a package that is not unpacked yet, so the pattern has no name.
+    programs = [*cache.glob(f"root/usr/lib/{name}/*"), *cache.glob("root/usr/*bin/*")]
+    binary, *_ = (each for each in programs if each.name == name)
     command = f"LD_LIBRARY_PATH={places} exec {shlex.quote(str(binary))}"
     (cache / name).write_text(f'#!/bin/sh\n{command} "$@"\n')
     (cache / name).chmod(0o755)
@@ -577,6 +579,18 @@ def browser(session: nox.Session) -> None:
         environment["PICTURES"] = str(Path(pictures).resolve())
     pytest = ("pytest", "-m", "slow", "-n0", "tests/browser")
     session.run(*pytest, *rest, env=environment)
+
+
+@nox.session
+def redis(session: nox.Session) -> None:
+    """Run the example with Redis against Debian's redis-server, which is restarted."""
+    cache = Path(session.cache_dir).resolve() / "redis"
+    server = found_program(cache, "redis-server", "redis-server", "--version")
+    if server is None:
+        session.skip("no redis-server, and Debian's package cannot be had")
+    session.install("-e", ".", "--group", "redis")
+    pytest = ("pytest", "-m", "slow", "-n0", "tests/repository/test_example_redis.py")
+    session.run(*pytest, *session.posargs, env={"REDIS_SERVER": server})
 
 
 def found_topazd(cache: Path) -> str | None:

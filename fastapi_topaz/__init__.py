@@ -17,6 +17,7 @@ from fastapi_topaz._app.config import TopazConfig
 from fastapi_topaz._authorizer.options import AuthorizerOptions, Identity, IdentityType
 from fastapi_topaz._authorizer.pool import ConnectionPool, PooledConnection
 from fastapi_topaz._decisions.breaker import CircuitBreaker, CircuitStatus
+from fastapi_topaz._decisions.bus import BusStatus, InvalidationBus
 from fastapi_topaz._decisions.cache import CacheStatus, DecisionCache
 from fastapi_topaz._decisions.question import Decision
 from fastapi_topaz._pool.connector import Connector, Verdict
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuthorizerOptions",
+    "BusStatus",
     "CacheStatus",
     "CircuitBreaker",
     "CircuitOpen",
@@ -59,6 +61,7 @@ __all__ = [
     "GrpcConnector",
     "Identity",
     "IdentityType",
+    "InvalidationBus",
     "PoolClosed",
     "PoolError",
     "PoolMisuse",

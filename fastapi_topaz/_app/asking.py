@@ -92,7 +92,8 @@ class Layers:
         asking: Ask = Retry(AskPool(self.pool, self.metrics), counters, tokens)
         if self.breaker is not None:
             asking = Breaking(asking, self.breaker, self.pool)
-        openings = Openings(self.pool)
+        companion = None if self.cache is None else self.cache._companion  # noqa: SLF001
+        openings = Openings(self.pool, companion)
         if self.cache is None:
             freshness = freshness_of()
             if not self.has_credentials:

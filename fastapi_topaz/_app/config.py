@@ -210,6 +210,10 @@ class TopazConfig(NotCopied):
                 f"{self.authorizer_options}"
             )
         pool.configure(self.authorizer_options)
+        cache = self._decision_cache
+        if cache is not None and cache._companion is not None:  # noqa: SLF001
+            # Also without a check: a process may only invalidate.
+            pool._accompany(cache._companion)  # noqa: SLF001
 
     def _set_layers(
         self,

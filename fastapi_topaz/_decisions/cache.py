@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi_topaz._checks import check_count, check_seconds, safe_repr
+
+# FastAPI evaluates the annotations of a status that a route returns.
+from fastapi_topaz._decisions.bus import BusLink, BusStatus, checked_bus
 from fastapi_topaz._decisions.clock import boot_time
 from fastapi_topaz._decisions.invalidation import Invalidations
 from fastapi_topaz._decisions.memo import LONGEST
@@ -24,9 +27,10 @@ from fastapi_topaz._slips import NotCopied
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from fastapi_topaz._authorizer.options import IdentityLike
+    from fastapi_topaz._decisions.bus import InvalidationBus
     from fastapi_topaz._decisions.flights import Flight
     from fastapi_topaz._decisions.openings import Opening, Openings
     from fastapi_topaz._decisions.question import Ask, Question
@@ -51,6 +55,7 @@ class CacheStatus:
         shared: The checks that got the answer of an equal check at the same time.
         stale: How often an older answer was used, because there was no other.
         evictions: The answers that made room for others.
+        bus: The numbers of the invalidation bus. None without one.
     """
 
     size: int
@@ -59,6 +64,7 @@ class CacheStatus:
     shared: int
     stale: int
     evictions: int
+    bus: BusStatus | None = None
 
 
 class DecisionCache(NotCopied):
@@ -84,6 +90,12 @@ class DecisionCache(NotCopied):
             such as `("*.DELETE.*",)`. `*` is any text. Default none.
         max_request_bytes: Checks whose encoded request is larger are neither kept nor
             shared. Default 16,384.
+        invalidation_bus: Carries invalidations to and from other processes. While it is
+            unreachable, answers live at most *denied_ttl_seconds*. Default None: they
+            stay in this process.
+        invalidation_key: The secret that all processes on the bus share, at least 16
+            bytes. Identities, policies and resources leave the process only as hashes
+            with this key. Required with *invalidation_bus*.
 
     Raises:
         TypeError, ValueError: An argument is wrong. The message names it.
@@ -102,6 +114,8 @@ class DecisionCache(NotCopied):
         stale_ttl_seconds: float = 0.0,
         exclude: Sequence[str] = (),
         max_request_bytes: int = 16_384,
+        invalidation_bus: InvalidationBus | None = None,
+        invalidation_key: bytes | None = None,
     ) -> None:
         limits = Limits(
             _finite("ttl_seconds", ttl_seconds),
@@ -111,10 +125,16 @@ class DecisionCache(NotCopied):
         )
         check_count("max_size", max_size, 1)
         check_count("max_request_bytes", max_request_bytes, 0)
+        checked_bus(invalidation_bus, invalidation_key)
         self._max_request_bytes = max_request_bytes
         self._excluded = _pattern(exclude)
-        self._store = Store(limits, max_size)
-        self._freshness = freshness_of(limits)
+        self._link: BusLink | None = None
+        if invalidation_bus is not None and invalidation_key is not None:
+            self._link = BusLink(
+                invalidation_bus, invalidation_key, limits, self._clear_here
+            )
+        self._freshness = freshness_of(limits, self._link)
+        self._store = Store(self._freshness.limits, max_size)
         self._hits = self._misses = self._shared = self._stale = 0
         self._pid = process.pid
 
@@ -136,6 +156,10 @@ class DecisionCache(NotCopied):
         invalidated. Without arguments, all are. A check under way still returns its
         answer to the callers that wait for it. No later caller gets that answer.
 
+        With an *invalidation_bus*, the other processes hear of it soon. If it cannot be
+        sent, it is sent again later, a WARNING is logged, and `status().bus.waiting`
+        counts it.
+
         Args:
             identity: All answers about this identity, as `identity_provider` returns
                 it. A token counts as itself: its subject is unknown here.
@@ -149,9 +173,22 @@ class DecisionCache(NotCopied):
         self._freshness.invalidate(identity, policy_path, resource)
 
     async def clear(self) -> None:
-        """Forget all answers. No answer under way is kept or used by later callers."""
+        """
+        Forget all answers. No answer under way is kept or used by later callers.
+
+        With an *invalidation_bus*, the other processes do the same soon.
+        """
+        self._freshness.invalidate(None, None, None)
+        self._store.drop()
+
+    def _clear_here(self) -> None:
         self._freshness.invalidations.invalidate_all()
         self._store.drop()
+
+    @property
+    def _companion(self) -> Callable[[], Awaitable[None]] | None:
+        """What must run while a pool of this cache is open."""
+        return None if self._link is None else self._link.run
 
     def status(self) -> CacheStatus:
         """Return a snapshot of the numbers of this cache. Never raises."""
@@ -163,6 +200,7 @@ class DecisionCache(NotCopied):
             shared=self._shared,
             stale=self._stale,
             evictions=self._store.evictions,
+            bus=None if self._link is None else self._link.status(),
         )
 
     def _begin(self) -> None:
@@ -277,12 +315,19 @@ class Cached(Sharing):
         return opening
 
 
-def freshness_of(limits: Limits | None = None) -> Freshness:
+def freshness_of(
+    limits: Limits | None = None, link: BusLink | None = None
+) -> Freshness:
     """Return a `Freshness`. Without *limits*, that of requests without a cache."""
     if limits is None:
         limits = Limits(LONGEST, LONGEST, 0.0, 0.0)
     invalidations = Invalidations(max(limits.longest, LONGEST))
-    return Freshness(limits, invalidations, Tagger(), boot_time)
+    if link is None:
+        return Freshness(limits, invalidations, Tagger(), boot_time)
+    link.freshness = Freshness(
+        link.limits, invalidations, link.tagger, boot_time, link.announce
+    )
+    return link.freshness
 
 
 def _is_too_old(question: Question, entry: Entry, now: float) -> bool:

@@ -9,7 +9,7 @@ from fastapi_topaz._decisions.keys import Keys
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from fastapi_topaz._authorizer.pool import ConnectionPool
     from fastapi_topaz._decisions.flights import Flight
@@ -40,10 +40,16 @@ class Openings:
 
     Args:
         pool: Returns the pool. An application may replace that of its configuration.
+        companion: Runs as long as the pool is open, if given.
     """
 
-    def __init__(self, pool: Callable[[], ConnectionPool]) -> None:
+    def __init__(
+        self,
+        pool: Callable[[], ConnectionPool],
+        companion: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._pool = pool
+        self._companion = companion
         self._opening: Opening | None = None
         self._known: Callable[[], Any] = lambda: None
 
@@ -68,4 +74,6 @@ class Openings:
             # Weakly: a closed pool can be collected.
             self._known = weakref.ref(open_pool)
             self._opening = Opening()
+            if self._companion is not None:
+                pool._accompany(self._companion)  # noqa: SLF001
         return self._opening

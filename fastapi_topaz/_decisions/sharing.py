@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fastapi_topaz._decisions.invalidation import Invalidations
     from fastapi_topaz._decisions.question import Ask, Question
-    from fastapi_topaz._decisions.store import Limits
+    from fastapi_topaz._decisions.store import Ages
     from fastapi_topaz._decisions.tags import Tagger
 
 
@@ -41,18 +41,21 @@ class Freshness:
         invalidations: Which answers are invalidated.
         tagger: Makes the tags of questions.
         clock: Returns the time in seconds; never goes back.
+        announce: Tells other processes which tags are invalidated. Default None.
     """
 
     def __init__(
         self,
-        limits: Limits,
+        limits: Ages,
         invalidations: Invalidations,
         tagger: Tagger,
         clock: Callable[[], float],
+        announce: Callable[[list[frozenset[bytes]]], None] | None = None,
     ) -> None:
         self.limits = limits
         self.invalidations = invalidations
         self.tagger = tagger
+        self._announce = announce
         # Tests replace both.
         self.clock = clock
         self.wall: Callable[[], float] = time.time
@@ -70,6 +73,8 @@ class Freshness:
         """Invalidate what is asked about any of these; without any of them, all."""
         concerned = self.tagger.concerned(identity, policy_path, resource)
         self.invalidations.invalidate(concerned, self.clock())
+        if self._announce is not None:
+            self._announce(concerned)
 
 
 class Sharing:

@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import Protocol
 
 import attrs
 
 
-__all__ = ["Entry", "Limits", "Store"]
+__all__ = ["Ages", "Entry", "Limits", "Store"]
+
+
+class Ages(Protocol):
+    """How old answers may be now, in seconds. See `Limits`."""
+
+    @property
+    def allowed(self) -> float: ...
+
+    @property
+    def denied(self) -> float: ...
+
+    @property
+    def stale(self) -> float: ...
+
+    @property
+    def jitter(self) -> float: ...
+
+    @property
+    def longest(self) -> float: ...
+
+    def ttl(self, allowed: bool) -> float: ...
 
 
 @attrs.frozen
@@ -73,7 +95,7 @@ class Store:
         evictions: The number of entries that made room for others.
     """
 
-    def __init__(self, limits: Limits, max_size: int) -> None:
+    def __init__(self, limits: Ages, max_size: int) -> None:
         self.limits = limits
         self.max_size = max_size
         self.evictions = 0

@@ -29,12 +29,21 @@ __all__ = ["Tagger"]
 
 
 class Tagger:
-    """Makes tags, with a secret of its own."""
+    """
+    Makes tags.
 
-    __slots__ = ("_secret",)
+    Args:
+        secret: The key of the hash, 32 bytes. None, the default: a random one.
 
-    def __init__(self) -> None:
-        self._secret = os.urandom(32)
+    Attributes:
+        everything: The tag that stands for every question, in messages.
+    """
+
+    __slots__ = ("_secret", "everything")
+
+    def __init__(self, secret: bytes | None = None) -> None:
+        self._secret = os.urandom(32) if secret is None else secret
+        self.everything = self._tag(b"everything", b"")
 
     def tags_of(self, question: Question) -> frozenset[bytes]:
         """Return all tags of *question*."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from fastapi_topaz._error_text import without_context
 from fastapi_topaz._pool import connections
 from fastapi_topaz._pool.interrupts import protected
 from fastapi_topaz._pool.servers import watch_servers
@@ -24,7 +25,7 @@ from fastapi_topaz._redaction import clear_frames
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from anyio.abc import TaskGroup
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._pool.state.slot import Slot
 
 
-__all__ = ["close_now", "run_pool"]
+__all__ = ["close_now", "run_pool", "start_companion"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
@@ -52,8 +53,14 @@ PROBES_AT_ONCE = 4
 """The most probes of one health check that run at the same time."""
 
 
-async def run_pool(open_pool: OpenPool) -> None:
-    """Run the host task of *open_pool* until it is closed, and close everything."""
+async def run_pool(
+    open_pool: OpenPool, companions: Iterable[Callable[[], Awaitable[None]]] = ()
+) -> None:
+    """
+    Run the host task of *open_pool* until it is closed, and close everything.
+
+    The *companions* run in it, too.
+    """
     try:
         async with anyio.create_task_group() as tasks:
             open_pool.tasks = tasks
@@ -70,6 +77,8 @@ async def run_pool(open_pool: OpenPool) -> None:
                 tasks.start_soon(watch_servers, open_pool)
             if open_pool.leaks is not None:
                 tasks.start_soon(_leak_watcher, open_pool, open_pool.leaks)
+            for companion in companions:
+                start_companion(open_pool, companion)
             await open_pool.until_closed()
             open_pool.state.abandon()
             for slot in _outbox(open_pool.state.to_close):
@@ -92,6 +101,31 @@ async def run_pool(open_pool: OpenPool) -> None:
         open_pool.begin_close(0)
     finally:
         await _leave_nothing(open_pool)
+
+
+def start_companion(
+    open_pool: OpenPool, companion: Callable[[], Awaitable[None]]
+) -> None:
+    """Run *companion* in the host task. If that has not begun, it does this itself."""
+    tasks = getattr(open_pool, "tasks", None)
+    if tasks is not None and not open_pool.state.shut:
+        tasks.start_soon(_accompany, open_pool, companion)
+
+
+@protected
+async def _accompany(
+    open_pool: OpenPool, companion: Callable[[], Awaitable[None]]
+) -> None:
+    try:
+        await companion()
+    except Exception as error:  # noqa: BLE001  (it must not end the pool)
+        open_pool.log_limit.report(
+            logging.ERROR,
+            f"a companion failed: {type(error).__name__}",
+            "%s: a companion of the pool failed",
+            open_pool.label,
+            exc_info=without_context(error),
+        )
 
 
 async def _leave_nothing(open_pool: OpenPool) -> None:

@@ -15,7 +15,7 @@ from fastapi_topaz._fork import current as process
 from fastapi_topaz._fork import keep
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._pool.acquire import Acquire
-from fastapi_topaz._pool.background import close_now, run_pool
+from fastapi_topaz._pool.background import close_now, run_pool, start_companion
 from fastapi_topaz._pool.budget import Budget
 from fastapi_topaz._pool.connections import CLOSE_LIMIT
 from fastapi_topaz._pool.events import Events
@@ -33,7 +33,7 @@ from fastapi_topaz.exceptions import PoolClosed, PoolMisuse
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
 
     from fastapi_topaz._pool.connector import Connector
@@ -84,6 +84,8 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         # Maps the process ID to the event loop that is opening the pool right now. The
         # key is the process, so an entry copied by a fork does not count in the child.
         self._opening_loop: dict[int, OwnerLoop] = {}
+        # They run in the host task of each opening.
+        self._companions: list[Callable[[], Awaitable[None]]] = []
         self._closed = False
 
     def __repr__(self) -> str:
@@ -416,6 +418,20 @@ class Pool(NotAsync, NotCopied, Generic[H]):
 
     # -- the open pool ----------------------------------------------------------
 
+    def _accompany(self, companion: Callable[[], Awaitable[None]]) -> None:
+        """
+        Run *companion* from each opening of the pool to its closing, and now if open.
+
+        If it is known already, this does nothing. It is cancelled at the end of
+        `close()`. Only in the thread of the open pool.
+        """
+        if companion in self._companions:
+            return
+        self._companions.append(companion)
+        open_pool = self._open_pool
+        if open_pool is not None and open_pool.owner.is_current_loop():
+            start_companion(open_pool, companion)
+
     def _alive(self) -> OpenPool | None:
         """
         Return the open pool, or None if the pool is not open.
@@ -479,7 +495,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
 
         async def live() -> None:
             try:
-                await run_pool(open_pool)
+                await run_pool(open_pool, self._companions)
             finally:
                 # `spawn` calls `_forget` again when the task has ended. That is too
                 # late for a task that waits for `done`: it must find the pool closed

@@ -8,6 +8,7 @@ import pytest
 
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
+from .bus import FakeBus
 from .faultkit.frames import FrameServer, answer
 from .faultkit.http2 import Http2Server
 from .secrets import KEY
@@ -52,3 +53,9 @@ def keyed_authorizer():
 def transport(request):
     """Each transport."""
     return request.param
+
+
+@pytest.fixture
+def hub():
+    """An invalidation bus in this process."""
+    return FakeBus()

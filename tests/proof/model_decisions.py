@@ -21,8 +21,10 @@ from fastapi_topaz._decisions.cache import Cached, freshness_of
 from fastapi_topaz._decisions.fallback import Fallback, Fallbacks
 from fastapi_topaz._decisions.invalidation import MOST_MARKS
 from fastapi_topaz._decisions.memo import LONGEST, Memo
+from kit.bus import KEY
 from kit.decisions import HeldAuthorizer, OpenHere, Subject, http_request, jwt
 from kit.invariants import Broken
+from proof.model_bus import BusBooks
 
 
 EPOCH = 1_700_000_000.0
@@ -74,8 +76,9 @@ class Caller:
     # The opening in which it came, and that in which it asks.
     opened: int = 0
     asks_in: int = 0
-    # When it asks.
+    # When it asks, and how often the cache had been cleared for the bus.
     asked: int = 0
+    clears: int = 0
     deadline: float = math.inf
 
 
@@ -135,8 +138,9 @@ class DecisionBooks(RuleBasedStateMachine):
     # -- the layers -------------------------------------------------------------------
 
     def build(self, setup):
-        cached, strategy, breaker = setup
+        cached, strategy, breaker, bus = setup
         self.strategy, self.cache, self.breaker = strategy, None, None
+        self.bus = BusBooks(self) if bus else None
         self.server = HeldAuthorizer(self.now)
         asking = self.ask_server
         if breaker:
@@ -153,6 +157,8 @@ class DecisionBooks(RuleBasedStateMachine):
                 stale_ttl_seconds=20,
                 max_size=3,
                 exclude=("*.DELETE",),
+                **({"invalidation_bus": self.bus.bus} if bus else {}),
+                **({"invalidation_key": KEY} if bus else {}),
             )
             layer = self.make_cached(asking, self.cache, self.openings)
             self.freshness, stale = layer.freshness, layer.stale
@@ -172,17 +178,25 @@ class DecisionBooks(RuleBasedStateMachine):
             asking = self.make_fallback(asking, strategy, self.fallbacks)
         self.layers = asking
         self.https = [http_request(), http_request()]
+        if bus:
+            self.do(lambda: self.world.spawn(self.cache._companion))
+            self.pass_time(1)
 
     async def ask_server(self, question):
         """Ask, and note under which id the answer will be known."""
         began, opened = self.tick(), self.opened
         caller = next(c for c in self.callers if c.question is question)
         caller.asks_in, caller.asked, asked_at = opened, began, self.now()
+        caller.clears = self.clears()
         decision = await self.server(question)
         wall = self.wall_shift + EPOCH + asked_at
         facts = caller, began, asked_at, decision.allowed, opened, wall < EXPIRY
         self.answers[decision.id] = facts
         return decision
+
+    def clears(self):
+        """Return how often the cache was cleared because of the bus."""
+        return 0 if self.bus is None else self.cache.status().bus.clears
 
     # -- callers ----------------------------------------------------------------------
 
@@ -261,6 +275,8 @@ class DecisionBooks(RuleBasedStateMachine):
         # What was asked for after the caller came is as good as an answer of its own.
         if began < caller.came:
             limit = 20.0 if decision.origin == "stale" else self.limits[allowed]
+            if self.bus is not None and self.bus.is_bad:
+                limit = min(limit, self.limits[False])
             self.check_age(caller, decision, age, limit, in_time)
         if opened < caller.opened:
             self.breaks("no_answer_outlives_its_opening", decision)
@@ -295,6 +311,8 @@ class DecisionBooks(RuleBasedStateMachine):
         self.check_flights()
         self.check_errors()
         self.check_sizes()
+        if self.bus is not None:
+            self.bus.look()
         if self.found:
             found, self.found = self.found, []
             raise Broken(found)
@@ -341,6 +359,7 @@ class DecisionBooks(RuleBasedStateMachine):
                     same = (
                         first.opened == first.asks_in == second.opened == second.asks_in
                     )
+                    same = same and first.clears == second.clears
                     if same and not separated:
                         self.breaks("equal_questions_are_one_call", (first, second))
 

@@ -12,6 +12,7 @@ from fastapi_topaz._decisions.breaker import Breaking
 from fastapi_topaz._decisions.cache import Cached
 from fastapi_topaz._decisions.fallback import Fallback, Fallbacks
 from fastapi_topaz._decisions.memo import Memo
+from kit.bus import FakeBus, Process, running
 from kit.decisions import OpenHere, Subject, http_request
 from kit.strikes import ON_ASYNCIO, SCOPE, TASK, Strike, sweep
 
@@ -169,8 +170,54 @@ async def half_open(strike):
     assert layers.breaker.status().state == "closed"
 
 
+async def connected(strike):
+    """The task that receives and sends invalidations."""
+    process = Process(FakeBus())
+    link = process.cache._link
+    for path in ("app.x", "app.y"):
+        process.cache.invalidate(policy_path=path)
+
+    async def live():
+        with anyio.move_on_after(6):
+            await link.run()
+
+    await strike.hit(live)
+    assert not link._bus._receivers
+    assert not link._runners
+    assert not link._is_sending
+    # An invalidation was sent, or it waits.
+    sent = {message[3] for message in link._bus.journal if len(message) > 3}
+    assert len(sent | {next(iter(tags)) for tags in link._outbox}) == 2
+    # It can run again.
+    async with running(process.cache):
+        await anyio.sleep(0.1)
+        assert process.bus.waiting == 0
+    assert len({message[3] for message in link._bus.journal if len(message) > 3}) == 2
+
+
+async def disconnected(strike):
+    """The same while the bus is down, and then comes back."""
+    bus = FakeBus()
+    process = Process(bus)
+    process.cache.invalidate(policy_path="app.x")
+    bus.is_down = True
+
+    async def live():
+        with anyio.move_on_after(3):
+            await process.cache._companion()
+
+    await strike.hit(live)
+    assert not bus._receivers
+    assert not process.cache._link._runners
+    assert process.bus.waiting == 1
+    bus.is_down = False
+    async with running(process.cache):
+        await anyio.sleep(0.1)
+        assert process.bus.waiting == 0
+
+
 SCENARIOS = [alone, in_front, behind, behind_the_cancelled, failing]
-SCENARIOS += [with_a_slow_fallback, half_open]
+SCENARIOS += [with_a_slow_fallback, half_open, connected, disconnected]
 
 
 @pytest.mark.parametrize("how", SCOPE)

@@ -32,13 +32,15 @@ EXAMPLES, STEPS = 40, 40
 """For one backend. `--hypothesis-profile=deep` multiplies the first."""
 
 NUMBERS = integers(0, 999)
+# Whether there is a cache, the fallback, whether there is a breaker, and a bus.
 SETUPS = [
     *itertools.product(
-        (True,), ("error", "cache_then_error", "cache_then_deny"), (False, True)
+        *((True,), ("error", "cache_then_error", "cache_then_deny")),
+        *((False, True), (False,)),
     ),
-    (True, "allow", True),
-    (False, "error", False),
-    (False, "deny", True),
+    (True, "allow", True, False),
+    (False, "error", False, False),
+    (False, "deny", True, False),
 ]
 
 
@@ -162,6 +164,8 @@ class DecisionMachine(DecisionBooks):
         about_all = {"identity": None, "policy_path": None, "resource": None, **about}
         self.freshness.invalidate(**about_all)
         self.invalidations.append((self.tick(), about))
+        if self.bus is not None:
+            self.bus.own.append(about)
 
     def teardown(self):
         if not hasattr(self, "layers"):

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from fastapi_topaz import Decision
+from fastapi_topaz._decisions.bus import BusLink
 from fastapi_topaz._decisions.cache import Cached
 from fastapi_topaz._decisions.circuit import Circuit, Outcome, Permit
 from fastapi_topaz._decisions.fallback import Fallback
@@ -16,8 +17,10 @@ from fastapi_topaz._decisions.flights import Flight
 from fastapi_topaz._decisions.invalidation import Invalidations
 from fastapi_topaz._decisions.keys import Keys
 from fastapi_topaz._decisions.memo import Memo
+from fastapi_topaz._decisions.seal import Senders
 from fastapi_topaz._decisions.store import Store
 from kit.invariants import Broken
+from proof.test_model_bus import BusMachine
 from proof.test_model_circuit import CircuitMachine
 from proof.test_model_decisions import DecisionMachine
 
@@ -261,6 +264,48 @@ class ServesTheRevoked(Cached):
             self.freshness.valid_from = kept
 
 
+class NoticesNoGap(Senders):
+    """A message of another process that is missing is not noticed."""
+
+    def hear(self, message):
+        heard = super().hear(message)
+        return "next" if heard in {"gap", "joined"} else heard
+
+
+class KeepsOverAnOutage(BusLink):
+    """The cache is not cleared when the bus is back."""
+
+    def _confirm(self, beat):
+        self._clear = lambda: None
+        super()._confirm(beat)
+        del self._clear
+
+
+class TrustsTheSilent(BusLink):
+    """A bus from which no own message comes back is trusted."""
+
+    def is_reachable(self):
+        return self._confirmed_at > -math.inf
+
+
+class TrustsGarbage(BusLink):
+    """A message that cannot be read is ignored."""
+
+    def _reject(self, reason):
+        pass
+
+
+class DropsWhatFails(BusLink):
+    """An invalidation that could not be sent is not sent again."""
+
+    async def _send(self):
+        waiting = len(self._outbox)
+        sent = await super()._send()
+        if waiting and not sent:
+            self._outbox.popleft()
+        return sent
+
+
 LAYERS = [
     (ForgetsTheIdentity, "each_answers_its_own_question nobody_waits_in_vain"),
     (ForgetsTheMetadata, "each_answers_its_own_question nobody_waits_in_vain"),
@@ -289,11 +334,20 @@ LAYERS = [
     (CountsNothing, "each_fallback_is_counted"),
     (ServesTheRevoked, "invalidation_wins"),
 ]
+BUS = [
+    (NoticesNoGap, "invalidation_wins"),
+    (KeepsOverAnOutage, "invalidation_wins"),
+    (TrustsTheSilent, "a_bad_bus_is_unreachable no_answer_is_too_old"),
+    (TrustsGarbage, "a_bad_bus_is_unreachable no_answer_is_too_old"),
+    (DropsWhatFails, "each_invalidation_is_sent"),
+]
 PLACES = {
     Keys: ("fastapi_topaz._decisions.openings.Keys",),
     Flight: ("fastapi_topaz._decisions.sharing.Flight",),
     Store: ("fastapi_topaz._decisions.cache.Store",),
     Invalidations: ("fastapi_topaz._decisions.cache.Invalidations",),
+    BusLink: ("fastapi_topaz._decisions.cache.BusLink",),
+    Senders: ("fastapi_topaz._decisions.bus.Senders",),
 }
 MADE = {
     Cached: "make_cached",
@@ -402,8 +456,18 @@ def test_the_model_of_the_circuit_finds_the_bug(bug, invariant):
     assert broken(machine).intersection(invariant.split())
 
 
+@pytest.mark.parametrize("bug, invariant", BUS)
+def test_the_model_of_the_bus_finds_the_bug(bug, invariant, monkeypatch):
+    look_for(bug, invariant, BusMachine, monkeypatch)
+
+
 @pytest.mark.parametrize("bug, invariant", LAYERS)
 def test_the_model_of_the_layers_finds_the_bug(bug, invariant, monkeypatch):
+    look_for(bug, invariant, DecisionMachine, monkeypatch)
+
+
+def look_for(bug, invariant, base_machine, monkeypatch):
+    """Let *base_machine* find *bug*, and check which invariant it breaks."""
     attributes = {}
     for base, places in PLACES.items():
         if issubclass(bug, base):
@@ -412,5 +476,5 @@ def test_the_model_of_the_layers_finds_the_bug(bug, invariant, monkeypatch):
     for base, name in MADE.items():
         if issubclass(bug, base):
             attributes[name] = bug
-    machine = type("Machine", (DecisionMachine,), attributes)
+    machine = type("Machine", (base_machine,), attributes)
     assert broken(machine).intersection(invariant.split())

@@ -16,6 +16,7 @@ from kit.examples import ROOT
 
 PUBLIC = [
     "AuthorizerOptions",
+    "BusStatus",
     "CacheStatus",
     "CircuitBreaker",
     "CircuitOpen",
@@ -31,6 +32,7 @@ PUBLIC = [
     "GrpcConnector",
     "Identity",
     "IdentityType",
+    "InvalidationBus",
     "PoolClosed",
     "PoolError",
     "PoolMisuse",

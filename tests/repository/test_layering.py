@@ -126,7 +126,7 @@ def test_the_core_of_http2_has_no_input_and_output_and_no_clock(module):
     assert not {"time", "asyncio", "threading", "random", "anyio", "trio"} & names
 
 
-PURE = {"circuit", "invalidation", "keys", "store", "tags", "tokens"}
+PURE = {"circuit", "invalidation", "keys", "seal", "store", "tags", "tokens"}
 
 
 @pytest.mark.parametrize("name", sorted(PURE))
