@@ -3,4 +3,4 @@
 __all__ = ["VERSION"]
 
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"

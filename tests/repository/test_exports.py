@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import re
 import subprocess
 import sys
 
@@ -145,7 +146,10 @@ print("fastapi" in sys.modules)
         fastapi_topaz.no  # noqa: B018
 
 
-def test_the_changelog_has_the_version():
-    version = importlib.metadata.version("fastapi-topaz-pool")
+def test_the_version_is_the_newest_release_in_the_changelog():
     text = (ROOT / "CHANGELOG.md").read_text()
-    assert "## [Unreleased]" in text or f"## [{version}]" in text
+    releases = re.findall(
+        r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", text, re.MULTILINE
+    )
+    assert releases[0] == importlib.metadata.version("fastapi-topaz-pool")
+    assert releases == sorted(set(releases), reverse=True)
