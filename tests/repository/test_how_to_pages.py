@@ -8,11 +8,14 @@ import re
 
 import pytest
 import yaml
+from fastapi import APIRouter, Depends, FastAPI, WebSocket
 
 import fastapi_topaz
-from fastapi_topaz import ConnectionPool, TopazConfig
+from fastapi_topaz import ConnectionPool, TopazConfig, require_policy_auto
+from kit.configs import config_of
 from kit.examples import ROOT
 from kit.pages import DOCS, blocks, codes
+from kit.pools import make_pool
 
 
 # The names in `__all__` of fastapi-topaz 1.1.0 and 2.0.0, and of their `testing`.
@@ -166,3 +169,35 @@ def test_each_expression_of_the_page_prometheus_can_be_parsed():
     (text,) = codes(DOCS / "prometheus.md", "promql")
     for line in text.splitlines():
         promql_parser.parse(line)
+
+
+@pytest.mark.parametrize("kind", ["route", "router", "nested router", "websocket"])
+def test_the_test_of_the_page_production_finds_routes_without_a_guard(kind):
+    (code,) = [
+        each for each in codes(DOCS / "production.md", "python") if "routes_of" in each
+    ]
+    config = config_of(make_pool())
+    app, router = FastAPI(), APIRouter()
+    guard = [Depends(require_policy_auto(config))]
+    app.get("/guarded", dependencies=guard)(lambda: None)
+    names = {"app": app, "config": config}
+    exec(code, names)
+    names["test_each_route_has_a_guard"]()
+    if kind == "route":
+        app.get("/open")(lambda: None)
+    elif kind == "websocket":
+
+        async def talk(websocket):
+            await websocket.accept()
+
+        talk.__annotations__["websocket"] = WebSocket
+
+        router.websocket("/open")(talk)
+        app.include_router(router)
+    else:
+        router.get("/open")(lambda: None)
+        outer = APIRouter()
+        outer.include_router(router)
+        app.include_router(router if kind == "router" else outer)
+    with pytest.raises(AssertionError, match="/open"):
+        names["test_each_route_has_a_guard"]()
