@@ -596,4 +596,4 @@ if __name__ == "__main__":
     arguments.add_argument(
         "--scenario", nargs="+", choices=SCENARIOS, default=list(SCENARIOS)
     )
-    sys.exit(main(parsed(arguments)))
+    sys.exit(main(parsed(arguments, scenario=["rolling"])))

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.real_clock
 BACKENDS = ["asyncio", "trio"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_demo_shows_each_fault(backend, run_forked):
     ended = run_forked("demo", "--requests", "8", "--backend", backend)
@@ -36,6 +37,7 @@ def test_the_demo_shows_each_fault(backend, run_forked):
     assert ended.out.count("\n answered ") == 3
 
 
+@pytest.mark.slow
 def test_an_output_without_unicode_gets_a_plain_timeline():
     ended = run("demo", "--requests", "8", PYTHONIOENCODING="ascii")
 

@@ -274,6 +274,7 @@ async def test_an_estimate_of_a_slow_phase_locks_no_caller_out():
         assert {check.end for check in callers.checks[-50:]} == {"answered"}
 
 
+@pytest.mark.slow
 async def test_without_an_adaptive_limit_the_queue_is_still_kept_short():
     callers, since = await overloaded(FIXED, 1, 5, adaptive_limit=False)
     assert callers.measured >= 0.95

@@ -30,8 +30,8 @@ TINY = dataclasses.replace(fleet.SMALL, workers=10, warm_up=5.0)
 OVERLOADED = ("zone", "dark_zone")
 """The scenarios whose load is above the capacity that is left."""
 
-QUICK = ("rolling", "frozen", "zone")
-"""The scenarios of the default tests."""
+QUICK = "rolling"
+"""The scenario of the default tests."""
 
 
 def missed(name, report):
@@ -41,7 +41,7 @@ def missed(name, report):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        pytest.param(name, marks=() if name == QUICK else pytest.mark.slow)
         for name in fleet.SCENARIOS
     ],
 )
@@ -60,18 +60,22 @@ def test_half_of_the_replicas_are_enough_for_a_small_load(name):
     assert not report.failed
 
 
+@pytest.mark.slow
 def test_a_fleet_on_trio_meets_the_goals():
     report = fleet.simulated("rolling", backend="trio")
     assert not missed("rolling", report), report
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize(
+    "backend", ["asyncio", pytest.param("trio", marks=pytest.mark.slow)]
+)
 def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(backend):
     report = fleet.simulated("frozen", TINY, 7, backend)
     assert fleet.simulated("frozen", TINY, 7, backend) == report
     assert fleet.simulated("frozen", TINY, 8, backend) != report
 
 
+@pytest.mark.slow
 def test_another_process_reports_the_same(tmp_path):
     """The order of a set depends on addresses, and on the hashes of texts."""
     command = [sys.executable, str(BENCHMARKS / "fleet.py"), "--scenario", "deployment"]
