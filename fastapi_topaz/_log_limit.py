@@ -141,7 +141,7 @@ class LogLimit:
 
     def _take_counts(self, now: float) -> str:
         counts = []
-        for reason, known in self._reasons.items():
+        for reason, known in list(self._reasons.items()):
             if known.held:
                 counts.append(f"{reason} ({known.held})")
                 self._reported(known, now, known.level)
@@ -165,12 +165,13 @@ class LogLimit:
 
         If even that line is recent, remove nothing and return OTHER.
         """
-        quietest = min(self._reasons, key=lambda name: self._reasons[name].logged_at)
-        known = self._reasons[quietest]
+        # A copy, as elsewhere here: another thread may add a reason.
+        reasons = list(self._reasons.items())
+        quietest, known = min(reasons, key=lambda item: item[1].logged_at)
         if _is_recent(known, now):
             return OTHER
         self._tell_count(quietest, known, now)
-        del self._reasons[quietest]
+        self._reasons.pop(quietest, None)
         return reason
 
     def _reported(self, known: _Reason, now: float, level: int) -> None:

@@ -24,7 +24,7 @@ from fastapi_topaz import (
     TopazConfig,
     require_policy_allowed,
 )
-from fastapi_topaz._log_limit import INTERVAL, MOST_REASONS, OTHER, LogLimit
+from fastapi_topaz._log_limit import INTERVAL, MOST_REASONS, OTHER, LogLimit, _Reason
 from fastapi_topaz.testing import FakeConnection, FakeConnector, fail, hang, ok
 from kit.configs import Requests
 from kit.logs import lines
@@ -419,6 +419,30 @@ async def test_closing_a_pool_logs_the_suppressed_counts(caplog):
 
 class Fatal(BaseException):
     """An error of a kind that ends the host task."""
+
+
+class Watched(_Reason):
+    """A reason in whose reading another thread logs a new reason."""
+
+    limited = None
+
+    def __getattribute__(self, name):
+        limited = type(self).limited
+        if name in {"held", "logged_at"} and limited is not None:
+            reasons = limited.limit._reasons
+            reasons.setdefault(f"other {len(reasons)}", _Reason(logging.INFO))
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("number", [2, MOST_REASONS - 1])
+def test_a_thread_that_logs_at_the_same_time_breaks_nothing(number, monkeypatch):
+    limited = Limited()
+    for n in range(number):
+        limited.limit._reasons[f"reason {n}"] = Watched(logging.INFO)
+    limited.limit.held = 1
+    monkeypatch.setattr(Watched, "limited", limited)
+    limited.event("new", all_counts=True)
+    assert events_in(limited.lines) == 1
 
 
 async def test_a_host_task_that_fails_at_each_use_does_not_flood_the_log(caplog):

@@ -60,8 +60,14 @@ def _identity(number: int) -> tuple[int, int] | None:
 
 def _listens(number: int) -> bool:
     try:
-        sock = socket.socket(fileno=os.dup(number))
+        copy = os.dup(number)
     except OSError:
+        return False
+    try:
+        sock = socket.socket(fileno=copy)
+    except OSError:
+        # Another thread has closed it, and another file has its number.
+        os.close(copy)
         return False
     with sock, contextlib.suppress(OSError):
         return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

@@ -44,6 +44,13 @@ METHODS: Final = "GET, HEAD, OPTIONS"
 POLICY_VIOLATION = 1008
 """The close code of a WebSocket that is refused: RFC 6455, section 7.4.1."""
 
+_OF_THE_BODY: Final = frozenset(
+    {"content-encoding", "content-length", "content-type", "transfer-encoding"}
+)
+"""Headers that say what the body is. It is always a short text."""
+
+_LINE_END = re.compile(r"[\r\n\0]")
+
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
@@ -165,21 +172,8 @@ class _StatusApp:
             verdict: Any = self._guard(request)
             if inspect.isawaitable(verdict):
                 verdict = await verdict
-        except HTTPException as error:
-            return _as_raised(error)
-        except (TopazError, grpc.RpcError) as error:
-            if isinstance(error, PoolMisuse):
-                return self._failed(error)
-            self._limit.report(
-                logging.WARNING,
-                f"guard: {error_kind(error)}",
-                "the guard of the status page cannot decide: %s",
-                log_text(error),
-            )
-            detail = "The authorizer is not available."
-            return _text(503, detail, {"Retry-After": "1"})
         except Exception as error:  # noqa: BLE001  (code of the application)
-            return self._failed(error)
+            return self._after(error)
         if verdict is True:
             if self._limit.held:
                 self._limit.flush()
@@ -194,6 +188,25 @@ class _StatusApp:
                 kind,
             )
         return _text(403, "Not allowed.")
+
+    def _after(self, error: Exception) -> Response:
+        """Return the response for a request whose guard raised *error*."""
+        if isinstance(error, HTTPException):
+            try:
+                return _as_raised(error)
+            except Exception as broken:  # noqa: BLE001  (headers of the application)
+                return self._failed(broken)
+        is_outage = isinstance(error, TopazError | grpc.RpcError)
+        if not is_outage or isinstance(error, PoolMisuse):
+            return self._failed(error)
+        self._limit.report(
+            logging.WARNING,
+            f"guard: {error_kind(error)}",
+            "the guard of the status page cannot decide: %s",
+            log_text(error),
+        )
+        detail = "The authorizer is not available."
+        return _text(503, detail, {"Retry-After": "1"})
 
     def _failed(self, error: Exception) -> Response:
         self._limit.report(
@@ -226,17 +239,25 @@ class _EventStream(Response):
 
 
 def _as_raised(error: HTTPException) -> Response:
-    status = error.status_code
+    """
+    Return the response that *error* asks for.
+
+    Raises:
+        Exception: It has headers that cannot be sent.
+    """
+    status: Any = error.status_code
     # A status below 300 would look like success, and 304 as if an old page were valid.
-    if type(status) is not int or not 300 <= status <= 599 or status == 304:
+    if not isinstance(status, int) or not 300 <= status <= 599 or status == 304:
         status = 403
-    given = dict(error.headers or {})
     headers = {
         name: value
-        for name, value in given.items()
-        if name.lower() not in {"content-length", "content-type"}
+        for name, value in dict(error.headers or {}).items()
+        if name.lower() not in _OF_THE_BODY
     }
-    return _text(status, str(error.detail), headers)
+    # Not each server checks this, and the text may come from the request.
+    if _LINE_END.search("".join([*headers, *headers.values()])):
+        raise ValueError("a header has the end of a line in it")
+    return _text(int(status), str(error.detail), headers)
 
 
 def _text(

@@ -71,7 +71,8 @@ class Streams:
         """Send *start* and then events, until the stream ends."""
         self._running += 1
         try:
-            await send(start)
+            with anyio.fail_after(SLOWEST):
+                await send(start)
             # An OSError is what some servers raise if the client is gone.
             await self._run(receive, send)
         except* OSError:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import random
+import threading
 import time
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -30,6 +31,7 @@ from fastapi_topaz.exceptions import CircuitOpen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from fastapi_topaz._authorizer.pool import ConnectionPool
     from fastapi_topaz._decisions.question import Ask, Decision, Question
@@ -211,15 +213,25 @@ class CircuitBreaker(NotCopied):
         )
 
     def reset(self) -> None:
-        """Close the breaker, and forget all failures."""
-        for circuit in list(self._circuits.values()):
-            circuit.reset(self._clock())
+        """Close the breaker, and forget all failures. Thread-safe."""
+        with self._alone():
+            for circuit in list(self._circuits.values()):
+                circuit.reset(self._clock())
 
     def _begin(self) -> None:
         """Begin in this process: permits of the parent never come back."""
         self._pid = process.pid
+        # Reentrant, because `on_state_change` may call a method of the breaker. A new
+        # one, because another thread may have held the lock of the parent.
+        self._lock = threading.RLock()
         self._circuits: OrderedDict[str, Circuit] = OrderedDict()
         self._changed_so_far: Counter[tuple[str, str]] = Counter()
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """Return the lock of this process. Two event loops may share a breaker."""
+        if self._pid != process.pid:
+            self._begin()
+        return self._lock
 
     def _changes(self) -> Mapping[tuple[str, str], int]:
         """Return how often the state changed in this process, as (old, new)."""
@@ -287,10 +299,12 @@ class Breaking:
 
     async def __call__(self, question: Question, /) -> Decision:
         breaker = self._breaker
-        circuit = breaker._circuit(question.policy_path)  # noqa: SLF001
-        permit = circuit.enter(
-            *(breaker._clock(), self._connects(), question.budget.seconds)  # noqa: SLF001
-        )
+        connects = self._connects()
+        with breaker._alone():  # noqa: SLF001
+            circuit = breaker._circuit(question.policy_path)  # noqa: SLF001
+            permit = circuit.enter(
+                *(breaker._clock(), connects, question.budget.seconds)  # noqa: SLF001
+            )
         if permit is None:
             raise self._refusal(circuit)
         outcome = Outcome.NOTHING
@@ -307,7 +321,9 @@ class Breaking:
         return decision
 
     def _leave(self, circuit: Circuit, permit: Permit, outcome: Outcome) -> None:
-        circuit.leave(permit, outcome, self._breaker._clock(), self._connects())  # noqa: SLF001
+        breaker, connects = self._breaker, self._connects()
+        with breaker._alone():  # noqa: SLF001
+            circuit.leave(permit, outcome, breaker._clock(), connects)  # noqa: SLF001
 
     def _connects(self) -> int:
         return self._pool()._counters.connects  # noqa: SLF001

@@ -9,6 +9,7 @@ lost. Otherwise the cache is cleared, and while it does not happen, answers end 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -16,6 +17,7 @@ import os
 import random
 from collections import OrderedDict, deque
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anyio
@@ -93,7 +95,7 @@ class InvalidationBus(Protocol):
         Subscribe, and call *deliver* with the tags of each message, until cancelled.
 
         The pool runs this in a task, from its opening to its closing. *deliver* never
-        raises. It must be called in that task's thread.
+        raises, and may be called in any thread.
 
         Raises:
             Exception: The bus cannot be reached. This is called again after a pause.
@@ -202,8 +204,8 @@ class BusLink:
             ),
             0,
         )
-        # By process, so that an entry copied by a fork does not count in the child.
-        self._runners: dict[int, object] = {}
+        # The pools of this cache, by the loops they are open in. The first one runs.
+        self._turns: list[OwnerLoop] = []
         self._pid = process.pid
         self._outbox: deque[frozenset[bytes]] = deque()
         # Whether one that was in the outbox is being sent.
@@ -327,7 +329,11 @@ class BusLink:
             self._reset()
 
     def _deliver(self, subscription: object, parts: object) -> None:
-        if subscription is not self._subscription:
+        owner = self._owner
+        if subscription is not self._subscription or owner is None:
+            return
+        if get_ident() != owner.thread:
+            owner.call_soon(partial(self._deliver, subscription, parts))
             return
         try:
             message = self._seal.open(parts)
@@ -367,14 +373,13 @@ class BusLink:
     @protected
     async def run(self) -> None:
         """Receive and send until cancelled. Then send what waits, for a moment."""
-        runner = object()
-        # A cache of two configurations has two pools, and one of them runs this.
-        while self._runners.setdefault(process.pid, runner) is not runner:  # noqa: ASYNC110  (the other one may run in another thread)
-            await anyio.sleep(self._interval)
+        owner = OwnerLoop()
+        self._turns.append(owner)
         try:
+            await self._turn(owner)
             self._forget_parent()
             self._reset()
-            self._owner = OwnerLoop()
+            self._owner = owner
             # Shielded: while the rest is sent, a bus may need its connection.
             listening = anyio.CancelScope(shield=True)
             async with anyio.create_task_group() as tasks:
@@ -390,15 +395,32 @@ class BusLink:
                         # Also if asyncio cancels the task a second time.
                         listening.cancel()
         finally:
-            self._runners.pop(process.pid, None)
-            self._reset()
-            if self._outbox:
-                logger.warning(
-                    "the invalidation bus: %d invalidations were not sent to other "
-                    "processes before the pool closed; they wait for its next opening",
-                    len(self._outbox),
-                )
-            self._limit.flush(everything=True)
+            if self._owner is owner:
+                self._reset()
+                if self._outbox:
+                    logger.warning(
+                        "the invalidation bus: %d invalidations were not sent to other "
+                        "processes before the pool closed; they wait for its next "
+                        "opening",
+                        len(self._outbox),
+                    )
+                self._limit.flush(everything=True)
+            # Last: from here on, another thread may run this.
+            self._leave(owner)
+
+    async def _turn(self, owner: OwnerLoop) -> None:
+        """Wait until no other pool of this cache runs this, also in other threads."""
+        while (first := self._turns[0]) is not owner:
+            if first.is_forked() or first.is_closed():
+                # It ended without its tasks: they belong to the parent process, or
+                # asyncio has closed their loop.
+                self._leave(first)
+            else:
+                await anyio.sleep(self._interval)
+
+    def _leave(self, owner: OwnerLoop) -> None:
+        with contextlib.suppress(ValueError):
+            self._turns.remove(owner)
 
     @protected
     async def _listen(self, listening: anyio.CancelScope) -> None:
@@ -452,7 +474,10 @@ class BusLink:
 
     async def _send(self) -> bool:
         """Send the invalidation that waits for longest, or a message without one."""
-        tags = self._outbox.popleft() if self._outbox else frozenset[bytes]()
+        tags = frozenset[bytes]()
+        # Another thread may just replace all that waits.
+        with contextlib.suppress(IndexError):
+            tags = self._outbox.popleft()
         # Used up even if it fails: it may have been sent all the same.
         self._beat, self._number = self._beat + 1, self._number + bool(tags)
         message = Message(self._sender, self._beat, self._number, tags)
@@ -503,16 +528,26 @@ async def _call(
 ) -> None:
     try:
         await function(argument)
-    except Exception as error:  # noqa: BLE001  (a bus may raise anything)
+    except BaseException as error:  # noqa: BLE001  (a bus may raise anything)
+        if (ending := _ending(error)) is not None:
+            raise ending from None
         ends.append(error_kind(_first(error)))
-    except BaseExceptionGroup as group:
-        # Its client may fail as it is cancelled. That must not end the pool.
-        cancelled, others = group.split(anyio.get_cancelled_exc_class())
-        if cancelled is None or (others and not isinstance(others, Exception)):
-            raise
-        raise _first(cancelled) from None
     else:
         ends.append(None)
+
+
+def _ending(error: BaseException) -> BaseException | None:
+    """
+    Return what of *error* must leave the task of the bus: the end of the task.
+
+    All else must not end the pool: the panic of a client in Rust, which is no
+    `Exception`, and an error that a client has as it is cancelled.
+    """
+    group = BaseExceptionGroup("", [error])
+    if group.subgroup((KeyboardInterrupt, SystemExit, GeneratorExit)) is not None:
+        return error
+    cancelled = group.subgroup(anyio.get_cancelled_exc_class())
+    return None if cancelled is None else _first(cancelled)
 
 
 def _first(error: BaseException) -> BaseException:

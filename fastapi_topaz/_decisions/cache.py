@@ -44,9 +44,10 @@ class CacheStatus:
     """
     A snapshot of a cache, as `DecisionCache.status()` returns it.
 
-    A FastAPI route may return it. Each check that passes through the cache counts as
-    one of *hits*, *misses* and *shared*. A check of an excluded policy counts nowhere,
-    and neither does one that its own request has answered before.
+    A FastAPI route may return it. A check that passes through the cache counts as one
+    of *hits*, *misses* and *shared*. These checks count nowhere: one of an excluded
+    policy, one that its own request has answered before, and one that waits for an
+    equal check and gets no answer.
 
     Attributes:
         size: The answers kept, also those too old to be used.

@@ -87,6 +87,8 @@ class Store:
     """
     Keeps at most *max_size* entries, and forgets the one that was not used longest.
 
+    Thread-safe: two configurations on two event loops may share a cache.
+
     Args:
         limits: How old answers may be.
         max_size: The most entries.
@@ -106,14 +108,18 @@ class Store:
 
     def put(self, key: bytes, entry: Entry) -> None:
         """Keep *entry*, unless a later question has been answered already."""
-        known = self._entries.get(key)
+        entries = self._entries
+        known = entries.get(key)
         if known is not None and known.number > entry.number:
             return
-        self._entries[key] = entry
-        self._entries.move_to_end(key)
-        if len(self._entries) > self.max_size:
-            self._entries.popitem(last=False)
-            self.evictions += 1
+        entries[key] = entry
+        try:
+            entries.move_to_end(key)
+            if len(entries) > self.max_size:
+                entries.popitem(last=False)
+                self.evictions += 1
+        except KeyError:
+            pass  # another thread has removed it
 
     def fresh(
         self, key: bytes, valid_from: int, now: float, wall: float
@@ -127,7 +133,8 @@ class Store:
             now: The time, by the clock of *asked_at*.
             wall: The time in seconds since the epoch.
         """
-        entry = self._entries.get(key)
+        entries = self._entries
+        entry = entries.get(key)
         if entry is None:
             return None
         limits = self.limits
@@ -142,7 +149,11 @@ class Store:
             or wall >= entry.expires_at
         ):
             return None
-        self._entries.move_to_end(key)
+        # Not in suppress(), which would take longer than all of this.
+        try:
+            entries.move_to_end(key)
+        except KeyError:  # another thread has removed it
+            return entry
         return entry
 
     def stale(
@@ -158,7 +169,7 @@ class Store:
 
     def drop(self) -> None:
         """Forget all entries."""
-        # A new object: a thread may use the old one.
+        # A new object, because another thread may use the old one.
         self._entries = OrderedDict()
 
 

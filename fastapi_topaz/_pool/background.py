@@ -25,7 +25,7 @@ from fastapi_topaz._redaction import clear_frames
 
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from anyio.abc import TaskGroup
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._pool.state.slot import Slot
 
 
-__all__ = ["close_now", "run_pool", "start_companion"]
+__all__ = ["close_now", "run_pool"]
 
 
 logger = logging.getLogger("fastapi_topaz.pool")
@@ -54,17 +54,17 @@ PROBES_AT_ONCE = 4
 
 
 async def run_pool(
-    open_pool: OpenPool, companions: Iterable[Callable[[], Awaitable[None]]] = ()
+    open_pool: OpenPool, companions: Sequence[Callable[[], Awaitable[None]]] = ()
 ) -> None:
     """
     Run the host task of *open_pool* until it is closed, and close everything.
 
-    The *companions* run in it, too.
+    The *companions* run in it, too. If one is added later, set `open_pool.work`.
     """
     try:
         async with anyio.create_task_group() as tasks:
             open_pool.tasks = tasks
-            tasks.start_soon(_opener, open_pool, tasks)
+            tasks.start_soon(_opener, open_pool, tasks, companions)
             tasks.start_soon(_timekeeper, open_pool)
             tasks.start_soon(_reaper, open_pool)
             tasks.start_soon(_rotator, open_pool)
@@ -77,8 +77,6 @@ async def run_pool(
                 tasks.start_soon(watch_servers, open_pool)
             if open_pool.leaks is not None:
                 tasks.start_soon(_leak_watcher, open_pool, open_pool.leaks)
-            for companion in companions:
-                start_companion(open_pool, companion)
             await open_pool.until_closed()
             open_pool.state.abandon()
             for slot in _outbox(open_pool.state.to_close):
@@ -101,15 +99,6 @@ async def run_pool(
         open_pool.begin_close(0)
     finally:
         await _leave_nothing(open_pool)
-
-
-def start_companion(
-    open_pool: OpenPool, companion: Callable[[], Awaitable[None]]
-) -> None:
-    """Run *companion* in the host task. If that has not begun, it does this itself."""
-    tasks = getattr(open_pool, "tasks", None)
-    if tasks is not None and not open_pool.state.shut:
-        tasks.start_soon(_accompany, open_pool, companion)
 
 
 @protected
@@ -203,12 +192,19 @@ async def _pause(open_pool: OpenPool, interval: float) -> None:
 
 
 @protected
-async def _opener(open_pool: OpenPool, tasks: TaskGroup) -> None:
-    """Start the attempts to connect and the closings that the state asks for."""
-    state = open_pool.state
+async def _opener(
+    open_pool: OpenPool,
+    tasks: TaskGroup,
+    companions: Sequence[Callable[[], Awaitable[None]]],
+) -> None:
+    """Start the *companions*, and what the state asks for: attempts and closings."""
+    state, accompanied = open_pool.state, 0
     while True:
         # Replaced before the state is read: a later change sets the new event.
         open_pool.work = anyio.Event()
+        for companion in companions[accompanied:]:
+            accompanied += 1
+            tasks.start_soon(_accompany, open_pool, companion)
         for slot in _outbox(state.to_close):
             tasks.start_soon(connections.close, open_pool, slot)
         now = open_pool.now()

@@ -15,7 +15,7 @@ from fastapi_topaz._fork import current as process
 from fastapi_topaz._fork import keep
 from fastapi_topaz._log_limit import LogLimit
 from fastapi_topaz._pool.acquire import Acquire
-from fastapi_topaz._pool.background import close_now, run_pool, start_companion
+from fastapi_topaz._pool.background import close_now, run_pool
 from fastapi_topaz._pool.budget import Budget
 from fastapi_topaz._pool.connections import CLOSE_LIMIT
 from fastapi_topaz._pool.events import Events
@@ -423,14 +423,14 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         Run *companion* from each opening of the pool to its closing, and now if open.
 
         If it is known already, this does nothing. It is cancelled at the end of
-        `close()`. Only in the thread of the open pool.
+        `close()`. Thread-safe: a configuration may be made in any thread.
         """
         if companion in self._companions:
             return
         self._companions.append(companion)
         open_pool = self._open_pool
-        if open_pool is not None and open_pool.owner.is_current_loop():
-            start_companion(open_pool, companion)
+        if open_pool is not None:
+            open_pool.owner.call_soon(open_pool.work.set)
 
     def _alive(self) -> OpenPool | None:
         """

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -19,6 +20,7 @@ from kit.bus import KEY, running
 from kit.configs import REQUEST
 from kit.configs import config_of as config_with
 from kit.logs import lines
+from kit.threads import in_a_thread
 from kit.waiting import eventually
 
 
@@ -99,15 +101,17 @@ async def test_a_pool_that_replaces_another_runs_the_bus(authorizer, hub):
         assert pool._companions == [config.decision_cache._companion]
 
 
+@pytest.mark.parametrize("run", [lambda make: make(), in_a_thread])
 async def test_a_configuration_made_while_its_pool_is_open_runs_the_bus(
-    authorizer, hub
+    authorizer, hub, run
 ):
     pool = ConnectionPool(min_connections=0)
     pool.configure(authorizer.options)
     async with pool:
+        await anyio.sleep(0.01)  # the task of the pool has begun
+        make = partial(config_with, pool, authorizer.options)
         configs = [
-            config_with(pool, authorizer.options, decision_cache=cache)
-            for cache in [cache_on(hub)] * 2
+            run(partial(make, decision_cache=cache)) for cache in [cache_on(hub)] * 2
         ]
         await reaches(*configs)
         assert hub.subscriptions == 1

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import warnings
+from http import HTTPStatus
 from importlib.resources import files
 
 import httpx
@@ -134,6 +135,12 @@ ERRORS = [
     (HTTPException(401, "Who?", {"WWW-Authenticate": "Basic"}), 401),
     (HTTPException(307, headers={"Location": "/login"}), 307),
     (HTTPException(404), 404),
+    (HTTPException(HTTPStatus.UNAUTHORIZED), 401),
+    (HTTPException(HTTPStatus.OK), 403),
+    (HTTPException(True), 403),
+    (HTTPException("401"), 403),
+    (HTTPException(401.5), 403),
+    (HTTPException(700), 403),
     (HTTPException(200, "an error is no permission"), 403),
     (HTTPException(204), 403),
     (HTTPException(304), 403),
@@ -165,6 +172,8 @@ async def test_the_headers_of_an_http_exception_reach_the_client():
                 headers={
                     "WWW-Authenticate": "Basic",
                     "Content-Length": "1000",
+                    "Content-Encoding": "gzip",
+                    "Transfer-Encoding": "chunked",
                     "Cache-Control": "public",
                 },
             )
@@ -174,6 +183,32 @@ async def test_the_headers_of_an_http_exception_reach_the_client():
     assert refused.headers["WWW-Authenticate"] == "Basic"
     assert refused.headers["Cache-Control"] == "no-store"
     assert refused.headers["Content-Length"] == str(len(refused.content))
+    assert "Content-Encoding" not in refused.headers
+    assert "Transfer-Encoding" not in refused.headers
+
+
+BAD_HEADERS = [
+    {"Location": "/login\r\nSet-Cookie: session=1"},
+    {"X-A\nB": "1"},
+    {"Location": "/a\0b"},
+    {"Location": "/\u4e2d"},
+    {"Retry-After": 5},
+    {b"Location": b"/login"},
+    ["Location"],
+    7,
+]
+
+
+@pytest.mark.parametrize("headers", BAD_HEADERS, ids=range(len(BAD_HEADERS)))
+async def test_headers_that_cannot_be_sent_are_a_failure(headers, caplog):
+    error = HTTPException(401)
+    error.headers = headers
+    refused = await answer(page(raising(error)), "/")
+    assert (refused.status_code, refused.text) == (500, "Internal Server Error")
+    assert refused.headers["Cache-Control"] == "no-store"
+    assert not {"Set-Cookie", "Location"} & {*refused.headers}
+    (line,) = lines(caplog, logging.ERROR)
+    assert line == "the guard of the status page failed; the request is refused"
 
 
 async def test_an_error_of_a_guard_is_in_the_log_once_for_many_requests(caplog):

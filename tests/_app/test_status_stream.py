@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from fastapi_topaz import status_app
-from fastapi_topaz._app import status_stream
+from fastapi_topaz._app import listeners, status_stream
 from fastapi_topaz._app.listeners import Listeners
 from fastapi_topaz._app.status_stream import EVERY, LONGEST, MOST_STREAMS, SLOWEST
 from fastapi_topaz._cli.demo import serving
@@ -27,7 +27,7 @@ from kit.waiting import until
 class Client:
     """The other side of one request for events, as an ASGI server sees it."""
 
-    def __init__(self, app=None, stuck=False, error=None):
+    def __init__(self, app=None, stuck=None, error=None):
         self.app = app or status_app(config_of(make_pool()), guard=lambda _: True)
         self.sent = []
         self.times = []
@@ -48,7 +48,7 @@ class Client:
             raise self.error
         self.sent.append(message)
         self.times.append(anyio.current_time())
-        if self.stuck and len(self.sent) > 2:
+        if self.stuck is not None and len(self.sent) > self.stuck:
             await anyio.sleep_forever()
 
     async def run(self):
@@ -115,11 +115,14 @@ async def test_a_cancelled_stream_gives_its_place_back():
     assert client.running == 0
 
 
-async def test_a_client_that_does_not_read_loses_its_stream():
-    client = Client(stuck=True)
+@pytest.mark.parametrize("stuck", [0, 1, 2, 3])
+async def test_a_client_that_does_not_read_loses_its_stream(stuck):
+    client = Client(stuck=stuck)
     began = anyio.current_time()
-    await client.run()
-    assert anyio.current_time() - began == pytest.approx(SLOWEST)
+    with anyio.move_on_after(60):
+        await client.run()
+    pauses = EVERY * max(0, stuck - 2)
+    assert anyio.current_time() - began == pytest.approx(SLOWEST + pauses)
     assert client.running == 0
 
 
@@ -187,21 +190,21 @@ async def test_the_stream_ends_soon_after_a_listening_socket_is_closed():
 def test_a_closed_socket_is_noticed_even_if_its_number_is_used_again():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         number = listener.fileno()
-        listeners = Listeners()
-        assert not listeners.is_one_closed()
-    assert listeners.is_one_closed()
+        known = Listeners()
+        assert not known.is_one_closed()
+    assert known.is_one_closed()
     with socket.socket() as other:
         assert other.fileno() == number
-        assert listeners.is_one_closed()
+        assert known.is_one_closed()
 
 
 def test_a_unix_socket_counts(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
-        listeners = Listeners()
-        assert not listeners.is_one_closed()
-    assert listeners.is_one_closed()
+        known = Listeners()
+        assert not known.is_one_closed()
+    assert known.is_one_closed()
 
 
 def test_other_files_do_not_count():
@@ -210,12 +213,12 @@ def test_other_files_do_not_count():
         idle = socket.socket()
         client = socket.create_connection(server.getsockname())
         accepted, _ = server.accept()
-        listeners = Listeners()
+        known = Listeners()
         for number in (read, write):
             os.close(number)
         for sock in (idle, client, accepted):
             sock.close()
-        assert not listeners.is_one_closed()
+        assert not known.is_one_closed()
 
 
 def test_a_system_without_a_list_of_open_files_is_no_error(monkeypatch):
@@ -224,8 +227,30 @@ def test_a_system_without_a_list_of_open_files_is_no_error(monkeypatch):
 
     monkeypatch.setattr(Path, "iterdir", refuse)
     with socket.create_server(("127.0.0.1", 0)):
-        listeners = Listeners()
-    assert not listeners.is_one_closed()
+        known = Listeners()
+    assert not known.is_one_closed()
+
+
+def test_a_socket_that_is_closed_during_the_search_leaves_no_copy(monkeypatch):
+    copies = []
+    dup = os.dup
+    monkeypatch.setattr(
+        os, "dup", lambda number: copies.append(dup(number)) or copies[-1]
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with monkeypatch.context() as patch:
+            # Its number belongs to another kind of file now.
+            patch.setattr(listeners.socket, "socket", refuse)
+            assert not listeners._listens(listener.fileno())
+        assert listeners._listens(listener.fileno())
+    assert len(copies) == 2
+    for copy in copies:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(copy)
+
+
+def refuse(**_options):
+    raise OSError("this is no socket")
 
 
 async def pass_on(request, call_next):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+
 import anyio
 import grpc
 import pytest
@@ -344,3 +347,44 @@ async def test_the_refusal_says_what_happened_and_when_to_try_again():
 def test_a_wrong_argument_is_named(options, error, text):
     with pytest.raises(error, match=text):
         CircuitBreaker(**options)
+
+
+# -- threads --------------------------------------------------------------------------
+
+
+class Raced(deque):
+    """Buckets of a circuit that another thread resets while they are read."""
+
+    reset = None
+
+    def __iter__(self):
+        for bucket in super().__iter__():
+            self.thread = threading.Thread(target=self.reset)
+            self.thread.start()
+            # It waits for this thread, or it is done very soon.
+            self.thread.join(0.2)
+            yield bucket
+
+
+async def test_a_reset_in_another_thread_fails_no_check():
+    """A route that is no coroutine function runs in another thread, for example."""
+    layer, breaker, server, _ = layer_of()
+    server.error = lambda: status("UNAVAILABLE")
+    now = anyio.current_time()
+    breaker._clock = lambda: now
+    buckets = breaker._circuit("")._buckets = Raced()
+    buckets.reset = breaker.reset
+    with pytest.raises(grpc.aio.AioRpcError):
+        await layer(ALICE.question())
+    buckets.thread.join(30)
+    assert not buckets.thread.is_alive()
+    assert breaker.status().failure_count == 0
+    assert not buckets
+
+
+def test_a_change_of_state_may_reset_the_breaker():
+    """Its callback runs within the lock."""
+    breaker = CircuitBreaker(on_state_change=lambda *_: breaker.reset())
+    with breaker._alone():
+        breaker._circuit("")._open("as the test says", 0.0, 0)
+    assert breaker.status().state == "closed"

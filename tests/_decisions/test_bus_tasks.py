@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import deque
+from functools import partial
 
 import anyio
 import pytest
 
 from fastapi_topaz._decisions import bus as bus_module
+from fastapi_topaz._pool.owner_loop import OwnerLoop
 from kit.backends import asyncio_only
-from kit.bus import ALICE, PATIENCE, FakeBus, Peer, Process, ages_out, reached, running
+from kit.bus import (
+    ALICE,
+    BOB,
+    PATIENCE,
+    FakeBus,
+    Peer,
+    Process,
+    ages_out,
+    reached,
+    running,
+)
+from kit.threads import in_a_thread
 
 
 # -- what cannot be sent --------------------------------------------------------------
@@ -75,6 +89,21 @@ async def test_many_that_wait_become_one_for_everything(hub, here, monkeypatch):
             assert await there.origins(ALICE) == ["authorizer"]
 
 
+class Emptied(deque):
+    """What waits, if another thread empties it in the moment in which it is read."""
+
+    def popleft(self):
+        self.clear()
+        return super().popleft()
+
+
+async def test_what_another_thread_replaces_does_not_end_the_task(here):
+    here.cache._link._outbox = Emptied([frozenset()])
+    async with running(here.cache):
+        await anyio.sleep(2 * PATIENCE)
+        assert (here.bus.waiting, here.bus.state) == (0, "reachable")
+
+
 # -- tasks ----------------------------------------------------------------------------
 
 
@@ -124,6 +153,42 @@ async def test_two_pools_of_one_cache_take_turns(hub, here):
         tasks.cancel_scope.cancel()
 
 
+async def test_a_pool_that_closes_before_its_turn_disturbs_nothing(hub, here):
+    async with running(here.cache):
+        async with running(here.cache):
+            await anyio.sleep(10)
+        assert here.bus.state == "reachable"
+        await anyio.sleep(10)
+        assert (hub.subscriptions, here.bus.state) == (1, "reachable")
+
+
+def owner_of_a_closed_loop():
+    async def own():
+        return OwnerLoop()
+
+    # On a loop of its own, also if the test runs on trio.
+    return in_a_thread(partial(asyncio.run, own()))
+
+
+async def test_a_pool_whose_loop_was_closed_does_not_keep_its_turn(here):
+    """asyncio can close a loop before its tasks have ended."""
+    turns = here.cache._link._turns
+    turns += [owner_of_a_closed_loop(), owner_of_a_closed_loop()]
+    async with running(here.cache, settled=False):
+        await anyio.sleep(PATIENCE)
+        assert here.bus.state == "reachable"
+    assert not turns
+
+
+async def test_a_pool_of_the_parent_process_has_no_turn_here(here):
+    owner = OwnerLoop()
+    owner.pid += 1
+    here.cache._link._turns.append(owner)
+    async with running(here.cache, settled=False):
+        await anyio.sleep(PATIENCE)
+        assert here.bus.state == "reachable"
+
+
 class Odd(FakeBus):
     """A bus with one odd ending of its methods."""
 
@@ -159,12 +224,28 @@ async def fails_in_a_group():
         tasks.start_soon(fails)
 
 
+class Panic(BaseException):
+    """An error as clients in Rust have it: it is no `Exception`."""
+
+
+async def panics():
+    raise Panic
+
+
+async def panics_in_a_group():
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(panics)
+
+
 async def cancels_itself():
     raise asyncio.CancelledError
 
 
+ENDINGS = [returns, fails, fails_in_a_group, panics, panics_in_a_group]
+
+
 @pytest.mark.parametrize("method", ["publish", "receive"])
-@pytest.mark.parametrize("ending", [returns, fails, fails_in_a_group])
+@pytest.mark.parametrize("ending", ENDINGS)
 async def test_an_odd_ending_of_a_method_is_survived(method, ending):
     here = Process(Odd(method, ending))
     async with running(here.cache):
@@ -182,25 +263,30 @@ async def test_a_method_that_cancels_itself_cancels_nothing_else(method):
 class FailsAtTheEnd(FakeBus):
     """A bus whose client fails in a task of its own when it is cancelled."""
 
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
     async def receive(self, deliver, /):
         async def fail():
             try:
                 await anyio.sleep_forever()
             finally:
-                raise RuntimeError("as the test says")
+                raise self.error
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(fail)
             await super().receive(deliver)
 
 
-async def test_a_client_that_fails_when_it_is_cancelled_ends_nothing_else():
-    here = Process(FailsAtTheEnd())
+@pytest.mark.parametrize("error", [RuntimeError("as the test says"), Panic()])
+async def test_a_client_that_fails_when_it_is_cancelled_ends_nothing_else(error):
+    here = Process(FailsAtTheEnd(error))
     # Nothing but the cancellation leaves this.
     for _ in range(2):
         async with running(here.cache):
             assert here.bus.state == "reachable"
-    assert not here.cache._link._runners
+    assert not here.cache._link._turns
 
 
 async def test_a_method_that_is_no_coroutine_function_is_survived(hub, here):
@@ -218,6 +304,32 @@ async def test_a_late_delivery_of_an_ended_subscription_changes_nothing(hub, her
     deliver(Peer().beats())
     deliver(None)
     assert (here.bus.received, here.bus.rejected) == (received, 0)
+
+
+async def test_messages_may_come_from_any_thread(hub, here):
+    there = Peer()
+    deliver = hub.pass_on
+    # That of anyio works only in tasks.
+    clock = OwnerLoop().clock.peek
+    here.layer.freshness.clock = here.cache._link._limit.clock = clock
+    hub.held = []
+    async with running(here.cache, settled=False):
+        await anyio.sleep(0.5)
+        # The task that sends waits now. Only its own thread can wake it.
+        for message in hub.held:
+            assert in_a_thread(partial(deliver, message)) is None
+        hub.held = None
+        await reached(here.cache)
+    hub.pass_on = lambda message: in_a_thread(partial(deliver, message))
+    async with running(here.cache):
+        await here.origins(ALICE, BOB)
+        for message in there.says(policy_path="app.a"):
+            assert hub.pass_on(message) is None
+        await anyio.sleep(0.01)
+        assert await here.origins(ALICE, BOB) == ["authorizer", "cache"]
+        hub.pass_on(None)
+        await anyio.sleep(0.01)
+        assert (here.bus.rejected, here.bus.state) == (1, "unreachable")
 
 
 async def test_the_status_is_complete(here):

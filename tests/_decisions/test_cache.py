@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import tracemalloc
+from collections import OrderedDict
 
 import anyio
 import psutil
@@ -520,3 +521,42 @@ async def test_without_an_opening_the_pool_is_asked():
     layer._openings.opening = None
     assert await origins(layer, ALICE, ALICE) == ["authorizer"] * 2
     assert cache.status().misses == 0
+
+
+# -- threads --------------------------------------------------------------------------
+
+
+class Raced(OrderedDict):
+    """Entries that another thread removes in each moment in which one is moved."""
+
+    def move_to_end(self, key, last=True):
+        self.clear()
+        super().move_to_end(key, last)
+
+
+async def test_an_entry_that_another_thread_removes_fails_no_check():
+    """Two configurations on two loops may share a cache, and one clears it."""
+    layer, cache = layer_of(Scripted())
+    await origins(layer, Subject(user="other"))
+    cache._store._entries = Raced()
+    assert await origins(layer, ALICE) == ["authorizer"]
+    assert cache.status().size == 0
+    cache._store._entries = kept = OrderedDict()
+    assert await origins(layer, ALICE) == ["authorizer"]
+    cache._store._entries = Raced(kept)
+    assert await origins(layer, ALICE, ALICE) == ["cache", "authorizer"]
+
+
+def test_entries_that_all_threads_evict_at_once_are_no_error():
+    class Empty(OrderedDict):
+        def __len__(self):
+            return 2  # before the other thread evicted its entry
+
+        def popitem(self, last=True):
+            self.clear()
+            return super().popitem(last)
+
+    store = Store(Limits(30, 5, 0, 0), 1)
+    store._entries = Empty()
+    store.put(b"a", Entry(True, 0.0, 1))
+    assert store.evictions == 0

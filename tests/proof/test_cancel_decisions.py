@@ -183,7 +183,7 @@ async def connected(strike):
 
     await strike.hit(live)
     assert not link._bus._receivers
-    assert not link._runners
+    assert not link._turns
     assert not link._is_sending
     # An invalidation was sent, or it waits.
     sent = {message[3] for message in link._bus.journal if len(message) > 3}
@@ -208,7 +208,7 @@ async def disconnected(strike):
 
     await strike.hit(live)
     assert not bus._receivers
-    assert not process.cache._link._runners
+    assert not process.cache._link._turns
     assert process.bus.waiting == 1
     bus.is_down = False
     async with running(process.cache):
