@@ -1,5 +1,5 @@
 """
-An application of several processes, whose caches hear of changes through Redis.
+An application of several processes, whose caches get invalidations through Redis.
 
 Each process publishes what it invalidates to one channel, and receives what others
 publish. coredis runs on anyio, so this works on asyncio and on trio.

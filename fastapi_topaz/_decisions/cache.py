@@ -157,7 +157,7 @@ class DecisionCache(NotCopied):
         invalidated. Without arguments, all are. A check under way still returns its
         answer to the callers that wait for it. No later caller gets that answer.
 
-        With an *invalidation_bus*, the other processes hear of it soon. If it cannot be
+        With an *invalidation_bus*, the other processes get it soon. If it cannot be
         sent, it is sent again later, a WARNING is logged, and `status().bus.waiting`
         counts it.
 
