@@ -441,7 +441,7 @@ CIRCUITS = [
         "each_permit_comes_back a_well_server_closes_the_circuit",
     ),
     (WaitsForTheLost, "each_permit_comes_back a_well_server_closes_the_circuit"),
-    (CountsTheOld, "what_is_older_changes_nothing"),
+    (CountsTheOld, "what_is_older_changes_nothing each_permit_comes_back"),
     (FloodsWhenHalfOpen, "there_are_not_too_many_trials"),
     (BlamesCancellations, "what_says_nothing_changes_nothing"),
     (IgnoresConnections, "a_new_connection_is_tried_at_once"),
