@@ -98,15 +98,22 @@ class FailedAddresses:
         by_family: dict[int, list[Address]] = {}
         for address in mixed:
             by_family.setdefault(address.family, []).append(address)
-        longest = max(map(len, by_family.values()), default=0)
-        turns = [
-            group[turn]
-            for turn in range(longest)
-            for group in by_family.values()
-            if turn < len(group)
-        ]
+        turns = _in_turns(*by_family.values())
         used = in_use or {}
-        return sorted(turns, key=lambda a: (a in self._failed, used.get(a.text, 0)))
+        unused = [address for address in turns if not used.get(address.text)]
+        proven = [address for address in turns if used.get(address.text)]
+        # An unused address may belong to a server that is gone. After each of them
+        # comes one that works, so one attempt waits at most for one silent server.
+        ordered = _in_turns(unused, sorted(proven, key=lambda a: used[a.text]))
+        return sorted(ordered, key=self._failed.__contains__)
+
+
+def _in_turns(*groups: list[Address]) -> list[Address]:
+    """Return the first address of each group, then the second of each, and so on."""
+    longest = max(map(len, groups), default=0)
+    return [
+        group[turn] for turn in range(longest) for group in groups if turn < len(group)
+    ]
 
 
 class Race(Generic[R]):

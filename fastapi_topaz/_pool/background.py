@@ -73,7 +73,9 @@ async def run_pool(
             tasks.start_soon(_prober, open_pool, tasks)
             if open_pool.overload.adaptive is not None:
                 tasks.start_soon(_overload_watcher, open_pool)
-            if hasattr(open_pool.connector, "servers"):
+            if open_pool.state.rotation.spreads and hasattr(
+                open_pool.connector, "servers"
+            ):
                 tasks.start_soon(watch_servers, open_pool)
             if open_pool.leaks is not None:
                 tasks.start_soon(_leak_watcher, open_pool, open_pool.leaks)

@@ -51,11 +51,7 @@ logger = logging.getLogger("fastapi_topaz.pool")
 
 
 class OpenPool:
-    """
-    A pool from one opening to the closing that follows.
-
-    Strictly private.
-    """
+    """A pool from one opening to the closing that follows. Strictly private."""
 
     # Slots, because beyond 30 attributes an instance loses its fast lookup (3.11).
     __slots__ = (
@@ -189,7 +185,7 @@ class OpenPool:
             self.limiter.acquire_on_behalf_of_nowait(claim)
         except anyio.WouldBlock:
             return False
-        taken = state.take(claim, now)
+        taken = state.take_ready(claim, now)
         if not taken:
             self.limiter.release_on_behalf_of(claim)
         if state.unhandled_loss or state.to_probe:
@@ -198,15 +194,19 @@ class OpenPool:
 
     async def lease(self, claim: Claim, timeout: float) -> None:
         """Serve *claim*, which found nothing free a moment ago; see `wait`."""
-        limited = self.state.limit < self.options.capacity
-        if limited and not claim.budget and self.overload.exempt(claim):
+        overload = self.overload
+        if not claim.budget:
+            overload.explicit += 1
+        if self.state.limit < self.options.capacity and overload.make_room():
             self.apply_limit()
         try:
             # Opening the pool, or room beyond the limit, may have changed that.
             if not self.take(claim):
                 await self.wait(claim, timeout)
         except BaseException:
-            if self.overload.withdraw(claim):
+            if not claim.budget:
+                overload.explicit -= 1
+                overload.make_room()
                 self.limiter.total_tokens = self.state.limit
             raise
 
@@ -307,8 +307,11 @@ class OpenPool:
         if claim.budget:
             if self.overload.end(claim, lease, now):
                 self.apply_limit()
-        elif claim.exempt and self.overload.withdraw(claim):
-            self.limiter.total_tokens = state.limit
+        else:
+            overload = self.overload
+            overload.explicit -= 1
+            if overload.counted > overload.explicit and overload.make_room():
+                self.limiter.total_tokens = state.limit
         if (
             (state.waiting and self._serve(now))
             or state.to_close

@@ -3,8 +3,9 @@ What an open pool does about overload: it refuses early, and limits what is in f
 
 `Admission` decides which checks may wait, `AdaptiveLimit` how many may be in flight.
 This module connects both to the pool. Explicit leases have no budget. They count in the
-averages, but they are neither refused nor limited: up to the capacity of the pool, each
-explicit lease that finds no room below the limit raises it by one.
+averages, but they are neither refused nor limited, and take no room from the checks: up
+to the capacity of the pool, each explicit lease raises the limit by one. The limit is
+raised when a caller finds no room.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ class Overload:
         label: The name of the pool in messages.
         state: Its state. This class sets the limit there.
         counters: Its counters.
+
+    Attributes:
+        explicit: The explicit leases that are out or wait. The pool counts them here.
+        counted: Those for which the limit makes room.
     """
 
     __slots__ = (
-        *("_counters", "_exempt", "_label", "_state"),
-        *("adaptive", "admission", "queued"),
+        *("_counters", "_ended_at", "_label", "_state"),
+        *("adaptive", "admission", "counted", "explicit", "queued"),
     )
 
     def __init__(self, label: str, state: PoolState, counters: PoolCounters) -> None:
@@ -55,8 +60,9 @@ class Overload:
         self._label = label
         self._state = state
         self._counters = counters
-        # The explicit leases beyond the limit.
-        self._exempt = 0
+        # When the last check ended.
+        self._ended_at = float("-inf")
+        self.explicit = self.counted = 0
         self.admission = Admission()
         self.adaptive: AdaptiveLimit | None = None
         if options.adaptive_limit:
@@ -87,31 +93,21 @@ class Overload:
     def begin(self, claim: Claim) -> None:
         """Record that the check of *claim* has its lease."""
         if self.adaptive is not None:
-            self.adaptive.begin(claim, self._state.in_use)
+            self.adaptive.begin(claim, self._state.in_use - self.explicit)
 
-    def exempt(self, claim: Claim) -> bool:
-        """Make room for the explicit lease of *claim*; return if the limit changed."""
-        state = self._state
-        if not state.limit <= state.in_use + len(state.waiting) < self._capacity:
+    def make_room(self) -> bool:
+        """Make room for the explicit leases; return whether the limit changed."""
+        if self.counted == self.explicit:
             return False
-        claim.exempt = True
-        self._exempt += 1
+        before = self._state.limit
         self._publish()
-        return True
-
-    def withdraw(self, claim: Claim) -> bool:
-        """Take back the room of *claim*, if any; return if the limit changed."""
-        if not claim.exempt:
-            return False
-        claim.exempt = False
-        self._exempt -= 1
-        self._publish()
-        return True
+        return self._state.limit != before
 
     def end(self, claim: Claim, held: float, now: float) -> bool:
         """Record the end of a check; return whether the limit was changed."""
         if claim.answered and now <= claim.due:
             self.admission.calls.append((now, held))
+        self._ended_at = now
         adaptive = self.adaptive
         if adaptive is None:
             return False
@@ -133,9 +129,9 @@ class Overload:
             adaptive.stalled()
             return False
         before = adaptive.limit
-        changed = adaptive.wait(
-            admission.idle_since, admission.call, admission.least_budget, now
-        )
+        # Explicit leases that come back say nothing about the checks.
+        idle_since = max(self._ended_at, admission.stands_since)
+        changed = adaptive.wait(idle_since, admission.call, admission.least_budget, now)
         return changed and self._changed(adaptive, before)
 
     def _changed(self, adaptive: AdaptiveLimit, before: int) -> bool:
@@ -195,5 +191,6 @@ class Overload:
         if adaptive is None:
             state.limit = self._capacity
         else:
-            state.limit = min(self._capacity, adaptive.limit + self._exempt)
+            self.counted = self.explicit
+            state.limit = min(self._capacity, adaptive.limit + self.counted)
             state.limit_reason = adaptive.reason

@@ -182,7 +182,9 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         claim = Claim()
         if not open_pool.take(claim):
             return None
-        if budget is not None:
+        if budget is None:
+            open_pool.overload.explicit += 1
+        else:
             _limit(claim, budget, open_pool)
         return self._lend(open_pool, claim)
 

@@ -34,7 +34,7 @@ addresses, others each time. They must not look new.
 
 class KnownServers:
     """
-    The servers that were seen in the last `REMEMBERED` seconds.
+    The servers that were seen in the last `REMEMBERED` seconds before the last answer.
 
     A server that was away for a shorter time shows by the longer answer: a name server
     that returns some of many addresses returns equally many each time.
@@ -42,6 +42,7 @@ class KnownServers:
 
     def __init__(self) -> None:
         self._seen_at: dict[object, float] = {}
+        self._looked_at = 0.0
         self._count = 0
 
     def see(self, servers: Iterable[object], now: float) -> bool:
@@ -54,9 +55,9 @@ class KnownServers:
         if not found:
             return False
         count, self._count = self._count, len(found)
-        known = {
-            server: at for server, at in self._seen_at.items() if now - at < REMEMBERED
-        }
+        # Not since now: the pool may have been idle, or the name server down.
+        since, self._looked_at = self._looked_at - REMEMBERED, now
+        known = {server: at for server, at in self._seen_at.items() if at > since}
         self._seen_at = known | found
         return count > 0 and (len(found) > count or len(self._seen_at) > len(known))
 

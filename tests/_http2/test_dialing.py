@@ -78,9 +78,22 @@ def test_an_address_with_fewer_connections_comes_first():
         FailedAddresses().order(every, in_use) == [third, second, first]
         for _ in range(50)
     )
+    in_use[third.text] = 3
+    assert FailedAddresses().order(every, in_use) == [second, first, third]
     equal = {address.text: 1 for address in every}
     firsts = {FailedAddresses().order(every, equal)[0] for _ in range(500)}
     assert firsts == set(every)
+
+
+def test_an_address_that_works_comes_after_each_one_that_may_be_silent():
+    # After half of the servers were lost without a word, none of them has a connection.
+    silent = [v6(f"::{number}") for number in range(1, 5)]
+    well = [v4(f"1.1.1.{number}") for number in range(1, 5)]
+    in_use = {address.text: number for number, address in enumerate(well, start=1)}
+    for _ in range(50):
+        order = FailedAddresses().order([*silent, *well], in_use)
+        assert order[1::2] == well
+        assert set(order[::2]) == set(silent)
 
 
 def test_a_failed_address_without_connections_comes_last_all_the_same():

@@ -13,7 +13,7 @@ import pytest
 
 from fastapi_topaz import ConnectionLost, PoolSaturated, PoolTimeout
 from fastapi_topaz._pool.state.admission import Load
-from fastapi_topaz.testing import FakeConnector
+from fastapi_topaz.testing import FakeConnector, hang
 from kit.autojump import jump
 from kit.overload import (
     Server,
@@ -295,6 +295,59 @@ async def test_explicit_leases_are_not_limited():
         for conn in leases:
             await pool.release(conn)
         assert (pool.status().streams_in_use, pool.status().limit) == (0, 16)
+
+
+async def test_explicit_leases_take_no_room_from_the_checks():
+    async def use_often(pool):
+        while True:
+            async with pool.acquire():
+                await anyio.sleep(0.05)
+
+    async with crowd(Server(constant(0.02), 4), 1, streams=50) as callers:
+        # They come before the limit is lowered.
+        held = [await callers.pool.acquire() for _ in range(16)]
+        # Leases come back all the time, but no lease of a check does.
+        callers._tasks.start_soon(use_often, callers.pool)
+        await callers.come(1000, 5)
+        since = anyio.current_time()
+        await callers.come(1000, 5)
+        assert callers.goodput(since, 200) >= 0.85
+        overload = callers.pool._open_pool.overload
+        assert callers.pool.status().limit == overload.adaptive.limit + 17
+        for conn in held:
+            await callers.pool.release(conn)
+
+
+async def test_explicit_leases_do_not_make_the_checks_look_like_many():
+    async with crowd(Server(constant(0.01)), 1, streams=50) as callers:
+        held = [await callers.pool.acquire() for _ in range(16)]
+        for _ in range(100):
+            await callers.check()
+        assert callers.pool._open_pool.overload.adaptive.limit == 16
+        for conn in held:
+            await callers.pool.release(conn)
+
+
+async def test_the_room_of_an_explicit_lease_ends_with_it_and_with_its_wait():
+    connector = FakeConnector()
+    pool = make_pool(connector, max_connections=10, streams_per_connection=50)
+    async with pool:
+        checks = [await pool.acquire(budget=60) for _ in range(16)]
+        lease = await pool.acquire()
+        assert pool.status().limit == 17
+        await pool.release(lease)
+        assert pool.status().limit == 16
+        connector.default = hang()
+        state = pool._open_pool.state
+        for slot in state.open:
+            slot.streams = slot.leases
+        state.ready.clear()
+        with pytest.raises(PoolTimeout):
+            await pool.acquire(timeout=1)
+        assert pool.status().limit == 16
+        assert pool._open_pool.overload.explicit == 0
+        for conn in checks:
+            await pool.release(conn)
 
 
 async def test_a_check_and_explicit_leases_wait_in_one_queue():

@@ -7,8 +7,7 @@ import pytest
 
 from fastapi_topaz._pool import servers
 from fastapi_topaz._pool.servers import KnownServers
-from fastapi_topaz._pool.state.rotation import GROWN, Rotation
-from fastapi_topaz._pool.state.slot import Slot
+from fastapi_topaz._pool.state.rotation import GROWN
 from fastapi_topaz.testing import FakeConnector
 from kit.pools import make_pool
 
@@ -97,39 +96,15 @@ def test_a_server_that_comes_back_after_a_long_time_is_new():
     assert known.see(["a", "b"], 700.0)
 
 
+def test_after_a_pause_without_answers_the_same_servers_are_not_new():
+    # The pool had no connections during the night, or the name server was down.
+    known = KnownServers()
+    known.see(["a", "b"], 0.0)
+    assert not known.see(["a", "b"], 40_000.0)
+    assert known.see(["a", "c"], 80_000.0)
+
+
 # -- the spread -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("random", [0.0, 0.5, 1.0])
-def test_a_new_server_replaces_all_connections_once(random):
-    rotation, slot = Rotation(lambda: random, spreads=True), Slot()
-    rotation.grown(100.0)
-    assert rotation.next_at([slot]) == 100.0 + 30.0 * random
-    rotation.expire([slot], 130.0)
-    assert rotation.reason(slot) == "spread"
-    rotation.forget(slot)
-    assert rotation.next_at([slot]) == float("inf")
-
-
-def test_a_new_server_adds_nothing_to_the_spread_after_a_loss():
-    rotation = Rotation(lambda: 0.5, spreads=True)
-    rotation.lost(100.0)
-    rotation.grown(100.0)
-    times = []
-    while (at := rotation.next_at([])) < float("inf"):
-        times.append(at)
-        rotation.expire([], at)
-    assert times == [102.0, 108.0, 116.0, 132.0, 164.0]
-
-
-def test_a_new_server_does_not_wait_for_a_late_spread_after_a_loss():
-    rotation = Rotation(lambda: 0.5, spreads=True)
-    rotation.lost(100.0)
-    rotation.expire([], 140.0)
-    rotation.grown(140.0)
-    assert rotation.next_at([]) == 155.0
-    rotation.expire([], 155.0)
-    assert rotation.next_at([]) == 164.0
 
 
 async def test_a_new_server_gets_connections():
@@ -181,6 +156,7 @@ async def test_connections_to_one_server_are_not_replaced_for_a_new_address():
         connector.found.append("b")
         await anyio.sleep(1000)
     assert connector.attempts == 3
+    assert connector.looks == 0
 
 
 @pytest.mark.parametrize("failure", [OSError("no name server"), ValueError("a bug")])

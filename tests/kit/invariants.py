@@ -426,6 +426,73 @@ def attempts_are_ramped(books):
     return None
 
 
+# -- turns ----------------------------------------------------------------------------
+
+
+@holds(53, OF_THE_STATE)
+def connections_take_turns(books):
+    """
+    Of the two ready connections whose turn is next, the one with fewer leases serves.
+    One that rests has no turn.
+    """
+    for chosen, ready in books.chosen_now:
+        turns = sorted(
+            (
+                (books.turns[slot], leases, slot)
+                for slot, leases in ready.items()
+                if not slot.rests and (slot is chosen or slot in books.state.ready)
+            ),
+            key=lambda turn: turn[0],
+        )
+        times = [time for time, _, _ in turns[:3]]
+        if not turns or len(set(times)) < len(times):
+            continue  # all rest, or some became ready together
+        _, _, slot = min(turns[:2], key=lambda turn: turn[1])
+        if slot is not chosen:
+            return f"{chosen} serves, and it is the turn of {slot}"
+    return None
+
+
+@holds(54, OF_THE_STATE)
+def what_was_needed_stays(books):
+    """The search for idle connections leaves enough streams for the last peak."""
+    for before, left, _, peak in books.reaped_now:
+        if sum(left.values()) < min(sum(before.values()), peak):
+            return f"{left} are left of {before}, and {peak} were needed"
+    return None
+
+
+@holds(55, OF_THE_STATE)
+def what_is_not_needed_goes(books):
+    """
+    The search closes each idle connection above the minimum that was not needed.
+    """
+    least = books.state.options.min_connections
+    for _, left, well, peak in books.reaped_now:
+        streams = sum(well.values())
+        idle = [
+            slot
+            for slot in well
+            if not slot.leases
+            and slot.opened_at <= books.idle_since
+            and streams - slot.streams >= peak
+        ]
+        if idle and len(left) > least:
+            return f"{idle} stay, and {peak} were needed"
+    return None
+
+
+@holds(56, OF_THE_STATE)
+def what_is_needed_does_not_rest(books):
+    """After the search at most one connection rests, and the others are enough."""
+    for _, _, well, peak in books.reaped_now:
+        resting = [slot for slot in well if slot.rests]
+        streams = sum(well.values()) - sum(slot.streams for slot in resting)
+        if len(resting) > 1 or (resting and streams < peak):
+            return f"{resting} rest, and {peak} were needed"
+    return None
+
+
 if __name__ == "__main__":
     from kit.invariants_pool import OF_AN_OPEN_POOL, OF_THE_POOL
 

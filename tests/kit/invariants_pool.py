@@ -65,9 +65,10 @@ def the_limiter_has_the_limit(books):
         return f"it has {open_pool.limiter.total_tokens} and not {limit}"
     if not 1 <= limit <= books.state.options.capacity:
         return f"it is {limit}"
-    beyond = open_pool.overload._exempt
-    if beyond != sum(x.exempt for x in [*books.held, *books.queue] if x):
-        return f"{beyond} explicit leases are counted beyond the limit"
+    counted = open_pool.overload.explicit
+    explicit = sum(not x.budget for x in [*books.held, *books.queue] if x)
+    if counted != explicit:
+        return f"{counted} explicit leases are counted, and there are {explicit}"
     return f"{open_pool._dismissed} are" if open_pool._dismissed else None
 
 

@@ -58,6 +58,10 @@ class StateMachine(RuleBasedStateMachine):
         self.slots, self.being_closed, self.gone, self.probing = [], [], [], []
         self.number_before = self.tokens_before = 0
         self.declared_before, self.refused_now = False, []
+        # When each slot last became ready or was leased, by the number of the step.
+        self.turns, self.chosen_now = {}, []
+        # The leases at each time, and the slots before and after each search.
+        self.levels, self.reaped_now = [], []
         self.answered_before, self.unanswered_now = set(), []
         self.grace_is_over = False
 
@@ -82,8 +86,18 @@ class StateMachine(RuleBasedStateMachine):
         self.is_well = False
         self.unanswered_now = self.state.unanswered_ends[:]
         self.state.unanswered_ends.clear()
+        self.levels.append((self.now, len(self.held)))
+        self.levels = [each for each in self.levels if each[0] > self.idle_since]
         check(self, EVERYWHERE, OF_THE_STATE)
         state = self.state
+        served = {claim.slot for claim in self.served_now}
+        self.turns = {
+            slot: self.turns.get(slot, type(self).steps)
+            if slot not in served
+            else type(self).steps
+            for slot in state.ready
+        }
+        self.chosen_now, self.reaped_now = [], []
         self.number_before = len(self.slots)
         self.tokens_before = self.tokens
         self.unfit = {
@@ -106,6 +120,15 @@ class StateMachine(RuleBasedStateMachine):
     @property
     def tokens(self):
         return len(self.holders)
+
+    @property
+    def idle_since(self):
+        return self.now - self.state.options.max_idle_time
+
+    @property
+    def peak(self):
+        """The most leases at once that were out since `idle_since`."""
+        return max(level for at, level in self.levels if at > self.idle_since)
 
     @property
     def under_way(self):
@@ -188,9 +211,13 @@ class StateMachine(RuleBasedStateMachine):
         claim.deadline = self.now + self.one_of([1000, 1000, 3])
         self.came[claim] = next(self.numbers)
         free = len(self.holders) < self.state.options.capacity
+        ready = {slot: slot.leases for slot in self.state.ready}
         if free and self.state.take(claim, self.now):
             self.holders.add(claim)
             self.served([claim])
+            self.chosen_now.append((claim.slot, ready))
+            if self.state.unhandled_loss or self.state.to_probe:
+                self.after_change()
         else:
             self.state.enqueue(claim)
             self.queue.append(claim)
@@ -371,12 +398,16 @@ class StateMachine(RuleBasedStateMachine):
     @rule()
     def reap(self):
         self.step()
-        before = len(usable(self.state))
+        self.levels.append((self.now, len(self.held)))
+        before = {slot: slot.streams for slot in usable(self.state)}
         self.state.reap(self.now)
-        left = len(usable(self.state))
+        left = {slot: slot.streams for slot in usable(self.state)}
+        refused = self.state.outage.refused
+        well = {slot: each for slot, each in left.items() if slot not in refused}
+        self.reaped_now.append((before, left, well, self.peak))
         self.after_change()
         self.all_invariants_hold()
-        assert left >= min(before, self.state.options.min_connections)
+        assert len(left) >= min(len(before), self.state.options.min_connections)
 
     @precondition(lambda self: self.state.open)
     @rule(number=NUMBERS)

@@ -76,9 +76,11 @@ class ServesTheNewcomer(PoolState):
 
     def serve(self, tokens, now):
         served = []
-        while self.waiting and self.in_use < tokens and (slot := self._pick(now)):
-            claim, _ = self.waiting.popitem()
-            self._assign(claim, slot)
+        while self.waiting and self.in_use < tokens and self.ready:
+            claim = next(reversed(self.waiting))
+            if not self.take_ready(claim, now):
+                break
+            del self.waiting[claim]
             served.append(claim)
         return served
 
@@ -92,6 +94,56 @@ class ReapsWhatIsLeased(PoolState):
                 slot.retired = "idle"
                 self.ready.pop(slot, None)
                 self._close(slot)
+
+
+class LeasesTheLastUsed(PoolState):
+    """The connection that was ready last is leased first: some are rarely used."""
+
+    def take(self, claim, now):
+        ready = [*self.ready]
+        self.ready = dict.fromkeys([*ready[-1:], *ready[:-1]])
+        return super().take(claim, now)
+
+
+class LeasesTheFirstOfTwo(PoolState):
+    """The connection whose turn it is gets the lease, although it has more of them."""
+
+    def take(self, claim, now):
+        first, *others = self.ready or [None]
+        if first is None or first.is_gone():
+            return super().take(claim, now)
+        self.ready = {first: None}
+        taken = super().take(claim, now)
+        self.ready = dict.fromkeys([*others, *self.ready])
+        return taken
+
+
+class ReapsWhatIsNeeded(PoolState):
+    """The reaper looks only at the leases that are out now."""
+
+    def reap(self, now):
+        self.needed_at.clear()
+        super().reap(now)
+        for slot in self.open:
+            slot.rests = False
+
+
+class ReapsNothing(PoolState):
+    """The reaper looks for one that was not used lately, and all take turns."""
+
+    def reap(self, now):
+        for slot in self.open:
+            slot.rests = False
+
+
+class LetsRestForEver(PoolState):
+    """A connection that is leased at a search rests until it closes."""
+
+    def reap(self, now):
+        resting = [slot for slot in self.open if slot.rests or slot.leases]
+        super().reap(now)
+        for slot in resting:
+            slot.rests = True
 
 
 class ExceedsTheServersLimit(PoolState):
@@ -227,6 +279,11 @@ OF_THE_STATE = [
     (ServesTheLastFirst, "the_queue_is_those_who_wait"),
     (ServesTheNewcomer, "nobody_is_overtaken"),
     (ReapsWhatIsLeased, "none_is_closed_under_a_lease"),
+    (LeasesTheLastUsed, "connections_take_turns"),
+    (LeasesTheFirstOfTwo, "connections_take_turns"),
+    (ReapsWhatIsNeeded, "what_was_needed_stays"),
+    (ReapsNothing, "what_is_not_needed_goes"),
+    (LetsRestForEver, "what_is_needed_does_not_rest"),
     (ExceedsTheServersLimit, "what_may_be_leased_is_ready"),
     (LeasesTheRefused, "a_refused_one_waits_for_its_probe"),
     (ForgetsTheRefused, "a_suspect_is_probed"),
@@ -242,6 +299,9 @@ ELSEWHERE = {
     *(OpensWhileClosing, ServesTheNewcomer, ClosesTheRefused, BlamesOrderlyEnds),
     # The connections of the other model have no limit.
     *(HasAnOutageOfOne, ExceedsTheServersLimit),
+    # Only the model of the state knows whose turn it is, and what was needed.
+    *(LeasesTheLastUsed, LeasesTheFirstOfTwo, LetsRestForEver),
+    *(ReapsWhatIsNeeded, ReapsNothing),
 }
 OF_THE_POOL = [
     *[x for x in OF_THE_STATE if x[0] not in ELSEWHERE],
@@ -258,7 +318,7 @@ OF_THE_POOL = [
     (ServesNobodyOnRelease, "nobody_who_may_be_served_waits"),
     # Or anyio cancels the attempt again and again, because it is shielded.
     (ForgetsTheConnecting, "closing_ends_all_waiting stuck"),
-    (RefusesWithoutCalls, "nobody_is_sent_away_without_cause"),
+    (RefusesWithoutCalls, "nobody_is_sent_away_without_cause stuck"),
     (KeepsTheLimiter, "the_limiter_has_the_limit"),
 ]
 

@@ -80,11 +80,12 @@ class Admission:
         ended: Their number.
         last_end: When the last one came back.
         calls: When the last answered calls of checks ended, and the time of each.
+        stands_since: When the queue began, or when it was last short.
     """
 
     __slots__ = (
-        *("_averages", "_least", "_least_until", "_standing_until", "_stands_since"),
-        *("calls", "ended", "held", "last_end"),
+        *("_averages", "_least", "_least_until", "_standing_until"),
+        *("calls", "ended", "held", "last_end", "stands_since"),
     )
 
     def __init__(self) -> None:
@@ -93,7 +94,7 @@ class Admission:
         self.last_end = float("-inf")
         self.calls: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
         self._averages = [0.0 for _ in WEIGHTS]
-        self._stands_since = 0.0
+        self.stands_since = 0.0
         self._standing_until = float("-inf")
         # The smallest budget of this period, and of the one before.
         self._least = [float("inf"), float("inf")]
@@ -103,11 +104,6 @@ class Admission:
     def least_budget(self) -> float:
         """The smallest budget of the last seconds."""
         return min(self._least)
-
-    @property
-    def idle_since(self) -> float:
-        """When the last lease came back, or when the queue began, if that is later."""
-        return max(self.last_end, self._stands_since)
 
     @property
     def call(self) -> float:
@@ -125,7 +121,8 @@ class Admission:
         if age > FRESH_FOR:
             average *= 0.5 ** (age - FRESH_FOR)
         if load.waiting and load.in_use >= load.limit:
-            stalled = now - self.idle_since - STALLED_AFTER
+            idle_since = max(self.last_end, self.stands_since)
+            stalled = now - idle_since - STALLED_AFTER
             average = max(average, stalled)
         return (load.waiting + 1) * average / load.limit
 
@@ -160,7 +157,7 @@ class Admission:
         interval = wait / (load.waiting + 1)
         quarter = least / 4
         short = quarter - call if quarter > 2 * call else least / 8
-        stood = now - self._stands_since if load.waiting else 0.0
+        stood = now - self.stands_since if load.waiting else 0.0
         if wait > max(short, 2 * interval) and (
             now < self._standing_until or stood > max(0.2, least / 2)
         ):
@@ -176,12 +173,12 @@ class Admission:
 
     def queue_begins(self, now: float) -> None:
         """Record that a caller joins the empty queue."""
-        self._stands_since = now
+        self.stands_since = now
 
     def served(self, waited: float, now: float) -> None:
         """Record that a caller got its lease after *waited* seconds in the queue."""
         if waited < self.least_budget / 8:
-            self._stands_since = now
+            self.stands_since = now
 
     def _smallest(self, budget: float, now: float) -> float:
         """Return the smallest budget of the last time; it decides for all callers."""

@@ -38,7 +38,7 @@ from fastapi_topaz._pool.state.outage import Outage
 from fastapi_topaz._pool.state.rotation import Rotation
 from fastapi_topaz._pool.state.snapshot import counts
 from fastapi_topaz._pool.state.status import PoolStatus
-from fastapi_topaz._pool.state.turns import emptier, least_used, surplus
+from fastapi_topaz._pool.state.turns import emptier, least_used, surplus, were_enough
 from fastapi_topaz.exceptions import ConnectFailed
 
 
@@ -58,11 +58,7 @@ RAMP = 2
 
 
 class PoolState:
-    """
-    The slots of one open pool, and the claims that wait for them.
-
-    Strictly private.
-    """
+    """The slots of one open pool, and its waiting claims. Strictly private."""
 
     def __init__(
         self,
@@ -101,6 +97,8 @@ class PoolState:
         self.limit_reason: LimitReason = "capacity"
         # By number of leases: when that many were last out at once.
         self.needed_at: dict[int, float] = {}
+        # At the last search, only what was needed after this time was needed.
+        self._needed_since = float("-inf")
 
         # Set at the first use: only then the pool keeps `min_connections`.
         self.keeps_minimum = False
@@ -121,20 +119,24 @@ class PoolState:
 
     def take(self, claim: Claim, now: float) -> bool:
         """Serve *claim* at once; return False if no slot is ready or a claim waits."""
-        if self.waiting or not self.ready:
-            return False
-        # The code of _pick() and _assign(), inlined: this runs for almost every lease.
-        slot = next(iter(self.ready))
+        return not self.waiting and bool(self.ready) and self.take_ready(claim, now)
+
+    def take_ready(self, claim: Claim, now: float) -> bool:
+        """Serve *claim*, whose turn it is, if one of the ready slots is fit."""
+        # The code of _pick(), inlined: this runs for almost every lease.
+        ready = self.ready
+        slots = iter(ready)
+        slot = next(slots)
         if slot.leases or slot.rests:
-            slot = emptier(self.ready)
+            slot = emptier(slot, slots)
         if now - slot.proven_at > self._stale_after or slot.is_gone():
             if (picked := self._pick(now)) is None:
                 return False
             slot = picked
-        del self.ready[slot]
+        del ready[slot]
         slot.leases += 1
         if slot.leases < slot.streams:
-            self.ready[slot] = None
+            ready[slot] = None
         self.in_use += 1
         claim.slot = slot
         claim.acquired_at = now
@@ -160,10 +162,11 @@ class PoolState:
         with a token and without a stream, `tokens - in_use` of them, come first.
         """
         served = []
-        while self.waiting and self.in_use < tokens and (slot := self._pick(now)):
-            claim, _ = self.waiting.popitem(last=False)
-            self._assign(claim, slot)
-            claim.acquired_at = now
+        while self.waiting and self.in_use < tokens and self.ready:
+            claim = next(iter(self.waiting))
+            if not self.take_ready(claim, now):
+                break
+            del self.waiting[claim]
             served.append(claim)
         return served
 
@@ -171,19 +174,12 @@ class PoolState:
         # The channel to a dead server shows the loss soon, and asking it costs less
         # than a microsecond.
         while self.ready:
-            slot = emptier(self.ready)
+            slots = iter(self.ready)
+            slot = emptier(next(slots), slots)
             if now - slot.proven_at <= self._stale_after and not slot.is_gone():
                 return slot
             self.suspect(slot, now)
         return None
-
-    def _assign(self, claim: Claim, slot: Slot) -> None:
-        del self.ready[slot]
-        slot.leases += 1
-        if slot.leases < slot.streams:
-            self.ready[slot] = None
-        self.in_use += 1
-        claim.slot = slot
 
     def give_back(self, claim: Claim, now: float) -> None:
         """Take the stream of *claim* back; a retired slot closes after the last one."""
@@ -192,8 +188,9 @@ class PoolState:
         claim.slot = None
         slot.leases -= 1
         slot.last_used_at = now
-        self.needed_at[self.in_use] = now
-        self.in_use -= 1
+        in_use = self.in_use
+        self.needed_at[in_use] = now
+        self.in_use = in_use - 1
         if slot.retired is not None:
             self.retire(slot, slot.retired)
         elif not slot.suspect:
@@ -267,7 +264,7 @@ class PoolState:
         slot.watch(connection)
         slot.limit_streams(self.streams)
         self.attempts.succeeded(slot)
-        slot.opened_at = slot.last_used_at = slot.proven_at = now
+        slot.grown_at = slot.opened_at = slot.last_used_at = slot.proven_at = now
         self.rotation.begin(slot, self.options.max_lifetime, now)
         self.open[slot] = None
         if self.shut:
@@ -276,6 +273,7 @@ class PoolState:
         self.ready[slot] = None
         expired = self.rotation.next()
         if expired is not None:
+            slot.grown_at = expired.grown_at
             self.retire(expired, self.rotation.reason(expired))
         self._trim()
 
@@ -288,7 +286,8 @@ class PoolState:
     def want_one(self) -> None:
         """Ask for a connection, if there is none, for the callers that come next."""
         self.keeps_minimum = True
-        self.unawaited_demand = 1
+        # If there is one, the demand is not kept until that one closes.
+        self.unawaited_demand = int(not self._usable())
 
     def hopeless(self, now: float) -> bool:
         """Return whether no connection can serve the waiting claims soon."""
@@ -508,7 +507,7 @@ class PoolState:
 
     def reap(self, now: float) -> None:
         """Retire slots not needed for `max_idle_time`, but keep `min_connections`."""
-        since = now - (self.options.max_idle_time or float("inf"))
+        self._needed_since = since = now - (self.options.max_idle_time or float("inf"))
         slots = [x for x in self._all_usable() if x not in self.outage.refused]
         spare = self._usable() - self.options.min_connections
         for slot in surplus(slots, spare, self.in_use, self.needed_at, since):
@@ -520,14 +519,16 @@ class PoolState:
 
         If there is room for one more connection, `shortfall` asks for it, and
         `connected` retires the old slot. Without room, an idle expired slot is retired
-        first. Only one leased slot at a time is retired, because each retired slot
-        reduces the capacity.
+        first, and so is a surplus one. Only one leased slot at a time is retired,
+        because each retired slot reduces the capacity.
         """
         slot = self._next_expired()
         if slot is None or self.closing:
             return
         floor = self.options.min_connections if self.keeps_minimum else 0
+        others = sum(each.streams for each in self._all_usable()) - slot.streams
         surplus = not slot.leases and not self.waiting and self._usable() > floor
+        surplus &= were_enough(others, self.in_use, self.needed_at, self._needed_since)
         full = self.room() <= 0 and not self.connecting and not self.attempts.failures
         if surplus or (full and (self.rotation.is_idle() or not slot.leases)):
             self.retire(slot, self.rotation.reason(slot))

@@ -38,6 +38,13 @@ Seconds within which all connections are replaced if there is a new server. The 
 is random, so that not all workers of a fleet connect at once.
 """
 
+GROWN_PAUSES = (60.0, 600.0)
+"""
+The first and the longest pause in seconds between two replacements for new servers. It
+doubles each time. A name server may return a few of many addresses, or other ones each
+time. Without a pause, connections would be replaced all the time.
+"""
+
 
 class Rotation:
     """
@@ -48,9 +55,13 @@ class Rotation:
 
     def __init__(self, random: Callable[[], float], *, spreads: bool) -> None:
         self._random = random
-        self._spreads = spreads
+        self.spreads = spreads
         self._expired: dict[Slot, CloseReason] = {}
         self._respread: deque[float] = deque()
+        # When connections were or will be replaced for new servers, and the pause after
+        # that.
+        self._grown_at = float("-inf")
+        self._pause = GROWN_PAUSES[0]
 
     def begin(self, slot: Slot, max_lifetime: float, now: float) -> None:
         """Set when *slot*, which opens now, expires; a *max_lifetime* of 0 is never."""
@@ -60,17 +71,22 @@ class Rotation:
 
     def lost(self, now: float) -> None:
         """Schedule replacements after a loss, if connections go to several servers."""
-        if self._spreads:
+        if self.spreads:
             self._respread = deque(
                 now + delay * (0.75 + 0.5 * self._random()) for delay in RESPREAD
             )
+            self._grown_at = min(self._grown_at, now)
 
     def grown(self, now: float) -> None:
         """Schedule one replacement of all connections, to reach a new server."""
-        at = now + GROWN * self._random()
+        at = max(now, self._grown_at + self._pause) + GROWN * self._random()
         # After a loss, replacements are scheduled already. The next one may be soon.
-        if self._spreads and (not self._respread or at < self._respread[0]):
+        if self.spreads and (not self._respread or at < self._respread[0]):
             self._respread.appendleft(at)
+            first, longest = GROWN_PAUSES
+            is_first = now > self._grown_at + 2 * longest
+            self._pause = first if is_first else min(2 * self._pause, longest)
+            self._grown_at = at
 
     def expire(self, slots: Iterable[Slot], now: float) -> None:
         """Mark the *slots* that have expired by *now*."""

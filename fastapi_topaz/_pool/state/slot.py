@@ -37,6 +37,8 @@ class Slot:
     # It was not needed lately: it gets new leases only if the others are full.
     rests: bool = False
     opened_at: float = 0.0
+    # When the pool grew by it. A replacement has the time of the slot that it replaces.
+    grown_at: float = 0.0
     # The same moment as `opened_at`, but on `perf_counter`.
     alive_since: float = 0.0
     last_used_at: float = 0.0
@@ -130,8 +132,6 @@ class Claim:
     # the pool's clock. For an explicit lease: 0 and never.
     budget = 0.0
     due = float("inf")
-    # Whether it is an explicit lease beyond the adaptive limit, which is for checks.
-    exempt = False
     # How its last call ended: the server answered, or did not in time, or the
     # connection ended. None of them, if the call was cancelled.
     answered = False

@@ -12,33 +12,40 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from fastapi_topaz._pool.state.slot import Slot
 
 
-__all__ = ["emptier", "least_used", "surplus"]
+__all__ = ["emptier", "least_used", "surplus", "were_enough"]
 
 
-def emptier(ready: Iterable[Slot]) -> Slot:
+def emptier(first: Slot, others: Iterator[Slot]) -> Slot:
     """
-    Return the one of the first two *ready* slots that has fewer leases.
+    Return *first* or the next one of *others*: the one that has fewer leases.
 
-    A slot that rests loses against any other.
+    A slot that rests is passed over, unless all rest.
     """
     # Two are enough: the power of two choices. A slow server keeps its leases for
     # longer, so it gets fewer new ones.
-    slots = iter(ready)
-    first = next(slots)
-    second = next(slots, first)
-    if first.rests or (second.leases < first.leases and not second.rests):
-        return second
+    for slot in others:
+        if first.rests:
+            first = slot
+        elif not slot.rests:
+            return slot if slot.leases < first.leases else first
     return first
 
 
 def least_used(slots: Iterable[Slot]) -> list[Slot]:
     """Return *slots* by their leases, and those with equally many by their last use."""
     return sorted(slots, key=lambda slot: (slot.leases, slot.last_used_at))
+
+
+def were_enough(
+    streams: int, in_use: int, needed_at: Mapping[int, float], since: float
+) -> bool:
+    """Return whether at most *streams* leases were out at once since *since*."""
+    return in_use <= streams and needed_at.get(streams + 1, since) <= since
 
 
 def surplus(
@@ -62,21 +69,23 @@ def surplus(
         spare: The most slots to return.
         in_use: The leases that are out.
         needed_at: By number of leases: when that many were last out at once.
-        since: Slots that were opened later were needed.
+        since: Slots by which the pool grew later were needed.
     """
     found: list[Slot] = []
     for slot in usable:
         slot.rests = False
     streams = sum(slot.streams for slot in usable)
     for slot in least_used(usable):
-        if slot.opened_at > since:
+        if slot.grown_at > since:
             continue
-        streams -= slot.streams
-        was_needed = in_use > streams or needed_at.get(streams + 1, since) > since
-        if was_needed or len(found) >= spare:
+        left = streams - slot.streams
+        if not were_enough(left, in_use, needed_at, since):
+            continue
+        if len(found) >= spare:
             break
         if slot.leases:
             slot.rests = True
             break
+        streams = left
         found.append(slot)
     return found

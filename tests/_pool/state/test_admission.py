@@ -177,3 +177,52 @@ def test_an_estimate_for_the_status_changes_nothing():
     before = (made.held, made.ended)
     made.wait(full(3), 0)
     assert (made.held, made.ended) == before
+
+
+def test_a_new_server_is_met_without_a_past():
+    made = admission(held=5.0)
+    made.queue_begins(0)
+    made.refuses(full(50), 100, 10, 0)
+    made.refuses(full(50), 100, 10, 6)
+    returned(made, 5.0, now=6)
+    made.forget()
+    assert made.wait(full(9), 6) == 0
+    returned(made, 0.05, now=6)
+    assert made.wait(full(9), 6) == pytest.approx(0.05)
+    made.queue_begins(6)
+    # The short bound no longer holds.
+    assert made.refuses(full(499), 100, 10, 6.5) is None
+
+
+def test_leases_count_once():
+    made = admission(held=0.05)
+    made.refuses(full(0), 1, 1, 0)
+    returned(made, 0.05, count=10)
+    assert made.wait(full(0), 0) == pytest.approx(0.005)
+
+
+def test_the_smallest_budget_is_remembered_for_one_more_period():
+    made = admission()
+    least = []
+    for now, budget in [(0, 1), (1, 0.5), (2, 2), (11, 10), (12, 4), (22, 10)]:
+        made.refuses(full(0), budget, budget, now)
+        least.append(made.least_budget)
+    assert least == [1, 0.5, 0.5, 0.5, 0.5, 4]
+
+
+def test_a_wait_below_an_eighth_of_the_budget_is_short():
+    made = admission()
+    made.refuses(full(0), 1, 1, 0)
+    for waited, since in [(0.12, 5.0), (0.13, 0.0)]:
+        made.queue_begins(0)
+        made.served(waited, 5.0)
+        assert made.stands_since == since
+
+
+def test_if_a_call_takes_less_than_half_of_a_quarter_that_is_the_bound():
+    made = admission(held=0.1)
+    made.queue_begins(0)
+    made.refuses(full(0), 1, 1, 0)
+    # 0.25 - 0.1 s, at intervals of 0.01 s.
+    assert made.refuses(full(13), 1, 1, 0.6) is None
+    assert made.refuses(full(15), 1, 1, 0.6) is not None

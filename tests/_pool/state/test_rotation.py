@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from fastapi_topaz._pool.state.rotation import RESPREAD, Rotation
@@ -158,6 +159,79 @@ def test_a_connection_closed_by_the_pool_spreads_nothing():
     assert state.rotation.next_at(state.open) == float("inf")
 
 
+# -- spreading for new servers ------------------------------------------------------
+
+
+@pytest.mark.parametrize("random", [0.0, 0.5, 1.0])
+def test_a_new_server_replaces_all_connections_once(random):
+    rotation, slot = Rotation(lambda: random, spreads=True), Slot()
+    rotation.grown(100.0)
+    assert rotation.next_at([slot]) == 100.0 + 30.0 * random
+    rotation.expire([slot], 130.0)
+    assert rotation.reason(slot) == "spread"
+    rotation.forget(slot)
+    assert rotation.next_at([slot]) == float("inf")
+
+
+def test_a_new_server_adds_nothing_to_the_spread_after_a_loss():
+    rotation = Rotation(lambda: 0.5, spreads=True)
+    rotation.lost(100.0)
+    rotation.grown(100.0)
+    times = []
+    while (at := rotation.next_at([])) < float("inf"):
+        times.append(at)
+        rotation.expire([], at)
+    assert times == [102.0, 108.0, 116.0, 132.0, 164.0]
+
+
+def test_a_new_server_does_not_wait_for_a_late_spread_after_a_loss():
+    rotation = Rotation(lambda: 0.5, spreads=True)
+    rotation.lost(100.0)
+    rotation.expire([], 140.0)
+    rotation.grown(140.0)
+    assert rotation.next_at([]) == 155.0
+    rotation.expire([], 155.0)
+    assert rotation.next_at([]) == 164.0
+
+
+def spreads(random, times):
+    """Return when connections are replaced if a server is new at each of *times*."""
+    rotation, found = Rotation(lambda: random, spreads=True), []
+    for now in times:
+        while (at := rotation.next_at([])) <= now:
+            rotation.expire([], at)
+            found.append(at)
+        rotation.grown(float(now))
+    return found
+
+
+def test_if_servers_are_new_all_the_time_connections_are_replaced_ever_more_rarely():
+    # Some name servers return a few of many addresses, and some leave out addresses.
+    assert spreads(0.0, range(0, 4000, 30)) == [
+        *(0, 60, 180, 420, 900, 1500, 2100, 2700, 3300, 3900)
+    ]
+    assert spreads(1.0, range(0, 800, 10)) == [30, 120, 270, 540]
+
+
+def test_a_new_server_after_a_long_time_is_reached_at_once():
+    assert spreads(0.0, [0, 100, 101, 1420, 1421]) == [0, 100, 220, 1420]
+    # The pause is as at first only after 1,200 s without a new server.
+    assert spreads(0.0, [0, 1200, 1201, 1320]) == [0, 1200, 1320]
+    assert spreads(0.0, [0, 1201, 1202, 1262]) == [0, 1201, 1261]
+
+
+def test_a_new_server_is_reached_although_a_loss_has_replaced_the_schedule():
+    rotation = Rotation(lambda: 0.0, spreads=True)
+    for now in (0.0, 1.0, 61.0):
+        rotation.expire([], now)
+        rotation.grown(now)
+    assert rotation.next_at([]) == 180.0
+    rotation.lost(70.0)
+    rotation.expire([], 150.0)
+    rotation.grown(151.0)
+    assert rotation.next_at([]) == 310.0
+
+
 # -- replacing, one at a time -------------------------------------------------------
 
 
@@ -259,6 +333,41 @@ def test_a_surplus_idle_connection_is_drained_without_a_replacement():
     state.retire_expired()
     assert second.retired is None, "the last connection is the minimum"
     assert wanted(state) == 1
+
+
+def make_needed():
+    """Return a state with two idle connections, which both were needed until 95."""
+    state = make_rotating(max_idle_time=10.0, health_check_interval=0)
+    slots = [open_one(state), open_one(state)]
+    for claim in [taken(state, 95.0) for _ in slots]:
+        state.give_back(claim, 95.0)
+    return state, slots
+
+
+def test_an_idle_connection_that_was_needed_is_drained_after_its_replacement():
+    state, (first, second) = make_needed()
+    state.reap(104.9)
+    drain(state)
+    assert state.to_close == []
+    assert wanted(state, 104.9) == 1
+    open_one(state, 104.9)
+    assert state.to_close == [first]
+    assert second.retired is None
+
+
+def test_an_idle_connection_that_was_not_needed_lately_needs_no_replacement():
+    state, (_, second) = make_needed()
+    taken(state, 104.0)
+    # So the search itself closes none.
+    state.keeps_minimum = False
+    state.resize(attrs.evolve(state.options, min_connections=2))
+    state.reap(104.9)
+    state.rotation.drain([second])
+    state.retire_expired()
+    assert second.retired is None
+    state.reap(105.0)
+    state.retire_expired()
+    assert state.to_close == [second]
 
 
 def test_no_idle_connection_is_surplus_while_callers_wait():

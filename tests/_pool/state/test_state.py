@@ -125,6 +125,17 @@ def test_a_waiting_caller_puts_the_pool_in_use():
     assert state.shortfall(tokens=0, now=0.0) == 2
 
 
+def test_want_one_requests_nothing_later_if_there_is_one():
+    state = make_state(max_idle_time=10.0)
+    open_one(state)
+    claim = taken(state)
+    state.want_one()
+    state.give_back(claim, 1.0)
+    state.reap(11.0)
+    assert not state.open
+    assert state.shortfall(tokens=0, now=11.0) == 0
+
+
 def test_want_one_requests_one_connection_if_there_is_none():
     state = make_state()
     state.want_one()

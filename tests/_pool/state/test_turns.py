@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastapi_topaz._pool.state.slot import Claim
-from kit.states import make_state, open_one, taken
+from kit.states import Link, make_state, open_one, taken
 
 
 @pytest.mark.parametrize("streams", [1, 3])
@@ -55,6 +55,19 @@ def test_a_connection_that_keeps_its_leases_gets_fewer_new_ones():
     assert [slot.leases for slot in quick] == [0, 0]
 
 
+def test_a_slow_connection_gets_fewer_leases_also_while_another_one_rests():
+    state = make_state(max_connections=4, streams_per_connection=10)
+    resting, slow, *quick = (open_one(state) for _ in range(4))
+    resting.rests = True
+    for _ in range(30):
+        claim = taken(state)
+        if claim.slot is not slow:
+            state.give_back(claim, 1.0)
+    assert slow.leases == 1
+    assert resting.leases == 0
+    assert [slot.leases for slot in quick] == [0, 0]
+
+
 def test_connections_that_take_turns_are_reaped_if_fewer_were_enough():
     state = make_state(max_idle_time=10.0)
     slots = [open_one(state) for _ in range(4)]
@@ -84,6 +97,18 @@ def test_the_most_leases_at_once_decide_how_many_connections_stay():
     assert totals == [4, 3, 3, 2, 2, 1, 1, 0]
 
 
+def test_a_small_connection_is_reaped_although_a_larger_one_is_needed():
+    state = make_state(max_idle_time=10.0, streams_per_connection=5)
+    large = open_one(state)
+    small = [open_one(state, connection=Link(1)) for _ in range(2)]
+    for claim in [taken(state) for _ in range(4)]:
+        state.give_back(claim, 95.0)
+    large.last_used_at = 90.0
+    state.reap(100.0)
+    assert list(state.open) == [large]
+    assert set(state.to_close) == set(small)
+
+
 def test_a_young_connection_is_not_reaped():
     state = make_state(max_idle_time=10.0)
     old, young = open_one(state, 0.0), open_one(state, 95.0)
@@ -92,10 +117,38 @@ def test_a_young_connection_is_not_reaped():
     assert state.to_close == [old]
 
 
-def make_resting(streams):
-    return make_state(
-        max_idle_time=10.0, health_check_interval=0, streams_per_connection=streams
+def test_a_young_connection_does_not_keep_an_old_one_that_was_used_later():
+    state = make_state(max_idle_time=10.0, health_check_interval=0)
+    old = open_one(state)
+    open_one(state, 95.0)
+    claim = taken(state, 96.0)
+    assert claim.slot is old
+    state.give_back(claim, 96.0)
+    state.reap(100.0)
+    assert state.to_close == [old]
+
+
+def test_connections_that_are_replaced_often_are_reaped_all_the_same():
+    state = make_state(
+        max_idle_time=10.0,
+        max_lifetime=5.0,
+        health_check_interval=0,
+        streams_per_connection=10,
+        random=lambda: 0.0,
     )
+    for _ in range(4):
+        open_one(state)
+    for second in range(1, 100):
+        now = float(second)
+        claims = [taken(state, now) for _ in range(6)]
+        state.rotation.expire(state.open, now)
+        # All connections are leased, so a new one takes the place of each expired one.
+        while state.rotation.next():
+            open_one(state, now)
+        state.reap(now)
+        for claim in claims:
+            state.give_back(claim, now)
+    assert len(state.open) == 1
 
 
 def test_a_surplus_connection_that_is_never_idle_rests_until_it_is():

@@ -82,16 +82,19 @@ GROUPS = {
             *("_pool/state/pool_state", "_pool/state/outage", "_pool/state/attempts"),
             *("_pool/state/rotation", "_pool/state/backoff", "_pool/state/slot"),
             *("_pool/state/snapshot", "_pool/state/admission", "_pool/state/limit"),
+            "_pool/state/turns",
         ],
         tests=["_pool/state", "_pool/test_readiness.py"],
         options=["-k", "not trio and not asyncio"],  # only the state
     ),
     # Not `interrupts`, which works on trio only.
     "parts": Group(
-        modules=["_pool/clock", "_pool/conformity", "_pool/readiness"],
+        modules=[
+            *("_pool/clock", "_pool/conformity", "_pool/readiness", "_pool/servers"),
+        ],
         tests=[
             *("_pool/test_clocks.py", "_pool/test_connection_kinds.py"),
-            "_pool/test_readiness.py",
+            *("_pool/test_readiness.py", "_pool/test_servers.py"),
         ],
         options=VIRTUAL,
         unmutated=WORDS,
