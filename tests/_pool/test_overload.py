@@ -44,7 +44,12 @@ SERVERS = {
     "one at a time, 50 streams": HIDDEN_QUEUE,
     "four workers, 50 streams": FOUR_WORKERS,
 }
-servers = pytest.mark.parametrize("setup", SERVERS.values(), ids=SERVERS)
+# The default tests have a queue in the pool, and one in the server.
+servers = pytest.mark.parametrize(
+    "setup",
+    [FIXED, slow(ONE_AT_A_TIME), HIDDEN_QUEUE, slow(FOUR_WORKERS)],
+    ids=SERVERS,
+)
 
 
 def service_time(setup):
@@ -89,8 +94,8 @@ async def test_below_saturation_no_check_is_refused_for_overload(setup, budget):
     "service, mean",
     [
         pytest.param(exponential(0.05), 0.05, id="exponential"),
-        pytest.param(pareto(0.05), 0.05, id="Pareto"),
-        pytest.param(bimodal(0.05, 0.4), 0.085, id="bimodal"),
+        pytest.param(pareto(0.05), 0.05, id="Pareto", marks=pytest.mark.slow),
+        pytest.param(bimodal(0.05, 0.4), 0.085, id="bimodal", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("load", [3, slow(10)])

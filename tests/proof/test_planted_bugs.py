@@ -326,7 +326,7 @@ OF_THE_POOL = [
 # This model finds them late. The other model, or another test, finds them sooner.
 LATE = [pytest.mark.slow, pytest.mark.timeout(600)]
 LATE_IN_THE_STATE = {ReapsWhatIsLeased, LeasesTheRefused, ClosesTheRefused}
-LATE_IN_THE_POOL = {HasAnOutageOfOne, ServesNobodyOnRelease}
+LATE_IN_THE_POOL = {ForgetsTheConnecting, HasAnOutageOfOne, ServesNobodyOnRelease}
 
 
 def planted(bugs, late):
