@@ -89,6 +89,7 @@ class ReapsWhatIsLeased(PoolState):
     """Reaper closing a leased connection: it checks the time but not the leases."""
 
     def reap(self, now):
+        super().reap(now)
         for slot in list(self.open):
             if slot.leases and now - slot.last_used_at >= self.options.max_idle_time:
                 slot.retired = "idle"
