@@ -14,6 +14,7 @@ from fastapi_topaz._cli.doctor import authorizer as _authorizer
 from fastapi_topaz._cli.doctor.checkup import examine
 from fastapi_topaz._cli.doctor.context import Settings
 from fastapi_topaz._cli.doctor.findings import CATALOGUE, Level
+from fastapi_topaz._rpc.statuses import EndedCall, Ending
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from kit.broken import (
     PATIENCE,
@@ -308,3 +309,27 @@ async def test_a_check_that_fails_shows_no_text_of_its_error():
     assert problems(report) == {"check-failed"}
     assert "RuntimeError" in by_id(report, "check-failed").summary
     assert KEY not in json.dumps(report.as_dict())
+
+
+@pytest.mark.parametrize("refusals, is_answered", [(3, True), (4, False)])
+async def test_a_call_that_the_server_refuses_to_process_is_sent_again(
+    refusals, is_answered
+):
+    class Connection:
+        calls = 0
+
+        async def call(self, *_arguments, **_options):
+            self.calls += 1
+            if self.calls <= refusals:
+                code = grpc.StatusCode.UNAVAILABLE
+                raise EndedCall(Ending.REFUSED_STREAM, code, "refused")
+            return b""
+
+    connection = Connection()
+    asking = _authorizer.Calls(connection)._send("/a/b", b"", None, ())
+    if is_answered:
+        assert await asking == b""
+    else:
+        with pytest.raises(EndedCall):
+            await asking
+    assert connection.calls == 4

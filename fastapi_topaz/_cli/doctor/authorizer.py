@@ -55,6 +55,9 @@ MOST_SKEW: Final = 10.0
 
 FEWEST_STREAMS: Final = 2
 
+PAUSES: Final = (0.01, 0.05, 0.2)
+"""Seconds before a call is sent again that the server refused to process."""
+
 _NOW = "x = time.now_ns()"
 """A query of Rego for the time of the server, in nanoseconds since 1970."""
 
@@ -77,9 +80,19 @@ class Calls(AuthorizerCalls):
     async def _send(
         self, method: str, request: bytes, timeout: float | None, metadata: Metadata
     ) -> bytes:
-        return await self._connection.call(
-            method, request, timeout=timeout, metadata=metadata
-        )
+        pauses = iter(PAUSES)
+        while True:
+            try:
+                return await self._connection.call(
+                    method, request, timeout=timeout, metadata=metadata
+                )
+            except grpc.aio.AioRpcError as error:
+                # With a limit of one stream, the last call may not be over yet for the
+                # server, so it refuses the next one.
+                pause = next(pauses, None)
+                if pause is None or ending(error) is not Ending.REFUSED_STREAM:
+                    raise
+            await anyio.sleep(pause)
 
 
 class _Unverified(NativeOpener):
