@@ -108,7 +108,7 @@ async def test_a_configuration_made_while_its_pool_is_open_runs_the_bus(
     pool = ConnectionPool(min_connections=0)
     pool.configure(authorizer.options)
     async with pool:
-        await anyio.sleep(0.01)  # the task of the pool has begun
+        await eventually(lambda: hasattr(pool._open_pool, "tasks"))  # it has begun
         make = partial(config_with, pool, authorizer.options)
         configs = [
             run(partial(make, decision_cache=cache)) for cache in [cache_on(hub)] * 2
