@@ -1,54 +1,35 @@
 """
-Measures leases in this process, and prints microseconds of CPU for one.
+Measures leases in this process as `acquire.py` or `contended.py`, and prints one time.
 
 `commits.py` starts this file, with the package of a commit in PYTHONPATH.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
-import time
 
-import anyio
-from anyio.lowlevel import checkpoint
-
-from fastapi_topaz import ConnectionPool
-from fastapi_topaz.testing import FakeConnector
+import acquire
+import contended
+from _peers import ours, run
 
 
-async def measure(streams, tasks, leases):
-    async def lease(count):
-        for _ in range(count):
-            async with pool.acquire():
-                if tasks > 1:
-                    await checkpoint()
+LEASES = 12_000
+TASKS, LEASES_OF_A_TASK = 200, 20
+ROUNDS = 4
 
-    async def all_tasks(count):
-        async with anyio.create_task_group() as group:
-            for _ in range(tasks):
-                group.start_soon(lease, count // tasks)
 
-    pool = ConnectionPool(
-        connector=FakeConnector(),
-        min_connections=10,
-        max_connections=10,
-        streams_per_connection=streams,
-        eager_init=True,
-    )
-    async with pool:
-        await all_tasks(leases // 5)
-        began = time.process_time()
-        await all_tasks(leases)
-        return (time.process_time() - began) / leases * 1e6
+def measure(backend, case, share):
+    """Return the microseconds of a lease."""
+    if case == "waiting":
+        count = max(1, round(LEASES_OF_A_TASK * share))
+        queue = contended.Queue(ours(), backend, TASKS, count)
+        queue.measure()  # to warm up
+        return statistics.median(queue.measure() for _ in range(ROUNDS))
+    peer = ours(streams_per_connection=50) if case == "50 streams" else ours()
+    return run(backend, acquire.entered, peer.open, round(LEASES * share))
 
 
 if __name__ == "__main__":
-    backend, *numbers = sys.argv[1:]
-    print(
-        anyio.run(
-            measure,
-            *map(int, numbers),
-            backend="asyncio" if backend == "uvloop" else backend,
-            backend_options={"use_uvloop": True} if backend == "uvloop" else {},
-        )
-    )
+    backend, case, share = sys.argv[1:]
+    print(measure(backend, case, float(share)))

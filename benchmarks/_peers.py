@@ -88,21 +88,22 @@ def fill(lease, count):
 
 
 @contextlib.asynccontextmanager
-async def open_ours(count):
-    """Open the pool of this package and yield it."""
+async def open_ours(count, **options):
+    """Open a pool of this package with *options* and yield it."""
     async with ConnectionPool(
         connector=FakeConnector(),
         min_connections=count,
         max_connections=count,
         eager_init=True,
+        **options,
     ) as pool:
         yield pool
 
 
-def ours():
+def ours(**options):
     @contextlib.asynccontextmanager
     async def opened(count):
-        async with open_ours(count) as pool:
+        async with open_ours(count, **options) as pool:
             yield pool.acquire  # waits 5 s
 
     return Peer(OURS, opened, BACKENDS)

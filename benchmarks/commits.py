@@ -2,12 +2,12 @@
 Measures a lease of this pool and one of the pool of an earlier commit.
 
     .venv/bin/python benchmarks/commits.py [--against 054dee3] [--rounds 30]
-        [--leases 20000] [--backend asyncio uvloop trio] [--quick] [--save]
+        [--share 1] [--backend asyncio uvloop trio] [--quick] [--save]
 
 Each measurement is a process of its own, because the same code differs by some percent
-between two processes. "free" is one task, for which a connection is always free. "50
-streams" is the same with that many for each connection. "waiting" is 40 tasks for 10
-connections.
+between two processes. "free" measures as `acquire.py`: one task, for which a connection
+is always free. "50 streams" is the same with that many for each connection. "waiting"
+measures as `contended.py`. `--share 0.1` takes a tenth of the leases.
 """
 
 from __future__ import annotations
@@ -25,20 +25,16 @@ from _rounds import Goal, Race, parsed, parser, save, versions
 
 HERE = Path(__file__).parent
 
-CASES = {"free": (1, 1), "50 streams": (50, 1), "waiting": (1, 40)}
-"""Streams and tasks."""
+CASES = ("free", "50 streams", "waiting")
 
 MOST = 1.05
 """The goal, as a ratio to the earlier commit."""
 
 
-def lease(package, backend, streams, tasks, leases):
+def lease(package, backend, case, share):
     """Return the microseconds of a lease with the package in the folder *package*."""
     found = subprocess.run(
-        [
-            *(sys.executable, HERE / "_lease.py", backend),
-            *map(str, (streams, tasks, leases)),
-        ],
+        [sys.executable, HERE / "_lease.py", backend, case, str(share)],
         env=os.environ | {"PYTHONPATH": str(package)},
         capture_output=True,
         text=True,
@@ -55,9 +51,9 @@ def main(given):
             raise SystemExit(f"git has no commit {given.against}")
         before = f"at {given.against}"
         for backend in given.backend:
-            for name, (streams, tasks) in CASES.items():
-                race = Race(f"A lease, {name}, {backend}", "us of CPU")
-                sizes = (backend, streams, tasks, given.leases)
+            for name in CASES:
+                race = Race(f"A lease, {name}, {backend}", "us")
+                sizes = (backend, name, given.share)
                 race.run(
                     {
                         OURS: functools.partial(lease, HERE.parent, *sizes),
@@ -74,8 +70,8 @@ def main(given):
 if __name__ == "__main__":
     arguments = parser(__doc__, rounds=30)
     arguments.add_argument("--against", default="054dee3", metavar="COMMIT")
-    arguments.add_argument("--leases", type=int, default=20000)
+    arguments.add_argument("--share", type=float, default=1)
     arguments.add_argument(
         "--backend", nargs="+", choices=BACKENDS, default=list(BACKENDS)
     )
-    main(parsed(arguments, rounds=1, leases=500, backend=["asyncio"]))
+    main(parsed(arguments, rounds=1, share=0.1, backend=["asyncio"]))

@@ -5,20 +5,22 @@ Deadlines use the clock of the event loop. That clock may jump, as under freezeg
 `Clock` absorbs each backward jump, so a stored "not before" time never moves further
 away. No other module has to handle jumps.
 
-Durations use `time.perf_counter`, because the clock of uvloop moves in steps of 1 ms.
+Durations use `Clock.stopwatch`. That is the same clock if it is exact. Otherwise it is
+`time.perf_counter`, because the clock of uvloop moves in steps of 1 ms.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 __all__ = ["Clock", "TimeSource", "time_limit"]
@@ -31,6 +33,10 @@ ROUNDING = 1e-6
 def time_limit(timeout: float | None) -> anyio.CancelScope:
     """Return a cancel scope for the next *timeout* seconds; None means no limit."""
     return anyio.move_on_after(timeout)
+
+
+READINGS = 4
+"""Of a clock in a row. One that moves in steps cannot step between all of them."""
 
 
 class TimeSource(Protocol):
@@ -54,9 +60,12 @@ class Clock:
             because freezegun replaces the method.
         skew: The sum of all backward jumps so far, in seconds.
         last: The last result of `now`, in seconds.
+        is_exact: Whether two readings of the loop's clock always differ. Then one
+            reading serves deadlines and durations: a reading is 3 % of a lease.
+        stopwatch: Returns seconds for durations. Exact, but never compared with `now`.
     """
 
-    __slots__ = ("_deadlines", "last", "skew", "source")
+    __slots__ = ("_deadlines", "is_exact", "last", "skew", "source", "stopwatch")
 
     # An attribute of the class, because freezegun replaces attributes of modules.
     perf_counter = staticmethod(time.perf_counter)
@@ -66,6 +75,11 @@ class Clock:
         self.skew = 0.0
         self.last = source.time()
         self._deadlines: dict[anyio.CancelScope, float] = {}
+        readings = [source.time() for _ in range(READINGS)]
+        self.is_exact = all(one < other for one, other in pairwise(readings))
+        self.stopwatch: Callable[[], float] = self.perf_counter
+        if self.is_exact:
+            self.stopwatch = self.now
 
     def now(self) -> float:
         """Return the time in seconds. It never decreases."""

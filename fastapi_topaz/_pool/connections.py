@@ -121,7 +121,7 @@ def place(open_pool: OpenPool, slot: Slot) -> str:
 
 async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
     timeout = open_pool.options.connection_timeout
-    began = open_pool.perf_counter()
+    began = open_pool.stopwatch()
     deadline = open_pool.now() + timeout
     try:
         connection = await _within(
@@ -147,7 +147,7 @@ async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
             return
     attempts = open_pool.state.attempts
     rounds = attempts.failures
-    slot.alive_since = open_pool.perf_counter()
+    slot.alive_since = open_pool.stopwatch()
     took = slot.alive_since - began
     open_pool.state.connected(slot, connection, open_pool.now())
     open_pool.overload.connected()
@@ -511,7 +511,7 @@ async def close(open_pool: OpenPool, slot: Slot) -> None:
             *(
                 open_pool.label,
                 where,
-                open_pool.perf_counter() - slot.alive_since,
+                open_pool.stopwatch() - slot.alive_since,
                 reason,
             ),
             *(error, open_pool.state.status()),

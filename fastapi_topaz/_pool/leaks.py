@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 import anyio
 import attrs
 
-from fastapi_topaz._pool.clock import Clock
-
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -114,10 +112,9 @@ class Leaks:
             if due <= now:
                 self._late[claim] = holder = self._out.pop(claim)
                 self._counters.leaked += 1
-                held = Clock.perf_counter() - claim.held_since
                 logger.warning(
                     "%s: a lease has been held for %.1f s (leak_threshold=%g s) by %s",
-                    *(self._label, held, self._threshold, holder),
+                    *(self._label, now - claim.acquired_at, self._threshold, holder),
                 )
         # A lease that is taken later cannot be due earlier than this.
         return max(due if self._out else now + self._threshold, now + PAUSE)

@@ -30,7 +30,7 @@ class NestedSearch:
     Strictly private.
 
     Args:
-        count: Counts the leases that some coroutines hold.
+        count: Counts the leases that some tasks hold.
         state: The state of the pool.
         now: Returns the time in seconds.
     """

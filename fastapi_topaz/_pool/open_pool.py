@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -21,13 +21,16 @@ from fastapi_topaz._pool.connector import Verdict, names_of
 from fastapi_topaz._pool.leaks import Leaks
 from fastapi_topaz._pool.nested_search import NestedSearch
 from fastapi_topaz._pool.overload import Overload
+from fastapi_topaz._pool.owner_loop import coroutine_of
 from fastapi_topaz._pool.refusals import Refusals
 from fastapi_topaz._pool.state.pool_state import PoolState
+from fastapi_topaz._pool.state.slot import Check
 from fastapi_topaz.exceptions import PoolClosed
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from anyio.abc import TaskGroup
 
@@ -49,6 +52,9 @@ __all__ = ["OpenPool"]
 
 logger = logging.getLogger("fastapi_topaz.pool")
 
+UNLIMITED: AbstractContextManager[object] = nullcontext()
+"""In place of a deadline, for a caller that is watched by another task."""
+
 
 class OpenPool:
     """A pool from one opening to the closing that follows. Strictly private."""
@@ -56,8 +62,7 @@ class OpenPool:
     # Slots, because beyond 30 attributes an instance loses its fast lookup (3.11).
     __slots__ = (
         "__weakref__",
-        *("_admission", "_close_at", "_close_changed", "_dismissed"),
-        *("_latest", "_refusals"),
+        *("_admission", "_close_at", "_close_changed", "_latest", "_refusals"),
         *("adopted", "alarm", "answered_probes", "attempts", "clock"),
         *("connector", "coroutines", "counters", "done", "earlier", "events"),
         *(
@@ -73,12 +78,11 @@ class OpenPool:
             "observer",
             "overload",
             "owner",
-            "perf_counter",
             "progress",
             "readiness",
             "series",
         ),
-        *("state", "suspicion", "target", "tasks", "work"),
+        *("state", "stopwatch", "suspicion", "target", "tasks", "work"),
     )
 
     def __init__(
@@ -106,7 +110,7 @@ class OpenPool:
         self.owner = owner
         self.clock = self.owner.clock
         self.now = self.clock.now
-        self.perf_counter = self.clock.perf_counter
+        self.stopwatch = self.clock.stopwatch
         self.log_limit = log_limit
         log_limit.clock = self.now
         self.state = PoolState(
@@ -135,11 +139,10 @@ class OpenPool:
         self.alarm = math.inf
         self.earlier = anyio.Event()
         self._latest = 0.0
-        # The dismissed callers whose tasks have not run since. Each keeps a token until
-        # then, unless its task is cancelled at the same moment.
-        self._dismissed = 0
         self.nested_leases = NestedSearch(
-            lambda coroutines: count_nested(coroutines, self), self.state, self.now
+            lambda tasks: count_nested(map(coroutine_of, tasks), self),
+            self.state,
+            self.now,
         )
         self._refusals = Refusals(label, self.target, self.state, self.nested_leases)
         self.leaks: Leaks | None = None
@@ -180,7 +183,7 @@ class OpenPool:
         # back.
         clock = self.clock
         now = clock.source.time() + clock.skew
-        claim.held_since = self.perf_counter()
+        claim.held_since = now if clock.is_exact else self.stopwatch()
         try:
             self.limiter.acquire_on_behalf_of_nowait(claim)
         except anyio.WouldBlock:
@@ -193,70 +196,78 @@ class OpenPool:
         return taken
 
     async def lease(self, claim: Claim, timeout: float) -> None:
-        """Serve *claim*, which found nothing free a moment ago; see `wait`."""
-        overload = self.overload
-        if not claim.budget:
-            overload.explicit += 1
-        if self.state.limit < self.options.capacity and overload.make_room():
-            self.apply_limit()
-        try:
-            # Opening the pool, or room beyond the limit, may have changed that.
-            if not self.take(claim):
-                await self.wait(claim, timeout)
-        except BaseException:
-            if not claim.budget:
-                overload.explicit -= 1
-                overload.make_room()
-                self.limiter.total_tokens = self.state.limit
-            raise
-
-    async def wait(self, claim: Claim, timeout: float) -> None:
         """
-        Serve *claim* within *timeout* seconds.
+        Serve *claim*, which found nothing free a moment ago, within *timeout* seconds.
 
         Raises:
             PoolTimeout, PoolSaturated, PoolClosed, ConnectFailed: The claim was not
                 served. It holds no token and no stream.
         """
+        overload = self.overload
+        if overload.joined(claim):
+            self.apply_limit()
+        try:
+            # Opening the pool, or room beyond the limit, may have changed that.
+            if not self.state.waiting and self.take(claim):
+                return
+            now = self.now()
+            began = now if self.clock.is_exact else self.stopwatch()
+            watched, served = self._join(claim, timeout, now), False
+            try:
+                with UNLIMITED if watched else self.clock.deadline(claim.deadline):
+                    await self.limiter.acquire_on_behalf_of(claim)
+                    claim.has_token = True
+                    # The claim may be served already: once the limiter lends the token,
+                    # `_serve` counts it, which may be before this task runs.
+                    if claim.slot is None and not claim.dismissed:
+                        self.after_change()
+                    if claim.slot is None and not claim.dismissed:
+                        event = anyio.Event()
+                        claim.wake = event.set
+                        await event.wait()
+                # If a stream came, the caller gets it even after the deadline. If both
+                # happen in one tick of asyncio, the limiter takes the token back.
+                served = claim.has_token and claim.slot is not None
+            finally:
+                claim.waiter = None
+                if not served:
+                    self._withdraw(claim)
+            if not served:
+                raise self._refusals.not_served(claim, now)
+            claim.held_since = self.stopwatch()
+            claim.waited = claim.held_since - began
+            if isinstance(claim, Check):
+                self._admission.served(claim.acquired_at - now, claim.acquired_at)
+        except BaseException:
+            overload.left(claim)
+            self.limiter.total_tokens = self.state.limit
+            raise
+
+    def _join(self, claim: Claim, timeout: float, now: float) -> bool:
+        """
+        Add *claim* to the queue; return whether its deadline is watched: see `_watch`.
+
+        Raises:
+            PoolTimeout, PoolSaturated: It may not wait.
+        """
+        state = self.state
         if timeout <= 0:
-            self.state.want_one()
+            state.want_one()
             self.after_change()
             raise self._refusals.timed_out(timeout)
-        self._refusals.check_saturation()
-        began, now = self.perf_counter(), self.now()
+        if state.options.max_waiting is not None:
+            self._refusals.check_saturation(state.options.max_waiting)
         claim.deadline = now + timeout
-        if claim.budget:
+        if isinstance(claim, Check):
             self._admit(claim, now)
-        if not self.state.waiting:
+        if not state.waiting:
             self._admission.queue_begins(now)
-        served = False
         watched = self._watch(claim.deadline)
-        claim.waiter = self.owner.coroutine()
-        self.state.enqueue(claim)
-        try:
-            if watched:
-                await self._queue(claim)
-            else:
-                with self.clock.deadline(claim.deadline):
-                    await self._queue(claim)
-            # If a stream came, the caller gets it even after the deadline. If both
-            # happen in one tick of asyncio, the limiter takes the token back.
-            served = claim.has_token and claim.slot is not None
-        finally:
-            claim.waiter = None
-            if not served:
-                self._withdraw(claim)
-        if served:
-            claim.held_since = self.perf_counter()
-            claim.waited = claim.held_since - began
-            if claim.budget:
-                self._admission.served(claim.acquired_at - now, claim.acquired_at)
-        elif claim.failure is not None:
-            raise self._refusals.failed(claim.failure)
-        else:
-            raise self._refusals.timed_out(claim.deadline - now)
+        claim.waiter = self.owner.task()
+        state.enqueue(claim)
+        return watched
 
-    def _admit(self, claim: Claim, now: float) -> None:
+    def _admit(self, claim: Check, now: float) -> None:
         """Let the check of *claim* wait, but not until its answer would be late."""
         wait = self.overload.admit(claim, now)
         if wait is not None:
@@ -264,19 +275,6 @@ class OpenPool:
         latest = self._latest if self.state.waiting else 0.0
         start = self.overload.latest_start(claim, latest)
         claim.deadline = min(claim.deadline, start)
-
-    async def _queue(self, claim: Claim) -> None:
-        """Return when *claim* is served, or was dismissed."""
-        await self.limiter.acquire_on_behalf_of(claim)
-        claim.has_token = True
-        # The claim may be served already: once the limiter lends the token, `_serve`
-        # counts it, which may be before this task runs.
-        if claim.slot is None and not claim.dismissed:
-            self.after_change()
-        if claim.slot is None and not claim.dismissed:
-            event = anyio.Event()
-            claim.wake = event.set
-            await event.wait()
 
     def discard(self, claim: Claim) -> None:
         """Retire the connection of *claim*: it closes once all its leases are back."""
@@ -294,8 +292,11 @@ class OpenPool:
         clock.last = now
         admission = self._admission
         lease = now - claim.acquired_at
-        # How long a connection took to break says nothing about the next leases.
-        if not claim.cut_off and claim.slot.retired is None:  # type: ignore[union-attr]
+        slot = claim.slot
+        assert slot is not None  # noqa: S101
+        # How long a connection took to break says nothing about the next leases. The
+        # slot is asked first: `cut_off` is rare, and to read it takes longer.
+        if slot.retired is None and not (slot.suspect and claim.cut_off):
             admission.held += lease
             admission.ended += 1
         admission.last_end = now
@@ -304,14 +305,11 @@ class OpenPool:
         # `_serve` comes after this line. Then it counts the token that the next caller
         # has just got.
         self.limiter.release_on_behalf_of(claim)
-        if claim.budget:
+        if type(claim) is Check:
             if self.overload.end(claim, lease, now):
                 self.apply_limit()
-        else:
-            overload = self.overload
-            overload.explicit -= 1
-            if overload.counted > overload.explicit and overload.make_room():
-                self.limiter.total_tokens = state.limit
+        elif self.overload.counted and self.overload.shrink():
+            self.limiter.total_tokens = state.limit
         if (
             (state.waiting and self._serve(now))
             or state.to_close
@@ -319,7 +317,7 @@ class OpenPool:
             or state.shut
         ):
             self.after_change()
-        held = self.perf_counter() - claim.held_since
+        held = (now if clock.is_exact else self.stopwatch()) - claim.held_since
         self.observer.released(held)
         if self.leaks is not None:
             self.leaks.returned(claim, held)
@@ -331,7 +329,7 @@ class OpenPool:
 
     def _serve(self, now: float) -> bool:
         """Serve waiting callers; return whether a caller with a token got no stream."""
-        tokens = self.tokens()
+        tokens = self.limiter.borrowed_tokens - self.state.dismissed
         for claim in self.state.serve(tokens, now):
             if claim.wake is not None:
                 claim.wake()
@@ -339,12 +337,10 @@ class OpenPool:
 
     def tokens(self) -> int:
         """Return the number of tokens lent, without those of dismissed callers."""
-        return self.limiter.borrowed_tokens - self._dismissed
+        return self.limiter.borrowed_tokens - self.state.dismissed
 
     def _withdraw(self, claim: Claim) -> None:
         self.state.withdraw(claim, self.now())
-        if claim.dismissed:
-            self._dismissed -= 1
         if claim.has_token:
             self.limiter.release_on_behalf_of(claim)
         self.after_change()
@@ -389,8 +385,7 @@ class OpenPool:
         # are awake already. The others sleep in the limiter, so `asleep` counts them.
         # If one of them gives up at this moment, its token goes to a caller that was
         # not dismissed. That is harmless: it still gets its stream in its turn.
-        asleep = len(dismissed) - (self.tokens() - self.state.in_use)
-        self._dismissed += len(dismissed)
+        asleep = self.state.in_use - self.tokens()
         for claim in dismissed:
             if claim.wake is not None:
                 claim.wake()
@@ -547,7 +542,7 @@ class OpenPool:
     @contextmanager
     def busy_task(self) -> Iterator[None]:
         """Record the running task while it uses or opens a connection."""
-        coroutine = self.owner.coroutine()
+        coroutine = coroutine_of(self.owner.task())
         self.coroutines.add(coroutine)
         try:
             yield

@@ -17,6 +17,7 @@ import anyio
 
 from fastapi_topaz._pool.state.admission import Admission, Load
 from fastapi_topaz._pool.state.limit import AdaptiveLimit
+from fastapi_topaz._pool.state.slot import Check
 
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ class Overload:
         counters: Its counters.
 
     Attributes:
-        explicit: The explicit leases that are out or wait. The pool counts them here.
-        counted: Those for which the limit makes room.
+        capacity: The most leases at once.
+        checks: The checks that have a lease or wait. The pool counts them here.
+        counted: The explicit leases for which the limit makes room.
     """
 
     __slots__ = (
         *("_counters", "_ended_at", "_label", "_state"),
-        *("adaptive", "admission", "counted", "explicit", "queued"),
+        *("adaptive", "admission", "capacity", "checks", "counted", "queued"),
     )
 
     def __init__(self, label: str, state: PoolState, counters: PoolCounters) -> None:
@@ -62,16 +64,24 @@ class Overload:
         self._counters = counters
         # When the last check ended.
         self._ended_at = float("-inf")
-        self.explicit = self.counted = 0
+        self.capacity = options.capacity
+        self.checks = self.counted = 0
         self.admission = Admission()
         self.adaptive: AdaptiveLimit | None = None
         if options.adaptive_limit:
             self.adaptive = AdaptiveLimit(options.max_connections, options.capacity)
-            self._publish()
+            self._publish(0)
         # Set if a check waits. The watcher of the event loop replaces it.
         self.queued = anyio.Event()
 
-    def admit(self, claim: Claim, now: float) -> float | None:
+    @property
+    def explicit(self) -> int:
+        """The explicit leases that are out or wait: all claims that are no checks."""
+        # Not counted, because each explicit lease would cost more.
+        state = self._state
+        return state.in_use + len(state.waiting) + state.dismissed - self.checks
+
+    def admit(self, claim: Check, now: float) -> float | None:
         """Return None if the check of *claim* may wait, or the estimated wait."""
         left = claim.due - now
         wait = self.admission.refuses(self._load(), left, claim.budget, now)
@@ -80,7 +90,7 @@ class Overload:
         self.queued.set()
         return wait
 
-    def latest_start(self, claim: Claim, latest: float) -> float:
+    def latest_start(self, claim: Check, latest: float) -> float:
         """
         Return the time from which the answer would be late: *claim* leaves the queue.
 
@@ -90,21 +100,47 @@ class Overload:
         """
         return max(claim.due - self.admission.call, min(latest, claim.due))
 
-    def begin(self, claim: Claim) -> None:
+    def begin(self, claim: Check) -> None:
         """Record that the check of *claim* has its lease."""
         if self.adaptive is not None:
             self.adaptive.begin(claim, self._state.in_use - self.explicit)
 
-    def make_room(self) -> bool:
-        """Make room for the explicit leases; return whether the limit changed."""
-        if self.counted == self.explicit:
+    def joined(self, claim: Claim) -> bool:
+        """Count *claim*, which found nothing free; return whether the limit changed."""
+        explicit = self.explicit
+        if isinstance(claim, Check):
+            self.checks += 1
+        else:
+            explicit += 1  # it is not in the queue yet
+        return self._state.limit < self.capacity and self._make_room(explicit)
+
+    def left(self, claim: Claim) -> None:
+        """Forget *claim*, which was not served."""
+        if isinstance(claim, Check):
+            self.checks -= 1
+        else:
+            self._make_room(self.explicit)
+
+    def _make_room(self, explicit: int) -> bool:
+        if self.counted == explicit:
             return False
         before = self._state.limit
-        self._publish()
+        self._publish(explicit)
         return self._state.limit != before
 
-    def end(self, claim: Claim, held: float, now: float) -> bool:
+    def shrink(self) -> bool:
+        """
+        Take back the room of explicit leases that have ended.
+
+        Returns:
+            Whether the limit changed.
+        """
+        explicit = self.explicit
+        return self.counted > explicit and self._make_room(explicit)
+
+    def end(self, claim: Check, held: float, now: float) -> bool:
         """Record the end of a check; return whether the limit was changed."""
+        self.checks -= 1
         if claim.answered and now <= claim.due:
             self.admission.calls.append((now, held))
         self._ended_at = now
@@ -141,7 +177,7 @@ class Overload:
             *(self._label, adaptive.limit, before, adaptive.reason),
             self._state.status(),
         )
-        self._publish()
+        self._publish(self.explicit)
         return True
 
     def connected(self) -> None:
@@ -155,14 +191,15 @@ class Overload:
             self.admission.forget()
             if self.adaptive is not None:
                 self.adaptive.restart()
-                self._publish()
+                self._publish(self.explicit)
 
     def resize(self) -> None:
         """Take the changed options of the state."""
         options = self._state.options
+        self.capacity = options.capacity
         if self.adaptive is not None:
             self.adaptive.resize(options.max_connections, options.capacity)
-        self._publish()
+        self._publish(self.explicit)
 
     def estimated_wait(self, now: float) -> float:
         """Return the seconds that a check would wait now. Thread-safe."""
@@ -175,22 +212,18 @@ class Overload:
         state = self._state
         limit = state.limit
         if self.adaptive is not None and self.adaptive.grows:
-            limit = min(2 * limit, self._capacity)  # as it will be after this cohort
+            limit = min(2 * limit, self.capacity)  # as it will be after this cohort
         if state.attempts.failures or state.outage.declared:
             # The pool has fewer connections than it wants. While nothing fails, the
             # missing ones are being opened.
             limit = max(1, min(state.in_use, limit))
         return Load(len(state.waiting), state.in_use, limit)
 
-    @property
-    def _capacity(self) -> int:
-        return self._state.options.capacity
-
-    def _publish(self) -> None:
+    def _publish(self, explicit: int) -> None:
         state, adaptive = self._state, self.adaptive
         if adaptive is None:
-            state.limit = self._capacity
+            state.limit = self.capacity
         else:
-            self.counted = self.explicit
-            state.limit = min(self._capacity, adaptive.limit + self.counted)
+            self.counted = explicit
+            state.limit = min(self.capacity, adaptive.limit + self.counted)
             state.limit_reason = adaptive.reason

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import trio
 
 
-__all__ = ["OwnerLoop"]
+__all__ = ["OwnerLoop", "coroutine_of"]
 
 
 NEVER = 10.0 * 365 * 86400
@@ -51,18 +51,17 @@ class _Destroyed:
 class _TrioTime:
     """The clock of a trio run. Unlike `trio.current_time()`, it works in any thread."""
 
-    __slots__ = ("_clock",)
+    __slots__ = ("time",)
 
     def __init__(self, clock: trio.abc.Clock) -> None:
-        self._clock = clock
-
-    def time(self) -> float:
-        return self._clock.current_time()
+        self.time = clock.current_time
 
 
-def _asyncio_coroutine() -> object:
-    task = asyncio.current_task()
-    return None if task is None else task.get_coro()
+def coroutine_of(task: Any) -> object:
+    """Return the coroutine of a *task* of asyncio or trio, or None for None."""
+    if isinstance(task, asyncio.Task):
+        return task.get_coro()
+    return getattr(task, "coro", None)
 
 
 class OwnerLoop:
@@ -74,17 +73,17 @@ class OwnerLoop:
     Attributes:
         clock: The clock of the loop. It is faster than `anyio.current_time()`, which
             looks up the backend in each call.
-        coroutine: Returns the coroutine of the running task.
         current: Returns the running event loop, as `native`; raises RuntimeError if
             there is none of this backend.
         native: The event loop of asyncio, or the token of trio's run.
         pid: The process ID.
+        task: Returns the running task. None if asyncio knows none.
         thread: The identifier of the loop's thread.
     """
 
     __slots__ = (
         *("_task", "_timer", "_where"),
-        *("clock", "coroutine", "current", "native", "pid", "thread"),
+        *("clock", "current", "native", "pid", "task", "thread"),
     )
 
     def __init__(self) -> None:
@@ -94,17 +93,17 @@ class OwnerLoop:
         self._where = current_thread().name
         self._task: Any = None
         self._timer: weakref.ref[asyncio.TimerHandle] | None = None
-        self.coroutine: Callable[[], object]
+        self.task: Callable[[], object]
         self.current: Callable[[], object]
         if isinstance(self.native, asyncio.AbstractEventLoop):
-            self.coroutine = _asyncio_coroutine
+            self.task = asyncio.current_task
             self.current = asyncio.get_running_loop
             self.clock = Clock(self.native)
         else:
             # Imported here, because applications on asyncio do not need trio.
             import trio  # noqa: PLC0415
 
-            self.coroutine = lambda: trio.lowlevel.current_task().coro
+            self.task = trio.lowlevel.current_task
             self.current = trio.lowlevel.current_trio_token
             self.clock = Clock(_TrioTime(trio.lowlevel.current_clock()))
 

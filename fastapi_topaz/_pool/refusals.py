@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fastapi_topaz._pool.state.pool_state import PoolState
+    from fastapi_topaz._pool.state.slot import Claim
 
 
 __all__ = ["Refusals"]
@@ -43,16 +44,13 @@ class Refusals:
     state: PoolState
     nested_leases: Callable[[], tuple[int, int]]
 
-    def check_saturation(self) -> None:
+    def check_saturation(self, allowed: int) -> None:
         """
-        Return if one more may wait.
+        Return if one more may wait: fewer than *allowed* callers wait for capacity.
 
         Raises:
             PoolSaturated: `max_waiting` callers wait for capacity already.
         """
-        allowed = self.state.options.max_waiting
-        if allowed is None:
-            return
         state = self.state
         # The first callers in the queue wait for a connection, not for capacity. The
         # number of tokens does not show how many these are, because a dismissed caller
@@ -115,6 +113,12 @@ class Refusals:
         )
         error.__cause__ = cause
         return error
+
+    def not_served(self, claim: Claim, began: float) -> PoolError:
+        """Return the error of *claim*, whose wait began at *began* and has ended."""
+        if claim.failure is not None:
+            return self.failed(claim.failure)
+        return self.timed_out(claim.deadline - began)
 
     def failed(self, failure: Exception) -> PoolError:
         """Return the error for one waiting caller. *failure* ended the wait of many."""

@@ -246,9 +246,12 @@ async def test_checks_survive_a_restart_and_fail_only_while_the_port_is_closed(
         await traffic.flows()
         traffic.stopped = True
     closed, open_again = plain.outages[-1]
-    for begin, finish, error in traffic.failures:
+    for _, finish, error in traffic.failures:
         assert finish >= closed, f"failed before the restart: {error!r}"
-        assert begin <= open_again, f"failed after the restart: {error!r}"
+    # A caller that comes after the restart may still wait for an attempt that was
+    # refused before it. That ends its check, but none of its next ones.
+    late = [error for begin, _, error in traffic.failures if begin > open_again]
+    assert len(late) <= USERS, f"failed after the restart: {late!r}"
 
 
 @pytest.mark.parametrize(

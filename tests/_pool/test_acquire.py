@@ -220,10 +220,10 @@ async def test_dismissed_callers_do_not_raise_the_max_waiting_limit():
             open_pool.expire()
             others = [Claim(), Claim()]
             for other in others:
-                open_pool._refusals.check_saturation()
+                open_pool._refusals.check_saturation(1)
                 open_pool.state.enqueue(other)
             # One caller waits for a connection and one for capacity: the maximum.
             with pytest.raises(PoolSaturated):
-                open_pool._refusals.check_saturation()
+                open_pool._refusals.check_saturation(1)
             for other in others:
                 open_pool.state.withdraw(other, open_pool.now())

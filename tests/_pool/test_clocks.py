@@ -234,31 +234,22 @@ async def test_a_clock_jump_during_a_lease_does_not_lengthen_a_check(seconds):
         assert len(timeouts) == (2 if seconds < 0 else 1)
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 @pytest.mark.parametrize("seconds", [1000.0, -1000.0, 1.7e6])
 async def test_the_loop_clock_is_looked_up_at_each_read(seconds, monkeypatch):
     """
-    The loop clock is replaced in an open pool, as by freezegun with
-    `real_asyncio=True`.
+    freezegun with `real_asyncio=True` replaces the method of asyncio's loop in an open
+    pool. It replaces no method of trio, only functions of the module `time`.
     """
     async with make_pool(max_connections=1) as pool, pool.acquire():
         await anyio.sleep(1)
-        loop = type(asyncio.get_running_loop()) if _on_asyncio() else None
-        kind, name = (
-            (loop, "time") if loop else (trio.testing.MockClock, "current_time")
-        )
-        before = getattr(kind, name)
-        monkeypatch.setattr(kind, name, lambda self: before(self) + seconds)
+        kind = type(asyncio.get_running_loop())
+        before = kind.time
+        monkeypatch.setattr(kind, "time", lambda self: before(self) + seconds)
         began = anyio.current_time()
         with pytest.raises(PoolTimeout):
             await pool.acquire(timeout=0.3)
         assert anyio.current_time() - began == pytest.approx(0.3, abs=1e-5)
-
-
-def _on_asyncio():
-    try:
-        return bool(asyncio.get_running_loop())
-    except RuntimeError:
-        return False
 
 
 # -- the clock itself -----------------------------------------------------------------
@@ -307,6 +298,43 @@ async def test_a_cancel_scope_keeps_its_remaining_time_after_a_clock_jump():
 
 
 # -- durations ------------------------------------------------------------------------
+
+
+class Steps:
+    """A clock that moves by *size* seconds after each *readings* readings."""
+
+    def __init__(self, readings, size=0.001):
+        self.readings, self.size = readings, size
+        self.count = 0
+
+    def time(self):
+        self.count += 1
+        return self.count // self.readings * self.size
+
+
+@pytest.mark.parametrize(
+    "source, is_exact",
+    [
+        (Steps(1, 1e-9), True),
+        (Steps(2), False),
+        (Steps(3), False),
+        (Steps(1000), False),
+    ],
+)
+def test_a_clock_is_exact_if_all_its_readings_differ(source, is_exact):
+    clock = Clock(source)
+    assert clock.is_exact is is_exact
+    before = source.count
+    clock.stopwatch()
+    assert (source.count > before) is is_exact
+
+
+@pytest.mark.real_clock
+async def test_the_clocks_of_asyncio_and_trio_are_exact_and_not_that_of_uvloop(
+    anyio_backend_name, anyio_backend
+):
+    is_uvloop = anyio_backend[1].get("use_uvloop", False)
+    assert OwnerLoop().clock.is_exact is not is_uvloop
 
 
 def sums(reader):

@@ -355,6 +355,32 @@ async def test_the_room_of_an_explicit_lease_ends_with_it_and_with_its_wait():
             await pool.release(conn)
 
 
+async def test_checks_that_were_dismissed_are_no_explicit_leases():
+    async def check():
+        with pytest.raises(PoolTimeout):
+            await pool.acquire(budget=60)
+
+    options = {"max_connections": 1, "streams_per_connection": 50}
+    async with make_pool(FakeConnector(), **options) as pool:
+        held = [await pool.acquire(budget=60) for _ in range(16)]
+        open_pool = pool._open_pool
+        overload = open_pool.overload
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(check)
+            await queued(pool, 3)
+            for claim in open_pool.state.waiting:
+                claim.deadline = open_pool.now()
+            open_pool.expire()
+            # Their tasks have not run since.
+            assert (overload.checks, overload.explicit) == (19, 0)
+            overload.resize()
+            assert pool.status().limit == 16
+        assert (overload.checks, overload.explicit) == (16, 0)
+        for conn in held:
+            await pool.release(conn)
+
+
 async def test_a_check_and_explicit_leases_wait_in_one_queue():
     order = []
 
@@ -392,7 +418,7 @@ async def test_an_overload_leaves_no_lease_no_waiter_and_no_token(setup):
         assert (status.waiting, status.streams_in_use) == (0, 0)
         open_pool = callers.pool._open_pool
         assert open_pool.limiter.borrowed_tokens == 0
-        assert open_pool._dismissed == 0
+        assert open_pool.state.dismissed == 0
         assert 1 <= status.limit <= status.streams_max
 
 

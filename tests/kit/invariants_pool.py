@@ -15,6 +15,7 @@ from fastapi_topaz import (
     PoolTimeout,
 )
 from fastapi_topaz._pool.state.pool_state import RAMP
+from fastapi_topaz._pool.state.slot import Check
 from kit.invariants import holds, usable
 
 
@@ -66,10 +67,11 @@ def the_limiter_has_the_limit(books):
     if not 1 <= limit <= books.state.options.capacity:
         return f"it is {limit}"
     counted = open_pool.overload.explicit
-    explicit = sum(not x.budget for x in [*books.held, *books.queue] if x)
+    claims = [x for x in [*books.held, *books.queue] if x]
+    explicit = sum(not isinstance(x, Check) for x in claims)
     if counted != explicit:
         return f"{counted} explicit leases are counted, and there are {explicit}"
-    return f"{open_pool._dismissed} are" if open_pool._dismissed else None
+    return f"{books.state.dismissed} are" if books.state.dismissed else None
 
 
 @holds(32, OF_AN_OPEN_POOL)

@@ -282,7 +282,7 @@ def assert_unused(pool, cut=0):
     open_pool, counts = pool.opened, pool._counters
     state = open_pool.state
     assert state.in_use == open_pool.limiter.borrowed_tokens == cut
-    left = [*state.waiting, open_pool.initializing, open_pool._dismissed]
+    left = [*state.waiting, open_pool.initializing, state.dismissed]
     assert not any(left)
     outcomes = [counts.acquisitions, counts.timeouts, counts.rejected]
     outcomes += [counts.failed, counts.closed, counts.cancelled]

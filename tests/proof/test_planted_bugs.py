@@ -203,12 +203,11 @@ class HasAnOutageOfOne(PoolState):
 class BlamesOrderlyEnds(PoolState):
     """A connection that answered and then ended counts as a failed attempt."""
 
-    def _failure(self, slot, reason, now):
+    def lost(self, slot, reason, now):
         before = slot.answered, slot.broken
         slot.answered, slot.broken = False, True
-        failure = super()._failure(slot, reason, now)
+        super().lost(slot, reason, now)
         slot.answered, slot.broken = before
-        return failure
 
 
 class ProbesWithoutPause(PoolState):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fastapi_topaz._pool.state.backoff import DEMAND_CAP, full_jitter
 from fastapi_topaz._pool.state.slot import Slot
+from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._pool.state.options import PoolOptions
 
 
-__all__ = ["Attempts", "is_failed_attempt"]
+__all__ = ["Attempts", "is_failed_attempt", "unanswered_end"]
 
 
 BRIEF = 2.0
@@ -48,6 +49,16 @@ def is_failed_attempt(slot: Slot, now: float, *, was_lost: bool) -> bool:
     was_in_use = slot.broken or (was_lost and bool(slot.leases))
     # Otherwise it may be a proxy that closed an idle connection.
     return was_young or was_in_use
+
+
+def unanswered_end(slot: Slot, target: str) -> ConnectFailed:
+    """Return the failure that this end of the connection of *slot* counts as."""
+    why = f": {slot.last_error}" if slot.last_error else ""
+    return ConnectFailed(
+        f"cannot connect to {target}: the server accepted the connection, and closed "
+        f"it before or together with its first answer{why}",
+        reason="unanswered",
+    )
 
 
 class Attempts:

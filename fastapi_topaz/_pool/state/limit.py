@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 
 if TYPE_CHECKING:
-    from fastapi_topaz._pool.state.slot import Claim
+    from fastapi_topaz._pool.state.slot import Check
     from fastapi_topaz._pool.state.status import LimitReason
 
 
@@ -151,7 +151,7 @@ class AdaptiveLimit:
 
     # -- the calls --------------------------------------------------------------
 
-    def begin(self, claim: Claim, in_use: int) -> None:
+    def begin(self, claim: Check, in_use: int) -> None:
         """Record that *claim* got its lease; *in_use* leases are out with it."""
         if claim.due - claim.acquired_at < claim.budget / 2:
             # Only a quick call would still be answered, so it shows nothing. But it has
@@ -172,7 +172,7 @@ class AdaptiveLimit:
         """Record that the pool refused a caller for overload."""
         self._refused += 1
 
-    def end(self, claim: Claim, held: float, now: float) -> bool:
+    def end(self, claim: Check, held: float, now: float) -> bool:
         """
         Record that *claim* gave its lease back after *held* seconds.
 
@@ -256,7 +256,7 @@ class AdaptiveLimit:
         self._held = 0.0
         self._ratios: list[float] = []
         # The calls that have not ended, and whether the pool was full when they began.
-        self._running: dict[Claim, bool] = {}
+        self._running: dict[Check, bool] = {}
 
     @property
     def _begun(self) -> int:

@@ -33,13 +33,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from fastapi_topaz._pool.state.attempts import Attempts, is_failed_attempt
+from fastapi_topaz._pool.state.attempts import (
+    Attempts,
+    is_failed_attempt,
+    unanswered_end,
+)
 from fastapi_topaz._pool.state.outage import Outage
 from fastapi_topaz._pool.state.rotation import Rotation
 from fastapi_topaz._pool.state.snapshot import counts
 from fastapi_topaz._pool.state.status import PoolStatus
 from fastapi_topaz._pool.state.turns import emptier, least_used, surplus, were_enough
-from fastapi_topaz.exceptions import ConnectFailed
 
 
 if TYPE_CHECKING:
@@ -91,6 +94,9 @@ class PoolState:
         # slot may have to leave it.
         self.ready: dict[Slot, None] = {}
         self.waiting: OrderedDict[Claim, None] = OrderedDict()
+        # The dismissed claims whose tasks have not run since. Each keeps its token
+        # until then, unless its task is cancelled at the same moment.
+        self.dismissed = 0
         self.in_use = 0
         # The most leases at once now. `Overload` changes it.
         self.limit = options.capacity
@@ -123,13 +129,17 @@ class PoolState:
 
     def take_ready(self, claim: Claim, now: float) -> bool:
         """Serve *claim*, whose turn it is, if one of the ready slots is fit."""
-        # The code of _pick(), inlined: this runs for almost every lease.
+        # The code of _pick() and is_gone(), inlined: this runs for almost every lease.
         ready = self.ready
         slots = iter(ready)
         slot = next(slots)
         if slot.leases or slot.rests:
             slot = emptier(slot, slots)
-        if now - slot.proven_at > self._stale_after or slot.is_gone():
+        try:
+            fit = slot.is_lost is None or not slot.is_lost()
+        except Exception:  # noqa: BLE001  (a connection may raise anything)
+            fit = not slot.is_gone()
+        if not fit or now - slot.proven_at > self._stale_after:
             if (picked := self._pick(now)) is None:
                 return False
             slot = picked
@@ -150,6 +160,7 @@ class PoolState:
     def withdraw(self, claim: Claim, now: float) -> None:
         """Remove *claim* from the queue; if it was served meanwhile, give it back."""
         self.waiting.pop(claim, None)
+        self.dismissed -= claim.dismissed
         if claim.slot is not None:
             self.give_back(claim, now)
 
@@ -171,8 +182,6 @@ class PoolState:
         return served
 
     def _pick(self, now: float) -> Slot | None:
-        # The channel to a dead server shows the loss soon, and asking it costs less
-        # than a microsecond.
         while self.ready:
             slots = iter(self.ready)
             slot = emptier(next(slots), slots)
@@ -210,6 +219,7 @@ class PoolState:
             claim, _ = self.waiting.popitem(last=False)
             claim.dismissed = True
             dismissed.append(claim)
+        self.dismissed += len(dismissed)
         return dismissed
 
     # -- connecting -------------------------------------------------------------
@@ -323,28 +333,16 @@ class PoolState:
         if any(other.answered and self.attempts.is_newer(other) for other in self.open):
             self.attempts.unanswered = 0
         first = not self.attempts.unanswered
-        failure = self._failure(slot, reason, now)
-        if failure is not None:
+        failure = None
+        if is_failed_attempt(slot, now, was_lost=reason == "lost"):
+            failure = unanswered_end(slot, self._target)
+            self.unanswered_ends.append(slot)
             self.failed()
         self.attempts.ended(slot, failure, now)
         self.first_unanswered |= first and self.attempts.unanswered > 0
         self.rotation.lost(now)
         self.unhandled_loss = True
         self.retire(slot, reason)
-
-    def _failure(
-        self, slot: Slot, reason: CloseReason, now: float
-    ) -> ConnectFailed | None:
-        """Return the failure that the loss of *slot* counts as, or None."""
-        if not is_failed_attempt(slot, now, was_lost=reason == "lost"):
-            return None
-        self.unanswered_ends.append(slot)
-        why = f": {slot.last_error}" if slot.last_error else ""
-        return ConnectFailed(
-            f"cannot connect to {self._target}: the server accepted the connection, "
-            f"and closed it before or together with its first answer{why}",
-            reason="unanswered",
-        )
 
     def retire_if_lost(self, slot: Slot, now: float) -> bool:
         """Retire *slot* if its server has gone away; return whether it was retired."""

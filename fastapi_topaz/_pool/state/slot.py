@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._pool.state.status import CloseReason
 
 
-__all__ = ["Claim", "Slot"]
+__all__ = ["Check", "Claim", "Slot"]
 
 
 @attrs.define(eq=False)
@@ -39,7 +39,7 @@ class Slot:
     opened_at: float = 0.0
     # When the pool grew by it. A replacement has the time of the slot that it replaces.
     grown_at: float = 0.0
-    # The same moment as `opened_at`, but on `perf_counter`.
+    # The same moment as `opened_at`, but on the stopwatch of the pool's clock.
     alive_since: float = 0.0
     last_used_at: float = 0.0
     # When the connection last proved that it works: it was opened, or a call or a probe
@@ -117,8 +117,8 @@ class Claim:
     # and most claims set only the first two. To set all of them took longer than
     # everything else here.
     slot: Slot | None = None
-    # When it was served, on `perf_counter`. `acquired_at` is the same moment on the
-    # pool's clock.
+    # When it was served, on the clock's stopwatch. `acquired_at` is the same moment on
+    # the pool's clock.
     held_since = 0.0
     acquired_at = 0.0
     # Seconds that the caller waited.
@@ -128,16 +128,12 @@ class Claim:
     # The handle was used in a wrong way, which raised an error. So if the handle is
     # garbage-collected then, that is not a leak.
     refused = False
-    # For a check: the seconds that it had at first, and when it needs its answer, on
-    # the pool's clock. For an explicit lease: 0 and never.
-    budget = 0.0
-    due = float("inf")
     # How its last call ended: the server answered, or did not in time, or the
     # connection ended. None of them, if the call was cancelled.
     answered = False
     unanswered = False
     cut_off = False
-    # The coroutine of the waiting task, for the search for nested leases.
+    # The waiting task, for the search for nested leases.
     waiter: object = None
     # The end of the wait. A claim is dismissed at its deadline, or with a failure.
     deadline = float("inf")
@@ -147,3 +143,16 @@ class Claim:
     has_token = False
     # Wakes a caller that has a token and sleeps until it gets a stream.
     wake: Callable[[], None] | None = None
+
+
+class Check(Claim):
+    """
+    The claim of a caller that needs its answer within a budget. Strictly private.
+
+    A class of its own, because a look at the class costs less than at an attribute.
+    """
+
+    # The seconds that it had at first, and when it needs its answer, on the pool's
+    # clock.
+    budget: float
+    due: float

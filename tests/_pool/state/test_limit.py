@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastapi_topaz._pool.state.limit import AdaptiveLimit, _Hold
-from fastapi_topaz._pool.state.slot import Claim
+from fastapi_topaz._pool.state.slot import Check
 
 
 pytestmark = pytest.mark.real_clock
@@ -20,7 +20,7 @@ class Calls:
         self.now = 0.0
 
     def begin(self, in_use=None, left=None):
-        claim = Claim()
+        claim = Check()
         claim.budget = self.budget
         claim.acquired_at = self.now
         claim.due = self.now + (self.budget if left is None else left)
