@@ -15,6 +15,7 @@ import anyio
 import attrs
 import grpc
 
+from fastapi_topaz._app.undecided import log_undecided
 from fastapi_topaz._decisions.breaker import Breaking
 from fastapi_topaz._decisions.cache import Cached, freshness_of
 from fastapi_topaz._decisions.credentialed import Credentialed
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._decisions.fallback import Custom, Fallbacks, Strategy
     from fastapi_topaz._decisions.question import Ask, Question
     from fastapi_topaz._decisions.sharing import Freshness
+    from fastapi_topaz._log_limit import LogLimit
     from fastapi_topaz._pool.state.status import PoolCounters
     from fastapi_topaz._telemetry.decisions import DecisionMetrics
     from fastapi_topaz._telemetry.tracing import Tracing
@@ -64,6 +66,7 @@ class Layers:
         pool: Returns the pool. An application may replace that of its configuration.
         tracing: Begins the spans.
         metrics: Counts the ends of checks, and measures them.
+        limit: Gets a line for each check without a decision.
         cache: Keeps answers, if given.
         breaker: Refuses checks while the authorizer fails, if given.
         has_credentials: Whether calls have metadata that a callable computes.
@@ -72,6 +75,7 @@ class Layers:
     pool: Callable[[], ConnectionPool]
     tracing: Tracing
     metrics: DecisionMetrics
+    limit: LogLimit
     cache: DecisionCache | None = None
     breaker: CircuitBreaker | None = None
     has_credentials: bool = False
@@ -113,24 +117,34 @@ class Layers:
         """Return the outermost layers above *asking*, with this *fallback*."""
         if fallback != "error":
             asking = Fallback(asking, fallback, shared)
-        return Observe(asking, self.tracing, self.pool, self.metrics)
+        return Observe(asking, self.tracing, self.pool, self.metrics, self.limit)
 
 
 @attrs.frozen
 class Observe:
     """
-    Asks within a span, which shows the outcome, and counts each outcome once.
+    Asks within a span, which shows the outcome, and counts and logs each outcome once.
 
-    Spans and metrics share this layer, because each layer costs half a microsecond.
+    Spans, metrics and the log share this layer, because each layer costs half a
+    microsecond. Guards and the application's own checks both pass it.
+
+    Args:
+        ask: The next layer.
+        tracing: Begins the spans.
+        pool: Returns the pool.
+        metrics: Counts the ends of checks, and measures them.
+        limit: Gets a line for each check without a decision, if given.
     """
 
     ask: Ask
     tracing: Tracing
     pool: Callable[[], ConnectionPool]
     metrics: DecisionMetrics
+    limit: LogLimit | None = None
 
     async def __call__(self, question: Question, /) -> Decision:
         path, decision, metrics = question.policy_path, question.decision, self.metrics
+        limit = self.limit
         name = self.pool().options.name
         if metrics.pool is not name:
             metrics.begin(name)
@@ -146,8 +160,12 @@ class Observe:
                     span.decided(answer.allowed, answer.origin)
         except BaseException as error:
             metrics.undecided(question.source, error, perf_counter() - began)
+            if limit is not None:
+                log_undecided(limit, question, error)
             raise
         metrics.decided(question.source, answer, perf_counter() - began)
+        if limit is not None and limit.held:
+            limit.flush()
         return answer
 
 

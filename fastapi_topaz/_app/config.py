@@ -180,6 +180,7 @@ class TopazConfig(NotCopied):
             "check_timeout", check_timeout, zero=False, infinite=False
         )
         self.path_parameters = path_parameters
+        self._log_limit = LogLimit(logger, "checks")
         self._set_layers(
             *(tracer_provider, meter_provider, decision_cache, circuit_breaker)
         )
@@ -192,7 +193,6 @@ class TopazConfig(NotCopied):
         self._ask: Ask = self._asking(fallback)
         # The dependencies by their arguments.
         self._dependencies: dict[Any, Any] = {}
-        self._log_limit = LogLimit(logger, "checks")
         self._configure(connection_pool)
         if allow_unsafe_fallback:
             logger.warning(
@@ -243,6 +243,7 @@ class TopazConfig(NotCopied):
             lambda: self.connection_pool,
             Tracing(tracer_provider, IS),
             self._metrics,
+            self._log_limit,
             cache,
             breaker,
             self.authorizer_options.credentials is not None,
@@ -294,6 +295,7 @@ class TopazConfig(NotCopied):
         last second, and nothing failed since, this returns True at once. Otherwise the
         pool sends the RPC `Info` on one connection. If none is open, it opens one
         first. Many callers at the same time share that call. It needs no free lease.
+        It asks no policy, so a wrong `api_key` or policy path does not show.
 
         If that ends with an error, the error is logged, and the result is False. It is
         also False if the application closed the pool: this does not open it again.
@@ -362,8 +364,9 @@ class TopazConfig(NotCopied):
 
         Returns:
             True only if the authorizer decided so, or a *fallback* of the configuration
-            that is permitted to. If there is no decision, this
-            raises an error.
+            that is permitted to. If there is no decision, this raises an error, and a
+            WARNING is logged as for a guard, at most one line in 10 seconds for each
+            kind of error.
 
         Raises:
             PoolSaturated: The pool is overloaded: the answer would come after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from fastapi_topaz._app.config import TopazConfig
 from fastapi_topaz._app.routes import route_policy_path
 from fastapi_topaz._authorizer.rego import check_name, check_reference
 from fastapi_topaz._checks import check_seconds, safe_repr
-from fastapi_topaz._error_text import error_kind, log_text
 from fastapi_topaz._redaction import boundary
 from fastapi_topaz.exceptions import PoolMisuse, TopazError
 
@@ -41,21 +39,6 @@ POLICY_VIOLATION = 1008
 
 _ANSWERS_WEBSOCKETS = tuple(map(int, starlette.__version__.split(".")[:2])) >= (0, 41)
 """Whether Starlette sends what its handler of HTTPException makes for a WebSocket."""
-
-HINTS = {
-    grpc.StatusCode.INVALID_ARGUMENT: (
-        "there is no such policy or rule, the rule has no value, or its evaluation "
-        "fails"
-    ),
-    grpc.StatusCode.INTERNAL: (
-        "it failed, its answer is wrong, or the answer lacks the decision (Topaz "
-        "leaves out a decision that is not a boolean)"
-    ),
-    grpc.StatusCode.NOT_FOUND: "it does not know the identity, or cannot look it up",
-    grpc.StatusCode.UNAUTHENTICATED: "the api_key or credentials are missing or wrong",
-    grpc.StatusCode.UNIMPLEMENTED: "it serves no Authorizer: is url the right port?",
-}
-"""What these statuses of Topaz mean for a check, for the log."""
 
 # The HTTP status and the detail for a request that does not pass. No text of the
 # authorizer is in them.
@@ -225,22 +208,13 @@ async def _check(rules: _Rules, request: HTTPConnection, policy_path: str) -> No
         max_age=rules.max_age,
         source="dependency",
     )
-    limit = config._log_limit  # noqa: SLF001
     try:
         decision = await rules.ask(question)
     except (TopazError, grpc.RpcError) as error:
-        misuse = isinstance(error, PoolMisuse)
-        limit.report(
-            logging.ERROR if misuse else logging.WARNING,
-            f"no decision: {error_kind(error)}",
-            "no decision on %s: %s",
-            *(policy_path, _reason(error, config.check_timeout)),
-        )
-        end = MISUSE if misuse else ENDS.get(_code(error), UNAVAILABLE)
+        is_misuse = isinstance(error, PoolMisuse)
+        end = MISUSE if is_misuse else ENDS.get(_code(error), UNAVAILABLE)
         wait = getattr(error, "retry_after", None)
     else:
-        if limit.held:
-            limit.flush()
         if decision.allowed:
             return
         end, wait = DENIED, None
@@ -278,16 +252,6 @@ def _retry_after(wait: float | None) -> str:
 
 def _code(error: Exception) -> Any:
     return error.code() if isinstance(error, grpc.aio.AioRpcError) else None
-
-
-def _reason(error: Exception, timeout: float) -> str:
-    if (code := _code(error)) is None:
-        return log_text(error)
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return f"no answer within {timeout:g} s (check_timeout)"
-    # Without the details: an authorizer may name the identity there.
-    hint = HINTS.get(code)
-    return f"the authorizer answered {code.name}" + (f" ({hint})" if hint else "")
 
 
 def _check_config(config: object) -> None:

@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from google.protobuf.struct_pb2 import Struct, Value
 
 
-__all__ = ["EXACT", "ResourceContext", "fill", "text_of"]
+__all__ = ["DEPTH", "EXACT", "ResourceContext", "fill", "text_of"]
 
 
 ResourceContext = Mapping[str, Any]
 
 # A protobuf parser accepts 100 nested messages. Each level of a Struct uses three.
-_DEPTH = 30
+DEPTH = 30
+"""The most levels of a resource context."""
 EXACT = 2**53
 """Largest exact whole number. A Struct stores floats, which round larger numbers."""
 
@@ -67,8 +68,8 @@ def fill(struct: Struct, context: ResourceContext) -> None:
 
 
 def _fill(struct: Struct, mapping: Mapping[str, Any], place: str, depth: int) -> None:
-    if depth > _DEPTH and mapping:
-        raise ValueError(f"resource_context must not nest deeper than {_DEPTH} levels")
+    if depth > DEPTH and mapping:
+        raise ValueError(f"resource_context must not nest deeper than {DEPTH} levels")
     fields = struct.fields
     for key, value in mapping.items():
         if not isinstance(key, str):
@@ -86,8 +87,8 @@ def _fill(struct: Struct, mapping: Mapping[str, Any], place: str, depth: int) ->
 
 
 def _put(field: Value, value: Any, place: str, depth: int) -> None:
-    if depth > _DEPTH:
-        raise ValueError(f"resource_context must not nest deeper than {_DEPTH} levels")
+    if depth > DEPTH:
+        raise ValueError(f"resource_context must not nest deeper than {DEPTH} levels")
     if value is None:
         field.null_value = 0  # type: ignore[assignment]
     elif isinstance(value, bool):

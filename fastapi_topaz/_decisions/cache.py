@@ -166,10 +166,18 @@ class DecisionCache(NotCopied):
                 it. A token counts as itself: its subject is unknown here.
             policy_path: All answers of this policy.
             resource: All answers whose resource context has all of these fields with
-                these values, such as `{"id": "42"}`. It may have others, too.
+                these values, such as `{"id": 42}`. It may have others, too. Values are
+                compared by their text, so 42, "42" and `Decimal("42.0")` are one value,
+                and so are a UUID and its text, or True, "true" and 1. An Enum member
+                stands for its value and its name. Another class stands for its `str()`.
+                Mappings and lists are compared as a whole. A field that no answer has
+                concerns none.
 
         Raises:
-            TypeError, ValueError: An argument is wrong. The message names it.
+            TypeError: An argument has a wrong type, or a value of *resource* has no
+                text, such as bytes, a set, or an object without `__str__`.
+            ValueError: *policy_path* is not a Rego reference, or a value has a lone
+                surrogate or nests too deep.
         """
         self._freshness.invalidate(identity, policy_path, resource)
 

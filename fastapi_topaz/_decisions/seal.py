@@ -30,7 +30,8 @@ __all__ = [
 ]
 
 
-VERSION = b"fastapi_topaz bus 1"
+VERSION = b"fastapi_topaz bus 2"
+"""Changes with the tags: a process with other tags must not count as understood."""
 
 SIZE = 16
 """Bytes of each part."""

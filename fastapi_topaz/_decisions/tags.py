@@ -3,22 +3,26 @@ What a question is about, as tags: its identity, its policy, each field of its r
 
 A tag is a keyed hash, as a key is, so marks reveal nothing. Tags are computed from the
 bytes that are sent, and only while there are marks. So an entry needs no room for them.
+The tag of a field hashes one spelling of its value, so the type of the value does not
+matter. All processes on a bus make tags in the same way.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aserto.authorizer.v2 import IsRequest
-from google.protobuf.struct_pb2 import Struct
 
 from fastapi_topaz._authorizer.messages import identity_context
 from fastapi_topaz._authorizer.options import Identity
 from fastapi_topaz._authorizer.rego import check_reference
-from fastapi_topaz._authorizer.resource import fill
+from fastapi_topaz._authorizer.resource import text_of
+from fastapi_topaz._decisions.values import MOST_SPELLINGS, fields_of, spellings
 
 
 if TYPE_CHECKING:
@@ -52,7 +56,7 @@ class Tagger:
             (
                 self._identity(message.identity_context),
                 self._policy(question.policy_path),
-                *self._fields(message.resource_context),
+                *itertools.chain(*self._fields(fields_of(message.resource_context))),
             )
         )
 
@@ -77,9 +81,8 @@ class Tagger:
                 raise TypeError(
                     f"resource must be a mapping, got {type(resource).__name__}"
                 )
-            struct = Struct()
-            fill(struct, resource)
-            found.append(frozenset(self._fields(struct)))
+            # One set for each combination of spellings.
+            found += map(frozenset, itertools.product(*self._fields(resource)))
         return found or [frozenset()]
 
     def _identity(self, context: Any) -> bytes:
@@ -88,15 +91,27 @@ class Tagger:
     def _policy(self, path: str) -> bytes:
         return self._tag(b"policy", path.encode())
 
-    def _fields(self, struct: Any) -> list[bytes]:
-        return [
-            self._tag(
-                b"resource",
-                b"%d:%b" % (len(data := name.encode()), data)
-                + value.SerializeToString(deterministic=True),
-            )
-            for name, value in struct.fields.items()
-        ]
+    def _fields(self, fields: Mapping[str, Any]) -> list[list[bytes]]:
+        """
+        Return the tags of each field, one for each spelling of its value.
+
+        Fields are left out while there are more than `MOST_SPELLINGS` combinations. So
+        an invalidation concerns more answers, and never fewer.
+        """
+        found: list[list[bytes]] = []
+        for name, value in fields.items():
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"resource must have str keys, got a {type(name).__name__}"
+                )
+            data = text_of("resource", name).encode()
+            known = spellings(f"resource[{name!r}]", value)
+            if known is not None:
+                head = b"%d:%b" % (len(data), data)
+                found.append([self._tag(b"resource", head + each) for each in known])
+        while math.prod(map(len, found)) > MOST_SPELLINGS:
+            found.remove(max(found, key=len))
+        return found
 
     def _tag(self, kind: bytes, data: bytes) -> bytes:
         return hashlib.blake2b(

@@ -193,7 +193,8 @@ TOPAZ: Convention[PoolStatus, PoolCounters] = Convention(
         Gauge(
             "topaz_pool_healthy",
             "{pool}",
-            "Whether a check would have a connection to go to: 1 or 0",
+            "0 if no connection is healthy and attempts to connect fail, else 1. It is "
+            "1 before the first use",
             lambda s: int(s.healthy),
         ),
         Gauge(

@@ -285,7 +285,7 @@ OTHERS = [
     {"identity": Subject(user="bob").identity},
     {"identity": Subject(token="alice").identity},
     {"policy_path": "app.GET"},
-    {"resource": {"id": 1}},
+    {"resource": {"id": 2}},
     {"resource": {"id": "1", "owner": "x"}},
     {"resource": {"key": "1"}},
 ]

@@ -97,8 +97,8 @@ def log_lines():
             and isinstance(call.args[0], ast.Constant)
         }
         # The rate-limited lines of a module without its own logger.
-        shared = "config._log_limit" in path.read_text()
-        for logger in loggers or {f"fastapi_topaz.{'fastapi' if shared else 'pool'}"}:
+        shared = "fastapi" if path.parent.name == "_app" else "pool"
+        for logger in loggers or {f"fastapi_topaz.{shared}"}:
             levels[logger].update(level for call in calls for level in levels_of(call))
     for logger, found in sorted(levels.items()):
         if logger.startswith("fastapi_topaz") and found:

@@ -247,6 +247,7 @@ def test_the_expected_alerts_exist_and_explain_themselves():
         "TopazPoolAcquireSlow",
         "TopazPoolConnectFailures",
         "TopazPoolNoHealthyConnection",
+        "TopazChecksFailing",
         "TopazFallbackAllows",
         "TopazCircuitOpen",
         "TopazDenialsJump",

@@ -15,7 +15,13 @@ import pytest
 import yaml
 from fastapi import FastAPI
 
-from fastapi_topaz import ConnectionPool, Identity, IdentityType, TopazConfig
+from fastapi_topaz import (
+    ConnectionPool,
+    DecisionCache,
+    Identity,
+    IdentityType,
+    TopazConfig,
+)
 from fastapi_topaz._cli.demo import serving
 from fastapi_topaz._pool.state.status import CloseReason, LimitReason
 from fastapi_topaz._telemetry.decisions import (
@@ -131,7 +137,7 @@ def test_the_probes_of_the_page_on_readiness_run(backend, embedded_authorizer):
         connection_pool=ConnectionPool(min_connections=0),
     )
     app = FastAPI(lifespan=config.lifespan)
-    (code,) = codes(DOCS / "readiness.md", "python")
+    code, _ = codes(DOCS / "readiness.md", "python")
     names = {"app": app, "config": config}
     exec(compile(code, "readiness.md", "exec", dont_inherit=True), names)
     with serving(app, backend) as url, httpx.Client(base_url=url) as client:
@@ -151,6 +157,49 @@ def test_the_probes_of_the_page_on_readiness_run(backend, embedded_authorizer):
     assert not config.connection_pool.status().ready
 
 
+@pytest.mark.parametrize("fallback", ["error", "deny"])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_startup_probe_of_the_page_finds_a_wrong_configuration(
+    backend, fallback, embedded_authorizer, caplog
+):
+    config = TopazConfig(
+        authorizer_options=embedded_authorizer.options,
+        policy_path_root="myapp",
+        identity_provider=lambda _request: Identity(IdentityType.NONE),
+        connection_pool=ConnectionPool(min_connections=0),
+        check_timeout=1,
+        decision_cache=DecisionCache(),
+        fallback=fallback,
+    )
+    app = FastAPI(lifespan=config.lifespan)
+    _, code = codes(DOCS / "readiness.md", "python")
+    names = {"app": app, "config": config}
+    exec(compile(code, "readiness.md", "exec", dont_inherit=True), names)
+    with serving(app, backend) as url, httpx.Client(base_url=url) as client:
+
+        def probe():
+            response = client.get("/startupz")
+            return response.status_code, response.json()
+
+        started, failed = (200, {"started": True}), (503, {"started": False})
+        for allowed in (True, False):
+            embedded_authorizer.policies = {"myapp.GET.documents": allowed}
+            assert probe() == started
+        embedded_authorizer.policies = {"other.GET.documents": True}
+        assert probe() == failed
+        embedded_authorizer.policies = {"myapp.GET.documents": True}
+        assert probe() == started
+        for status in ("UNAUTHENTICATED", "INTERNAL"):
+            embedded_authorizer.fail(status, methods=["Is"])
+            assert probe() == failed
+        embedded_authorizer.heal()
+        assert probe() == started
+        embedded_authorizer.delay = 30
+        assert probe() == failed
+    assert "there is no such policy" in caplog.text
+    assert "the api_key or credentials are missing or wrong" in caplog.text
+
+
 def test_the_readiness_manifest_matches_the_routes_and_the_default():
     (manifest,) = codes(DOCS / "readiness.md", "yaml")
     probes = yaml.safe_load(manifest)
@@ -159,6 +208,8 @@ def test_the_readiness_manifest_matches_the_routes_and_the_default():
     timeout = inspect.signature(TopazConfig.is_ready).parameters["timeout"].default
     assert f"is_ready(timeout={timeout})" in READINESS
     assert probes["readinessProbe"]["timeoutSeconds"] > timeout
+    check = inspect.signature(TopazConfig).parameters["check_timeout"].default
+    assert probes["startupProbe"]["timeoutSeconds"] > check
 
 
 def test_every_parameter_is_in_the_table_with_its_default():
