@@ -51,6 +51,7 @@ FASTAPI_TESTS = [
     "tests/_authorizer/test_rego.py",
     "tests/behaviour/test_status.py",
     "tests/repository/test_guide.py",
+    "tests/testing/test_unguarded.py",
 ]
 
 OVER_GRPCIO = "not slow and not soak and not nightly and not native"

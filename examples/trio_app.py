@@ -4,7 +4,7 @@ An application on trio, served by hypercorn.
 Only the server differs, because the pool detects the event loop. A route may use trio
 directly. The route `/documents` does so, to check many documents at once.
 
-    hypercorn --worker-class trio trio_app:app
+    hypercorn --worker-class trio --graceful-timeout 10 trio_app:app
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Dependency = Callable[[HTTPConnection], Awaitable[None]]
 
 
-__all__ = ["require_policy_allowed", "require_policy_auto"]
+__all__ = ["is_guard", "require_policy_allowed", "require_policy_auto"]
 
 
 RETRY_AFTER = 1.0
@@ -39,6 +39,9 @@ POLICY_VIOLATION = 1008
 
 _ANSWERS_WEBSOCKETS = tuple(map(int, starlette.__version__.split(".")[:2])) >= (0, 41)
 """Whether Starlette sends what its handler of HTTPException makes for a WebSocket."""
+
+_CONFIG = "_fastapi_topaz_config"
+"""The attribute of a guard for its configuration."""
 
 # The HTTP status and the detail for a request that does not pass. No text of the
 # authorizer is in them.
@@ -197,7 +200,18 @@ class _Rules:
 def _once(rules: _Rules, policy_path: str | None, dependency: Dependency) -> Dependency:
     """Return the dependency of *policy_path*, which lives as long as the config."""
     known: dict[Any, Dependency] = rules.config._dependencies  # noqa: SLF001
+    setattr(dependency, _CONFIG, rules.config)
     return known.setdefault((policy_path, *rules.key), dependency)
+
+
+def is_guard(call: object, config: TopazConfig | None = None) -> bool:
+    """Return whether *call* is a guard of *config*, or of any one if that is None."""
+    owner = getattr(call, _CONFIG, None)
+    if not isinstance(owner, TopazConfig) or (config or owner) is not owner:
+        return False
+    # Not the attribute alone: functools.wraps copies it to a function that may never
+    # call the guard.
+    return any(call is each for each in owner._dependencies.values())  # noqa: SLF001
 
 
 async def _check(rules: _Rules, request: HTTPConnection, policy_path: str) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
 
-__all__ = ["policy_path_of", "route_policy_path"]
+__all__ = ["policy_path_of", "route_policy_path", "router_of", "routes_of"]
 
 
 # A parameter in a template, as starlette.routing writes it.
@@ -106,9 +106,9 @@ class _Map:
             return  # The application is mounted in itself.
         above = (*above, router)
         self._watch(router)
-        for route in _routes_of(router):
+        for route in routes_of(router):
             if isinstance(route, Mount | Host):
-                inner = _router_of(route.app)
+                inner = router_of(route.app)
                 if inner is not None:
                     below = (*mounts, route) if isinstance(route, Mount) else mounts
                     through = host or isinstance(route, Host)
@@ -125,7 +125,7 @@ class _Map:
                 self._watch(included)
 
 
-def _routes_of(router: Any) -> Iterator[Any]:
+def routes_of(router: Any) -> Iterator[Any]:
     """
     Yield an object with the complete template for each route of *router*.
 
@@ -145,7 +145,7 @@ def _routes_of(router: Any) -> Iterator[Any]:
                 yield context
 
 
-def _router_of(app: Any) -> Any:
+def router_of(app: Any) -> Any:
     """Return the object with the routes of *app*, without middlewares around it."""
     for _ in range(_WRAPPERS):
         if isinstance(getattr(app, "routes", None), list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import ssl
 from typing import TYPE_CHECKING, Final
@@ -35,6 +36,9 @@ __all__ = [
     "timed_out",
     "unresolved",
 ]
+
+
+_ADVICE = "pass the right one as cert_file_path"
 
 
 @attrs.frozen
@@ -145,12 +149,13 @@ def ended_early(target: Target) -> str:
 
 def _certificate_fault(error: ssl.SSLCertVerificationError, target: Target) -> str:
     # By the error of X509_verify_cert(3).
-    roots = (
-        f"cert_file_path={target.cert_file_path!r} holds"
-        if target.cert_file_path
-        else f"this system trusts ({ROOTS_VARIABLE} names others); pass the right one "
-        "as cert_file_path"
-    )
+    # The same order as in tls_context().
+    if target.cert_file_path:
+        roots = f"cert_file_path={target.cert_file_path!r} holds"
+    elif os.environ.get(ROOTS_VARIABLE):
+        roots = f"the file in {ROOTS_VARIABLE} holds; {_ADVICE}"
+    else:
+        roots = f"this system trusts; {_ADVICE}"
     whose = "the server's certificate, or that of a CA above it,"
     not_signed = f"the server's certificate is not signed by a CA that {roots}"
     texts = {

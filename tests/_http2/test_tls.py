@@ -214,7 +214,21 @@ async def test_a_bad_file_of_grpc_s_variable_is_an_error(
     assert failed.permanent
 
 
-async def test_the_store_of_the_system_does_not_trust_anybody():
+async def test_an_untrusted_server_is_told_with_the_roots_that_were_used(
+    monkeypatch, tmp_path
+):
+    path = tmp_path / "roots.pem"
+    path.write_bytes(OTHER_CA.pem)
+    monkeypatch.setenv(native_tls.ROOTS_VARIABLE, str(path))
+    with SocketServer(tls=tls(GOOD)) as server:
+        failed = await failure_of(Target(url=f"localhost:{server.port}"))
+    assert f"a CA that the file in {native_tls.ROOTS_VARIABLE} holds" in str(failed)
+    assert "pass the right one as cert_file_path" in str(failed)
+    assert "this system" not in str(failed)
+
+
+async def test_the_store_of_the_system_does_not_trust_anybody(monkeypatch):
+    monkeypatch.delenv(native_tls.ROOTS_VARIABLE, raising=False)
     with SocketServer(tls=tls(GOOD)) as server:
         failed = await failure_of(Target(url=f"localhost:{server.port}"))
     assert "not signed by a CA that this system trusts" in str(failed) or (

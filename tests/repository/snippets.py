@@ -58,6 +58,8 @@ def module(code: str) -> str:
         re.findall(r"^(?:async )?(?:def|class) (\w+)|^(\w+) =", code, re.MULTILINE)
     )
     names = {name for pair in bound for name in pair}
+    for imported in re.findall(r"^from main import (.+)$", code, re.MULTILINE):
+        names.update(imported.split(", "))
     needed = {name: of for name, of in DECLARED.items() if name not in names}
     head = IMPORTS + "".join(f"{name}: {of}\n" for name, of in needed.items())
     try:

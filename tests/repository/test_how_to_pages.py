@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
+import types
 
 import pytest
 import yaml
-from fastapi import APIRouter, Depends, FastAPI, WebSocket
+from fastapi import Depends, FastAPI
 
 import fastapi_topaz
 from fastapi_topaz import ConnectionPool, TopazConfig, require_policy_auto
@@ -105,9 +107,20 @@ def test_each_message_of_the_page_incidents_exists():
 
 
 @pytest.fixture
-def pod():
-    (manifest,) = codes(DOCS / "kubernetes.md", "yaml")
-    return yaml.safe_load(manifest)["spec"]["template"]["spec"]
+def manifests():
+    """Return the manifest with a sidecar, and the changes for a shared Topaz."""
+    return codes(DOCS / "kubernetes.md", "yaml")
+
+
+@pytest.fixture
+def pod(manifests):
+    return yaml.safe_load(manifests[0])["spec"]["template"]["spec"]
+
+
+@pytest.fixture
+def main():
+    (code,) = [b.code for b in blocks(DOCS / "kubernetes.md") if b.title == "main.py"]
+    return code
 
 
 @pytest.fixture
@@ -130,16 +143,60 @@ def test_a_pod_is_not_killed_before_its_pools_are_closed(pod, gunicorn):
     assert longest > pause + gunicorn["graceful_timeout"]
 
 
-def test_the_probes_of_the_pod_exist_and_have_time(pod):
+def test_the_probes_of_the_pod_exist_and_have_time(pod, main):
     (container,) = pod["containers"]
-    (code,) = [b.code for b in blocks(DOCS / "kubernetes.md") if b.title == "main.py"]
     for probe in ("livenessProbe", "readinessProbe"):
         path = container[probe]["httpGet"]["path"]
-        assert f'@app.get("{path}")' in code
+        assert f'@app.get("{path}")' in main
     timeout = inspect.signature(TopazConfig.is_ready).parameters["timeout"].default
     assert container["readinessProbe"]["timeoutSeconds"] > timeout
-    (variable,) = container["env"]
-    assert f'os.environ.get("{variable["name"]}", "{variable["value"]}")' in code
+
+
+def test_the_pod_is_reached_on_its_port(pod, gunicorn):
+    (container,) = pod["containers"]
+    env = {each["name"]: each["value"] for each in container["env"]}
+    assert env["BIND"] == f"0.0.0.0:{container['ports'][0]['containerPort']}"
+    assert gunicorn["bind"] == env["BIND"].replace("0.0.0.0", "127.0.0.1")
+
+
+def options_of(main, monkeypatch, env):
+    """Return the options of the application in an environment."""
+    for each in ("TOPAZ_URL", "TOPAZ_CA"):
+        monkeypatch.delenv(each, raising=False)
+    for each in env:
+        monkeypatch.setenv(each["name"], each["value"])
+    names = {}
+    exec(main, names)
+    return names["config"].authorizer_options
+
+
+def test_the_pod_asks_its_sidecar_in_plaintext(pod, main, monkeypatch):
+    (container,) = pod["containers"]
+    options = options_of(main, monkeypatch, container["env"])
+    assert options == options_of(main, monkeypatch, [])
+    assert (options.url, options.insecure) == ("127.0.0.1:8282", True)
+
+
+def test_the_pod_asks_a_shared_topaz_with_tls(manifests, main, monkeypatch):
+    deployment, service = yaml.safe_load_all(manifests[1])
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    options = options_of(main, monkeypatch, container["env"])
+    assert options.insecure is False
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert options.cert_file_path.startswith(f"{mount['mountPath']}/")
+    assert mount["name"] == volume["name"]
+    meta, spec = service["metadata"], service["spec"]
+    host = f"{meta['name']}.{meta['namespace']}.svc.cluster.local"
+    assert options.url == f"{host}:{spec['ports'][0]['port']}"
+    assert spec["clusterIP"] == "None"
+    # Readiness must not depend on a Topaz that all replicas share.
+    probe = container["readinessProbe"]["httpGet"]["path"]
+    route = main.partition(f'@app.get("{probe}")')[2].partition("@app")[0]
+    assert route
+    assert "is_ready" not in route
+    other = [{"name": "TOPAZ_URL", "value": options.url}]
+    assert options_of(main, monkeypatch, other).insecure is False
 
 
 def test_the_pod_uses_the_tested_release_of_topaz(pod):
@@ -171,33 +228,40 @@ def test_each_expression_of_the_page_prometheus_can_be_parsed():
         promql_parser.parse(line)
 
 
-@pytest.mark.parametrize("kind", ["route", "router", "nested router", "websocket"])
-def test_the_test_of_the_page_production_finds_routes_without_a_guard(kind):
+# -- the production checklist ---------------------------------------------------------
+
+
+@pytest.fixture
+def every_route_has_a_guard(monkeypatch):
+    """Return the test of the page, and the application that it tests."""
     (code,) = [
-        each for each in codes(DOCS / "production.md", "python") if "routes_of" in each
+        each for each in codes(DOCS / "production.md", "python") if "unguarded" in each
     ]
-    config = config_of(make_pool())
-    app, router = FastAPI(), APIRouter()
-    guard = [Depends(require_policy_auto(config))]
-    app.get("/guarded", dependencies=guard)(lambda: None)
-    names = {"app": app, "config": config}
+    app = FastAPI()
+    for path in ("/livez", "/readyz"):
+        app.get(path)(lambda: None)
+    guard = Depends(require_policy_auto(config_of(make_pool())))
+    app.get("/guarded", dependencies=[guard])(lambda: None)
+    main = types.ModuleType("main")
+    main.app = app
+    monkeypatch.setitem(sys.modules, "main", main)
+    names = {}
     exec(code, names)
-    names["test_each_route_has_a_guard"]()
-    if kind == "route":
-        app.get("/open")(lambda: None)
-    elif kind == "websocket":
+    return names["test_each_other_route_has_a_guard"], app
 
-        async def talk(websocket):
-            await websocket.accept()
 
-        talk.__annotations__["websocket"] = WebSocket
+def test_the_test_of_the_page_production_finds_routes_without_a_guard(
+    every_route_has_a_guard,
+):
+    test, app = every_route_has_a_guard
+    test()
+    app.post("/livez")(lambda: None)
+    with pytest.raises(AssertionError):
+        test()
 
-        router.websocket("/open")(talk)
-        app.include_router(router)
-    else:
-        router.get("/open")(lambda: None)
-        outer = APIRouter()
-        outer.include_router(router)
-        app.include_router(router if kind == "router" else outer)
-    with pytest.raises(AssertionError, match="/open"):
-        names["test_each_route_has_a_guard"]()
+
+def test_the_test_of_the_page_production_finds_raw_routes(every_route_has_a_guard):
+    test, app = every_route_has_a_guard
+    app.add_route("/raw", lambda _request: None)
+    with pytest.raises(AssertionError):
+        test()

@@ -27,7 +27,10 @@ FOLDERS = {
     "_authorizer": {"anyio", "aserto", "google", "grpc", "opentelemetry"},
     "_decisions": {"anyio", "aserto", "google", "grpc", "starlette"},
     "_app": {"anyio", "fastapi", "grpc", "opentelemetry", "starlette"},
-    "testing": {"anyio", "aserto", "google", "grpc", "pytest", "trustme"},
+    "testing": {
+        *("anyio", "aserto", "fastapi", "google", "grpc", "pytest", "starlette"),
+        "trustme",
+    },
     "_cli/doctor": {"anyio", "cryptography", "google", "grpc"},
     "_cli": None,
     "entrances": None,

@@ -11,9 +11,10 @@ import ast
 import contextlib
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import AsyncIterator, Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import anyio
 import pytest
@@ -46,7 +47,14 @@ WALKS = {
     "docs/tutorial.md": "test_tutorial.py",
     **{
         f"docs/{name}.md": "test_walks.py"
-        for name in ("kubernetes", "lifespan", "prometheus", "testing", "traces")
+        for name in (
+            "kubernetes",
+            "lifespan",
+            "lists",
+            "prometheus",
+            "testing",
+            "traces",
+        )
     },
 }
 LANGUAGES = {
@@ -71,10 +79,10 @@ METRIC = r"\btopaz_(?:pool|auth|topaz|errors|cache|fallback|circuit)_\w+\b"
 USES = {
     "may_delete": "assert await may_delete(request)",
     "may_write": "await may_write(request, '7')",
+    "writable": "assert writable('7')['object_id'] == '7'",
     "strict_lifespan": "async with strict_lifespan(app): pass",
     "both": "async with both(app): pass",
     "startup": "await startup(); await config.connection_pool.close()",
-    "test_each_route_has_a_guard": "test_each_route_has_a_guard()",
 }
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -87,7 +95,7 @@ SNIPPETS = [
 
 
 @pytest.fixture
-def names(embedded_authorizer):
+def names(embedded_authorizer, monkeypatch):
     """The names that the pages take for granted."""
     embedded_authorizer.policies = lambda _check: True
     options = embedded_authorizer.options
@@ -100,6 +108,10 @@ def names(embedded_authorizer):
     app = FastAPI(lifespan=config.lifespan)
     guard = Depends(require_policy_auto(config))
     app.get("/documents", dependencies=[guard])(lambda: None)
+    # The module of the application, for a test on a page.
+    main = ModuleType("main")
+    main.app = app
+    monkeypatch.setitem(sys.modules, "main", main)
 
     async def renew():
         return "key", 60.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -98,11 +99,11 @@ def test_the_application_of_the_testing_page_runs(backend, embedded_authorizer):
             check.identity.value == "alice" and check.resource["id"] == "7"
         )
     }
-    names = {"options": embedded_authorizer.options}
-    code = BLOCKS[0].replace('AuthorizerOptions(url="localhost:8282")', "options")
+    names = {}
+    code = BLOCKS[0].replace("127.0.0.1:8282", embedded_authorizer.url)
     exec(compile(code, "fastapi.md", "exec", dont_inherit=True), names)
     with serving(names["app"], backend) as url, httpx.Client(base_url=url) as client:
-        alice = {"user": "alice"}
+        alice = {"x-user": "alice"}
         assert client.get("/documents/7", headers=alice).json() == {"id": "7"}
         assert client.get("/documents/8", headers=alice).status_code == 403
         assert client.get("/documents/7").status_code == 403
@@ -213,9 +214,18 @@ def test_the_readiness_manifest_matches_the_routes_and_the_default():
 
 
 def test_every_parameter_is_in_the_table_with_its_default():
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PARAMETERS, re.MULTILINE))
-    parameters = inspect.signature(ConnectionPool).parameters
-    assert {name: str(p.default) for name, p in parameters.items()} == rows
+    for kind in (ConnectionPool, TopazConfig):
+        _, _, section = PARAMETERS.partition(f"\n## Parameters of `{kind.__name__}`\n")
+        section = section.partition("\n## ")[0]
+        rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section, re.MULTILINE)
+        parameters = inspect.signature(kind).parameters.items()
+        assert {name: default_of(each) for name, each in parameters} == dict(rows)
+        assert len(rows) == len(parameters)
+
+
+def default_of(parameter):
+    required = parameter.default is parameter.empty
+    return "required" if required else str(parameter.default)
 
 
 def test_the_metrics_are_in_the_table_as_the_code_has_them():
@@ -269,19 +279,20 @@ def test_every_attribute_of_a_span_is_in_the_table():
 def test_the_application_with_metrics_runs(backend, embedded_authorizer):
     """Run in a separate process, because the test sets the global provider."""
     (code,) = codes(DOCS / "observability.md", "python")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     program = f"""
 import httpx
 from fastapi import Depends
 from fastapi_topaz import *
 from fastapi_topaz._cli.demo import serving
-real = AuthorizerOptions(url={embedded_authorizer.url!r}, insecure=True)
-get_identity = lambda request: Identity(IdentityType.NONE)
-{code.replace('AuthorizerOptions(url="localhost:8282")', "real")}
+{code.replace("127.0.0.1:8282", embedded_authorizer.url).replace("9464", str(port))}
 guard = Depends(require_policy_allowed(config, "myapp.GET.documents"))
 app.get("/documents", dependencies=[guard])(lambda: 1)
 with serving(app, {backend!r}) as url:
     assert httpx.get(url + "/documents").status_code == 200
-    print(httpx.get(url + "/metrics", follow_redirects=True).text)
+    assert httpx.get(url + "/metrics").status_code == 404
+    print(httpx.get("http://127.0.0.1:{port}/metrics").text)
 """
     embedded_authorizer.policies = {"myapp.GET.documents": True}
     result = subprocess.run(
@@ -294,3 +305,5 @@ with serving(app, {backend!r}) as url:
     assert result.returncode == 0, result.stderr
     line = r'^topaz_pool_acquisitions_total\{.*pool="main"\} 1\.0$'
     assert re.search(line, result.stdout, re.MULTILINE)
+    decided = r'^topaz_auth_requests_total\{.*decision="allowed".*\} 1\.0$'
+    assert re.search(decided, result.stdout, re.MULTILINE)

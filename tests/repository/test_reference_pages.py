@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import pkgutil
 import re
+from pathlib import Path
 
 import yaml
 
@@ -45,6 +49,25 @@ def test_each_public_name_is_on_one_page_of_the_api():
     expected |= {f"fastapi_topaz.testing.{n}" for n in fastapi_topaz.testing.__all__}
     expected |= {"fastapi_topaz.exceptions", "fastapi_topaz.testing.fixtures"}
     assert sorted(shown()) == sorted(expected)
+
+
+def test_each_page_of_the_api_links_the_files_with_its_docstrings():
+    for page in (DOCS / "reference").glob("*.md"):
+        text = page.read_text()
+        linked = set(re.findall(r"\]\(\.\./\.\./(fastapi_topaz/[\w/]+\.py)\)", text))
+        names = re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+        files = {file for name in names if (file := file_of(name)) is not None}
+        assert linked == files, page.name
+
+
+def file_of(name):
+    """Return the file that defines a public name. None for an alias of a type."""
+    thing = pkgutil.resolve_name(name)
+    if not (inspect.ismodule(thing) or inspect.isclass(thing) or callable(thing)):
+        return None
+    with contextlib.suppress(TypeError):
+        return Path(inspect.getfile(inspect.unwrap(thing))).relative_to(ROOT).as_posix()
+    return None
 
 
 def test_each_page_is_in_the_navigation_once():

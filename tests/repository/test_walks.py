@@ -22,6 +22,7 @@ OTLP = "opentelemetry.exporter.otlp.proto.http"
     "name",
     [
         "lifespan.md",
+        "lists.md",
         "testing.md",
         pytest.param("kubernetes.md", marks=pytest.mark.slow),
     ],

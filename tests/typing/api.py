@@ -28,7 +28,14 @@ from fastapi_topaz import (
     require_policy_auto,
     status_app,
 )
-from fastapi_topaz.testing import Check, EmbeddedAuthorizer, FakeConnector, fail, slow
+from fastapi_topaz.testing import (
+    Check,
+    EmbeddedAuthorizer,
+    FakeConnector,
+    fail,
+    slow,
+    unguarded_routes,
+)
 
 
 if TYPE_CHECKING:
@@ -193,3 +200,6 @@ async def policy(check: Check) -> bool:
 
 EmbeddedAuthorizer({"a": True, "b": {"allowed": False}, "c": policy})
 EmbeddedAuthorizer(lambda check: check.resource["id"] == "7", tls=True)
+
+assert_type(unguarded_routes(FastAPI()), list[str])
+assert_type(unguarded_routes(app.router, config), list[str])
