@@ -94,11 +94,12 @@ async def test_below_saturation_no_check_is_refused_for_overload(setup, budget):
     "service, mean",
     [
         pytest.param(exponential(0.05), 0.05, id="exponential"),
-        pytest.param(pareto(0.05), 0.05, id="Pareto", marks=pytest.mark.slow),
-        pytest.param(bimodal(0.05, 0.4), 0.085, id="bimodal", marks=pytest.mark.slow),
+        pytest.param(pareto(0.05), 0.05, id="Pareto"),
+        pytest.param(bimodal(0.05, 0.4), 0.085, id="bimodal"),
     ],
 )
-@pytest.mark.parametrize("load", [3, slow(10)])
+@pytest.mark.parametrize("load", [3, 10])
+@pytest.mark.slow
 async def test_random_times_of_service_leave_the_answers_near_the_capacity(
     service, mean, load
 ):
@@ -138,6 +139,7 @@ async def test_after_a_slow_phase_the_pool_is_as_before_within_two_seconds(setup
         assert {check.end for check in callers.began(since)} == {"answered"}
 
 
+@pytest.mark.slow
 async def test_one_slow_policy_among_fast_ones_gets_no_fast_one_refused():
     # One check in twenty takes eight times as long; the pool is used at 0.7.
     service, mean = bimodal(0.02, 0.16, 0.05), 0.95 * 0.02 + 0.05 * 0.16
@@ -302,6 +304,7 @@ async def test_explicit_leases_are_not_limited():
         assert (pool.status().streams_in_use, pool.status().limit) == (0, 16)
 
 
+@pytest.mark.slow
 async def test_explicit_leases_take_no_room_from_the_checks():
     async def use_often(pool):
         while True:
@@ -402,7 +405,7 @@ async def test_a_check_and_explicit_leases_wait_in_one_queue():
 
 
 async def test_callers_are_served_in_the_order_of_their_arrival():
-    callers, since = await overloaded(FIXED, 1, 5)
+    callers, since = await overloaded(FIXED, 1, 5, 2)
     answered = callers.ended(since, "answered")
     assert [x.began for x in answered] == sorted(x.began for x in answered)
 
@@ -422,6 +425,7 @@ async def test_an_overload_leaves_no_lease_no_waiter_and_no_token(setup):
         assert 1 <= status.limit <= status.streams_max
 
 
+@pytest.mark.slow
 async def test_with_a_third_of_the_callers_cancelled_the_others_get_their_answers():
     async with crowd(Server(constant(0.05)), 1) as callers:
         await callers.come(600, 2, patience=0.15)

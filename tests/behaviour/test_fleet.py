@@ -66,9 +66,8 @@ def test_a_fleet_on_trio_meets_the_goals():
     assert not missed("rolling", report), report
 
 
-@pytest.mark.parametrize(
-    "backend", ["asyncio", pytest.param("trio", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(backend):
     report = fleet.simulated("frozen", TINY, 7, backend)
     assert fleet.simulated("frozen", TINY, 7, backend) == report
@@ -110,6 +109,7 @@ def test_checks_that_get_no_answer_are_counted(monkeypatch):
     assert len(missed("crash", report)) == 1
 
 
+@pytest.mark.slow
 def test_a_fleet_in_which_nothing_happens_is_even(monkeypatch):
     monkeypatch.setitem(fleet.SCENARIOS, "nothing", fleet.Scenario(nothing))
     report = fleet.simulated("nothing")

@@ -157,7 +157,9 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(
+    "warm", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["new", "used"]
+)
 @pytest.mark.parametrize("name", ANSWERS)
 async def test_an_answer_without_a_grpc_status_is_not_ready(
     lenient_http2_server, name, warm

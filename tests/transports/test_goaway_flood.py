@@ -171,6 +171,10 @@ async def ends_of(config, callers):
     return ends
 
 
+few_or_many = pytest.mark.parametrize(
+    "callers", [pytest.param(1, marks=pytest.mark.slow), 20]
+)
+
 # Some of these faults cost one caller each, others many callers.
 AT_ONCE = [
     *((name, 1) for name in GREETINGS),
@@ -196,7 +200,7 @@ async def test_connections_ended_at_once_are_few_and_use_little_memory(
     assert 1 <= frame_server.accepted <= CONNECTS * (1 if callers == 1 else 2)
 
 
-@pytest.mark.parametrize("callers", [1, 20])
+@few_or_many
 @pytest.mark.parametrize("name", SCRIPTS)
 async def test_connections_ended_by_each_call_are_few_and_use_little_memory(
     frame_server, name, callers
@@ -211,7 +215,7 @@ async def test_connections_ended_by_each_call_are_few_and_use_little_memory(
     assert 1 <= frame_server.accepted <= CONNECTS
 
 
-@pytest.mark.parametrize("callers", [1, 20])
+@few_or_many
 async def test_connections_ended_with_their_first_answer_are_few(frame_server, callers):
     """No call can use such a connection, even though its first probe was answered."""
 
