@@ -6,7 +6,8 @@ Deadlines use the clock of the event loop. That clock may jump, as under freezeg
 away. No other module has to handle jumps.
 
 Durations use `Clock.stopwatch`. That is the same clock if it is exact. Otherwise it is
-`time.perf_counter`, because the clock of uvloop moves in steps of 1 ms.
+`time.perf_counter`, because the clock of uvloop moves in steps of 1 ms. If an exact
+clock jumps ahead, the duration under way includes the jump.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def time_limit(timeout: float | None) -> anyio.CancelScope:
 
 
 READINGS = 4
-"""Of a clock in a row. One that moves in steps cannot step between all of them."""
+"""The readings that are compared. A clock in steps cannot step between all of them."""
 
 
 class TimeSource(Protocol):
@@ -60,12 +61,11 @@ class Clock:
             because freezegun replaces the method.
         skew: The sum of all backward jumps so far, in seconds.
         last: The last result of `now`, in seconds.
-        is_exact: Whether two readings of the loop's clock always differ. Then one
+        is_exact: Whether the first readings of the loop's clock all differed. Then one
             reading serves deadlines and durations: a reading is 3 % of a lease.
-        stopwatch: Returns seconds for durations. Exact, but never compared with `now`.
     """
 
-    __slots__ = ("_deadlines", "is_exact", "last", "skew", "source", "stopwatch")
+    __slots__ = ("_deadlines", "is_exact", "last", "skew", "source")
 
     # An attribute of the class, because freezegun replaces attributes of modules.
     perf_counter = staticmethod(time.perf_counter)
@@ -77,9 +77,12 @@ class Clock:
         self._deadlines: dict[anyio.CancelScope, float] = {}
         readings = [source.time() for _ in range(READINGS)]
         self.is_exact = all(one < other for one, other in pairwise(readings))
-        self.stopwatch: Callable[[], float] = self.perf_counter
-        if self.is_exact:
-            self.stopwatch = self.now
+
+    @property
+    def stopwatch(self) -> Callable[[], float]:
+        """The function that returns seconds for durations: `now`, if that is exact."""
+        # Not an attribute: that would be a cycle, which keeps the event loop alive.
+        return self.now if self.is_exact else self.perf_counter
 
     def now(self) -> float:
         """Return the time in seconds. It never decreases."""

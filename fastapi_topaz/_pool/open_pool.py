@@ -52,8 +52,8 @@ __all__ = ["OpenPool"]
 
 logger = logging.getLogger("fastapi_topaz.pool")
 
-UNLIMITED: AbstractContextManager[object] = nullcontext()
-"""In place of a deadline, for a caller that is watched by another task."""
+NO_SCOPE: AbstractContextManager[object] = nullcontext()
+"""In place of the scope of a caller whose deadline the timekeeper watches."""
 
 
 class OpenPool:
@@ -172,23 +172,29 @@ class OpenPool:
     # -- acquire and release ----------------------------------------------------
 
     def take(self, claim: Claim) -> bool:
-        """Serve *claim* at once, unless other callers are waiting already."""
+        """Serve *claim* at once, if a slot is ready. No caller may wait already."""
         self.adopted = True
         state = self.state
         # Checked before the limiter, because to raise and catch WouldBlock costs more
         # than the rest of this method.
-        if state.waiting or not state.ready or state.in_use >= state.limit:
+        if not state.ready or state.in_use >= state.limit:
             return False
-        # The same as now(), inlined for speed. `release` handles a clock that goes
-        # back.
+        # The code of now(), inlined: the usual case then needs no call of it.
         clock = self.clock
         now = clock.source.time() + clock.skew
+        if now < clock.last:
+            now = clock.now()
+        clock.last = now
         claim.held_since = now if clock.is_exact else self.stopwatch()
         try:
             self.limiter.acquire_on_behalf_of_nowait(claim)
         except anyio.WouldBlock:
             return False
-        taken = state.take_ready(claim, now)
+        try:
+            taken = state.take_ready(claim, now)
+        except BaseException:
+            self.limiter.release_on_behalf_of(claim)
+            raise
         if not taken:
             self.limiter.release_on_behalf_of(claim)
         if state.unhandled_loss or state.to_probe:
@@ -214,7 +220,7 @@ class OpenPool:
             began = now if self.clock.is_exact else self.stopwatch()
             watched, served = self._join(claim, timeout, now), False
             try:
-                with UNLIMITED if watched else self.clock.deadline(claim.deadline):
+                with NO_SCOPE if watched else self.clock.deadline(claim.deadline):
                     await self.limiter.acquire_on_behalf_of(claim)
                     claim.has_token = True
                     # The claim may be served already: once the limiter lends the token,
@@ -284,7 +290,7 @@ class OpenPool:
     def release(self, claim: Claim) -> None:
         """Take back the stream of *claim*, and serve the next waiting caller."""
         state = self.state
-        # The code of now(), inlined: the usual case then needs no call of it.
+        # As in take().
         clock = self.clock
         now = clock.source.time() + clock.skew
         if now < clock.last:
@@ -295,8 +301,8 @@ class OpenPool:
         slot = claim.slot
         assert slot is not None  # noqa: S101
         # How long a connection took to break says nothing about the next leases. The
-        # slot is asked first: `cut_off` is rare, and to read it takes longer.
-        if slot.retired is None and not (slot.suspect and claim.cut_off):
+        # slot has an error then. It is asked first, because that takes less time.
+        if slot.retired is None and (slot.last_error is None or not claim.cut_off):
             admission.held += lease
             admission.ended += 1
         admission.last_end = now

@@ -77,7 +77,8 @@ class Overload:
     @property
     def explicit(self) -> int:
         """The explicit leases that are out or wait: all claims that are no checks."""
-        # Not counted, because each explicit lease would cost more.
+        # Not counted, because each explicit lease would cost more. While a claim joins
+        # or leaves, the number is one too low or too high, and nothing reads it.
         state = self._state
         return state.in_use + len(state.waiting) + state.dismissed - self.checks
 

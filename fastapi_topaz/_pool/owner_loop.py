@@ -59,9 +59,9 @@ class _TrioTime:
 
 def coroutine_of(task: Any) -> object:
     """Return the coroutine of a *task* of asyncio or trio, or None for None."""
-    if isinstance(task, asyncio.Task):
-        return task.get_coro()
-    return getattr(task, "coro", None)
+    # Not by its class: a task factory of asyncio may make tasks of any class.
+    get_coro = getattr(task, "get_coro", None)
+    return getattr(task, "coro", None) if get_coro is None else get_coro()
 
 
 class OwnerLoop:

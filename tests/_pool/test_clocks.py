@@ -406,6 +406,72 @@ def test_durations_are_exact_if_the_loop_clock_is_coarse(backend, options):
         assert busy <= found[f"topaz_pool_{name}"] <= took
 
 
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """A loop with an exact clock that can jump."""
+
+    ahead = 0.0
+
+    def time(self):
+        return super().time() + self.ahead
+
+    def jump(self, seconds):
+        self.ahead += seconds
+
+
+class JumpingClock(trio.abc.Clock):
+    """An exact Trio clock that can jump."""
+
+    def __init__(self):
+        self.ahead = 0.0
+
+    def start_clock(self):
+        pass
+
+    def current_time(self):
+        return time.perf_counter() + self.ahead
+
+    def deadline_to_sleep_time(self, deadline):
+        return max(0, deadline - self.current_time())
+
+    def jump(self, seconds):
+        self.ahead += seconds
+
+
+@pytest.mark.parametrize("during", [True, False], ids=["in a lease", "before it"])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_no_duration_is_wrong_after_an_exact_clock_went_back(backend, during):
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader])
+
+    async def main():
+        clock = (
+            trio.lowlevel.current_clock()
+            if backend == "trio"
+            else asyncio.get_running_loop()
+        )
+        pool = make_pool(FakeConnector(), meter_provider=provider, max_connections=1)
+        async with pool:
+            async with pool.acquire():
+                pass
+            assert pool._open_pool.clock.is_exact
+            if not during:
+                clock.jump(-1000)
+            async with pool.acquire():
+                if during:
+                    clock.jump(-1000)
+            admission = pool._open_pool.overload.admission
+            return sums(reader), admission.held
+
+    began = time.perf_counter()
+    options = {"clock": JumpingClock()} if backend == "trio" else {}
+    options = options or {"loop_factory": JumpingLoop}
+    found, held = anyio.run(main, backend=backend, backend_options=options)
+    took = time.perf_counter() - began
+    provider.shutdown()
+    assert 0 <= found["topaz_pool_hold_time"] <= took
+    assert 0 <= held <= took
+
+
 # -- the wall clock -------------------------------------------------------------------
 
 

@@ -315,6 +315,45 @@ async def test_a_connection_with_a_failing_is_lost_still_serves():
         assert pool.status().idle == 1
 
 
+class Failing(FakeConnection):
+    """A connection whose is_lost() raises *error* from the first lease on."""
+
+    error = None
+    calls = 0
+
+    def is_lost(self):
+        if self.error is None:
+            return False
+        type(self).calls += 1
+        raise self.error
+
+
+async def test_a_failing_is_lost_is_not_called_again(monkeypatch):
+    async with make_pool(Making(Failing), max_connections=1) as pool:
+        async with pool.acquire():
+            monkeypatch.setattr(Failing, "error", RuntimeError("broken"))
+            monkeypatch.setattr(Failing, "calls", 0)
+        for _ in range(3):
+            async with pool.acquire():
+                pass
+        assert Failing.calls == 1
+
+
+async def test_an_is_lost_that_interrupts_the_caller_costs_no_capacity(monkeypatch):
+    class Interrupt(BaseException):
+        pass
+
+    async with make_pool(Making(Failing), max_connections=1) as pool:
+        async with pool.acquire():
+            monkeypatch.setattr(Failing, "error", Interrupt())
+        with pytest.raises(Interrupt):
+            await pool.acquire()
+        monkeypatch.setattr(Failing, "error", None)
+        async with pool.acquire(timeout=0):
+            pass
+        assert pool._open_pool.limiter.borrowed_tokens == 0
+
+
 async def test_a_connection_without_a_peer_is_shown_without_it():
     class Nowhere(FakeConnection):
         @property

@@ -436,6 +436,27 @@ async def test_a_single_nesting_task_is_named_in_the_error():
             await pool.acquire(timeout=1)
 
 
+class BareTask:
+    """A task as a task factory may make it: no instance of `asyncio.Task`."""
+
+    def __init__(self, task):
+        self._task = task
+
+    def get_coro(self):
+        return self._task.get_coro()
+
+
+# Only asyncio has task factories.
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_a_nested_lease_of_a_task_of_any_class_is_named(monkeypatch):
+    async with make_pool(max_connections=1) as pool, pool.acquire():
+        owner = pool._open_pool.owner
+        task = owner.task
+        monkeypatch.setattr(owner, "task", lambda: BareTask(task()))
+        with pytest.raises(PoolTimeout, match=NESTED.format(1, 1)):
+            await pool.acquire(timeout=1)
+
+
 async def test_a_timeout_of_0_names_the_leases_in_the_callers_variables():
     async with make_pool(max_connections=1) as pool, pool.acquire() as conn:
         with pytest.raises(PoolTimeout, match=NESTED.format(1, 1)):

@@ -254,6 +254,21 @@ async def test_calls_on_connections_that_break_do_not_count_as_slow():
         assert waited <= 0.01 / 4
 
 
+async def test_a_broken_call_does_not_count_as_slow_if_its_connection_recovers():
+    connector = FakeConnector(answer=lambda _method, request: request)
+    async with make_pool(connector, max_connections=1) as pool:
+        async with pool.acquire() as conn:
+            connector.connections[0].alive = False
+            with pytest.raises(ConnectionLost):
+                await conn.call("/a/b", b"")
+            connector.connections[0].alive = True
+            await anyio.sleep(5)
+            (slot,) = pool._open_pool.state.open
+            assert not slot.suspect
+        admission = pool._open_pool.overload.admission
+        assert (admission.ended, admission.held) == (0, 0)
+
+
 async def test_the_first_connection_after_an_outage_begins_without_a_past():
     server = Server(constant(2.0))
     connector = FakeConnector(answer=server)

@@ -131,14 +131,16 @@ class PoolState:
         """Serve *claim*, whose turn it is, if one of the ready slots is fit."""
         # The code of _pick() and is_gone(), inlined: this runs for almost every lease.
         ready = self.ready
-        slots = iter(ready)
-        slot = next(slots)
+        for slot in ready:  # noqa: B007  (next(iter(ready)) takes twice as long)
+            break
         if slot.leases or slot.rests:
-            slot = emptier(slot, slots)
+            slots = iter(ready)
+            slot = emptier(next(slots), slots)
         try:
             fit = slot.is_lost is None or not slot.is_lost()
-        except Exception:  # noqa: BLE001  (a connection may raise anything)
-            fit = not slot.is_gone()
+        except Exception as error:  # noqa: BLE001  (a connection may raise anything)
+            slot.cannot_tell(error)
+            fit = True
         if not fit or now - slot.proven_at > self._stale_after:
             if (picked := self._pick(now)) is None:
                 return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import attrs
 
@@ -96,10 +96,13 @@ class Slot:
             # Not bool(): looking it up and calling it costs more than the rest.
             return True if self.is_lost() else False  # noqa: SIM210
         except Exception as error:  # noqa: BLE001  (a connection may raise anything)
-            # It would fail before each lease, so it is not called again.
-            self.is_lost = None
-            self.last_error = f"is_lost() raised {type(error).__name__}"
+            self.cannot_tell(error)
             return False
+
+    def cannot_tell(self, error: Exception) -> None:
+        """Do not call `is_lost` again, which raised *error*: it would at each lease."""
+        self.is_lost = None
+        self.last_error = f"is_lost() raised {type(error).__name__}"
 
     # The connection's own is_lost(), or None if it has none.
     is_lost: Callable[[], bool] | None = None
@@ -114,7 +117,7 @@ class Claim:
     """
 
     # Class attributes instead of an __init__, for speed: each acquire() makes a claim,
-    # and most claims set only the first two. To set all of them took longer than
+    # and most claims set only the first three. To set all of them took longer than
     # everything else here.
     slot: Slot | None = None
     # When it was served, on the clock's stopwatch. `acquired_at` is the same moment on
@@ -145,6 +148,7 @@ class Claim:
     wake: Callable[[], None] | None = None
 
 
+@final
 class Check(Claim):
     """
     The claim of a caller that needs its answer within a budget. Strictly private.
