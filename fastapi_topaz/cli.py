@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
     Raises:
         SystemExit: Always. The code is 0 for success, 1 for a failure or a problem
-            found, 2 for wrong usage, 130 after Ctrl-C.
+            found, 2 for wrong usage, 3 if a load test did not reach its rate, 130 after
+            Ctrl-C.
     """
     try:
         # Imported here, because the script is also installed without the extras.

@@ -6,6 +6,7 @@ They show the real output of the commands, against an embedded authorizer.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pathlib
 import re
@@ -21,7 +22,7 @@ from fastapi_topaz._cli.load import Plan, Tally, run
 from fastapi_topaz.testing import EmbeddedAuthorizer
 
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).resolve().parent
 POLICIES = {"myapp.GET.documents": True, "myapp.POST.documents": False}
 
 
@@ -50,8 +51,9 @@ def doctor() -> None:
         EmbeddedAuthorizer(POLICIES, tls=True, max_concurrent_streams=100) as topaz,
         EmbeddedAuthorizer(tls=True) as other,
         tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
     ):
-        path = pathlib.Path(folder, "ca.pem")
+        path = pathlib.Path("ca.pem")
         path.write_bytes(pathlib.Path(other.ca_cert_path or "").read_bytes())
         settings = Settings(
             url=f"localhost:{topaz.port}",
@@ -87,7 +89,7 @@ def load() -> None:
         options = AuthorizerOptions(url=topaz.url, insecure=True)
         settings = load_command.LoadSettings(
             options=options,
-            plan=Plan(duration=10, concurrency=50, rate=400),
+            plan=Plan(duration=10, rate=400),
             policy_path="myapp.GET.documents",
             check_timeout=5,
             connections=10,

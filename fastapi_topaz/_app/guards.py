@@ -6,6 +6,7 @@ import math
 import random
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import grpc
 import starlette
 from fastapi import HTTPException, WebSocketException
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     Dependency = Callable[[HTTPConnection], Awaitable[None]]
 
 
-__all__ = ["is_guard", "require_policy_allowed", "require_policy_auto"]
+__all__ = ["Guard", "guard_of", "require_policy_allowed", "require_policy_auto"]
 
 
 RETRY_AFTER = 1.0
@@ -39,9 +40,6 @@ POLICY_VIOLATION = 1008
 
 _ANSWERS_WEBSOCKETS = tuple(map(int, starlette.__version__.split(".")[:2])) >= (0, 41)
 """Whether Starlette sends what its handler of HTTPException makes for a WebSocket."""
-
-_CONFIG = "_fastapi_topaz_config"
-"""The attribute of a guard for its configuration."""
 
 # The HTTP status and the detail for a request that does not pass. No text of the
 # authorizer is in them.
@@ -172,6 +170,43 @@ def require_policy_auto(
     return _once(rules, None, dependency)
 
 
+@attrs.frozen(eq=False)
+class Guard:
+    """
+    What a dependency of this module asks.
+
+    Strictly private.
+
+    Attributes:
+        config: The configuration by which it asks.
+        policy_path: The policy. None: that of the route.
+        decision: The decision that must be true.
+    """
+
+    config: TopazConfig
+    policy_path: str | None
+    decision: str
+
+
+_GUARD = "_fastapi_topaz_guard"
+"""The attribute of a dependency with its `Guard`."""
+
+
+def guard_of(call: object, config: TopazConfig | None = None) -> Guard | None:
+    """
+    Return what the dependency *call* asks, or None if it is no guard.
+
+    With *config*, only a guard of that configuration counts.
+    """
+    guard = getattr(call, _GUARD, None)
+    if not isinstance(guard, Guard) or (config or guard.config) is not guard.config:
+        return None
+    # Not the attribute alone: functools.wraps copies it to a function that may never
+    # call the guard.
+    known = guard.config._dependencies.values()  # noqa: SLF001
+    return guard if any(call is each for each in known) else None
+
+
 class _Rules:
     """How a guard asks, beside the policy."""
 
@@ -199,19 +234,9 @@ class _Rules:
 
 def _once(rules: _Rules, policy_path: str | None, dependency: Dependency) -> Dependency:
     """Return the dependency of *policy_path*, which lives as long as the config."""
+    setattr(dependency, _GUARD, Guard(rules.config, policy_path, rules.decision))
     known: dict[Any, Dependency] = rules.config._dependencies  # noqa: SLF001
-    setattr(dependency, _CONFIG, rules.config)
     return known.setdefault((policy_path, *rules.key), dependency)
-
-
-def is_guard(call: object, config: TopazConfig | None = None) -> bool:
-    """Return whether *call* is a guard of *config*, or of any one if that is None."""
-    owner = getattr(call, _CONFIG, None)
-    if not isinstance(owner, TopazConfig) or (config or owner) is not owner:
-        return False
-    # Not the attribute alone: functools.wraps copies it to a function that may never
-    # call the guard.
-    return any(call is each for each in owner._dependencies.values())  # noqa: SLF001
 
 
 async def _check(rules: _Rules, request: HTTPConnection, policy_path: str) -> None:

@@ -4,6 +4,8 @@ The command line: the commands with their options.
 Each command imports its work when it runs, because each needs other libraries.
 """
 
+import contextlib
+from collections.abc import Iterator
 from importlib.metadata import version as installed
 from typing import Annotated
 
@@ -11,6 +13,7 @@ import typer
 
 from fastapi_topaz._cli.options import (
     ApiKey,
+    AppConfig,
     AsJson,
     Backend,
     Cert,
@@ -18,10 +21,12 @@ from fastapi_topaz._cli.options import (
     ClientKey,
     ExistingCert,
     Insecure,
+    MaybeInsecure,
     ServerName,
     TenantId,
     Url,
     installed_backend,
+    on_command_line,
     positive,
 )
 from fastapi_topaz._distribution import DISTRIBUTION
@@ -129,10 +134,12 @@ def demo(
 
 @commands.command()
 def doctor(
+    context: typer.Context,
+    app_config: AppConfig = None,
     *,
     url: Url = "localhost:8282",
     cert: Cert = None,
-    insecure: Insecure = False,
+    insecure: MaybeInsecure = False,
     api_key: ApiKey = None,
     tenant_id: TenantId = None,
     client_cert: ClientCert = None,
@@ -160,10 +167,12 @@ def doctor(
     """
     Check the way to a Topaz, from DNS to policies, and say what to do.
 
-    Ends with 0 if all is well, with 1 if there is a problem. It prints no key.
+    Ends with 0 if all is well, with 1 if there is a problem, with 2 if
+    MODULE:ATTRIBUTE cannot be imported. It prints no key.
     """
     from fastapi_topaz._cli.doctor.context import Settings  # noqa: PLC0415
-    from fastapi_topaz._cli.doctor_command import diagnose  # noqa: PLC0415
+    from fastapi_topaz._cli.doctor_command import diagnose, merged  # noqa: PLC0415
+    from fastapi_topaz._cli.imported import settings_in  # noqa: PLC0415
 
     settings = Settings(
         url=url,
@@ -179,7 +188,50 @@ def doctor(
         streams=streams,
         timeout=timeout,
     )
+    if app_config is not None:
+        with _reporting():
+            theirs = settings_in(app_config)
+        settings = merged(settings, theirs, on_command_line(context))
     raise typer.Exit(diagnose(settings, as_json=as_json, backend=backend))
+
+
+@commands.command()
+def routes(
+    app: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:ATTRIBUTE",
+            help="The FastAPI application, such as main:app, or a function that "
+            "returns it.",
+        ),
+    ],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Print the routes of an application, with the policy paths that their guards ask.
+
+    Asks no Topaz. Ends with 0, or with 2 if the application cannot be imported.
+    """
+    from fastapi_topaz._cli.imported import routes_in  # noqa: PLC0415
+    from fastapi_topaz._cli.routes_command import show_routes  # noqa: PLC0415
+
+    with _reporting():
+        found = routes_in(app)
+    raise typer.Exit(show_routes(found, as_json=as_json))
+
+
+@contextlib.contextmanager
+def _reporting() -> Iterator[None]:
+    """End with a line and the exit code 2 if an object cannot be imported."""
+    from fastapi_topaz._cli.imported import CannotImport  # noqa: PLC0415
+
+    try:
+        yield
+    except CannotImport as error:
+        # Not as wrong usage: typer would wrap the line.
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 @commands.command()
@@ -204,13 +256,20 @@ def load(
         float | None,
         typer.Option(
             max=100_000,
-            help="Calls per second. Without it: as many as --concurrency allows.",
+            help="Calls that begin per second. Without it: as many as --concurrency "
+            "allows.",
             callback=positive,
         ),
     ] = None,
     concurrency: Annotated[
-        int, typer.Option(min=1, max=10_000, help="The most calls at once.")
-    ] = 10,
+        int | None,
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="The most calls at once. Default: no limit with --rate, otherwise 10.",
+            show_default=False,
+        ),
+    ] = None,
     connections: Annotated[
         int, typer.Option(min=1, max=1000, help="max_connections of the pool.")
     ] = 10,
@@ -236,7 +295,8 @@ def load(
     """
     Load a Topaz on this machine through a pool, and show rate, latency and the pool.
 
-    Ends with 0 if each call was answered, with 1 if one failed, with 130 after Ctrl-C.
+    Ends with 0 if each call was answered, with 1 if one failed, with 3 if --rate was
+    not reached, with 130 after Ctrl-C.
     """
     from fastapi_topaz._authorizer.options import AuthorizerOptions  # noqa: PLC0415
     from fastapi_topaz._cli.load import Plan  # noqa: PLC0415

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+import attrs
 from rich.table import Table
 from rich.text import Text
 
@@ -23,8 +24,20 @@ if TYPE_CHECKING:
     from fastapi_topaz._cli.doctor.findings import Finding, Report
 
 
-__all__ = ["diagnose", "findings_table", "verdict"]
+__all__ = ["diagnose", "findings_table", "merged", "verdict"]
 
+
+_FIELDS: Final = {
+    "cert": "cert_file_path",
+    "client_cert": "client_cert_path",
+    "client_key": "client_key_path",
+}
+"""The settings of options that have another name."""
+
+_OF_TLS: Final = (
+    *("cert_file_path", "client_cert_path", "client_key_path"),
+    "server_name",
+)
 
 _STYLES: Final = {
     Level.OK: "green",
@@ -32,6 +45,30 @@ _STYLES: Final = {
     Level.WARNING: "yellow",
     Level.PROBLEM: "bold red",
 }
+
+
+def merged(
+    settings: Settings, theirs: dict[str, Any], given: dict[str, Any]
+) -> Settings:
+    """
+    Return the settings of an application, with options of the command line.
+
+    The environment does not take precedence over the application: it asks with its own
+    settings.
+
+    Args:
+        settings: All options, with their defaults.
+        theirs: The settings of the application.
+        given: The options that were given on the command line, by name.
+    """
+    ours = {_FIELDS.get(name, name) for name in given}
+    if given.get("insecure"):
+        # Without TLS, the application's options of TLS mean nothing.
+        theirs = theirs | dict.fromkeys(_OF_TLS)
+    elif not ours.isdisjoint(_OF_TLS):
+        theirs = theirs | {"insecure": False}
+    rest = {name: value for name, value in theirs.items() if name not in ours}
+    return attrs.evolve(settings, **rest)
 
 
 def diagnose(settings: Settings, *, as_json: bool, backend: str) -> int:

@@ -14,7 +14,8 @@ import anyio
 import anyio.lowlevel
 import attrs
 
-from fastapi_topaz._error_text import error_kind
+from fastapi_topaz._cli.output import Messages
+from fastapi_topaz._error_text import error_kind, log_text
 
 
 if TYPE_CHECKING:
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
 
-__all__ = ["Latencies", "Plan", "Tally", "run"]
+__all__ = ["LATE", "WORKERS", "Latencies", "Plan", "Tally", "run"]
+
+
+WORKERS: Final = 10
+"""The calls at once without a rate, by default."""
+
+LATE: Final = 2.0
+"""Seconds after which a call that is due is not made any more."""
 
 
 @attrs.frozen(kw_only=True)
@@ -33,14 +41,21 @@ class Plan:
 
     Args:
         duration: Seconds for which calls begin.
-        concurrency: The most calls at once.
         rate: Calls that begin per second. None means that each call begins as soon as
             one of *concurrency* workers is free.
+        concurrency: The most calls at once. None, the default, means no limit with a
+            *rate*, because a limit would hide that the server is slower than the rate.
+            Without a rate, it means `WORKERS`.
     """
 
     duration: float
-    concurrency: int
     rate: float | None = None
+    concurrency: int | None = None
+
+    @property
+    def workers(self) -> int:
+        """The workers without a rate."""
+        return WORKERS if self.concurrency is None else self.concurrency
 
 
 class Latencies:
@@ -88,9 +103,14 @@ class Tally:
         latencies: The times of the answered calls. With a rate, a time begins when the
             call was due, so a stalled test does not hide how long callers wait.
         running: The calls at this moment.
-        missed: The calls that were due while *concurrency* others were running.
+        missed: The calls that were due while *concurrency* others were running. They
+            were not made.
+        late: The calls that this machine could not begin within `LATE` seconds after
+            they were due. They were not made.
+        behind: The most seconds between the time when a call was due and its begin.
         cut_off: The calls that the end of the test interrupted.
         elapsed: Seconds since the begin.
+        causes: Why calls failed.
     """
 
     outcomes: Counter[str] = attrs.Factory(Counter)
@@ -98,13 +118,26 @@ class Tally:
     latencies: Latencies = attrs.Factory(Latencies)
     running: int = 0
     missed: int = 0
+    late: int = 0
+    behind: float = 0.0
     cut_off: int = 0
     elapsed: float = 0.0
+    causes: Messages = attrs.Factory(Messages)
 
     @property
     def calls(self) -> int:
         """The calls that ended."""
         return self.outcomes.total()
+
+    @property
+    def not_made(self) -> int:
+        """The calls that were due and were not made: the rate was not reached."""
+        return self.missed + self.late
+
+    @property
+    def due(self) -> int:
+        """The calls that were due, with those that were not made."""
+        return self.calls + self.running + self.cut_off + self.not_made
 
     @property
     def rate(self) -> float:
@@ -123,6 +156,8 @@ class Tally:
             "failed": self.failed,
             "outcomes": dict(self.outcomes.most_common()),
             "missed": self.missed,
+            "late": self.late,
+            "behind": self.behind,
             "cut_off": self.cut_off,
             "elapsed": self.elapsed,
             "rate": self.rate,
@@ -146,7 +181,7 @@ async def run(plan: Plan, call: Callable[[], Awaitable[str]], tally: Tally) -> N
     try:
         async with anyio.create_task_group() as tasks:
             if plan.rate is None:
-                for _ in range(plan.concurrency):
+                for _ in range(plan.workers):
                     tasks.start_soon(test.work)
             else:
                 await test.pace(tasks, plan.rate)
@@ -173,14 +208,20 @@ class _Test:
             await anyio.lowlevel.checkpoint()
 
     async def pace(self, tasks: TaskGroup, rate: float) -> None:
-        """Begin calls at *rate*."""
+        """Begin calls at *rate*, and count those that cannot begin."""
+        tally, most = self.tally, self.plan.concurrency
         for number in range(math.ceil(self.plan.duration * rate)):
             due = self.begin + number / rate
             await anyio.sleep_until(due)
-            if self.tally.running >= self.plan.concurrency:
-                self.tally.missed += 1
+            behind = anyio.current_time() - due
+            if behind > LATE:
+                tally.late += 1
                 continue
-            self.tally.running += 1
+            if most is not None and tally.running >= most:
+                tally.missed += 1
+                continue
+            tally.behind = max(tally.behind, behind)
+            tally.running += 1
             tasks.start_soon(self._one, due)
         await anyio.sleep_until(self.begin + self.plan.duration)
 
@@ -191,8 +232,17 @@ class _Test:
         except Exception as error:  # noqa: BLE001  (an outcome)
             outcome = error_kind(error)
             tally.failed += 1
+            tally.causes.add(_cause(error))
         else:
             tally.latencies.add(anyio.current_time() - due)
         # Not after a cancellation: then the call is cut off.
         tally.running -= 1
         tally.outcomes[outcome] += 1
+
+
+def _cause(error: Exception) -> str:
+    """Return why a call failed, without details of the server."""
+    kind, text = error_kind(error), log_text(error)
+    if text == kind == "DEADLINE_EXCEEDED":
+        return f"{kind}: no answer in time"
+    return kind if text == kind else f"{kind}: {text}"

@@ -18,13 +18,13 @@ from fastapi_topaz._app.config import TopazConfig
 from fastapi_topaz._authorizer.options import Identity, IdentityType
 from fastapi_topaz._authorizer.pool import ConnectionPool
 from fastapi_topaz._authorizer.rego import check_reference
-from fastapi_topaz._cli.load import Plan, Tally, run
+from fastapi_topaz._cli.load import LATE, Plan, Tally, run
 from fastapi_topaz._cli.local import remote_part
 from fastapi_topaz._cli.output import Causes, ms, new_console, say
 
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from rich.console import Console, RenderableType
 
@@ -45,8 +45,14 @@ __all__ = [
 REFRESH: Final = 0.25
 """Seconds between two pictures on a terminal."""
 
+BEHIND: Final = 0.1
+"""Seconds above which the output says how late calls began."""
+
 LINES: Final = 1.0
 """Seconds between two lines without a terminal."""
+
+RATE_NOT_REACHED: Final = 3
+"""The exit code if no call failed, but some were not made."""
 
 INTERRUPTED: Final = 130
 
@@ -88,7 +94,8 @@ def load_test(settings: LoadSettings, backend: str) -> int:
     """
     console = new_console()
     tally, seen = Tally(), Seen()
-    with Causes() as causes:
+    # Warnings of the pool would disturb the output.
+    with Causes():
         try:
             config = configured(settings)
             remote = anyio.run(_prepare, settings, config, backend=backend)
@@ -103,21 +110,42 @@ def load_test(settings: LoadSettings, backend: str) -> int:
         was_stopped = anyio.run(
             _load, settings, config, console, tally, seen, backend=backend
         )
+    verdicts = list(verdict(settings, tally))
     if settings.as_json:
         said = {
             "target": settings.options.url,
             "interrupted": was_stopped,
             **tally.as_dict(),
+            "verdict": verdicts,
             "pool": None if seen.status is None else seen.status.as_dict(),
         }
         sys.stdout.write(f"{json.dumps(said, indent=2)}\n")
     else:
         console.print(summary(settings, tally, seen.status))
-        if tally.failed:
-            say(console, *causes.lines())
+        say(console, *verdicts)
     if was_stopped:
         return INTERRUPTED
-    return 1 if tally.failed or not tally.calls else 0
+    if tally.failed or not tally.calls:
+        return 1
+    return RATE_NOT_REACHED if tally.not_made else 0
+
+
+def verdict(settings: LoadSettings, tally: Tally) -> Iterator[str]:
+    """Yield why the rate was not reached, and the most frequent cause of failures."""
+    due = f"of the {tally.due} calls that were due were not made"
+    if tally.missed:
+        yield (
+            f"The rate was not reached: {tally.missed} {due}, because as many others "
+            f"as --concurrency allows ({settings.plan.concurrency}) were running."
+        )
+    if tally.late:
+        yield (
+            f"The rate was not reached: {tally.late} {due}, because this machine could "
+            f"not begin them within {LATE:g} s."
+        )
+    if (found := tally.causes.most_frequent()) is not None:
+        cause, times = found
+        yield f"Cause: {cause} ({times} of {tally.failed} failed calls)"
 
 
 @attrs.define
@@ -268,9 +296,10 @@ class Pace:
 def line(tally: Tally, status: PoolStatus, elapsed: float, rate: float) -> str:
     """Return one line about the test so far."""
     times = tally.latencies
+    not_made = f"  not made {tally.not_made}" if tally.not_made else ""
     return (
         f"{elapsed:5.0f} s  {rate:7.0f}/s  p50 {ms(times.quantile(0.5))}  "
-        f"p99 {ms(times.quantile(0.99))}  failed {tally.failed}  connections "
+        f"p99 {ms(times.quantile(0.99))}  failed {tally.failed}{not_made}  connections "
         f"{status.total}  waiting {status.waiting}  limit {status.limit}"
     )
 
@@ -289,6 +318,7 @@ def dashboard(
     now.add_row("left", f"{left:.0f} s")
     now.add_row("calls per second", f"{rate:.0f}")
     now.add_row("running", str(tally.running))
+    _add_not_made(now, tally)
     return Group(now, _times(tally), _outcomes(tally), _pool(status))
 
 
@@ -301,8 +331,7 @@ def summary(
     result.add_row("calls", str(tally.calls))
     result.add_row("calls per second", f"{tally.rate:.0f}")
     result.add_row("failed", str(tally.failed))
-    if tally.missed:
-        result.add_row("not made: too many were running", str(tally.missed))
+    _add_not_made(result, tally)
     if tally.cut_off:
         result.add_row("cut off at the end", str(tally.cut_off))
     result.add_row("duration", f"{tally.elapsed:.1f} s")
@@ -313,12 +342,21 @@ def summary(
 def _title(settings: LoadSettings) -> str:
     plan = settings.plan
     what = settings.policy_path or "Info"
-    how = (
-        f"{plan.concurrency} at once"
-        if plan.rate is None
-        else f"{plan.rate:g} per second, at most {plan.concurrency} at once"
-    )
+    how = f"{plan.workers} at once"
+    if plan.rate is not None:
+        how = f"{plan.rate:g} per second"
+        if plan.concurrency is not None:
+            how += f", at most {plan.concurrency} at once"
     return f"{what} at {settings.options.url}, {how}"
+
+
+def _add_not_made(table: Table, tally: Tally) -> None:
+    if tally.missed:
+        table.add_row("not made: too many were running", str(tally.missed))
+    if tally.late:
+        table.add_row("not made: this machine is too slow", str(tally.late))
+    if tally.behind > BEHIND:
+        table.add_row("begun late, by up to", f"{tally.behind:.1f} s")
 
 
 def _times(tally: Tally) -> Table:

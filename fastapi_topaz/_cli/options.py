@@ -6,23 +6,26 @@ import enum
 import importlib
 import math
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
 
 __all__ = [
     "ApiKey",
+    "AppConfig",
     "AsJson",
     "Backend",
     "Cert",
     "ClientCert",
     "ClientKey",
     "Insecure",
+    "MaybeInsecure",
     "ServerName",
     "TenantId",
     "Url",
     "installed_backend",
+    "on_command_line",
     "positive",
 ]
 
@@ -65,6 +68,18 @@ Cert: TypeAlias = Annotated[
 Insecure: TypeAlias = Annotated[
     bool, typer.Option("--insecure", help="Talk to that Topaz without TLS.")
 ]
+MaybeInsecure: TypeAlias = Annotated[
+    bool, typer.Option(help="Talk to that Topaz without TLS.")
+]
+AppConfig: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODULE:ATTRIBUTE]",
+        help="The TopazConfig or AuthorizerOptions of an application, such as "
+        "main:config, or a function that returns one. Options take precedence.",
+        show_default=False,
+    ),
+]
 ApiKey: TypeAlias = Annotated[
     str | None, typer.Option(help="API key of that Topaz.", envvar="TOPAZ_API_KEY")
 ]
@@ -94,3 +109,13 @@ ExistingCert: TypeAlias = Annotated[
         readable=True,
     ),
 ]
+
+
+def on_command_line(context: typer.Context) -> dict[str, Any]:
+    """Return the values that were given on the command line, by their parameters."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) is not None
+        and source.name == "COMMANDLINE"
+    }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-__all__ = ["Causes", "ms", "new_console", "say"]
+__all__ = ["Causes", "Messages", "ms", "new_console", "say"]
 
 
 WIDTH: Final = 100
@@ -48,13 +48,32 @@ def ms(seconds: float) -> str:
     return "n/a" if math.isnan(seconds) else f"{seconds * 1000:.1f} ms"
 
 
+class Messages:
+    """Counts messages. Messages that differ only in numbers count as the same."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+        self._times: Counter[str] = Counter()
+
+    def add(self, message: str) -> None:
+        """Count *message*."""
+        kind = re.sub(r"\d+(\.\d+)?", "0", message)
+        self._first.setdefault(kind, message)
+        self._times[kind] += 1
+
+    def most_frequent(self) -> tuple[str, int] | None:
+        """Return the most frequent message and how often it came, if there is one."""
+        for kind, times in self._times.most_common(1):
+            return self._first[kind], times
+        return None
+
+
 class Causes(logging.Handler):
     """A log handler that collects warnings, so that they do not disturb the output."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._first: dict[str, str] = {}
-        self._times: Counter[str] = Counter()
+        self._messages = Messages()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Count the message, together with its error."""
@@ -65,16 +84,12 @@ class Causes(logging.Handler):
         if error is not None:
             message = f"{message.strip()}: {error}"
         # If the start fails, servers put a traceback into the text. Keep its last line.
-        message = message.rstrip("\n'").rpartition("\n")[2]
-        # Messages that differ only in numbers have the same cause.
-        kind = re.sub(r"\d+(\.\d+)?", "0", message)
-        self._first.setdefault(kind, message)
-        self._times[kind] += 1
+        self._messages.add(message.rstrip("\n'").rpartition("\n")[2])
 
     def lines(self) -> Iterator[str]:
         """Yield a line with the most frequent message, if there is one."""
-        for kind, _ in self._times.most_common(1):
-            yield f"Cause: {self._first[kind]}"
+        if (found := self._messages.most_frequent()) is not None:
+            yield f"Cause: {found[0]}"
 
     def __enter__(self) -> Self:
         logging.getLogger().addHandler(self)

@@ -247,7 +247,7 @@ def _filled(hint: str, target: Target) -> str:
         roots=(
             f"cert_file_path={target.cert_file_path!r} holds"
             if target.cert_file_path
-            else "gRPC ships; pass the right one as cert_file_path"
+            else "gRPC ships; pass the PEM file of its CA as cert_file_path"
         ),
         closed=(
             "is it using TLS? insecure=True was given"

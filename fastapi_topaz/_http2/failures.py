@@ -38,9 +38,6 @@ __all__ = [
 ]
 
 
-_ADVICE = "pass the right one as cert_file_path"
-
-
 @attrs.frozen
 class Cause:
     """Why one attempt failed."""
@@ -147,15 +144,19 @@ def ended_early(target: Target) -> str:
     return f"the server closed the connection before it was ready; {hint}"
 
 
+def _roots(target: Target) -> str:
+    """Return which CAs are trusted, for the end of a sentence."""
+    if target.cert_file_path:
+        return f"cert_file_path={target.cert_file_path!r} holds"
+    # The same order as in tls_context().
+    path = os.environ.get(ROOTS_VARIABLE)
+    trusted = f"{ROOTS_VARIABLE}={path!r} holds" if path else "this system trusts"
+    return f"{trusted}; pass the PEM file of its CA as cert_file_path"
+
+
 def _certificate_fault(error: ssl.SSLCertVerificationError, target: Target) -> str:
     # By the error of X509_verify_cert(3).
-    # The same order as in tls_context().
-    if target.cert_file_path:
-        roots = f"cert_file_path={target.cert_file_path!r} holds"
-    elif os.environ.get(ROOTS_VARIABLE):
-        roots = f"the file in {ROOTS_VARIABLE} holds; {_ADVICE}"
-    else:
-        roots = f"this system trusts; {_ADVICE}"
+    roots = _roots(target)
     whose = "the server's certificate, or that of a CA above it,"
     not_signed = f"the server's certificate is not signed by a CA that {roots}"
     texts = {

@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.routing import Host, Mount, Router, WebSocketRoute
 
 from fastapi_topaz._app.config import TopazConfig
-from fastapi_topaz._app.guards import is_guard
+from fastapi_topaz._app.guards import guard_of
 from fastapi_topaz._app.routes import router_of, routes_of
 from fastapi_topaz._checks import safe_repr
 
@@ -133,7 +133,7 @@ class _Search:
     def _has_guard(self, dependant: Dependant, overrides: Mapping[Any, Any]) -> bool:
         for each in dependant.dependencies:
             call = overrides.get(each.call, each.call) if overrides else each.call
-            if is_guard(call, self.config):
+            if guard_of(call, self.config) is not None:
                 return True
             if call is each.call and self._has_guard(each, overrides):
                 return True

@@ -29,11 +29,12 @@ def run_forked(tmp_path_factory):
         start_new_session=True,
     ) as process:
 
-        def run_forked(*args, without=None, **env):
+        def run_forked(*args, without=None, cwd=None, **env):
             number = next(numbers)
             out, err = folder / f"{number}.out", folder / f"{number}.err"
             task = {"args": args, "env": environment(**env), "without": without}
-            process.stdin.write(json.dumps(task | {"out": str(out), "err": str(err)}))
+            task |= {"cwd": cwd and str(cwd), "out": str(out), "err": str(err)}
+            process.stdin.write(json.dumps(task))
             process.stdin.write("\n")
             process.stdin.flush()
             code = int(process.stdout.readline())

@@ -157,6 +157,8 @@ WRONG = {
     "load --url 127.0.0.1:1 --insecure --cert nothing.pem": "exclude",
     "load --url 127.0.0.1:1 --cert there-is-none.pem": "cert_file_path",
     "load --insecure --policy-path not-rego": "policy_path",
+    "routes": "MODULE:ATTRIBUTE",
+    "doctor main:config more": "more",
     "dmeo": "dmeo",
 }
 QUESTIONS = {
@@ -165,6 +167,7 @@ QUESTIONS = {
     "demo --help": "Usage: fastapi-topaz-pool demo",
     "doctor --help": "Usage: fastapi-topaz-pool doctor",
     "load --help": "Usage: fastapi-topaz-pool load",
+    "routes --help": "Usage: fastapi-topaz-pool routes",
 }
 
 

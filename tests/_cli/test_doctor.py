@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import anyio
 import grpc
 import pytest
+from aserto.authorizer.v2 import ListPoliciesResponse
 
 from fastapi_topaz._cli.doctor import authorizer as _authorizer
 from fastapi_topaz._cli.doctor.checkup import examine
@@ -50,7 +51,7 @@ async def test_a_broken_set_up_is_named_with_its_remedy(name):
 
     assert problems(report) == {wanted}
     remedy = by_id(report, wanted).remedy
-    assert all(word in remedy for word in words)
+    assert [word for word in words if word not in remedy] == []
     assert report.exit_code == 1
     assert KEY not in json.dumps(report.as_dict())
 
@@ -252,6 +253,82 @@ async def test_the_key_is_not_sent_without_tls_if_tls_is_expected():
     assert "tls-unexpected-plaintext" in problems(report)
     assert recorder.metadata
     assert KEY not in str(recorder.metadata)
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("credentials", lambda: [("x-key", KEY)]),
+        ("extra_metadata", [("x-key", KEY)]),
+        ("tenant_id", KEY),
+    ],
+)
+async def test_all_credentials_are_sent_only_to_a_server_that_is_trusted(
+    option, value, is_trusted
+):
+    ca = authority()
+    more = {option: value}
+    with (
+        recording(Certificate(issuer=ca)) as (url, recorder),
+        file_with((ca if is_trusted else authority("another")).pem) as path,
+    ):
+        await examine(secured(url, path, **more))
+
+    assert recorder.metadata
+    for metadata in recorder.metadata:
+        assert (KEY in str(metadata)) is is_trusted
+
+
+@pytest.mark.parametrize("option", ["credentials", "extra_metadata"])
+async def test_metadata_without_tls_to_another_host_are_a_warning(option):
+    pairs = [("x-key", KEY)]
+    value = pairs if option == "extra_metadata" else lambda: pairs
+    with (
+        EmbeddedAuthorizer(POLICIES) as running,
+        resolving({"topaz.test": ["127.0.0.1"]}),
+    ):
+        report = await examine(plain(f"topaz.test:{running.port}", **{option: value}))
+
+    warning = by_id(report, "key-in-plaintext")
+    assert warning.summary == "the metadata are sent to that server without TLS"
+    assert KEY not in json.dumps(report.as_dict())
+
+
+async def test_metadata_that_are_refused_are_named_as_such():
+    with EmbeddedAuthorizer(POLICIES, api_key="right") as running:
+        more = {"extra_metadata": [("authorization", f"basic {KEY}")]}
+        report = await examine(plain(running.url, **more))
+
+    assert problems(report) == {"api-key-refused"}
+    assert "a call with these metadata" in by_id(report, "api-key-refused").summary
+
+
+async def test_the_policy_instance_of_the_application_is_asked():
+    asked = []
+
+    def policy(check):
+        asked.append((check.policy_instance_name, check.policy_instance_label))
+        return True
+
+    with EmbeddedAuthorizer({"myapp.GET.documents": policy}) as running:
+        names = {"policy_instance_name": "blue", "policy_instance_label": "green"}
+        await examine(plain(running.url, policy_path="myapp.GET.documents", **names))
+
+    assert asked == [("blue", "green")]
+
+
+async def test_the_policies_of_that_instance_are_listed():
+    class Listing:
+        async def list_policies(self, **arguments):
+            self.arguments = arguments
+            return ListPoliciesResponse()
+
+    listing = Listing()
+    names = {"policy_instance_name": "blue", "policy_instance_label": "green"}
+    await _authorizer._policies(listing, Settings(timeout=1, **names), "here")
+
+    assert listing.arguments == {"timeout": 1, **names}
 
 
 async def test_only_info_is_asked_if_the_key_is_not_sent():

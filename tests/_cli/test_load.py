@@ -9,9 +9,10 @@ import anyio
 import grpc
 import pytest
 
-from fastapi_topaz._cli.load import Latencies, Plan, Tally, run
+from fastapi_topaz._cli import load as _load
+from fastapi_topaz._cli.load import LATE, WORKERS, Latencies, Plan, Tally, run
 from fastapi_topaz._rpc.statuses import EndedCall, Ending
-from fastapi_topaz.exceptions import PoolTimeout
+from fastapi_topaz.exceptions import PoolSaturated, PoolTimeout
 
 
 def answering(after):
@@ -50,7 +51,38 @@ async def test_with_a_rate_no_more_calls_run_than_allowed_and_the_others_are_cou
 
     # In each 1.1 seconds, three calls are made and the others are missed.
     assert tally.calls == 6
-    assert tally.missed == 14
+    assert tally.missed == tally.not_made == 14
+    assert tally.due == 20
+
+
+async def test_with_a_rate_there_is_no_limit_unless_one_is_given():
+    tally = await tally_of(answering(60), rate=100.0, duration=2.0, concurrency=None)
+
+    assert tally.calls == tally.due == 200
+    assert tally.not_made == 0
+
+
+async def test_without_a_rate_and_a_limit_there_are_ten_workers():
+    tally = await tally_of(answering(1), duration=1.0, concurrency=None)
+
+    assert tally.calls == WORKERS == 10
+
+
+async def test_calls_that_begin_far_too_late_are_not_made_and_counted(monkeypatch):
+    wait, numbers = anyio.sleep_until, iter(range(8))
+
+    async def sleep_until(due):
+        # As if the machine stood still before the third call, for all of the rest.
+        stall = LATE + 1 if next(numbers, 0) in {2, 3} else 0.4
+        await wait(due + stall)
+
+    monkeypatch.setattr(_load.anyio, "sleep_until", sleep_until)
+    tally = await tally_of(answering(0), rate=1.0, duration=5.0)
+
+    # The fourth call is due within that time.
+    assert (tally.calls, tally.late, tally.missed) == (3, 2, 0)
+    assert tally.behind == pytest.approx(2.0)
+    assert (tally.due, tally.not_made) == (5, 2)
 
 
 async def test_without_a_rate_each_worker_makes_the_next_call_at_once():
@@ -92,6 +124,40 @@ async def test_errors_are_outcomes_by_kind_without_a_latency():
     }
     assert tally.failed == 3
     assert tally.latencies.count == 1
+
+
+async def test_the_cause_is_the_most_frequent_one_and_not_the_first():
+    causes = [
+        PoolTimeout("a connection is suspect"),
+        *(PoolSaturated(f"about {number}.5 s of queue") for number in range(3)),
+        EndedCall(Ending.TIMED_OUT, grpc.StatusCode.DEADLINE_EXCEEDED, "secret"),
+    ]
+    errors = iter(causes)
+
+    async def call():
+        raise next(errors)
+
+    tally = await tally_of(call, rate=1.0, duration=5.0)
+
+    # Numbers do not make a cause another one.
+    cause, times = tally.causes.most_frequent()
+    assert (cause, times) == ("PoolSaturated: about 0.5 s of queue", 3)
+
+
+@pytest.mark.parametrize(
+    "code, cause",
+    [
+        ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED: no answer in time"),
+        ("INVALID_ARGUMENT", "INVALID_ARGUMENT"),
+    ],
+)
+async def test_the_cause_does_not_show_the_details_of_a_status(code, cause):
+    async def call():
+        raise EndedCall(Ending.STATUS, grpc.StatusCode[code], "secret")
+
+    tally = await tally_of(call, rate=1.0, duration=1.0)
+
+    assert tally.causes.most_frequent() == (cause, 1)
 
 
 @pytest.mark.real_clock

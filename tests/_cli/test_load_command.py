@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 
 import pytest
+from rich.console import Console
 
+from fastapi_topaz import AuthorizerOptions, ConnectionPool
+from fastapi_topaz._cli import load_command as _load_command
+from fastapi_topaz._cli.load import Plan, Tally
+from fastapi_topaz._cli.load_command import LoadSettings
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from kit.console import command, environment
 from kit.secrets import KEY
@@ -112,6 +119,124 @@ def test_another_machine_is_loaded_if_that_is_allowed(run_forked):
         )
 
     assert (ended.code, json.loads(ended.out)["outcomes"]) == (0, {"answered": 5})
+
+
+# -- the rate is not reached --------------------------------------------------------
+
+FAST = ("--rate", "50", "--duration", "0.5", "--check-timeout", "30")
+
+
+@pytest.fixture
+def slow_topaz():
+    """An authorizer that answers after the test has ended."""
+
+    async def slow(_check):
+        await asyncio.sleep(1)
+        return True
+
+    with EmbeddedAuthorizer({"myapp.GET.slow": slow}) as running:
+        yield running
+
+
+def asking(topaz, *more):
+    return to(topaz, "--policy-path", "myapp.GET.slow", *FAST, *more)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rate_that_a_limit_of_calls_at_once_prevents_gives_exit_code_3(
+    backend, slow_topaz, run_forked
+):
+    ended = run_forked(*asking(slow_topaz, "--concurrency", "1", "--backend", backend))
+
+    assert (ended.code, ended.err) == (3, "")
+    assert ended.number("failed") == 0
+    missed = ended.number("not made: too many were running")
+    assert ended.number("calls") + missed == 25
+    assert (
+        f"The rate was not reached: {missed:.0f} of the 25 calls that were due were "
+        "not made, because as many others as --concurrency allows (1) were running."
+    ) in ended.out
+
+
+def test_a_rate_that_is_not_reached_is_in_the_json(slow_topaz, run_forked):
+    ended = run_forked(*asking(slow_topaz, "--concurrency", "1", "--json"))
+
+    said = json.loads(ended.out)
+    assert ended.code == 3
+    assert said["calls"] + said["missed"] + said["late"] == 25
+    assert said["missed"] > 0
+    assert "rate was not reached" in said["verdict"][0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_limit_each_call_is_made_at_the_rate(backend, slow_topaz, run_forked):
+    ended = run_forked(
+        *asking(slow_topaz, "--connections", "25", "--json", "--backend", backend)
+    )
+
+    said = json.loads(ended.out)
+    assert (ended.code, said["outcomes"]) == (0, {"allowed": 25})
+    assert (said["missed"], said["late"], said["verdict"]) == (0, 0, [])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_overload_makes_calls_fail_and_is_named_as_the_cause(
+    backend, topaz, run_forked
+):
+    topaz.delay = 60
+    ended = run_forked(
+        *to(topaz, "--policy-path", "myapp.GET.documents", "--json"),
+        *("--rate", "50", "--duration", "0.5", "--check-timeout", "1"),
+        *("--connections", "1", "--backend", backend),
+        TOPAZ_API_KEY=KEY,
+    )
+
+    said = json.loads(ended.out)
+    assert ended.code == 1
+    assert said["failed"] + said["late"] == 25
+    assert said["missed"] == 0
+    assert f" of {said['failed']} failed calls)" in said["verdict"][-1]
+    assert said["verdict"][-1].startswith("Cause: ")
+
+
+def test_the_cause_of_refused_calls_is_their_status(topaz, run_forked):
+    ended = run_forked(
+        *to(topaz, "--policy-path", "myapp.GET.documents"),
+        *("--rate", "20", "--duration", "0.5"),
+    )
+
+    assert ended.code == 1
+    assert "Cause: UNAUTHENTICATED (10 of 10 failed calls)" in ended.out
+
+
+def test_calls_that_this_machine_begins_too_late_are_shown():
+    plan = Plan(duration=1, rate=10)
+    settings = LoadSettings(
+        options=AuthorizerOptions(), plan=plan, policy_path=None, check_timeout=1,
+        connections=1, streams=1, allows_remote=False, as_json=False,
+    )  # fmt: skip
+    tally = Tally(late=4, behind=1.94)
+    tally.outcomes["answered"] = 6
+
+    [verdict] = _load_command.verdict(settings, tally)
+    assert verdict == (
+        "The rate was not reached: 4 of the 10 calls that were due were not made, "
+        "because this machine could not begin them within 2 s."
+    )
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(_load_command.summary(settings, tally, None))
+    assert re.search(r"this machine is too slow +│ +4 ", capture.get())
+    assert re.search(r"begun late, by up to +│ +1.9 s", capture.get())
+
+
+@pytest.mark.parametrize(
+    "tally, words",
+    [(Tally(missed=2, late=1), "failed 0  not made 3"), (Tally(), "failed 0  conn")],
+)
+def test_the_line_of_each_second_shows_calls_that_were_not_made(tally, words):
+    status = ConnectionPool().status()
+    assert words in _load_command.line(tally, status, 1.0, 2.0)
 
 
 @contextlib.contextmanager

@@ -214,19 +214,6 @@ async def test_a_bad_file_of_grpc_s_variable_is_an_error(
     assert failed.permanent
 
 
-async def test_an_untrusted_server_is_told_with_the_roots_that_were_used(
-    monkeypatch, tmp_path
-):
-    path = tmp_path / "roots.pem"
-    path.write_bytes(OTHER_CA.pem)
-    monkeypatch.setenv(native_tls.ROOTS_VARIABLE, str(path))
-    with SocketServer(tls=tls(GOOD)) as server:
-        failed = await failure_of(Target(url=f"localhost:{server.port}"))
-    assert f"a CA that the file in {native_tls.ROOTS_VARIABLE} holds" in str(failed)
-    assert "pass the right one as cert_file_path" in str(failed)
-    assert "this system" not in str(failed)
-
-
 async def test_the_store_of_the_system_does_not_trust_anybody(monkeypatch):
     monkeypatch.delenv(native_tls.ROOTS_VARIABLE, raising=False)
     with SocketServer(tls=tls(GOOD)) as server:
@@ -234,6 +221,37 @@ async def test_the_store_of_the_system_does_not_trust_anybody(monkeypatch):
     assert "not signed by a CA that this system trusts" in str(failed) or (
         "no trusted root certificates" in str(failed)
     )
+
+
+async def test_the_file_of_grpc_s_variable_is_named_if_it_has_another_ca(
+    monkeypatch, tmp_path
+):
+    path = tmp_path / "roots.pem"
+    path.write_bytes(OTHER_CA.pem)
+    monkeypatch.setenv(native_tls.ROOTS_VARIABLE, str(path))
+    with SocketServer(tls=tls(GOOD)) as server:
+        failed = await failure_of(Target(url=f"localhost:{server.port}"))
+    assert (
+        "is not signed by a CA that GRPC_DEFAULT_SSL_ROOTS_FILE_PATH="
+        f"{str(path)!r} holds; pass the PEM file of its CA as cert_file_path"
+    ) in str(failed)
+
+
+@pytest.mark.parametrize("value", [None, ""])
+async def test_the_variable_of_grpc_is_not_named_if_it_is_not_set(monkeypatch, value):
+    monkeypatch.setattr(native_tls, "_system_context", lambda: trusting(OTHER_CA))
+    monkeypatch.delenv(native_tls.ROOTS_VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(native_tls.ROOTS_VARIABLE, value)
+    with SocketServer(tls=tls(GOOD)) as server:
+        failed = await failure_of(Target(url=f"localhost:{server.port}"))
+    assert "that this system trusts; pass the PEM file of its CA" in str(failed)
+
+
+def trusting(ca):
+    context = ssl.create_default_context(cadata=ca.pem.decode())
+    context.set_alpn_protocols(["h2"])
+    return context
 
 
 async def test_a_file_that_becomes_invalid_fails_the_next_connect(tmp_path):

@@ -13,10 +13,12 @@ import ssl
 import tempfile
 from pathlib import Path
 
+import anyio
 import pytest
 
 from fastapi_topaz._cli.doctor.context import Settings
 from fastapi_topaz._cli.doctor.findings import Level
+from fastapi_topaz._http2.tls import ROOTS_VARIABLE
 from fastapi_topaz.testing import EmbeddedAuthorizer
 from fastapi_topaz.testing._certs import Certificates
 
@@ -65,9 +67,9 @@ def secured(url, ca, **more):
 
 
 @contextlib.contextmanager
-def file_with(data):
+def file_with(data, name="file.pem"):
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "file.pem")
+        path = Path(folder, name)
         path.write_bytes(data)
         yield str(path)
 
@@ -101,10 +103,28 @@ def a_garbage_url():
     yield plain("!!", api_key=KEY)
 
 
-@setup("configuration-invalid", "Correct the option")
+@setup("configuration-invalid", "Drop --insecure", "the options of TLS")
 def options_that_exclude_each_other():
     with EmbeddedAuthorizer(POLICIES) as running:
         yield plain(running.url, cert_file_path="/there/is/none.pem")
+
+
+@setup("configuration-invalid", "both --client-cert and --client-key", "Correct")
+def a_client_certificate_without_its_key():
+    with EmbeddedAuthorizer(POLICIES) as running:
+        yield plain(running.url, client_cert_path="client.pem")
+
+
+@setup("configuration-invalid", "without line breaks")
+def an_api_key_with_a_line_break():
+    with EmbeddedAuthorizer(POLICIES) as running:
+        yield plain(running.url, api_key=f"{KEY}\n")
+
+
+@setup("configuration-invalid", "--server-name", "without a port")
+def a_server_name_with_a_port():
+    with EmbeddedAuthorizer(POLICIES) as running:
+        yield plain(running.url, server_name="topaz:8282")
 
 
 @setup("certificate-file-unusable", "path", "permissions")
@@ -213,21 +233,24 @@ def a_certificate_of_tomorrow():
         yield secured(running.url, path)
 
 
-@setup("certificate-expired", "Renew")
+@setup("certificate-expired", "Renew", "holds: CA (expired on 20", "signed by CA.")
 def an_expired_ca():
     ca = Certificate("CA", ca=True, days=(-9, -2))
     with authorizer_with(Certificate(issuer=ca), ca) as (running, path):
         yield secured(running.url, path)
 
 
-@setup("certificate-wrong-name", "--server-name")
+@setup("certificate-wrong-name", "--server-name", "is for topaz.example.")
 def a_certificate_for_another_name():
     certificate = Certificate(issuer=(ca := authority()), names=["topaz.example"])
     with authorizer_with(certificate, ca) as (running, path):
         yield secured(running.url, path)
 
 
-@setup("certificate-unknown-ca", "--cert", "grpc-ca.crt")
+@setup(
+    *("certificate-unknown-ca", "file.pem' of --cert (cert_file_path) holds: another."),
+    *("The server's certificate is signed by CA.", "grpc-ca.crt"),
+)
 def an_unknown_ca():
     with (
         authorizer_with(Certificate(issuer=(ca := authority())), ca) as (running, _),
@@ -236,9 +259,54 @@ def an_unknown_ca():
         yield secured(running.url, path, api_key=KEY)
 
 
-@setup("certificate-unknown-ca", "--cert")
+@setup("certificate-unknown-ca", "The CA in the file has that name, but another key.")
+def a_ca_that_was_created_again():
+    with (
+        authorizer_with(Certificate(issuer=(ca := authority())), ca) as (running, _),
+        file_with(authority().pem) as path,
+    ):
+        yield secured(running.url, path)
+
+
+@setup(
+    "certificate-unknown-ca", "a.pem' of --cert", "topaz (not a CA, signed by other)"
+)
+def a_certificate_of_a_server_where_a_ca_is_expected():
+    with (
+        authorizer_with(Certificate(issuer=(ca := authority())), ca) as (running, _),
+        file_with(Certificate(issuer=authority("other")).pem, "a.pem") as path,
+    ):
+        yield secured(running.url, path)
+
+
+@setup("certificate-unknown-ca", "holds: A, B, C and 2 more. ")
+def a_bundle_without_the_ca():
+    bundle = b"".join(authority(name).pem for name in "ABCDE")
+    with (
+        authorizer_with(Certificate(issuer=(ca := authority())), ca) as (running, _),
+        file_with(bundle) as path,
+    ):
+        yield secured(running.url, path)
+
+
+@setup("certificate-unknown-ca", "Without --cert, only CAs that this system trusts")
 def no_ca_file_at_all():
-    with EmbeddedAuthorizer(POLICIES, tls=True) as running:
+    with (
+        EmbeddedAuthorizer(POLICIES, tls=True) as running,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.delenv(ROOTS_VARIABLE, raising=False)
+        yield Settings(url=running.url, timeout=PATIENCE)
+
+
+@setup("certificate-unknown-ca", "Without --cert, only CAs in the file", ROOTS_VARIABLE)
+def no_ca_file_but_the_variable_of_grpc():
+    with (
+        EmbeddedAuthorizer(POLICIES, tls=True) as running,
+        file_with(authority("another").pem) as path,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv(ROOTS_VARIABLE, path)
         yield Settings(url=running.url, timeout=PATIENCE)
 
 
@@ -266,7 +334,10 @@ def a_server_with_mutual_tls():
         yield secured(url, path, api_key=KEY)
 
 
-@setup("client-certificate-refused", "signed by a CA that the server trusts")
+@setup(
+    *("client-certificate-refused", "signed by a CA that the server trusts"),
+    "of --client-cert (client_cert_path) holds: topaz (not a CA, signed by others).",
+)
 def a_client_certificate_of_another_ca():
     with tls_server(clients=authority("clients")) as (url, path):
         client = Certificate(issuer=authority("others"))
@@ -456,13 +527,49 @@ def a_wrong_policy_root():
         yield plain(running.url, policy_root="my")
 
 
-@setup("policy-missing", "allowed")
+@setup(
+    *("policy-missing", "The closest of the 2 packages: myapp.GET.documents, myapp.PO"),
+    "Declare that package",
+)
 def a_missing_policy():
     with EmbeddedAuthorizer(POLICIES) as running:
-        yield plain(running.url, policy_root="myapp", policy_path="myapp.GET.nothing")
+        yield plain(running.url, policy_root="myapp", policy_path="myapp.GET.document")
 
 
-@setup("configuration-invalid", "Correct the option")
+@setup("policy-missing", "pass --policy-path 'myapp.GET.documents', which is a package")
+def a_policy_path_with_the_decision():
+    with EmbeddedAuthorizer(POLICIES) as running:
+        yield plain(running.url, policy_path="myapp.GET.documents.allowed")
+
+
+@setup("policy-missing", "its rule `allowed` is missing", "`default allowed := false`")
+def a_policy_without_the_rule():
+    with EmbeddedAuthorizer({"myapp.GET.documents": {"visible": True}}) as running:
+        yield plain(running.url, policy_path="myapp.GET.documents")
+
+
+@setup("credentials-failed", "Correct the callable")
+def credentials_that_raise_an_error():
+    def credentials():
+        raise OSError(f"no answer for {KEY}")
+
+    with EmbeddedAuthorizer(POLICIES) as running:
+        yield plain(running.url, credentials=credentials)
+
+
+@setup("credentials-failed", "did not return in time")
+def credentials_that_hang():
+    with EmbeddedAuthorizer(POLICIES) as running:
+        yield plain(running.url, credentials=anyio.sleep_forever, timeout=BRIEF)
+
+
+@setup("configuration-invalid", "--policy-root is the first part", "Correct the option")
 def a_policy_root_that_is_not_rego():
     with EmbeddedAuthorizer(POLICIES) as running:
         yield plain(running.url, policy_root="my-app")
+
+
+@setup("configuration-invalid", "the route GET /orders/{id} asks myapp.GET.orders.__id")
+def a_policy_path_that_is_a_route():
+    with EmbeddedAuthorizer(POLICIES) as running:
+        yield plain(running.url, policy_path="GET /documents")

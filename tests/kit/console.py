@@ -72,9 +72,10 @@ class Blocker:
         if name.partition(".")[0] == self.name:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-def main(args, env, without, out, err):
+def main(args, env, without, cwd, out, err):
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd or ".")
     os.environ.clear()
     os.environ.update(env)
     if without:

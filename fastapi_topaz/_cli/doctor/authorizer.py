@@ -14,18 +14,26 @@ import anyio
 import attrs
 import grpc
 import grpc.aio
+from anyio import to_thread
 from google.protobuf.json_format import MessageToDict
 
 from fastapi_topaz._authorizer.calls import AuthorizerCalls
 from fastapi_topaz._cli.doctor.findings import found
+from fastapi_topaz._cli.doctor.policies import missing_policy, root_finding
 from fastapi_topaz._http2.opening import NativeOpener
+from fastapi_topaz._rpc.credentials import CredentialedConnection
 from fastapi_topaz._rpc.statuses import (
     Ending,
+    LateCredentials,
     ending,
     lacks_status,
     status_number,
 )
-from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
+from fastapi_topaz.exceptions import (
+    ConnectFailed,
+    ConnectionLost,
+    CredentialsFailed,
+)
 
 
 if TYPE_CHECKING:
@@ -63,7 +71,8 @@ _NOW = "x = time.now_ns()"
 
 _HTTP_STATUS = re.compile(r"HTTP status: (\d{3})\b")
 
-_MOST_LISTED: Final = 8
+_FAILED: Final = (grpc.aio.AioRpcError, ConnectionLost, CredentialsFailed)
+"""The errors of a call."""
 
 _UNDECIDED = {3, 13}
 """INVALID_ARGUMENT: the decision is undefined. INTERNAL: it is not a boolean."""
@@ -109,9 +118,12 @@ class _Unverified(NativeOpener):
 async def ask_authorizer(checkup: Checkup, address: Address, route: Route) -> None:
     """Ask the Authorizer at *address*, and add what is found."""
     limit = checkup.settings.timeout
-    opener = _opener(checkup, address, route)
+    target = _pinned(checkup, address, route)
+    opener = (
+        NativeOpener(target) if route.is_trusted else _Unverified(target, route.context)
+    )
     try:
-        connection = await opener.open(limit)
+        connection: Any = await opener.open(limit)
     except ConnectFailed as error:
         kind = "server-goaway" if "GOAWAY" in str(error) else "connection-lost"
         if error.reason == "timeout":
@@ -119,11 +131,14 @@ async def ask_authorizer(checkup: Checkup, address: Address, route: Route) -> No
         said = "the server speaks HTTP/2, but no connection for calls became ready"
         checkup.add(found(kind, said, address.text))
         return
+    if target.credentials is not None:
+        connection = CredentialedConnection(connection, target)
     async with _running(connection):
         await _ask(checkup, address.text, connection, route)
 
 
-def _opener(checkup: Checkup, address: Address, route: Route) -> NativeOpener:
+def _pinned(checkup: Checkup, address: Address, route: Route) -> Target:
+    """Return the target at *address*, with credentials only for a trusted server."""
     target, endpoint = checkup.target, checkup.endpoint
     assert target is not None  # noqa: S101
     assert endpoint is not None  # noqa: S101
@@ -135,9 +150,9 @@ def _opener(checkup: Checkup, address: Address, route: Route) -> NativeOpener:
         name = target.server_name or endpoint.certificate_host
         pinned = attrs.evolve(pinned, server_name=name)
     if route.is_trusted:
-        return NativeOpener(pinned)
-    # Without the key: the server is not known to be the right one.
-    return _Unverified(attrs.evolve(pinned, metadata=()), route.context)
+        return pinned
+    # The server is not known to be the right one.
+    return attrs.evolve(pinned, metadata=(), credentials=None)
 
 
 @contextlib.asynccontextmanager
@@ -158,7 +173,7 @@ async def _ask(checkup: Checkup, where: str, connection: Any, route: Route) -> N
     settings, calls = checkup.settings, Calls(connection)
     try:
         info = await calls.info(timeout=settings.timeout)
-    except (grpc.aio.AioRpcError, ConnectionLost) as error:
+    except _FAILED as error:
         checkup.add(_stream_limit(connection, settings, where))
         checkup.add(call_fault(error, settings, where))
         return
@@ -166,8 +181,8 @@ async def _ask(checkup: Checkup, where: str, connection: Any, route: Route) -> N
     checkup.add(found("authorizer", f"Topaz {version} answers", where))
     checkup.add(await _latency(calls, settings, where))
     checkup.add(_stream_limit(connection, settings, where))
-    is_secret = settings.api_key is not None or settings.tenant_id is not None
-    if is_secret and not (route.is_trusted and checkup.has_credentials):
+    is_sent = route.is_trusted and checkup.has_credentials
+    if settings.has_secrets and not is_sent:
         said = "the credentials were not sent, so they and the policies are not checked"
         checkup.add(found("not-checked", said, where))
         return
@@ -177,8 +192,18 @@ async def _ask(checkup: Checkup, where: str, connection: Any, route: Route) -> N
 
 def call_fault(error: Exception, settings: Settings, where: str) -> Finding:
     """Return the finding for a failed call, without the details of the server."""
+    if isinstance(error, CredentialsFailed | LateCredentials):
+        late = f"credentials returned no metadata within {settings.timeout:g} s"
+        said = late if isinstance(error, LateCredentials) else str(error)
+        return found("credentials-failed", said, where)
     if not isinstance(error, grpc.aio.AioRpcError):
         return found("connection-lost", "the connection ended during a call", where)
+    return _status_fault(error, settings, where)
+
+
+def _status_fault(
+    error: grpc.aio.AioRpcError, settings: Settings, where: str
+) -> Finding:
     how, code = ending(error), error.code()
     if how is Ending.TIMED_OUT or code is grpc.StatusCode.DEADLINE_EXCEEDED:
         said = f"no answer to a call within {settings.timeout:g} s"
@@ -190,8 +215,9 @@ def call_fault(error: Exception, settings: Settings, where: str) -> Finding:
         return found("proxy-without-topaz", said, where)
     if lacks_status(error) or how in {Ending.GOAWAY, Ending.NOT_SENT}:
         return found("connection-lost", "the call was cut off", where)
-    if code is grpc.StatusCode.UNAUTHENTICATED and settings.api_key:
-        said = "a call with this API key was answered with UNAUTHENTICATED"
+    if code is grpc.StatusCode.UNAUTHENTICATED and settings.has_secrets:
+        key = "this API key" if settings.api_key else "these metadata"
+        said = f"a call with {key} was answered with UNAUTHENTICATED"
         return found("api-key-refused", said, where)
     said = f"a call was answered with {code.name}"
     return found(_STATUSES.get(code, "authorizer-error"), said, where)
@@ -211,7 +237,7 @@ async def _latency(calls: Calls, settings: Settings, where: str) -> Finding:
         began = time.perf_counter()
         try:
             await calls.info(timeout=settings.timeout)
-        except (grpc.aio.AioRpcError, ConnectionLost) as error:
+        except _FAILED as error:
             return call_fault(error, settings, where)
         took.append(time.perf_counter() - began)
     median, most = statistics.median(took), max(took)
@@ -243,7 +269,7 @@ async def _clock(calls: Calls, settings: Settings, where: str) -> Finding:
     try:
         answer = await calls.query(query=_NOW, timeout=settings.timeout)
         theirs = int(MessageToDict(answer.response)["result"][0]["bindings"]["x"])
-    except (grpc.aio.AioRpcError, ConnectionLost, *_UNREADABLE):
+    except (*_FAILED, *_UNREADABLE):
         return found("clock-unknown", "the server does not tell its time", where)
     took = time.perf_counter() - began
     ours = (settings.now() - dt.timedelta(seconds=took / 2)).timestamp()
@@ -260,46 +286,35 @@ _UNREADABLE = (KeyError, IndexError, TypeError, ValueError)
 
 
 async def _policies(calls: Calls, settings: Settings, where: str) -> list[Finding]:
-    findings = []
+    findings, packages = [], set[str]()
+    instance = _instance(settings)
     try:
-        listed = await calls.list_policies(timeout=settings.timeout)
-    except (grpc.aio.AioRpcError, ConnectionLost) as error:
+        listed = await calls.list_policies(timeout=settings.timeout, **instance)
+    except _FAILED as error:
         fault = call_fault(error, settings, where)
         if fault.id in {"not-an-authorizer", "authorizer-error"}:
             said = "the server does not list its policies"
             fault = found("policies-unknown", said, where)
         findings.append(fault)
     else:
-        packages = {each.package_path for each in listed.result}
-        findings.append(_root(packages, settings.policy_root, where))
-    if settings.policy_path is not None:
-        findings.append(await _policy(calls, settings, settings.policy_path, where))
-    return findings
-
-
-def _root(packages: set[str], root: str | None, where: str) -> Finding:
-    paths = {each.removeprefix("data.") for each in packages} - {""}
-    if not paths:
-        return found("policies-missing", "Topaz has loaded no policy", where)
-    roots = sorted({re.split(r"[.\[]", path)[0] for path in paths})
-    listed = ", ".join(roots[:_MOST_LISTED])
-    if root is None:
-        said = f"packages of policies: {len(paths)}, below {listed}"
-        return found("policies", said, where)
-    below = [path for path in paths if re.match(rf"{re.escape(root)}(?:[.\[]|$)", path)]
-    if below:
-        said = f"packages of policies at or below {root}: {len(below)}"
-        return found("policies", said, where)
-    said = f"no package is at or below {root}; the packages are below {listed}"
-    return found("policy-root-missing", said, where)
-
-
-async def _policy(calls: Calls, settings: Settings, path: str, where: str) -> Finding:
+        paths = (each.package_path for each in listed.result)
+        packages = {each.removeprefix("data.") for each in paths} - {""}
+        findings.append(root_finding(packages, settings.policy_root, where))
+    path = settings.policy_path
+    if path is None:
+        return findings
     try:
-        await calls.decisions(policy_path=path, timeout=settings.timeout)
-    except (grpc.aio.AioRpcError, ConnectionLost) as error:
+        await calls.decisions(policy_path=path, timeout=settings.timeout, **instance)
+    except _FAILED as error:
         if status_number(error) in _UNDECIDED:
-            said = f"Topaz has no decision `allowed` for {path}"
-            return found("policy-missing", said, where)
-        return call_fault(error, settings, where)
-    return found("policy", f"{path} decides `allowed`", where)
+            # In a thread, because there may be thousands of packages.
+            fault = await to_thread.run_sync(missing_policy, packages, path, where)
+        else:
+            fault = call_fault(error, settings, where)
+        return [*findings, fault]
+    return [*findings, found("policy", f"{path} decides `allowed`", where)]
+
+
+def _instance(settings: Settings) -> dict[str, Any]:
+    names = ("policy_instance_name", "policy_instance_label")
+    return {name: getattr(settings, name) for name in names}

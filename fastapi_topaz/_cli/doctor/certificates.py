@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -13,13 +15,18 @@ from fastapi_topaz._cli.doctor.findings import found
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fastapi_topaz._cli.doctor.findings import Finding
 
 
-__all__ = ["CertificateFacts", "date_findings"]
+__all__ = ["CertificateFacts", "certificates_in", "date_findings", "listed"]
 
 
 SOON: Final = dt.timedelta(days=14)
+
+_MOST_LISTED: Final = 3
+"""The most certificates of one file that are listed."""
 
 
 @attrs.frozen
@@ -30,6 +37,8 @@ class CertificateFacts:
     ends: dt.datetime
     names: tuple[str, ...]
     issuer: str
+    subject: str
+    is_ca: bool
 
     @classmethod
     def read(cls, der: bytes) -> CertificateFacts:
@@ -39,12 +48,23 @@ class CertificateFacts:
         Raises:
             ValueError: It cannot be read.
         """
-        certificate = x509.load_der_x509_certificate(der)
+        return cls.of(x509.load_der_x509_certificate(der))
+
+    @classmethod
+    def of(cls, certificate: x509.Certificate) -> CertificateFacts:
+        """
+        Return the facts in *certificate*.
+
+        Raises:
+            ValueError: An extension cannot be read.
+        """
         return cls(
             certificate.not_valid_before_utc,
             certificate.not_valid_after_utc,
             _names(certificate),
             _common_name(certificate.issuer),
+            _common_name(certificate.subject),
+            _is_ca(certificate),
         )
 
     def __str__(self) -> str:
@@ -65,6 +85,45 @@ def _names(certificate: x509.Certificate) -> tuple[str, ...]:
     names = extension.value.get_values_for_type(x509.DNSName)
     addresses = extension.value.get_values_for_type(x509.IPAddress)
     return (*names, *map(str, addresses))
+
+
+def _is_ca(certificate: x509.Certificate) -> bool:
+    try:
+        extension = certificate.extensions.get_extension_for_class(
+            x509.BasicConstraints
+        )
+    except x509.ExtensionNotFound:
+        return certificate.issuer == certificate.subject  # as in old certificates
+    return extension.value.ca
+
+
+def certificates_in(path: str) -> list[CertificateFacts]:
+    """Return the certificates in the PEM file at *path*. Empty if it is unreadable."""
+    try:
+        # A bundle may hold old certificates, about which cryptography warns.
+        with warnings.catch_warnings(action="ignore"):
+            loaded = x509.load_pem_x509_certificates(Path(path).read_bytes())
+            return [CertificateFacts.of(each) for each in loaded]
+    except (OSError, ValueError):
+        return []
+
+
+def listed(certificates: Sequence[CertificateFacts], now: dt.datetime) -> str:
+    """Return the subjects of the first *certificates*, with what is wrong at *now*."""
+    others = len(certificates) - _MOST_LISTED
+    more = f" and {others} more" if others > 0 else ""
+    first = certificates[:_MOST_LISTED]
+    return ", ".join(_titled(each, now) for each in first) + more
+
+
+def _titled(facts: CertificateFacts, now: dt.datetime) -> str:
+    notes = [] if facts.is_ca else [f"not a CA, signed by {facts.issuer}"]
+    if now > facts.ends:
+        notes.append(f"expired on {facts.ends:%Y-%m-%d}")
+    if now < facts.begins:
+        notes.append(f"valid only from {facts.begins:%Y-%m-%d}")
+    title = facts.subject or "a certificate without a name"
+    return f"{title} ({', '.join(notes)})" if notes else title
 
 
 def _common_name(name: x509.Name) -> str:

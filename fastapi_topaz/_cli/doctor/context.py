@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from fastapi_topaz._rpc.target import MAX_MESSAGE_BYTES
+
 
 if TYPE_CHECKING:
     import ssl
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
     from fastapi_topaz._cli.doctor.findings import Finding
     from fastapi_topaz._http2.addresses import Address, Endpoint
+    from fastapi_topaz._rpc.metadata import Credentials, Metadata
     from fastapi_topaz._rpc.target import Target
 
 
@@ -34,7 +37,11 @@ class Settings:
         policy_root: The package that all policies are below. None: not checked.
         policy_path: A policy that must exist. None: not checked.
         streams: The streams that the application uses on each connection.
+        policy_instance_name: As in `TopazConfig`.
+        policy_instance_label: As in `TopazConfig`.
         timeout: Time limit in seconds for each step.
+        source: Where the settings come from, such as `main:config`. None: only the
+            command line.
         now: Returns the time of this machine, with its zone.
     """
 
@@ -47,11 +54,23 @@ class Settings:
     client_key_path: str | None = None
     authority: str | None = None
     server_name: str | None = None
+    extra_metadata: Metadata = attrs.field(default=(), repr=False)
+    credentials: Credentials | None = attrs.field(default=None, repr=False)
+    max_message_bytes: int = MAX_MESSAGE_BYTES
     policy_root: str | None = None
     policy_path: str | None = None
     streams: int = 1
+    policy_instance_name: str | None = None
+    policy_instance_label: str | None = None
     timeout: float = 3.0
+    source: str | None = None
     now: Callable[[], dt.datetime] = _utc_now
+
+    @property
+    def has_secrets(self) -> bool:
+        """Whether calls carry anything that only a trusted server may get."""
+        given = (self.api_key, self.tenant_id, self.extra_metadata, self.credentials)
+        return any(given)
 
 
 @attrs.define

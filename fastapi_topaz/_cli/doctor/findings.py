@@ -83,10 +83,7 @@ CATALOGUE: Final[dict[str, Known]] = {
     ),
     # -- configuration
     "configuration": _OK,
-    "configuration-invalid": _problem(
-        "Correct the option that the message names. The url is host:port without a "
-        "scheme, such as localhost:8282."
-    ),
+    "configuration-invalid": _problem("Correct the option that the message names."),
     "certificate-file-unusable": _problem(
         "Correct the path or the permissions of the file that the message names, or "
         "replace it with a PEM file."
@@ -236,6 +233,10 @@ CATALOGUE: Final[dict[str, Known]] = {
         "Pass the API key that is in Topaz's configuration (auth.keys) as "
         "TOPAZ_API_KEY or --api-key (api_key)."
     ),
+    "credentials-failed": _problem(
+        "Correct the callable that is passed as credentials. The message names its "
+        "error and the line, or says that it did not return in time."
+    ),
     "permission-denied": _problem(
         "Check --tenant-id (tenant_id), and which calls Topaz or the proxy allows with "
         "this API key."
@@ -279,7 +280,8 @@ class Finding:
         id: A key of `CATALOGUE`.
         level: How bad it is.
         summary: What was found, in one sentence. Never a key, token or identity.
-        remedy: What to do. Empty if nothing is to be done.
+        remedy: What to do: facts of this set-up, then the remedy of the catalogue.
+            Empty if nothing is to be done.
         addresses: The addresses of the server that it is about.
     """
 
@@ -298,9 +300,15 @@ def found(
     id: str,  # noqa: A002  (what it is called in the output)
     summary: str,
     *addresses: str,
+    facts: str = "",
 ) -> Finding:
-    """Return the finding *id* of the catalogue."""
+    """
+    Return the finding *id* of the catalogue.
+
+    *facts* are whole sentences. The remedy begins with them.
+    """
     level, remedy = CATALOGUE[id]
+    remedy = printable(f"{facts} {remedy}".strip())
     return Finding(id, level, printable(summary), remedy, addresses)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +35,26 @@ MOST_ADDRESSES: Final = 16
 
 _ESSENTIAL = {"url", "insecure"}
 
+_POLICY_PATH = (
+    "--policy-path is the package of a policy, without the decision. If the root is "
+    "myapp, the route GET /orders/{id} asks myapp.GET.orders.__id."
+)
+_NO_SECOND_LINE = "Pass it without line breaks and other signs that are not printable."
+_BOTH = "Pass both --client-cert and --client-key, or neither."
+_OPTIONS: Final = {
+    "url": "--url is host:port without a scheme, such as localhost:8282.",
+    "policy_root": "--policy-root is the first part of all packages, such as myapp.",
+    "policy_path": _POLICY_PATH,
+    "api_key": _NO_SECOND_LINE,
+    "tenant_id": _NO_SECOND_LINE,
+    "server_name": "--server-name is a host name or an IP address, without a port.",
+    "client_cert_path": _BOTH,
+    "client_key_path": _BOTH,
+}
+"""What a value of these options must be."""
+
+_WITHOUT_TLS = "Drop --insecure (insecure=True), or drop the options of TLS."
+
 
 async def check_configuration(checkup: Checkup) -> None:
     """Check the options, as the pool does when it is configured."""
@@ -53,18 +74,28 @@ async def check_configuration(checkup: Checkup) -> None:
         try:
             checkup.endpoint = parse(options.url)
         except ValueError as error:
-            faults.append(f"the url {options.url!r} cannot be used: {error}")
+            faults.append(f"url={options.url!r} cannot be used: {error}")
         else:
             checkup.target = options.target
             checkup.has_credentials = is_complete
     for fault in faults:
-        checkup.add(found("configuration-invalid", fault))
+        checkup.add(found("configuration-invalid", fault, facts=_rule(fault)))
     if not faults and options is not None:
-        checkup.add(found("configuration", _described(options)))
-    if settings.api_key and settings.insecure and not is_loopback(settings.url):
-        checkup.add(
-            found("key-in-plaintext", "the API key is sent to that server without TLS")
-        )
+        source = "" if settings.source is None else f", from {settings.source}"
+        checkup.add(found("configuration", f"{_described(options)}{source}"))
+    sent = "the API key is" if settings.api_key else "the metadata are"
+    secret = settings.api_key or settings.extra_metadata or settings.credentials
+    if secret and settings.insecure and not is_loopback(settings.url):
+        said = f"{sent} sent to that server without TLS"
+        checkup.add(found("key-in-plaintext", said))
+
+
+def _rule(fault: str) -> str:
+    """Return what the option that the message *fault* begins with must be."""
+    if "exclude each other" in fault:
+        return _WITHOUT_TLS
+    name = re.match(r"\w+", fault)
+    return _OPTIONS.get(name[0], "") if name is not None else ""
 
 
 def _options(settings: Settings) -> tuple[AuthorizerOptions | None, list[str]]:

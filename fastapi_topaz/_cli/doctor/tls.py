@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from typing import TYPE_CHECKING, Final
 
 import anyio
 import attrs
 
-from fastapi_topaz._cli.doctor.certificates import CertificateFacts, date_findings
+from fastapi_topaz._cli.doctor.certificates import (
+    CertificateFacts,
+    certificates_in,
+    date_findings,
+    listed,
+)
 from fastapi_topaz._cli.doctor.findings import Level, found
 from fastapi_topaz._cli.doctor.wire import (
     Speaks,
@@ -18,9 +24,13 @@ from fastapi_topaz._cli.doctor.wire import (
     lenient_context,
     shake_hands,
 )
+from fastapi_topaz._http2.tls import ROOTS_VARIABLE
 
 
 if TYPE_CHECKING:
+    import datetime as dt
+    from collections.abc import Sequence
+
     from fastapi_topaz._cli.doctor.context import Checkup
     from fastapi_topaz._cli.doctor.findings import Finding
     from fastapi_topaz._cli.doctor.wire import FirstBytes, Handshake
@@ -78,12 +88,22 @@ _VERIFY: Final = {
 _NAMES: Final = {62, 64}
 
 
-def tls_fault(error: ssl.SSLError, target: Target, address: str) -> Finding:
-    """Return the finding for an error of TLS."""
+def tls_fault(
+    error: ssl.SSLError,
+    target: Target,
+    address: str,
+    now: dt.datetime,
+    facts: CertificateFacts | None = None,
+) -> Finding:
+    """
+    Return the finding for an error of TLS at the time *now*.
+
+    *facts* are those of the server's certificate, or None if it is not known.
+    """
     if isinstance(error, ssl.SSLCertVerificationError):
         kind = _VERIFY.get(error.verify_code, "certificate-not-acceptable")
         said = f"the certificate is not accepted: {error.verify_message}"
-        return found(kind, said, address)
+        return found(kind, said, address, facts=_roots(kind, target, now, facts))
     # Python 3.11 has no name for some alerts, such as number 120.
     reason = error.reason or str(error).upper().replace(" ", "_")
     kind = next((each for part, each in _REASONS.items() if part in reason), "")
@@ -92,9 +112,58 @@ def tls_fault(error: ssl.SSLError, target: Target, address: str) -> Finding:
         kind = "client-certificate-required"
     if kind == "client-certificate-required" and has_certificate:
         kind = "client-certificate-refused"
-    return found(
-        kind or "tls-failed", f"the TLS handshake failed (TLS: {reason})", address
-    )
+    said = f"the TLS handshake failed (TLS: {reason})"
+    own = ""
+    if kind == "client-certificate-refused":
+        own = _held("client_cert_path", "--client-cert", target.client_cert_path, now)
+    return found(kind or "tls-failed", said, address, facts=own)
+
+
+def _roots(
+    kind: str, target: Target, now: dt.datetime, facts: CertificateFacts | None
+) -> str:
+    """Return the names of the certificates that do not match, in sentences."""
+    if kind == "certificate-wrong-name":
+        names = ", ".join(facts.names[:_MOST_NAMES]) if facts is not None else ""
+        return f"The certificate is for {names}." if names else ""
+    if kind not in _ABOVE:
+        return ""
+    trusted = "Without --cert, only CAs that this system trusts are accepted."
+    held: Sequence[CertificateFacts] = ()
+    if (own := target.cert_file_path) is not None:
+        held = certificates_in(own)
+        trusted = _held("cert_file_path", "--cert", own, now)
+    elif path := os.environ.get(ROOTS_VARIABLE):
+        trusted = (
+            f"Without --cert, only CAs in the file {path!r} are accepted, because the "
+            f"environment variable {ROOTS_VARIABLE} names it."
+        )
+    if facts is None:
+        return trusted
+    issuer = "itself" if facts.issuer == facts.subject else facts.issuer
+    said = f"{trusted} The server's certificate is signed by {issuer}."
+    if kind == "certificate-unknown-ca" and facts.issuer in {
+        each.subject for each in held
+    }:
+        said += " The CA in the file has that name, but another key."
+    return said.strip()
+
+
+_ABOVE: Final = {
+    "certificate-unknown-ca",
+    "certificate-expired",
+    "certificate-not-yet-valid",
+}
+"""The findings that may be about the CA, and not about the server's certificate."""
+
+_MOST_NAMES: Final = 8
+
+
+def _held(parameter: str, option: str, path: str | None, now: dt.datetime) -> str:
+    """Return which certificates the file of an option holds, as a sentence."""
+    if path is None or not (held := certificates_in(path)):
+        return ""
+    return f"The file {path!r} of {option} ({parameter}) holds: {listed(held, now)}."
 
 
 async def route_to(checkup: Checkup, address: Address) -> Route | None:
@@ -157,7 +226,7 @@ async def _tls_route(checkup: Checkup, target: Target, wire: Wire) -> Route | No
             # client certificate. The reset for an unread greeting can overtake that.
             await first_bytes(inside, greets=False)
     except ssl.SSLError as error:
-        checkup.add(tls_fault(error, target, where))
+        checkup.add(tls_fault(error, target, where, checkup.settings.now()))
         return None
     checkup.add(_spoken(answer, wire))
     # The pool refuses a server without ALPN, so it is not asked.
@@ -173,7 +242,7 @@ async def _without_tls(
     where = wire.address.text
     fault = None
     if isinstance(failure, ssl.SSLError):
-        fault = tls_fault(failure, target, where)
+        fault = tls_fault(failure, target, where, checkup.settings.now())
         if fault.id != "tls-not-spoken":
             checkup.add(fault)
             return None
@@ -204,6 +273,7 @@ async def _certificate_faults(
     """Add the facts of the certificate. Return what is wrong with it."""
     where = lenient.address.text
     faults: list[Finding] = []
+    now, facts = checkup.settings.now(), None
     if shook.certificate is not None:
         try:
             facts = CertificateFacts.read(shook.certificate)
@@ -212,27 +282,33 @@ async def _certificate_faults(
             faults.append(found("certificate-not-acceptable", said, where))
         else:
             checkup.add(found("certificate", f"{facts}", where))
-            faults += date_findings(facts, checkup.settings.now(), where)
+            faults += date_findings(facts, now, where)
     if checkup.context is None:
-        return [*faults, *await _name_fault(target, lenient, shook)]
+        return [*faults, *await _name_fault(target, lenient, shook, now, facts)]
     verified = await _try_handshake(attrs.evolve(lenient, context=checkup.context))
     if not isinstance(verified, ssl.SSLCertVerificationError):
         return faults
-    faults.append(tls_fault(verified, target, where))
+    faults.append(tls_fault(verified, target, where, now, facts))
     if verified.verify_code not in _NAMES:
         # OpenSSL stops at the first error, and checks the name late.
-        faults += await _name_fault(target, lenient, shook)
+        faults += await _name_fault(target, lenient, shook, now, facts)
     return list({each.id: each for each in reversed(faults)}.values())[::-1]
 
 
-async def _name_fault(target: Target, wire: Wire, shook: Handshake) -> list[Finding]:
+async def _name_fault(
+    target: Target,
+    wire: Wire,
+    shook: Handshake,
+    now: dt.datetime,
+    facts: CertificateFacts | None,
+) -> list[Finding]:
     """Return a finding if the certificate is for another name, whatever its CA."""
     if shook.certificate is None:
         return []
     context = leaf_context(target, shook.certificate)
     checked = await _try_handshake(attrs.evolve(wire, context=context))
     if isinstance(checked, ssl.SSLCertVerificationError):
-        fault = tls_fault(checked, target, wire.address.text)
+        fault = tls_fault(checked, target, wire.address.text, now, facts)
         if fault.id == "certificate-wrong-name":
             return [fault]
     return []

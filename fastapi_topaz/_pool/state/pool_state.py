@@ -131,11 +131,10 @@ class PoolState:
         """Serve *claim*, whose turn it is, if one of the ready slots is fit."""
         # The code of _pick() and is_gone(), inlined: this runs for almost every lease.
         ready = self.ready
-        for slot in ready:  # noqa: B007  (next(iter(ready)) takes twice as long)
-            break
+        slots = iter(ready)
+        slot = next(slots)
         if slot.leases or slot.rests:
-            slots = iter(ready)
-            slot = emptier(next(slots), slots)
+            slot = emptier(slot, slots)
         try:
             fit = slot.is_lost is None or not slot.is_lost()
         except Exception as error:  # noqa: BLE001  (a connection may raise anything)
