@@ -131,8 +131,8 @@ def explain_missing_await(acquire: type[Acquire[Any]], handle: type[Handle]) -> 
     The mistake is `conn = pool.acquire()` without `await`.
     """
     # Not by __getattr__, which would slow down each access to an attribute.
-    # asyncio.wait() and contextlib.aclosing() look for the last two names.
-    names = (*dir(handle), "add_done_callback", "aclose")
+    # asyncio.wait() looks for the last name.
+    names = (*dir(handle), "add_done_callback")
     explain_absence(acquire, "pool.acquire() is not a connection", names)
 
 

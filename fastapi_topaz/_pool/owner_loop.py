@@ -193,18 +193,17 @@ class OwnerLoop:
                 in the thread that closes the loop.
         """
         if isinstance(self.native, asyncio.AbstractEventLoop):
+            # Empty, because the task and the timer live longer than the request that
+            # opened the pool, and would keep its context alive.
+            context = contextvars.Context()
             # A reference is kept, because the loop keeps only weak references to tasks.
-            # The empty context is needed, because the task lives longer than the
-            # request that opened the pool, and would keep its context alive.
             self._task = self.native.create_task(
-                function(),
-                name="fastapi_topaz pool",
-                context=contextvars.Context(),
+                function(), name="fastapi_topaz pool", context=context
             )
             # A loop that is closed drops its timers. There is no other signal that a
             # loop was closed, so the destruction of this timer is the signal.
             timer = self.native.call_later(
-                NEVER, _Destroyed(on_loop_closed), context=contextvars.Context()
+                NEVER, _Destroyed(on_loop_closed), context=context
             )
             # A weak reference, because a strong one would keep the callback alive after
             # the loop has dropped the timer.
@@ -215,7 +214,7 @@ class OwnerLoop:
                 on_end()
                 self.stop_watching()
 
-            self._task.add_done_callback(ended)
+            self._task.add_done_callback(ended, context=context)
         else:
             import trio  # noqa: PLC0415
 

@@ -227,3 +227,36 @@ async def test_dismissed_callers_do_not_raise_the_max_waiting_limit():
                 open_pool._refusals.check_saturation(1)
             for other in others:
                 open_pool.state.withdraw(other, open_pool.now())
+
+
+# -- the budget of a check ----------------------------------------------------------
+
+
+async def awaited(acquire):
+    return await acquire
+
+
+async def entered(acquire):
+    return await acquire.__aenter__()
+
+
+@pytest.mark.parametrize("take", [awaited, entered])
+@pytest.mark.parametrize("budget", [None, 2])
+async def test_a_lease_has_the_budget_of_its_acquire_with_or_without_a_wait(
+    take, budget
+):
+    async with make_pool(max_connections=1, streams_per_connection=2) as pool:
+        # The first one waits for the connection.
+        for _ in range(2):
+            conn = await take(pool.acquire(budget=budget))
+            assert getattr(conn._claim, "budget", None) == budget
+            await pool.release(conn)
+
+
+@pytest.mark.parametrize("take", [awaited, entered])
+async def test_a_caller_with_a_budget_waits_no_longer_than_it(take):
+    async with make_pool(max_connections=1) as pool, pool.acquire():
+        began = anyio.current_time()
+        with pytest.raises(PoolTimeout):
+            await take(pool.acquire(timeout=50, budget=2))
+        assert anyio.current_time() - began == pytest.approx(2)

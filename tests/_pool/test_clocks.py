@@ -25,7 +25,7 @@ from fastapi_topaz import (
     PoolTimeout,
     TopazConfig,
 )
-from fastapi_topaz._pool.clock import Clock
+from fastapi_topaz._pool.clock import Clock, time_limit
 from fastapi_topaz._pool.owner_loop import OwnerLoop
 from fastapi_topaz.testing import FakeConnector, fail, hang
 from kit.autojump import jump
@@ -295,6 +295,14 @@ async def test_a_cancel_scope_keeps_its_remaining_time_after_a_clock_jump():
         jump(-1000)
         clock.now()
         await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("timeout, waited", [(5, 5), (None, 9)])
+async def test_a_time_limit_ends_a_wait_unless_it_is_none(timeout, waited):
+    began = anyio.current_time()
+    with anyio.move_on_after(9), time_limit(timeout):
+        await anyio.sleep_forever()
+    assert anyio.current_time() - began == pytest.approx(waited)
 
 
 # -- durations ------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import errno
 
 import anyio
 import anyio.lowlevel
+import grpc
 import pytest
 
 from fastapi_topaz import ConnectFailed, PoolError
@@ -17,6 +18,10 @@ from kit.pools import Making, MakingAny, make_pool
 
 
 pytestmark = pytest.mark.usefixtures("host_survives")
+
+LATE_STATUS = grpc.aio.AioRpcError(
+    grpc.StatusCode.DEADLINE_EXCEEDED, grpc.aio.Metadata(), grpc.aio.Metadata()
+)
 
 
 class Recorded:
@@ -107,6 +112,14 @@ async def test_a_connect_in_a_forked_process_is_permanent_and_not_retried():
         assert connector.attempts == 1
 
 
+async def test_an_attempt_that_has_ended_is_not_kept():
+    async with make_pool(FakeConnector([fail()])) as pool:
+        async with pool.acquire(timeout=60):
+            pass
+        await anyio.sleep(0.1)
+        assert pool._open_pool.attempts == set()
+
+
 class AlikeError(Exception):
     """Has the attributes of `ConnectFailed` with other meanings."""
 
@@ -166,6 +179,47 @@ async def test_a_silent_connection_gets_two_probes_and_both_count(caplog):
         assert pool._counters.probe_failures == 2
         assert pool._counters.closes == {"unhealthy": 1}
     assert [r for r in caplog.records if "its last error" in r.getMessage()]
+
+
+async def test_a_probe_whose_stream_is_reset_closes_nothing_and_is_no_answer():
+    class Resetting(Recorded):
+        async def answer(self):
+            raise OSError
+
+        def judge(self, error, /):
+            return Verdict.ANSWERED
+
+    async with make_pool(MakingAny(Resetting), health_check_interval=10) as pool:
+        async with pool.acquire():
+            pass
+        await anyio.sleep(25)
+        assert len(Resetting.made.probed) == 2
+        assert Resetting.made.closed == []
+        assert pool.connections()[0].condition == "idle"
+        assert pool._counters.probe_failures == 0
+        assert pool._open_pool.answered_probes == 0
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (TimeoutError(), "no answer within health_check_timeout=2 s"),
+        (LATE_STATUS, "no answer within health_check_timeout=2 s"),
+        (OSError("the pipe broke"), "the pipe broke"),
+    ],
+    ids=["timeout", "status", "other"],
+)
+async def test_a_failed_probe_is_kept_with_its_reason(error, told):
+    class Failing(Recorded):
+        async def answer(self):
+            raise error
+
+    options = {"health_check_interval": 10, "health_check_timeout": 2}
+    async with make_pool(MakingAny(Failing), **options) as pool, pool.acquire():
+        await anyio.sleep(15)
+        assert pool.connections()[0].last_error == told
+        failed = [e for e in pool._events.recent() if e.kind == "probe failed"]
+        assert [each.detail for each in failed] == [told, told]
 
 
 async def test_a_connection_is_not_probed_twice_at_once():

@@ -12,8 +12,14 @@ from fastapi_topaz._fork import current as process
 from fastapi_topaz._pool import events
 from fastapi_topaz._pool.events import LONGEST, MOST_EVENTS, Events
 from fastapi_topaz.testing import FakeConnector, fail, ok
+from kit.autojump import jump
 from kit.pools import fill, make_pool
 from kit.waiting import eventually
+
+
+def places(pool):
+    """Return the kind and the peer of each event about a connection."""
+    return [(each.kind, each.peer) for each in pool._events.recent() if each.peer]
 
 
 def kinds(pool):
@@ -66,6 +72,7 @@ async def test_a_failed_attempt_is_kept_with_its_reason():
         async with pool.acquire():
             pass
         assert kinds(pool) == ["connected", "connect failed", "pool opened"]
+        assert places(pool) == [("connected", "fake:1")]
         assert "refused" in pool._events.recent()[1].detail
 
 
@@ -92,7 +99,7 @@ async def test_a_connection_that_does_not_answer_is_kept_with_its_reasons():
         (closed,) = (each for each in pool._events.recent() if each.kind == "closed")
         assert closed.peer == "fake:1"
         assert closed.detail == "unhealthy, its last error: fake connection 1 is dead"
-        assert "probe failed" in kinds(pool)
+        assert ("probe failed", "fake:1") in places(pool)
 
 
 async def test_a_silent_connection_is_suspect_and_recovers():
@@ -103,10 +110,21 @@ async def test_a_silent_connection_is_suspect_and_recovers():
                 with pytest.raises(TimeoutError):
                     await conn.call("/a/b", b"", timeout=1)
             conn.connection.frozen = False  # before the probe begins
-        await eventually(lambda: kinds(pool)[0] == "recovered")
+        await eventually(lambda: places(pool)[0] == ("recovered", "fake:1"))
         suspect = pool._events.recent()[1]
         assert (suspect.kind, suspect.peer) == ("suspect", "fake:1")
         assert suspect.detail == "two calls in a row got no answer in time"
+
+
+async def test_a_connection_without_an_answer_for_long_is_suspect_with_this_reason():
+    pool = make_pool(max_connections=1, max_idle_time=0, max_lifetime=0)
+    async with pool:
+        await fill(pool, 1)
+        jump(8 * 3600)
+        async with pool.acquire(timeout=60):
+            pass
+        (suspect,) = (each for each in pool._events.recent() if each.kind == "suspect")
+        assert suspect.detail == "it has answered nothing for too long"
 
 
 async def test_refusals_are_an_outage_until_a_probe_is_answered():
@@ -121,9 +139,12 @@ async def test_refusals_are_an_outage_until_a_probe_is_answered():
         (outage,) = (each for each in pool._events.recent() if each.kind == "outage")
         assert (outage.peer, outage.count) == ("fake:1", 1)
         assert "not available: no healthy upstream" in outage.detail
-        assert "probe refused" in kinds(pool)
+        assert ("probe refused", "fake:1") in places(pool)
         connector.connections[0].refuses = ""
-        await eventually(lambda: kinds(pool)[0] == "outage over", 60)
+        await eventually(lambda: places(pool)[0] == ("outage over", "fake:1"), 60)
+        assert pool.connections()[0].last_error == "no healthy upstream"
+    closed = pool._events.recent()[1]
+    assert (closed.kind, closed.detail) == ("closed", "close"), "not for its error"
 
 
 def test_a_connection_of_a_closed_event_loop_is_kept_as_closed():
@@ -133,6 +154,29 @@ def test_a_connection_of_a_closed_event_loop_is_kept_as_closed():
     with pytest.warns(ResourceWarning, match="was not closed before its event loop"):
         loop.close()
     assert kinds(pool) == ["pool closed", "closed", "connected", "pool opened"]
+    closed = pool._events.recent()[1]
+    assert (closed.peer, closed.detail) == ("fake:1", "close")
+
+
+def test_a_closed_event_loop_keeps_the_reason_why_a_connection_was_leaving():
+    pool = make_pool(FakeConnector(), max_connections=2)
+
+    async def leave_one():
+        leases = [await pool.acquire() for _ in range(2)]
+        pool.resize(0, 1)
+        return leases
+
+    loop = asyncio.new_event_loop()
+    leases = loop.run_until_complete(leave_one())
+    with pytest.warns(ResourceWarning, match="was not closed before its event loop"):
+        loop.close()
+    closed = [each for each in pool._events.recent() if each.kind == "closed"]
+    assert sorted((each.peer, each.detail) for each in closed) == [
+        ("fake:1", "resize"),
+        ("fake:2", "close"),
+    ]
+    for lease in leases:
+        anyio.run(pool.release, lease)
 
 
 async def test_the_reason_of_each_closing_is_kept():

@@ -10,7 +10,7 @@ import pickle
 import re
 import threading
 import time
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import aclosing
 
 import anyio
 import anyio.lowlevel
@@ -28,15 +28,13 @@ from fastapi_topaz import (
     IdentityType,
     PooledConnection,
     PoolMisuse,
-    PoolTimeout,
     TopazConfig,
     _fork,
     require_policy_allowed,
     require_policy_auto,
 )
 from fastapi_topaz._app import config as _config
-from fastapi_topaz._pool import pool as _pool
-from fastapi_topaz._pool.nesting import held_by
+from fastapi_topaz._pool.acquire import explain_missing_await
 from fastapi_topaz.testing import FakeConnector, slow
 from kit.configs import Requests, config_of
 from kit.pools import make_pool
@@ -362,152 +360,18 @@ def test_an_acquire_object_is_awaitable_and_has_no_lease_attributes():
         assert not hasattr(acquire, name)
 
 
-# -- nested leases --------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["price", "aclose", "add_done_callback"])
+def test_each_attribute_of_a_lease_is_explained_on_an_acquire(name):
+    class Acquire:
+        """Has no attribute yet, unlike the class of the package."""
 
-NESTED = (
-    r"all {} leases are out, and {} of them are held by tasks that wait for another"
-)
+    class Lease(PooledConnection):
+        price = 7
 
-
-async def nested(pool, kind):
-    if kind == "with":
-        async with pool.acquire():
-            await anyio.sleep(0.1)
-            async with pool.acquire(timeout=1):
-                pass
-    elif kind == "await":
-        conn = await pool.acquire()
-        try:
-            await anyio.sleep(0.1)
-            await pool.acquire(timeout=1)
-        finally:
-            await pool.release(conn)
-    elif kind == "exit stack":
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(pool.acquire())
-            await anyio.sleep(0.1)
-            await stack.enter_async_context(pool.acquire(timeout=1))
-    elif kind == "context manager":
-
-        @asynccontextmanager
-        async def lent():
-            async with pool.acquire() as conn:
-                yield conn
-
-        async with lent():
-            await anyio.sleep(0.1)
-            async with pool.acquire(timeout=1):
-                pass
-    elif kind == "generator":
-
-        async def lent():
-            async with pool.acquire():
-                yield
-
-        async with aclosing(lent()) as leases:
-            async for _ in leases:
-                await anyio.sleep(0.1)
-                await pool.acquire(timeout=1)
-
-
-KINDS = ["with", "await", "exit stack", "context manager", "generator"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-async def test_a_timeout_error_names_the_leases_held_by_waiting_tasks(kind):
-    told = []
-
-    async def caller():
-        with pytest.raises(PoolTimeout) as caught:
-            await nested(pool, kind)
-        told.append(str(caught.value))
-
-    async with make_pool(max_connections=4) as pool:
-        async with anyio.create_task_group() as tasks:
-            for _ in range(4):
-                tasks.start_soon(caller)
-        assert all(re.search(NESTED.format(4, 4), one) for one in told)
-        assert pool.status().streams_in_use == 0
-
-
-async def test_a_single_nesting_task_is_named_in_the_error():
-    async with make_pool(max_connections=1) as pool, pool.acquire():
-        with pytest.raises(PoolTimeout, match=NESTED.format(1, 1)):
-            await pool.acquire(timeout=1)
-
-
-class BareTask:
-    """A task as a task factory may make it: no instance of `asyncio.Task`."""
-
-    def __init__(self, task):
-        self._task = task
-
-    def get_coro(self):
-        return self._task.get_coro()
-
-
-# Only asyncio has task factories.
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_nested_lease_of_a_task_of_any_class_is_named(monkeypatch):
-    async with make_pool(max_connections=1) as pool, pool.acquire():
-        owner = pool._open_pool.owner
-        task = owner.task
-        monkeypatch.setattr(owner, "task", lambda: BareTask(task()))
-        with pytest.raises(PoolTimeout, match=NESTED.format(1, 1)):
-            await pool.acquire(timeout=1)
-
-
-async def test_a_timeout_of_0_names_the_leases_in_the_callers_variables():
-    async with make_pool(max_connections=1) as pool, pool.acquire() as conn:
-        with pytest.raises(PoolTimeout, match=NESTED.format(1, 1)):
-            await pool.acquire(timeout=0)
-        assert conn.connection
-
-
-async def test_a_check_during_a_lease_is_reported_as_nested():
-    async with make_pool(max_connections=1) as pool:
-        config = config_of_alice(pool, check_timeout=1)
-        request = Requests({"type": "http", "path_params": {}, "headers": []})
-        async with pool.acquire():
-            with pytest.raises(PoolTimeout, match=NESTED.format(1, 1)):
-                await config.is_allowed(request, "myapp.GET.a")
-
-
-async def test_leases_of_tasks_that_do_not_wait_are_not_reported_as_nested():
-    async def hold():
-        async with pool.acquire():
-            await anyio.sleep(10)
-
-    async def wait():
-        with pytest.raises(PoolTimeout, match="all 3 leases are out: raise") as caught:
-            await pool.acquire(timeout=1)
-        assert "nested" not in str(caught.value)
-
-    async with make_pool(max_connections=3) as pool, anyio.create_task_group() as tasks:
-        for _ in range(3):
-            tasks.start_soon(hold)
-        await anyio.sleep(0.1)
-        for _ in range(3):
-            tasks.start_soon(wait)
-
-
-async def test_the_search_for_nested_leases_is_bounded(monkeypatch):
-    searches = []
-    original = _pool.count_nested
-
-    def counted(*args):
-        searches.append(args)
-        return original(*args)
-
-    monkeypatch.setattr("fastapi_topaz._pool.pool.count_nested", counted)
-    async with make_pool(max_connections=1) as pool, pool.acquire():
-        for _ in range(50):
-            with pytest.raises(PoolTimeout):
-                await pool.acquire(timeout=0)
-        assert len(searches) == 1
-        # Leases of another pool and released leases do not count for this pool.
-        async with make_pool() as other, other.acquire() as conn:
-            assert held_by([conn], pool._open_pool) == 0
+    explain_missing_await(Acquire, Lease)
+    error = f"pool.acquire() is not a connection and has no {name!r}: write `{RIGHT}"
+    with pytest.raises(AttributeError, match="^" + re.escape(error)):
+        getattr(Acquire(), name)
 
 
 # -- arguments that cannot be sent ----------------------------------------------------

@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from fastapi_topaz import ConnectFailed, PoolClosed, PoolTimeout
+from fastapi_topaz import ConnectFailed, PoolClosed, PoolMisuse, PoolTimeout
 from fastapi_topaz.testing import FakeConnector, fail, hang, slow
 from kit.pools import make_pool, queued
 
@@ -21,9 +21,24 @@ async def test_a_timeout_error_has_the_last_failure():
         assert caught.value.__cause__ is None
         assert "failed" not in str(caught.value)
         await anyio.sleep(0.01)
-        with pytest.raises(PoolTimeout, match="nobody there") as caught:
+        failed = "; the last attempt to connect failed: nobody there"
+        with pytest.raises(PoolTimeout, match=failed) as caught:
             await pool.acquire()
         assert str(caught.value.__cause__) == "nobody there"
+
+
+async def test_a_timeout_error_in_an_outage_has_the_refusal_of_the_server():
+    connector = FakeConnector(answer=lambda _method, request: request)
+    async with make_pool(connector, max_connections=1) as pool:
+        async with pool.acquire() as conn:
+            conn.connection.refuses = "503"
+            with pytest.raises(ConnectionRefusedError):
+                await conn.call("/a/b", b"?")
+        with pytest.raises(ConnectFailed):
+            await pool.acquire(timeout=1)
+        refused = r"connecting=0\); fake answers that its server is not available: 503"
+        with pytest.raises(PoolTimeout, match=refused):
+            await pool.acquire(timeout=0)
 
 
 async def test_a_timeout_error_says_whether_all_leases_are_out():
@@ -35,6 +50,42 @@ async def test_a_timeout_error_says_whether_all_leases_are_out():
         async with pool.acquire():
             with pytest.raises(PoolTimeout, match="all 2 leases are out"):
                 await pool.acquire(timeout=1)
+
+
+async def test_a_timeout_error_of_a_check_names_the_adaptive_limit():
+    limited = "all 16 leases are out that the server can answer .* reason start"
+    options = {"max_connections": 1, "streams_per_connection": 50}
+
+    async def hold():
+        async with pool.acquire(budget=5):
+            await anyio.sleep_forever()
+
+    async with make_pool(**options) as pool, anyio.create_task_group() as tasks:
+        for _ in range(16):
+            tasks.start_soon(hold)
+        await anyio.sleep(0.1)
+        assert pool.status().limit == pool.status().streams_in_use
+        with pytest.raises(PoolTimeout, match=limited):
+            await pool.acquire(timeout=1, budget=5)
+        tasks.cancel_scope.cancel()
+
+
+async def test_an_error_of_overload_shows_short_times_with_two_digits():
+    async with make_pool() as pool:
+        error = pool._open_pool._refusals.overloaded(0.034, 0.9)
+        assert "about 0.034 s of queue for fake, 0.9 s of budget" in str(error)
+
+
+async def test_a_misuse_in_a_connector_is_misuse_for_the_caller():
+    misuse = PoolMisuse("its channel belongs to another loop")
+    async with make_pool(FakeConnector(default=fail(misuse))) as pool:
+        with pytest.raises(PoolMisuse) as caught:
+            await pool.acquire()
+        assert str(caught.value) == f"the pool: {misuse}"
+        assert caught.value is not misuse
+        failed = caught.value.__cause__
+        assert isinstance(failed, ConnectFailed)
+        assert failed.__cause__ is misuse
 
 
 async def test_a_failed_caller_gets_the_message_of_the_attempt():

@@ -141,11 +141,26 @@ async def test_the_pool_asks_for_the_servers_about_every_30_s():
     assert 80 < connector.looks < 120
 
 
-async def test_a_pool_without_connections_does_not_ask():
+@pytest.mark.parametrize("share, pause", [(0.0, 15), (0.5, 30), (1.0, 45)])
+async def test_the_pause_between_two_questions_is_up_to_half_longer_or_shorter(
+    share, pause, monkeypatch
+):
+    monkeypatch.setattr(servers.random, "random", lambda: share)
     connector = Named("a")
-    async with make_pool(connector):
+    async with make_named(connector):
+        await anyio.sleep(servers.FIRST_LOOK + 10 * pause + 1)
+    assert connector.looks == 11
+
+
+async def test_a_pool_without_connections_asks_only_once_it_has_one():
+    connector = Named("a")
+    async with make_pool(connector, max_idle_time=0) as pool:
         await anyio.sleep(1000)
-    assert connector.looks == 0
+        assert connector.looks == 0
+        async with pool.acquire():
+            pass
+        await anyio.sleep(SOON)
+    assert connector.looks > 0
 
 
 async def test_connections_to_one_server_are_not_replaced_for_a_new_address():

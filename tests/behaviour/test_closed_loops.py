@@ -14,6 +14,7 @@ import pytest
 from fastapi_topaz import ConnectionPool, PoolMisuse
 from fastapi_topaz.testing import FakeConnection, FakeConnector, hang
 from kit.backends import event_loops
+from kit.logs import lines
 from kit.pools import Making
 from kit.waiting import eventually, until
 
@@ -194,6 +195,33 @@ async def used_and_closed(pool):
         pass
 
 
+def test_a_loop_closed_before_the_first_answer_abandons_the_connection(caplog):
+    class Silent(Abandoning):
+        async def probe(self, timeout, /):
+            self.probes += 1
+            await asyncio.sleep(100)
+
+        def abandon(self):
+            super().abandon()
+            raise OSError
+
+    connector = Making(Silent)
+    connector.probes = True
+    pool = ConnectionPool(connector=connector, min_connections=0)
+
+    async def job(pool):
+        pool.tasks = [asyncio.ensure_future(pool.acquire())]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert connector.connections[0].probes == 1
+
+    run(asyncio.new_event_loop, job, pool)
+    assert [conn.abandoned for conn in connector.connections] == [1]
+    assert lines(caplog, part="abandon") == [
+        "the pool: abandon() of a connection failed"
+    ]
+
+
 def test_a_connection_without_abandon_is_garbage_after_its_loop_closed():
     connector = FakeConnector()
     pool = ConnectionPool(connector=connector, min_connections=0)
@@ -237,7 +265,7 @@ def test_an_error_in_abandon_does_not_keep_other_connections_open(caplog):
             raise OSError("no such socket")
 
     connector = Making(Broken)
-    pool = ConnectionPool(connector=connector, min_connections=0)
+    pool = ConnectionPool(connector=connector, min_connections=0, name="main")
 
     async def job(pool):
         async with pool.acquire(), pool.acquire():
@@ -245,7 +273,9 @@ def test_an_error_in_abandon_does_not_keep_other_connections_open(caplog):
 
     run(asyncio.new_event_loop, job, pool)
     assert not connector.open
-    assert "abandon() of a connection failed" in caplog.text
+    (told,) = lines(caplog, part="abandon() of a connection failed")
+    assert told.startswith("pool 'main': ")
+    assert "OSError: no such socket" in caplog.text, "with its traceback"
 
 
 def test_a_closed_loop_does_not_abandon_a_pool_that_was_closed(caplog):

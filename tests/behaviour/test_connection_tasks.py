@@ -80,8 +80,9 @@ async def test_a_task_that_fails_does_not_end_the_pool(error, caplog):
         for _ in range(2):
             async with pool.acquire():
                 await anyio.wait_all_tasks_blocked()
-    (line,) = [line for line in caplog.messages if "task of a connection" in line]
-    assert "failed" in line
+    (record,) = [r for r in caplog.records if "task of a connection" in r.getMessage()]
+    assert "failed" in record.getMessage()
+    assert record.exc_info[1] is error
 
 
 async def test_a_run_that_is_no_coroutine_function_is_refused():

@@ -96,6 +96,7 @@ async def test_a_late_lease_that_had_to_wait_is_reported_with_its_code_location(
             assert conn.waited == pytest.approx(0.5)
         await anyio.sleep(11)
         (line,) = lines_of(caplog, logging.WARNING)
+        assert "held for 10.0 s" in line
         assert "conn = await pool.acquire()" in line
         await pool.release(conn)
 
@@ -200,6 +201,7 @@ async def test_a_garbage_collected_lease_returns_its_stream(caplog):
         await drop(pool)
     first, second = lines_of(caplog, logging.WARNING)
     assert "streams in use: 1 -> 0" in first
+    assert "held by an unknown task (set leak_threshold to record it)" in first
     assert "(and 2 more in the last 10 s)" in second
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 
 import anyio
 import grpc
@@ -24,9 +25,9 @@ from fastapi_topaz import (
     TopazConfig,
     require_policy_allowed,
 )
-from fastapi_topaz.testing import EmbeddedAuthorizer, FakeConnector, fail
+from fastapi_topaz.testing import EmbeddedAuthorizer, FakeConnector, fail, ok
 from kit.logs import lines
-from kit.pools import make_pool
+from kit.pools import fill, make_pool
 
 
 COUNTS = r"\(total=\d+ busy=\d+ waiting=\d+ connecting=\d+"
@@ -139,6 +140,103 @@ async def test_a_failed_probe_is_logged_with_the_health_check_timeout(caplog):
         caplog, logging.WARNING, part="failed its health check and is closed"
     )
     assert "no answer within health_check_timeout=3 s" in gone
+
+
+# -- the text of each line about a connection -----------------------------------------
+
+ONE = r"pool 'main': a connection to fake \(fake:\d\)"
+COUNTED = COUNTS + r"\)"
+
+
+def assert_told(caplog, expected):
+    """Check that each line of *expected*, a level and a pattern, was logged."""
+    told = [(record.levelno, record.getMessage()) for record in caplog.records]
+    for level, pattern in expected:
+        assert [
+            line for at, line in told if at == level and re.fullmatch(pattern, line)
+        ], pattern
+
+
+async def test_the_lines_of_a_lost_server_name_the_address_and_the_counts(caplog):
+    connector = FakeConnector([ok(), ok(), ok(), fail("no")])
+    async with make_pool(connector, health_check_interval=10, name="main") as pool:
+        await fill(pool, 3)
+        for conn in connector.connections:
+            conn.alive = False
+        await anyio.sleep(11)
+        async with pool.acquire():
+            pass
+        assert pool._counters.connects == 4
+    dead = r"fake connection \d is dead"
+    over = (
+        r"pool 'main': connected to fake \(fake:4\) in 0.000 s, the outage is over "
+        rf"\(failed rounds of attempts: 1\) {COUNTED}; not logged meanwhile: "
+        r"suspect \(2\), health check failed: ConnectionLost \(2\), "
+        r"closing: unhealthy \(2\)"
+    )
+    failed = f"{ONE} failed its health check"
+    closing = ONE.replace("a connection", "closing a connection")
+    expected = [
+        (
+            logging.DEBUG,
+            rf"pool 'main': connected to fake \(fake:1\) in 0.000 s {COUNTED}",
+        ),
+        (logging.DEBUG, f"{failed}, and is probed once more: {dead} {COUNTED}"),
+        (
+            logging.INFO,
+            f"{ONE} is suspect and gets no lease until it answers a probe: {dead} "
+            + COUNTED,
+        ),
+        (logging.WARNING, f"{failed} and is closed: {dead} {COUNTED}"),
+        (
+            logging.INFO,
+            rf"{closing} after 10\.0 s: unhealthy, its last error: {dead} "
+            + COUNTED.replace("total", "left: total"),
+        ),
+        (logging.WARNING, f"pool 'main': no {COUNTED}"),
+        (logging.INFO, over),
+        (
+            logging.DEBUG,
+            rf"{closing} after 0\.0 s: close "
+            + COUNTED.replace("total", "left: total"),
+        ),
+    ]
+    assert_told(caplog, expected)
+
+
+async def test_the_lines_of_a_refusing_server_name_the_address_and_the_counts(caplog):
+    connector = FakeConnector()
+    async with make_pool(connector, name="main", max_connections=2) as pool:
+        await fill(pool, 2)
+        for conn in connector.connections:
+            conn.refuses = "503"
+        for _ in range(2):
+            async with pool.acquire() as conn:
+                with pytest.raises(ConnectionRefusedError):
+                    await conn.call("/a/b", b"")
+        await anyio.sleep(3)
+        for conn in connector.connections:
+            conn.refuses = ""
+        await anyio.sleep(10)
+        assert pool._counters.probe_failures > 2
+    over = (
+        r"pool 'main': fake \(fake:\d\) answers again, the outage is over "
+        rf"{COUNTED}; not logged meanwhile: suspect \(\d+\)"
+    )
+    refuses = "pool 'main': fake answers that its server is not available: 503"
+    expected = [
+        (
+            logging.DEBUG,
+            rf"pool 'main': a probe was refused by fake \(fake:\d\): 503 {COUNTED}",
+        ),
+        (
+            logging.WARNING,
+            f"{refuses}; all callers fail until a probe is answered {COUNTED}",
+        ),
+        (logging.INFO, over),
+        (logging.INFO, f"{ONE} answered its probe and is used again {COUNTED}"),
+    ]
+    assert_told(caplog, expected)
 
 
 # -- secrets ------------------------------------------------------------------------

@@ -327,13 +327,14 @@ async def test_a_connection_with_a_hanging_close_does_not_hang_the_pool(caplog):
                 "Stuck", (), {"probe": conn.probe, "close": staticmethod(close)}
             )()
 
-    pool = make_pool(Stuck())
-    async with pool.acquire():
-        pass
+    pool = make_pool(Stuck(), name="main")
+    async with pool.acquire() as lease:
+        stuck = lease.connection
     began = anyio.current_time()
     await pool.close()
     assert anyio.current_time() - began == pytest.approx(5)
-    assert any("stops waiting for it" in line for line in lines(caplog))
+    (line,) = lines(caplog)
+    assert line.startswith(f"pool 'main': closing {stuck!r} took more than 5 s; the")
 
 
 async def test_a_connector_with_a_target_property_that_raises_still_works():
@@ -372,6 +373,7 @@ async def test_an_error_while_closing_is_logged_and_the_rest_is_closed(caplog):
     assert not connector.open
     first, rest = lines(caplog)
     assert "closing a connection to fake failed" in first
+    assert "OSError: no such socket" in caplog.text, "with its traceback"
     assert "closing failed: OSError: 2 more" in rest
 
 
