@@ -32,7 +32,8 @@ IDS = {
     "UUID in capitals": (
         f"/orders/{str(UUID(int=2**128 - 1)).upper()}",
         UUID,
-        ("", ":uuid", ":path"),
+        # The converter of the oldest Starlette knows no capitals.
+        ("", ":path"),
     ),
     "bool": ("/orders/yes", bool, ("", ":path")),
     "date": ("/orders/2024-05-01", date, ("", ":path")),
