@@ -26,6 +26,7 @@ from aserto.authorizer.v2 import Decision, IsRequest, IsResponse
 from fastapi_topaz import ConnectionPool, Identity, IdentityType
 from fastapi_topaz._authorizer import messages as _messages
 from fastapi_topaz.testing import FakeConnector, slow
+from kit.backends import asyncio_only
 from kit.pools import assert_whole, make_pool, queued
 from kit.waiting import eventually, eventually_at_most
 
@@ -548,7 +549,7 @@ async def test_1000_waiters_cancelled_at_random_lose_no_place(rounds):
 
 
 @rounds
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_1000_waiters_cancelled_natively_lose_no_place_and_no_cancellation(
     rounds,
 ):

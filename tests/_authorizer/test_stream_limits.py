@@ -23,6 +23,7 @@ from fastapi_topaz import (
 from fastapi_topaz._authorizer.messages import IS, is_request
 from fastapi_topaz._cli.demo import serving
 from fastapi_topaz.testing import EmbeddedAuthorizer
+from kit.backends import asyncio_only
 from kit.pools import Gauge
 from kit.waiting import eventually
 
@@ -97,7 +98,7 @@ class Turnstile:
 
 
 @pytest.mark.real_clock
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_on_one_shared_channel_checks_beyond_the_limit_time_out():
     """The excess calls wait inside gRPC, uncounted, until their deadlines pass."""
     request = is_request(POLICY, ("allowed",), None, None, None, None)
@@ -118,7 +119,7 @@ async def test_on_one_shared_channel_checks_beyond_the_limit_time_out():
 
 
 @pytest.mark.real_clock
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 async def test_a_saturated_application_rejects_one_more_and_serves_the_rest(
     backend,

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fastapi_topaz._cli import demo as _demo
 from fastapi_topaz._cli import demo_command as _demo_command
+from kit.backends import asyncio_only
 from kit.logs import lines_of
 
 
@@ -104,7 +105,7 @@ def test_a_server_that_fails_later_has_started(caplog):
 
 
 @pytest.mark.real_clock
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_a_demo_without_its_server_stops_and_reports_it(free_tcp_port):
     advanced = []
     tally = await _demo.send(

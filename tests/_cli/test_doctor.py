@@ -17,6 +17,7 @@ from fastapi_topaz._cli.doctor.context import Settings
 from fastapi_topaz._cli.doctor.findings import CATALOGUE, Level
 from fastapi_topaz._rpc.statuses import EndedCall, Ending
 from fastapi_topaz.testing import EmbeddedAuthorizer
+from kit.backends import alternating
 from kit.broken import (
     PATIENCE,
     POLICIES,
@@ -43,7 +44,7 @@ def by_id(report, wanted):
     return finding
 
 
-@pytest.mark.parametrize("name", SETUPS)
+@alternating(SETUPS)
 async def test_a_broken_set_up_is_named_with_its_remedy(name):
     make, wanted, words = SETUPS[name]
     with make() as settings:

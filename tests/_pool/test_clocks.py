@@ -29,6 +29,7 @@ from fastapi_topaz._pool.clock import Clock, time_limit
 from fastapi_topaz._pool.owner_loop import OwnerLoop
 from fastapi_topaz.testing import FakeConnector, fail, hang
 from kit.autojump import jump
+from kit.backends import asyncio_only
 from kit.configs import Requests
 from kit.pools import make_pool
 
@@ -234,7 +235,7 @@ async def test_a_clock_jump_during_a_lease_does_not_lengthen_a_check(seconds):
         assert len(timeouts) == (2 if seconds < 0 else 1)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 @pytest.mark.parametrize("seconds", [1000.0, -1000.0, 1.7e6])
 async def test_the_loop_clock_is_looked_up_at_each_read(seconds, monkeypatch):
     """

@@ -14,6 +14,7 @@ import pytest
 from fastapi_topaz import ConnectFailed, PoolError
 from fastapi_topaz._pool.connector import Verdict
 from fastapi_topaz.testing import FakeConnection, FakeConnector, fail, slow
+from kit.backends import asyncio_only
 from kit.pools import Making, MakingAny, make_pool
 
 
@@ -325,7 +326,7 @@ async def test_a_connector_timeout_keeps_its_own_message(error, told):
 # -- cancellations by the connector itself ------------------------------------------
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_a_connectors_own_cancellation_after_the_deadline_is_a_timeout():
     """A cancellation without the scope's as context. anyio would recognize that one."""
 

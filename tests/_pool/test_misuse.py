@@ -36,6 +36,7 @@ from fastapi_topaz import (
 from fastapi_topaz._app import config as _config
 from fastapi_topaz._pool.acquire import explain_missing_await
 from fastapi_topaz.testing import FakeConnector, slow
+from kit.backends import asyncio_only
 from kit.configs import Requests, config_of
 from kit.pools import make_pool
 from kit.threads import in_a_thread
@@ -334,7 +335,7 @@ async def test_a_pool_rejects_plain_with():
         pass
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_coroutine_consumers_show_the_right_syntax_and_others_work():
     async with make_pool() as pool:
         loop = asyncio.get_running_loop()

@@ -12,6 +12,7 @@ import pytest
 from fastapi_topaz import AuthorizerOptions, Identity, IdentityType, PoolTimeout
 from fastapi_topaz._pool import pool as _pool
 from fastapi_topaz._pool.nesting import held_by
+from kit.backends import asyncio_only
 from kit.configs import Requests, config_of
 from kit.pools import make_pool, queued
 
@@ -99,7 +100,7 @@ class BareTask:
 
 
 # Only asyncio has task factories.
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_a_nested_lease_of_a_task_of_any_class_is_named(monkeypatch):
     async with make_pool(max_connections=1) as pool, pool.acquire():
         owner = pool._open_pool.owner

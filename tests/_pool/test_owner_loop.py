@@ -14,6 +14,7 @@ import pytest
 from fastapi_topaz import PoolError, PoolMisuse
 from fastapi_topaz._pool import owner_loop as _host
 from fastapi_topaz.testing import FakeConnector
+from kit.backends import asyncio_only
 from kit.pools import make_pool
 from kit.threads import in_a_thread
 
@@ -29,7 +30,7 @@ def test_callbacks_scheduled_after_the_loop_ended_are_not_called(backend):
     assert called == []
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_a_callback_of_the_loop_is_no_running_coroutine():
     owner, found = _host.OwnerLoop(), []
     asyncio.get_running_loop().call_soon(

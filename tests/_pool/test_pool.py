@@ -17,6 +17,7 @@ from fastapi_topaz import (
     _fork,
 )
 from fastapi_topaz.testing import FakeConnection, FakeConnector, fail, hang, ok
+from kit.backends import asyncio_only
 from kit.configs import TOPAZ
 from kit.pools import Lingering, Making, make_pool
 
@@ -225,7 +226,7 @@ async def test_a_cancelled_close_does_not_wait_for_an_uncancellable_close():
     assert anyio.current_time() == pytest.approx(began + 60)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_close_returns_if_the_background_task_was_cancelled_early():
     """
     At its end asyncio.run cancels all tasks, including tasks that have not started.

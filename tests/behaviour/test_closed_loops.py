@@ -90,7 +90,11 @@ JOBS = [used, leased, in_flight, connecting, greeting, waiting]
 
 @pytest.mark.parametrize("make_loop", list(event_loops()))
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
-@pytest.mark.parametrize("shared", [False, True], ids=["own pools", "one pool"])
+@pytest.mark.parametrize(
+    "shared",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["own pools", "one pool"],
+)
 @pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.native
 def test_a_closed_loop_leaves_no_open_socket_or_file_descriptor(

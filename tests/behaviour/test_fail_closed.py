@@ -39,6 +39,7 @@ from fastapi_topaz import (
     TopazError,
     require_policy_allowed,
 )
+from kit.backends import alternating
 from kit.configs import Requests, user
 from kit.faultkit.frames import FrameServer, answer, message
 from kit.faultkit.http2 import Http2Server
@@ -468,13 +469,7 @@ def assert_reports_agree(world, caplog):
     assert logged(caplog, rf"^the {decided}a check of ", decided) == fallen
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.native if name == ANOTHER_KIND else ())
-        for name in FAULTS
-    ],
-)
+@alternating(FAULTS, {ANOTHER_KIND: [pytest.mark.native]})
 async def test_no_fault_lets_a_check_pass(name, caplog):
     fault = FAULTS[name]
     caplog.set_level(logging.INFO, logger="fastapi_topaz")

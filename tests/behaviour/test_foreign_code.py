@@ -19,6 +19,7 @@ from fastapi_topaz import (
 )
 from fastapi_topaz.testing import FakeConnector
 from kit.allowing import allowing, virtual
+from kit.backends import asyncio_only
 from kit.logs import lines
 from kit.network import checked, patient_config
 from kit.pools import assert_whole, make_pool
@@ -177,7 +178,7 @@ class Odd(FakeConnector):
         raise asyncio.CancelledError
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 @pytest.mark.parametrize("where", ["connect", "probe", "close"])
 async def test_an_unexpected_cancelled_error_does_not_end_the_pool(where):
     connector = Odd()
@@ -200,7 +201,7 @@ async def test_an_unexpected_cancelled_error_does_not_end_the_pool(where):
         await pool.release(held)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_a_cancelled_error_at_the_deadline_is_a_timeout():
     """Like bare grpc.aio: it raises its own CancelledError in place of the scope's."""
     import asyncio

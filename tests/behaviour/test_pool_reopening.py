@@ -14,6 +14,7 @@ import trio
 
 from fastapi_topaz import PoolClosed, PoolError
 from fastapi_topaz.testing import FakeConnector
+from kit.backends import asyncio_only
 from kit.pools import make_pool
 
 
@@ -201,7 +202,7 @@ async def test_close_leaves_no_task():
     assert tasks() == before
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_a_host_task_cancelled_before_its_first_step_does_not_hang_close():
     """asyncio.run cancels all tasks at its end, also tasks that have not run yet."""
     import asyncio

@@ -13,6 +13,7 @@ import pytest
 
 from fastapi_topaz import PoolClosed, PoolTimeout
 from fastapi_topaz.testing import FakeConnector, slow
+from kit.backends import asyncio_only
 from kit.pools import assert_whole, make_pool, queued
 
 
@@ -63,7 +64,7 @@ async def test_a_waiter_cancelled_in_the_tick_of_its_handover_passes_the_stream_
         await assert_whole(pool)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 @pytest.mark.parametrize("release_first", [True, False])
 async def test_a_waiter_cancelled_by_its_task_in_the_tick_of_its_handover(
     release_first,
@@ -89,7 +90,7 @@ async def test_a_waiter_cancelled_by_its_task_in_the_tick_of_its_handover(
         await assert_whole(pool)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 async def test_wait_for_around_acquire_loses_nothing():
     async with make_patient(max_connections=2) as pool:
         held = [await pool.acquire() for _ in range(2)]

@@ -28,6 +28,7 @@ from fastapi_topaz import (
 )
 from fastapi_topaz._authorizer.messages import IS, is_request
 from fastapi_topaz._grpcio import channel as _channel
+from kit.backends import asyncio_only
 from kit.configs import REQUEST, config_of
 from kit.gopeer.process import Gopeer
 from kit.waiting import eventually
@@ -497,7 +498,7 @@ def hasten(monkeypatch, milliseconds):
 
 
 # The options are the same on all backends, and the test waits some seconds.
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+@asyncio_only
 @pytest.mark.grpcio
 async def test_pings_are_few_enough_for_go(monkeypatch, peers):
     options = dict(_channel._channel_options(10.0))
