@@ -126,7 +126,16 @@ def kill(replica):
     replica.stop()
 
 
-@pytest.mark.parametrize("end", [shut_down, kill])
+@pytest.mark.parametrize(
+    "anyio_backend, end",
+    [
+        ("asyncio", shut_down),
+        ("trio", kill),
+        pytest.param("asyncio", kill, marks=pytest.mark.slow),
+        pytest.param("trio", shut_down, marks=pytest.mark.slow),
+    ],
+    indirect=["anyio_backend"],
+)
 async def test_a_rolling_restart_behind_one_address_fails_no_check(
     replicas, users, end
 ):
