@@ -147,6 +147,26 @@ async def test_one_slow_policy_among_fast_ones_gets_no_fast_one_refused():
     assert {check.end for check in callers.checks} == {"answered"}
 
 
+@pytest.mark.parametrize(
+    "times, budget", [(5, 3), (20, 1), (200, 3), (50, 0.5), (200, 1)]
+)
+async def test_a_server_that_needs_longer_for_each_call_gets_all_calls_again(
+    times, budget
+):
+    """It has no queue, so fewer calls at once are not quicker."""
+    server = Server(constant(0.001))
+    async with crowd(server, budget, streams=20) as callers:
+        for _ in range(50):
+            await callers.check()
+        server.factor = times
+        # As many as 80 leases can do, of the 200 that are possible.
+        rate = 80 / (0.001 * times)
+        await callers.come(rate, 6)
+        since = anyio.current_time()
+        await callers.come(rate, 6)
+        assert callers.goodput(since, rate) >= 0.95
+
+
 async def test_a_refused_check_is_told_the_queue_and_its_budget():
     async with crowd(Server(constant(0.5)), 1, max_connections=1) as callers:
         pool = callers.pool

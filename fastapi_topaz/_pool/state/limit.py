@@ -348,6 +348,10 @@ class AdaptiveLimit:
         if self._kind == "cut":
             self._tolerance.begin(now)
             self._tolerated = 1.2 * median
+            # Fewer calls at once were not quicker. So this is the time of the server
+            # itself now, whatever it was before.
+            self._usual = median
+            self._base = deque([(now, median)])
         else:
             self._hold.begin(now)
         self._strikes = 0

@@ -124,8 +124,9 @@ def test_a_cut_that_makes_no_call_quicker_is_undone():
     # A slow server, and not a queue: with fewer calls at once it answers fewer.
     assert calls.cohort(0.15, refused=100) == 128
     assert calls.limit.reason == "undone"
-    # It is then left alone for two seconds.
-    assert calls.cohort(0.15, refused=100) == 128
+    # That is now the usual time of the server, so the limit rises.
+    assert calls.cohort(0.15, refused=100) == 256
+    assert calls.limit.reason == "quick"
 
 
 def test_a_trial_without_more_answers_is_undone():
@@ -282,11 +283,11 @@ def test_after_a_cut_that_was_undone_such_calls_are_left_alone_for_two_seconds()
     calls = Calls()
     for _ in range(3):
         calls.cohort(0.02)
-    for _ in range(2):
-        calls.cohort(0.15, refused=100)
-    assert [calls.cohort(0.15, refused=100) for _ in range(6)] == [128] * 6
-    calls.now += 2
-    assert [calls.cohort(0.15, refused=100) for _ in range(2)] == [128, 72]
+    assert [calls.cohort(0.3, refused=100) for _ in range(2)] == [64, 128]
+    # Longer than a fifth of the budget. But the limit may rise on trial.
+    after = [calls.cohort(0.3, refused=100) for _ in range(5)]
+    assert after == [256, 500, 500, 500, 500]
+    assert [calls.cohort(0.3, refused=100) for _ in range(2)] == [500, 333]
 
 
 def test_the_shortest_usual_time_is_remembered_for_a_minute():
