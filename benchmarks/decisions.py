@@ -72,7 +72,8 @@ def same_request(config):
 def bare(config):
     pool = lambda: config.connection_pool  # noqa: E731
     below = Retry(AskPool(pool), lambda: None, RetryTokens(lambda: 10))
-    config._ask = Observe(below, config._layers.tracing, pool, config._metrics)
+    layers = config._layers
+    config._ask = Observe(below, layers.tracing, pool, layers.metrics, layers.limit)
     return decide(config)
 
 

@@ -133,18 +133,17 @@ class Observe:
         tracing: Begins the spans.
         pool: Returns the pool.
         metrics: Counts the ends of checks, and measures them.
-        limit: Gets a line for each check without a decision, if given.
+        limit: Gets a line for each check without a decision.
     """
 
     ask: Ask
     tracing: Tracing
     pool: Callable[[], ConnectionPool]
     metrics: DecisionMetrics
-    limit: LogLimit | None = None
+    limit: LogLimit
 
     async def __call__(self, question: Question, /) -> Decision:
         path, decision, metrics = question.policy_path, question.decision, self.metrics
-        limit = self.limit
         name = self.pool().options.name
         if metrics.pool is not name:
             metrics.begin(name)
@@ -160,12 +159,11 @@ class Observe:
                     span.decided(answer.allowed, answer.origin)
         except BaseException as error:
             metrics.undecided(question.source, error, perf_counter() - began)
-            if limit is not None:
-                log_undecided(limit, question, error)
+            log_undecided(self.limit, question, error)
             raise
         metrics.decided(question.source, answer, perf_counter() - began)
-        if limit is not None and limit.held:
-            limit.flush()
+        if self.limit.held:
+            self.limit.flush()
         return answer
 
 

@@ -173,7 +173,7 @@ def require_policy_auto(
 @attrs.frozen(eq=False)
 class Guard:
     """
-    What a dependency of this module asks.
+    The policy and the decision that a dependency of this module asks for.
 
     Strictly private.
 
@@ -192,14 +192,10 @@ _GUARD = "_fastapi_topaz_guard"
 """The attribute of a dependency with its `Guard`."""
 
 
-def guard_of(call: object, config: TopazConfig | None = None) -> Guard | None:
-    """
-    Return what the dependency *call* asks, or None if it is no guard.
-
-    With *config*, only a guard of that configuration counts.
-    """
+def guard_of(call: object) -> Guard | None:
+    """Return the `Guard` of the dependency *call*, or None if it is not a guard."""
     guard = getattr(call, _GUARD, None)
-    if not isinstance(guard, Guard) or (config or guard.config) is not guard.config:
+    if not isinstance(guard, Guard):
         return None
     # Not the attribute alone: functools.wraps copies it to a function that may never
     # call the guard.

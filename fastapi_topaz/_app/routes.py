@@ -20,7 +20,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from starlette.routing import Host, Mount, WebSocketRoute
+from starlette.routing import Host, Mount
 
 from fastapi_topaz._authorizer.rego import join
 
@@ -31,18 +31,11 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
 
-__all__ = [
-    "Listed",
-    "listed_routes",
-    "policy_path_of",
-    "route_policy_path",
-    "router_of",
-    "routes_of",
-]
+__all__ = ["policy_path_of", "route_policy_path", "router_of", "routes_of"]
 
 
-# A parameter in a template, as starlette.routing writes it.
-_PARAMETER = re.compile(r"\{([a-zA-Z_][a-zA-Z0-9_]*)\}")
+# A parameter in a template, as starlette.routing writes it, perhaps with a converter.
+_PARAMETER = re.compile(r"\{([a-zA-Z_][a-zA-Z0-9_]*)(?::[a-zA-Z_][a-zA-Z0-9_]*)?\}")
 _WRAPPERS = 50
 """How many middlewares around a mounted application are unwrapped at most."""
 _REMEDY = "name its policy with require_policy_allowed"
@@ -91,8 +84,6 @@ class _Map:
     def __init__(self, router: Any) -> None:
         self._chains: dict[int, list[_Chain]] = {}
         self._seen: list[tuple[Any, list[Any]]] = []
-        # The templates of mounted applications without routes, such as static files.
-        self.closed: list[str] = []
         self._walk(router, (), (), host=False)
 
     def is_current(self) -> bool:
@@ -102,11 +93,6 @@ class _Map:
     def chains(self, route: object) -> Sequence[_Chain]:
         """Return the chains that end with *route*, in the order of the routers."""
         return self._chains.get(id(route), ())
-
-    def all_chains(self) -> Iterator[_Chain]:
-        """Yield all chains."""
-        for chains in self._chains.values():
-            yield from chains
 
     def _walk(
         self,
@@ -127,8 +113,6 @@ class _Map:
                     below = (*mounts, route) if isinstance(route, Mount) else mounts
                     through = host or isinstance(route, Host)
                     self._walk(inner, above, below, host=through)
-                elif isinstance(route, Mount):
-                    self.closed.append(_template(mounts, route))
             elif hasattr(route, "path_regex") and hasattr(route, "path_format"):
                 chain = _Chain(mounts, route, host, _template(mounts, route))
                 self._chains.setdefault(id(route), []).append(chain)
@@ -266,53 +250,3 @@ def _named(route: Any) -> str:
         return f"a {type(route).__name__}" if route is not None else "no route"
     methods = ", ".join(sorted(getattr(route, "methods", None) or ()))
     return f"the route {f'{methods} {template}'.strip()!r}"
-
-
-# -- all routes of an application ---------------------------------------------------
-
-
-@attrs.frozen
-class Listed:
-    """
-    One method of one route.
-
-    Attributes:
-        method: The method of HTTP, `WEBSOCKET`, or `*` for any method.
-        template: The complete template, such as `/documents/{id}`.
-        route: The object with the dependencies, if it has any.
-        host: Whether the route is below a `Host` route.
-    """
-
-    method: str
-    template: str
-    route: Any = None
-    host: bool = False
-
-    def policy_path(self, root: str) -> str:
-        """Return the policy path of the route below *root*, as a guard asks it."""
-        method = "GET" if self.method == "WEBSOCKET" else self.method
-        return policy_path_of(root, method, self.template)
-
-
-def listed_routes(app: object) -> list[Listed] | None:
-    """Return all routes of *app*, or None if it is no application with routes."""
-    router = router_of(app)
-    if router is None:
-        return None
-    routes = _Map(router)
-    found = [
-        Listed(method, chain.template, chain.route, chain.host)
-        for chain in routes.all_chains()
-        for method in _methods(chain.route)
-    ]
-    return found + [Listed("*", template) for template in routes.closed]
-
-
-def _methods(route: Any) -> list[str]:
-    if isinstance(route, WebSocketRoute):
-        return ["WEBSOCKET"]
-    methods = getattr(route, "methods", None)
-    if not methods:
-        return ["*"]  # An endpoint that is a class of Starlette answers any method.
-    # HEAD asks the policy of GET.
-    return sorted(set(methods) - ({"HEAD"} if "GET" in methods else set()))

@@ -1,4 +1,4 @@
-"""The log line about a check without a decision, whatever has asked."""
+"""The log line for a check without a decision, by a guard or by the application."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def log_undecided(limit: LogLimit, question: Question, error: BaseException) -> 
     """
     Log that *error* ended a check, once for each check.
 
-    An error that is no TopazError and has no status comes from a fault in the code. It
-    is not logged here, and neither is a cancellation. Both go to the caller.
+    A cancellation is not logged, and neither is an error without a status that is not a
+    TopazError: it comes from a fault in the code. Both go to the caller.
     """
     if not isinstance(error, TopazError | grpc.RpcError):
         return

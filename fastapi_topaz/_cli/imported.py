@@ -2,8 +2,8 @@
 Objects of an application, by names such as `main:config`.
 
 An error of the application is shown in one line. Its text may hold a secret. So this
-module hides values that have the name of a secret: in the environment, in the module
-that failed, and in the functions that it called.
+module hides values that have the name of a secret, in the environment and in all code
+that the traceback leads through.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
+from starlette.applications import Starlette
+from starlette.routing import Router
 
 from fastapi_topaz._app.config import TopazConfig
-from fastapi_topaz._app.routes import listed_routes
+from fastapi_topaz._app.listing import listed_routes
+from fastapi_topaz._app.routes import router_of
 from fastapi_topaz._authorizer.options import AuthorizerOptions
+from fastapi_topaz._cli.doctor.findings import printable
 from fastapi_topaz._error_text import shortened
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
-    from fastapi_topaz._app.routes import Listed
+    from fastapi_topaz._app.listing import Listed
 
 
 __all__ = ["CannotImport", "imported", "routes_in", "settings_in"]
@@ -54,11 +58,11 @@ _SHORTEST: Final = 4
 
 # pydantic shows the input, which may be all settings of the application.
 _INPUT = re.compile(r"input_value=.*?(?=, input_type=)", re.DOTALL)
-_BEFORE_AT = re.compile(r"(?<=://)[^\s/]*@")
+_BEFORE_AT = re.compile(r"(?<=://)\S*@")
 
 
 class CannotImport(Exception):  # noqa: N818
-    """An object cannot be had. The text is one line for the user."""
+    """An object cannot be imported or used. The text is one line for the user."""
 
 
 def imported(
@@ -114,7 +118,7 @@ def settings_in(reference: str) -> dict[str, Any]:
         CannotImport: It is not, or it cannot be imported.
     """
     wanted = "a TopazConfig or an AuthorizerOptions"
-    found, reference = _made(reference, _is_usable, wanted)
+    found, reference = _made(reference, _has_options, wanted)
     settings: dict[str, Any] = {"source": reference}
     if isinstance(found, TopazConfig):
         settings |= {
@@ -140,13 +144,13 @@ def routes_in(reference: str) -> list[Listed]:
     Raises:
         CannotImport: It is not, or it cannot be imported.
     """
-    app, reference = _made(reference, _has_routes, "a FastAPI application")
+    app, reference = _made(reference, _is_application, "a FastAPI application")
     with _reported(f"the routes of {reference} cannot be read"):
-        return listed_routes(app) or []
+        return list(listed_routes(router_of(app)))
 
 
-def _has_routes(found: object) -> bool:
-    return not isinstance(found, type) and listed_routes(found) is not None
+def _is_application(found: object) -> bool:
+    return isinstance(router_of(found), Starlette | Router)
 
 
 def _made(
@@ -160,14 +164,14 @@ def _made(
     """
     found = imported(reference, is_usable)
     name = reference.partition(":")[0]
-    if not is_usable(found) and _is_factory(found):
+    if not _fits(found, is_usable) and _is_factory(found):
         with _reported(f"{reference}() failed"):
             found = found()
         reference = f"{reference}()"
     if inspect.iscoroutine(found):
         found.close()  # otherwise Python warns that it was not awaited
         raise CannotImport(f"{reference} is a coroutine: pass a function without async")
-    if not is_usable(found):
+    if not _fits(found, is_usable):
         raise CannotImport(
             f"{reference} is of type {type(found).__name__}: name {wanted}"
             f"{_others(sys.modules[name], name, is_usable)}"
@@ -175,7 +179,7 @@ def _made(
     return found, reference
 
 
-def _is_usable(found: object) -> bool:
+def _has_options(found: object) -> bool:
     if isinstance(found, TopazConfig | AuthorizerOptions):
         return True
     # That of aserto.client. Other objects may also have a url.
@@ -188,14 +192,23 @@ def _is_factory(found: object) -> bool:
         return False
     try:
         inspect.signature(found).bind()
-    except (TypeError, ValueError):
+    except Exception:  # noqa: BLE001  (an object of the application)
         return False
     return True
 
 
+def _fits(found: object, is_usable: Callable[[object], bool]) -> bool:
+    """Return whether *found* is usable. It is not if it raises, as a proxy may."""
+    try:
+        return is_usable(found)
+    except Exception:  # noqa: BLE001  (an object of the application)
+        return False
+
+
 def _others(module: object, name: str, is_usable: Callable[[object], bool]) -> str:
     """Return the objects of *module* that could be meant, for the end of an error."""
-    usable = [key for key, each in vars(module).items() if is_usable(each)]
+    objects = list(vars(module).items())
+    usable = [key for key, each in objects if _fits(each, is_usable)]
     names = ", ".join(f"{name}:{each}" for each in usable)
     return f"; it has: {names}" if names else ""
 
@@ -214,9 +227,9 @@ def _reported(what: str) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
-    except CannotImport:
+    except (CannotImport, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (of the application)
+    except BaseException as error:  # noqa: BLE001  (of the application)
         raise CannotImport(f"{what}: {_one_line(error)}{_place(error)}") from None
 
 
@@ -243,27 +256,37 @@ def _one_line(error: BaseException) -> str:
         text = text.replace(secret, "***")
     text = shortened(" ".join(text.split()), _LONGEST)
     kind = type(error).__name__
-    line = f"{kind}: {text}" if text else kind
-    return "".join(sign if sign.isprintable() else "?" for sign in line)
+    return printable(f"{kind}: {text}" if text else kind)
 
 
 def _secrets(error: BaseException) -> set[str]:
-    """Return the values with the name of a secret, where *error* was raised."""
-    spaces: list[Mapping[str, Any]] = [os.environ]
+    """Return the values with the name of a secret where *error* was raised."""
+    spaces: list[dict[Any, Any]] = [dict(os.environ)]
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename.startswith(_LIBRARIES):
-            continue
-        spaces += [frame.f_globals, frame.f_locals]
-    # One level deeper, for settings in a mapping.
-    spaces += [
-        each for space in spaces for each in space.values() if type(each) is dict
-    ]
+        spaces += [dict(frame.f_globals), dict(frame.f_locals)]
+    # One level deeper, for settings in a mapping, an object, a class or a module.
+    spaces += [_attributes(each) for space in spaces for each in space.values()]
     return {
-        value
+        text
         for space in spaces
         for name, value in space.items()
-        if isinstance(name, str)
-        and isinstance(value, str)
-        and len(value) >= _SHORTEST
-        and _SECRET.match(name)
+        if isinstance(name, str) and _SECRET.match(name)
+        for text in _texts(value)
+        if len(text) >= _SHORTEST
     }
+
+
+def _attributes(value: Any) -> dict[Any, Any]:
+    try:
+        return dict(value if isinstance(value, dict) else vars(value))
+    except Exception:  # noqa: BLE001  (an object of the application, or without names)
+        return {}
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the forms in which an error may show a secret, or a list of secrets."""
+    each: object
+    for each in value if isinstance(value, list | tuple | set) else [value]:
+        text = each.decode(errors="replace") if isinstance(each, bytes) else each
+        if isinstance(text, str):
+            yield from (text, text.strip(), repr(text)[1:-1])

@@ -4,113 +4,76 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import attrs
 from rich.table import Table
 from rich.text import Text
 
-from fastapi_topaz._app.guards import guard_of
 from fastapi_topaz._cli.output import new_console, say
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from fastapi_topaz._app.guards import Guard
-    from fastapi_topaz._app.routes import Listed
-
-
-__all__ = ["Row", "rows_of", "show_routes"]
+    from fastapi_topaz._app.listing import Listed
 
 
-_NO_PATH = "none: below a Host route"
+__all__ = ["policies_of", "show_routes"]
 
 
-@attrs.frozen
-class Row:
-    """
-    One method of one route.
-
-    Attributes:
-        method: The method, as in `Listed`.
-        path: The template of the route.
-        policies: What the guards ask, such as `myapp.GET.documents`. A decision that is
-            not `allowed` stands behind it. Empty: the route has no guard.
-        automatic: Those of *policies* that come from the route.
-    """
-
-    method: str
-    path: str
-    policies: tuple[str, ...]
-    automatic: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the row, ready for JSON."""
-        return {
-            "method": self.method,
-            "path": self.path,
-            "guarded": bool(self.policies),
-            "policies": list(self.policies),
-        }
+_NO_PATH = "none: require_policy_auto cannot name it"
 
 
-def show_routes(routes: Iterable[Listed], *, as_json: bool) -> int:
+def show_routes(routes: Sequence[Listed], *, as_json: bool) -> int:
     """Print the routes, and return the exit code."""
-    rows = rows_of(routes)
     if as_json:
-        said = {"routes": [row.as_dict() for row in rows]}
-        sys.stdout.write(f"{json.dumps(said, indent=2)}\n")
+        said = [
+            {
+                "method": route.method,
+                "path": route.path,
+                "guarded": bool(route.guards),
+                "policies": policies_of(route),
+            }
+            for route in routes
+        ]
+        sys.stdout.write(f"{json.dumps({'routes': said}, indent=2)}\n")
         return 0
     console = new_console()
     table = Table()
     for name in ("method", "path", "policy path"):
         table.add_column(name, overflow="fold")
-    for row in rows:
-        asked = "\n".join(row.policies) or "not guarded"
+    for route in routes:
+        asked = "\n".join(policies_of(route)) or "not guarded"
         # As Text, because the quoted part of a policy path looks like markup.
-        table.add_row(*map(Text, (row.method, row.path, asked)))
+        table.add_row(*map(Text, (route.method, route.path, asked)))
     console.print(table)
-    guarded = sum(bool(row.policies) for row in rows)
-    say(console, f"{guarded} of {len(rows)} routes are guarded.", *_shared(rows))
+    guarded = sum(bool(route.guards) for route in routes)
+    say(console, f"{guarded} of {len(routes)} routes are guarded.", *_shared(routes))
     return 0
 
 
-def rows_of(routes: Iterable[Listed]) -> list[Row]:
-    """Return a row for each method of each route."""
-    return [_row(route) for route in routes]
+def policies_of(route: Listed) -> list[str]:
+    """
+    Return what the guards of *route* ask, such as `myapp.GET.documents`.
 
-
-def _row(route: Listed) -> Row:
-    asked: dict[str, bool] = {}
-    for guard in _guards(getattr(route.route, "dependant", None)):
-        path = guard.policy_path
-        if path is None:
-            path = (
-                _NO_PATH
-                if route.host
-                else route.policy_path(guard.config.policy_path_root)
-            )
+    A decision that is not `allowed` stands behind the policy path.
+    """
+    asked = []
+    for guard in route.guards:
         decision = "" if guard.decision == "allowed" else f" ({guard.decision})"
-        asked[path + decision] = guard.policy_path is None and not route.host
-    automatic = tuple(path for path, is_automatic in asked.items() if is_automatic)
-    return Row(route.method, route.template, tuple(asked), automatic)
+        asked.append(f"{route.policy_path(guard) or _NO_PATH}{decision}")
+    return list(dict.fromkeys(asked))
 
 
-def _guards(dependant: Any) -> Iterator[Guard]:
-    """Yield the guards among all dependencies below *dependant*."""
-    for each in getattr(dependant, "dependencies", ()):
-        if (guard := guard_of(each.call)) is not None:
-            yield guard
-        yield from _guards(each)
-
-
-def _shared(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a line for each policy that routes with different paths ask."""
-    paths: dict[str, list[str]] = {}
-    for row in rows:
-        for policy in row.automatic:
-            paths.setdefault(policy, []).append(row.path)
+def _shared(routes: Sequence[Listed]) -> Iterator[str]:
+    """Yield a line for each policy that several routes get from their paths."""
+    paths: dict[str | None, list[str]] = {}
+    for route in routes:
+        for guard in route.guards:
+            if guard.policy_path is None and route.is_named:
+                paths.setdefault(route.policy_path(guard), []).append(route.path)
     for policy, asking in paths.items():
-        if len(set(asking)) > 1:
-            yield f"{policy} is the policy of several routes: {', '.join(asking)}"
+        # A path may be there twice, with several guards.
+        different = list(dict.fromkeys(asking))
+        if len(different) > 1:
+            yield f"{policy} is the policy of several routes: {', '.join(different)}"

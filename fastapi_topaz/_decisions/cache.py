@@ -168,8 +168,9 @@ class DecisionCache(NotCopied):
             resource: All answers whose resource context has all of these fields with
                 these values, such as `{"id": 42}`. It may have others, too. Values are
                 compared by their text, so 42, "42" and `Decimal("42.0")` are one value,
-                and so are a UUID and its text, or True, "true" and 1. An Enum member
-                stands for its value and its name. Another class stands for its `str()`.
+                and so are True, "true" and 1. A UUID equals each of its texts. So does
+                a datetime, which counts as UTC if it has no zone. An Enum member stands
+                for its value and its name. Another class stands for its `str()`.
                 Mappings and lists are compared as a whole. A field that no answer has
                 concerns none.
 

@@ -31,7 +31,9 @@ __all__ = [
 
 
 VERSION = b"fastapi_topaz bus 2"
-"""Changes with the tags: a process with other tags must not count as understood."""
+"""
+It changes if tags change. Then processes with other tags reject each other's messages.
+"""
 
 SIZE = 16
 """Bytes of each part."""

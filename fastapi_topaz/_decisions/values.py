@@ -2,9 +2,9 @@
 The spellings of a value, by which an invalidation finds the answers that it concerns.
 
 A route passes the text of an id to the policy, and the application has an int or a UUID
-for it. So values are compared by their text, whatever their type is. Numbers, UUIDs and
-truth values have many texts, so each of these gets one spelling. If two values have one
-spelling, an invalidation drops more answers than it must, which is safe.
+for it. So values are compared by their text, whatever their type is. Numbers, UUIDs,
+dates and truth values have many texts, so each of these gets one spelling. If different
+values have one spelling, an invalidation drops more answers than it must: that is safe.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date, time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from fastapi_topaz._authorizer.resource import DEPTH, text_of
@@ -35,7 +35,7 @@ MOST_SPELLINGS = 16
 _WORDS = {
     **dict.fromkeys(("true", "t", "yes", "y", "on"), "1.0"),
     **dict.fromkeys(("false", "f", "no", "n", "off"), "0.0"),
-    "none": "null",
+    **dict.fromkeys(("null", "none"), "null"),
 }
 
 
@@ -121,8 +121,8 @@ def _texts(place: str, value: object) -> set[str]:
         return {"null"}
     own = type(value)
     # The text of an object without a __str__ of its own is in no answer. The classes of
-    # numbers have only a __repr__. What can be iterated has no single text: a set,
-    # bytes, or a model of Pydantic.
+    # numbers have only a __repr__. An iterable has no single text: a set, bytes, or a
+    # model of Pydantic.
     is_number = hasattr(own, "__float__")
     if (own.__str__ is object.__str__ and not is_number) or (
         isinstance(value, Iterable) and not isinstance(value, str | enum.Enum)
@@ -150,8 +150,6 @@ def _texts(place: str, value: object) -> set[str]:
         texts.add(value.name or "")
         with contextlib.suppress(TypeError):
             texts |= _texts(place, value.value)
-    if isinstance(value, date | time):
-        texts |= {iso := value.isoformat(), iso.replace("+00:00", "Z")}
     if is_number:
         with contextlib.suppress(ArithmeticError, TypeError, ValueError):
             texts.add(repr(float(value)))  # type: ignore[arg-type]
@@ -169,4 +167,12 @@ def _normal(text: str) -> str:
         # -0.0 the same as 0.0.
         return repr(float(text) + 0.0)
     except ValueError:
-        return _WORDS.get(text.casefold(), text)
+        pass
+    if text[4:5] == "-":  # as in 2024-05-01
+        with contextlib.suppress(ValueError, OverflowError):
+            moment = datetime.fromisoformat(text.upper())
+            # Databases often leave out the zone, so a time without one counts as UTC.
+            if moment.tzinfo is not None:
+                moment = moment.astimezone(UTC)
+            return moment.replace(tzinfo=None).isoformat()
+    return _WORDS.get(text.casefold(), text)

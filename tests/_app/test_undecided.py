@@ -1,4 +1,4 @@
-"""A check without a decision is logged, whatever has asked: once, and rate-limited."""
+"""Test that each check without a decision is logged: once, and rate-limited."""
 
 from __future__ import annotations
 

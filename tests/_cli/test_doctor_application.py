@@ -277,9 +277,7 @@ def applications(tmp_path_factory):
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("reference, line", LINES.items())
-def test_what_cannot_be_imported_is_said_in_one_line(
-    reference, line, applications, run_forked
-):
+def test_a_failed_import_is_one_line(reference, line, applications, run_forked):
     ended = run_forked("doctor", reference, "--json", cwd=applications)
 
     assert (ended.code, ended.out) == (2, "")
@@ -298,7 +296,30 @@ SECRETS = {
         "    raise ValueError(client_secret)\n"
         "connect('k-' + '0815')"
     ),
+    "of an object": (
+        "class Options:\n"
+        "    def __init__(self): self.api_key = 'k-' + '0815'\n"
+        "options = Options()\n"
+        "raise ValueError(vars(options))"
+    ),
+    "of a class": "class S: API_KEY = 'k-' + '0815'\nraise ValueError(S.API_KEY)",
+    "of a list": "API_KEYS = ['k-' + '0815']\nraise ValueError(API_KEYS)",
+    "of bytes": "api_key = b'k-' + b'0815'\nraise ValueError(api_key)",
+    "with a line break": "pem_key = 'k\\n-' + '0815'\nraise ValueError([pem_key])",
+    "stripped": "pem_key = 'k-' + '0815\\n'\nraise ValueError(pem_key.strip())",
+    "of an installed module": (
+        "import sysconfig\n"
+        "code = \"api_key = 'k-' + '0815'; raise ValueError(api_key)\"\n"
+        "path = sysconfig.get_path('purelib') + '/shop.py'\n"
+        "exec(compile(code, path, 'exec'), {})"
+    ),
     "in a url": "raise ValueError('postgres://user:k-' + '0815@db/name')",
+    "in a url with a slash": "raise ValueError('postgres://user:k-/' + '0815@db/name')",
+    "of another error": (
+        "class Value(BaseException): pass\n"
+        "api_key = 'k-' + '0815'\n"
+        "raise Value(api_key)"
+    ),
     "of pydantic": (
         "from pydantic import BaseModel\n"
         "class Options(BaseModel):\n"

@@ -8,12 +8,16 @@ import httpx
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request, WebSocket
 from starlette.endpoints import HTTPEndpoint
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import PlainTextResponse
-from starlette.routing import Host, Mount, Route
+from starlette.routing import Host, Route, Router
 
 from fastapi_topaz import ConnectionPool, require_policy_allowed, require_policy_auto
-from fastapi_topaz._app.routes import listed_routes, route_policy_path
-from fastapi_topaz._cli.routes_command import rows_of
+from fastapi_topaz._app.guards import guard_of
+from fastapi_topaz._app.listing import listed_routes
+from fastapi_topaz._app.routes import route_policy_path
+from fastapi_topaz._cli.routes_command import policies_of, show_routes
+from fastapi_topaz.testing import unguarded_routes
 from kit.configs import config_of
 
 
@@ -56,6 +60,14 @@ app.include_router(router)
 
 def create():
     return app
+
+
+class Proxy:
+    def __getattr__(self, name):
+        raise RuntimeError("outside of a request")
+
+
+proxy = Proxy()
 """
 
 
@@ -89,6 +101,17 @@ def test_the_policies_of_the_routes_are_printed(name, folder, run_forked):
 
 
 @pytest.mark.real_clock
+def test_the_application_inside_a_middleware_is_found(folder, run_forked):
+    (folder / "wrapped.py").write_text(
+        f"{CODE}\nfrom starlette.middleware.gzip import GZipMiddleware\n"
+        "app = GZipMiddleware(app)\n"
+    )
+    ended = run_forked("routes", "wrapped:app", cwd=folder)
+
+    assert "4 of 5 routes are guarded." in ended.out
+
+
+@pytest.mark.real_clock
 def test_json_is_the_whole_output(folder, run_forked):
     ended = run_forked("routes", "main:app", "--json", cwd=folder)
 
@@ -108,9 +131,10 @@ def test_json_is_the_whole_output(folder, run_forked):
         ("main:config", "Error: main:config is of type TopazConfig: name a FastAPI "),
         ("main:ap", "Error: main has no 'ap'; it has: main:app, main:router"),
         ("mian:app", "Error: cannot import mian: there is no module mian in the "),
+        ("main:proxy", "Error: main:proxy is of type Proxy: name a FastAPI applicat"),
     ],
 )
-def test_what_is_no_application_is_said_in_one_line(
+def test_an_object_that_is_not_an_application_is_one_line(
     reference, line, folder, run_forked
 ):
     ended = run_forked("routes", reference, cwd=folder)
@@ -132,8 +156,11 @@ def auto():
     return require_policy_auto(config_of(ConnectionPool(), policy_path_root="myapp"))
 
 
-def policies_of(app):
-    return {(row.method, row.path): row.policies for row in rows_of(listed_routes(app))}
+def listed(app):
+    """Return the policies of each route."""
+    return {
+        (route.method, route.path): policies_of(route) for route in listed_routes(app)
+    }
 
 
 def test_guards_are_found_on_each_level_and_inside_dependencies(auto):
@@ -151,12 +178,12 @@ def test_guards_are_found_on_each_level_and_inside_dependencies(auto):
     router.add_api_route("/x", lambda: 1, methods=["PUT", "DELETE"])
     app.include_router(router, prefix="/of/{a}", dependencies=guarded(auto))
 
-    assert policies_of(app) == {
-        ("GET", "/route"): ("myapp.GET.route",),
-        ("GET", "/inside"): ("myapp.GET.inside",),
-        ("GET", "/none"): (),
-        ("DELETE", "/of/{a}/x"): ("myapp.DELETE.of.__a.x",),
-        ("PUT", "/of/{a}/x"): ("myapp.PUT.of.__a.x",),
+    assert listed(app) == {
+        ("GET", "/route"): ["myapp.GET.route"],
+        ("GET", "/inside"): ["myapp.GET.inside"],
+        ("GET", "/none"): [],
+        ("DELETE", "/of/{a}/x"): ["myapp.DELETE.of.__a.x"],
+        ("PUT", "/of/{a}/x"): ["myapp.PUT.of.__a.x"],
     }
 
 
@@ -166,9 +193,9 @@ def test_a_guard_of_the_application_guards_all_its_routes(auto):
     app.add_route("/raw", lambda _request: PlainTextResponse("raw"))
 
     # FastAPI runs no dependencies for a route of Starlette.
-    assert policies_of(app) == {
-        ("GET", "/x"): ("myapp.GET.x",),
-        ("GET", "/raw"): (),
+    assert listed(app) == {
+        ("GET", "/x"): ["myapp.GET.x"],
+        ("GET", "/raw"): [],
     }
 
 
@@ -179,8 +206,8 @@ def test_each_guard_of_a_route_is_named_with_another_decision_than_allowed(auto)
     app = FastAPI(openapi_url=None)
     app.add_api_route("/x", lambda: 1, dependencies=guarded(auto, named, visible))
 
-    assert policies_of(app) == {
-        ("GET", "/x"): ("myapp.GET.x", "other.policy", "other.policy (visible)")
+    assert listed(app) == {
+        ("GET", "/x"): ["myapp.GET.x", "other.policy", "other.policy (visible)"]
     }
 
 
@@ -193,12 +220,12 @@ def test_websockets_mounts_and_hosts_are_listed(auto):
     app.add_route("/class", Endpoint)
     app.router.routes.append(Host("api.example", below))
 
-    assert policies_of(app) == {
-        ("WEBSOCKET", "/ws"): ("myapp.GET.ws",),
-        ("GET", "/{tenant}/d/{d}"): ("myapp.GET.__tenant.d.__d",),
-        ("*", "/files/{path}"): (),
-        ("*", "/class"): (),
-        ("GET", "/d/{d}"): ("none: below a Host route",),
+    assert listed(app) == {
+        ("WEBSOCKET", "/ws"): ["myapp.GET.ws"],
+        ("GET", "/{tenant}/d/{d}"): ["myapp.GET.__tenant.d.__d"],
+        ("MOUNT", "/files"): [],
+        ("ANY", "/class"): [],
+        ("GET", "api.example/d/{d}"): ["none: require_policy_auto cannot name it"],
     }
 
 
@@ -210,7 +237,7 @@ class Endpoint(HTTPEndpoint):
     pass
 
 
-async def test_the_listed_policy_is_the_one_that_is_asked():
+async def test_the_listed_policy_is_the_one_that_is_asked(auto):
     asked = {}
     app, below = FastAPI(openapi_url=None), FastAPI(openapi_url=None)
 
@@ -219,31 +246,82 @@ async def test_the_listed_policy_is_the_one_that_is_asked():
             "myapp", request.scope
         )
 
-    for inner, path in ((app, "/a.b/{c}.json"), (below, "/user-profiles")):
+    paths = ((app, "/a.b/{c}.json"), (app, "/files/{rest:path}"))
+    for inner, path in (*paths, (below, "/user-profiles")):
         inner.add_api_route(
             path, lambda: 1, methods=["GET", "POST"], dependencies=guarded(remember)
         )
     app.mount("/{tenant}", below)
-    listed = {
-        (route.method, route.template): route.policy_path("myapp")
+    expected = {
+        (route.method, route.path): route.policy_path(guard_of(auto))
         for route in listed_routes(app)
     }
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
-        for method, template in listed:
-            path = template.replace("{c}", "c").replace("{tenant}", "t")
-            await client.request(method, path)
+        for method, path in expected:
+            await client.request(method, path.replace("{", "").replace("}", ""))
 
-    assert len(asked) == 4
-    assert sorted(asked.values()) == sorted(listed.values())
+    assert len(asked) == 6
+    assert sorted(asked.values()) == sorted(expected.values())
 
 
-def test_routes_of_starlette_and_a_mounted_circle_end():
-    routes = [Route("/x", lambda _request: PlainTextResponse("x"))]
-    mount = Mount("/m", routes=routes)
-    routes.append(mount)
+OTHER = PlainTextResponse("another ASGI application")
 
-    assert {route.template for route in listed_routes(FastAPI(routes=[mount]))} >= {
-        "/m/x"
+
+class Unknown(Route):
+    """A route that has dependencies, and never runs them."""
+
+    def __init__(self, dependant):
+        super().__init__("/unknown", OTHER)
+        self.dependant = dependant
+
+
+def test_the_command_and_the_function_find_the_same_unguarded_routes(auto, capsys):
+    app, below = FastAPI(openapi_url=None), FastAPI(openapi_url=None)
+    for each in (app, below):
+        each.add_api_route("/x", lambda: 1, dependencies=guarded(auto))
+    below.dependency_overrides[auto] = lambda: None
+    app.router.routes.append(Unknown(app.routes[0].dependant))
+    app.mount("/inside", GZipMiddleware(below))
+    app.host("files.example", OTHER)
+    app.mount("/default", Router(default=OTHER))
+    expected = [
+        *("ANY /unknown", "MOUNT /inside", "GET /inside/x", "HOST files.example"),
+        "DEFAULT /default",
+    ]
+
+    assert show_routes(list(listed_routes(app)), as_json=True) == 0
+    printed = json.loads(capsys.readouterr().out)["routes"]
+    assert unguarded_routes(app) == expected
+    assert [
+        f"{each['method']} {each['path']}" for each in printed if not each["guarded"]
+    ] == expected
+    assert len(printed) == len(expected) + 1
+
+
+@pytest.mark.skipif(
+    not hasattr(FastAPI, "frontend"), reason="this FastAPI has no app.frontend"
+)
+def test_files_of_a_frontend_are_listed_without_a_policy_of_their_own(auto, tmp_path):
+    (tmp_path / "index.html").write_text("page")
+    app = FastAPI(openapi_url=None, dependencies=guarded(auto))
+    app.frontend("/own", directory=tmp_path)
+
+    assert listed(app) == {
+        ("GET", "/own"): ["none: require_policy_auto cannot name it"]
     }
-    assert listed_routes(object()) is None
+
+
+def test_routes_that_share_a_policy_by_their_paths_are_said_once(auto, capsys):
+    named = require_policy_allowed(config_of(ConnectionPool()), "myapp.GET.a.b")
+    twice = require_policy_auto(guard_of(auto).config, max_age=0)
+    app = FastAPI(openapi_url=None)
+    for path in ("/a.b", "/a/b"):
+        app.add_api_route(path, lambda: 1, dependencies=guarded(auto, twice, named))
+    app.add_api_route("/c", lambda: 1, dependencies=guarded(named))
+
+    show_routes(list(listed_routes(app)), as_json=False)
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "3 of 3 routes are guarded.",
+        "myapp.GET.a.b is the policy of several routes: /a.b, /a/b",
+    ]

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 import anyio
 import attrs
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from fastapi_topaz import DecisionCache
 from fastapi_topaz._decisions.cache import Cached
@@ -117,6 +117,7 @@ PAIRS = {
     "bool of a bool as a number": (False, 0, 1),
     "None": (None, "None", "x"),
     "None of a null": ("null", None, "x"),
+    "None of a null in capitals": ("NULL", None, "x"),
     "UUID": (str(UUID), UUID, DIGITS),
     "UUID in capitals": (str(UUID).upper(), UUID, DIGITS),
     "UUID without dashes": (UUID.hex, UUID, DIGITS),
@@ -141,6 +142,22 @@ PAIRS = {
     "date": ("2024-05-01", NOON.date(), dt.date(2024, 5, 2)),
     "datetime": ("2024-05-01T12:00:00Z", NOON, NOON.replace(hour=13)),
     "datetime by its text": (str(NOON), NOON, NOON.replace(hour=13)),
+    "datetime of JavaScript": (
+        "2024-05-01T12:00:00.000Z",
+        NOON,
+        NOON.replace(microsecond=1000),
+    ),
+    "datetime of another zone": ("2024-05-01T14:00+02:00", NOON, NOON.replace(hour=14)),
+    "datetime without a zone": (
+        "2024-05-01T12:00:00Z",
+        NOON.replace(tzinfo=None),
+        NOON.replace(tzinfo=None, hour=13),
+    ),
+    "datetime before the calendar": (
+        "0001-01-01T00:00+02:00",
+        "0001-01-01T00:00+02:00",
+        1,
+    ),
     "time": ("12:00:00", dt.time(12), dt.time(13)),
     "IP address": ("10.0.0.1", ipaddress.ip_address("10.0.0.1"), "10.0.0.2"),
     "path": ("a/b", PurePosixPath("a/b"), PurePosixPath("a/c")),
@@ -237,6 +254,53 @@ async def test_two_fields_must_both_match(name):
     assert await origin(resource) == "cache"
     cache.invalidate(resource={"id": invalidated, "owner": 7})
     assert await origin(resource) == "authorizer"
+
+
+TEXTS = [
+    *("7", "007", "+7", "-7", "7.0", "7.", " 7 ", "1_000", "1e3", ".5", "0.50", "-0"),
+    *(
+        "inf",
+        "-Infinity",
+        "NaN",
+        "9007199254740993",
+        "1e400",
+        "\N{ARABIC-INDIC DIGIT TWO}",
+    ),
+    *("true", "TRUE", "1", "0", "yes", "Y", "on", "off", "t", "F", "No"),
+    *(f"{UUID}", f"{UUID}".upper(), UUID.hex, UUID.urn, f"{{{UUID}}}", DIGITS.hex),
+    *(
+        "2024-05-01",
+        "2024-05-01T00:00Z",
+        "2024-05-01 12:00",
+        "2024-05-01T12:00:00Z",
+        "2024-05-01_12:00:00",
+    ),
+    *(
+        "2024-05-01t12:00:00.123z",
+        "2024-05-01T12:00:00.1+02:00",
+        "2024-05-01T12:00-0030",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "kind", [str, int, float, Decimal, bool, uuid.UUID, dt.date, dt.datetime]
+)
+async def test_each_text_that_fastapi_accepts_is_found_by_the_value_it_makes(kind):
+    read, accepted = TypeAdapter(kind), 0
+    for text in TEXTS:
+        try:
+            value = read.validate_python(text)
+        except ValueError:
+            continue
+        if isinstance(value, dt.date) and text[4:5] != "-":
+            continue  # The number of a timestamp: see the page.
+        origin, cache = process_alone()
+        assert [await origin({"id": text}) for _ in "12"] == ["authorizer", "cache"]
+        cache.invalidate(resource={"id": value})
+        assert await origin({"id": text}) == "authorizer", (text, value)
+        accepted += 1
+    assert accepted > 1
 
 
 async def test_a_field_that_no_answer_has_concerns_none():

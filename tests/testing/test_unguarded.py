@@ -261,6 +261,17 @@ def test_overrides_of_the_outer_application_do_not_concern_a_mount(app, config, 
     assert unguarded_routes(app) == []
 
 
+@pytest.mark.parametrize("way", ["mounted router", "routes"])
+def test_overrides_of_the_application_that_made_a_route_concern_it(config, guard, way):
+    made = add(FastAPI(openapi_url=None), "/guarded", guard)
+    made.dependency_overrides[require_policy_auto(config)] = lambda: None
+    app = FastAPI(openapi_url=None, routes=made.routes if way == "routes" else None)
+    if way == "mounted router":
+        app.mount("", made.router)
+    assert TestClient(app).get("/guarded").json() == "/guarded"
+    assert unguarded_routes(app) == ["GET /guarded"]
+
+
 def test_another_asgi_application_is_listed_as_a_whole(app, tmp_path):
     app.mount("/static", StaticFiles(directory=tmp_path))
     app.mount("/metrics", other_app)
