@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import anyio
 import anyio.lowlevel
 import pytest
@@ -230,6 +232,19 @@ async def test_dismissed_callers_do_not_raise_the_max_waiting_limit():
 
 
 # -- the budget of a check ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "budget, error, told",
+    [
+        (0, ValueError, r"^budget must be more than 0 seconds, got 0$"),
+        (math.inf, ValueError, r"^budget must be a finite number of seconds"),
+        (True, TypeError, r"^budget must be a number of seconds, got True"),
+    ],
+)
+def test_a_budget_that_is_no_time_is_rejected_by_name(budget, error, told):
+    with pytest.raises(error, match=told):
+        make_pool().acquire(budget=budget)
 
 
 async def awaited(acquire):

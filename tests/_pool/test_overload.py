@@ -197,6 +197,31 @@ async def test_a_waiting_check_leaves_the_queue_when_its_answer_would_be_late():
         assert callers.pool._counters.timeouts == 1
 
 
+@pytest.mark.parametrize("waits, seconds", [(True, 5), (False, 4)])
+async def test_only_callers_that_still_wait_let_a_check_wait_as_long(waits, seconds):
+    async def wait_for_long(scope):
+        with scope:
+            async with pool.acquire(timeout=50):
+                pass
+
+    async with crowd(Server(constant(1)), 5, max_connections=1) as callers:
+        pool = callers.pool
+        await callers.check()
+        async with pool.acquire(), anyio.create_task_group() as tasks:
+            scope = anyio.CancelScope()
+            tasks.start_soon(wait_for_long, scope)
+            await queued(pool, 1)
+            if not waits:
+                scope.cancel()
+                await anyio.wait_all_tasks_blocked()
+            began = anyio.current_time()
+            with pytest.raises(PoolTimeout):
+                await pool.acquire(budget=5)
+            # Its call would take a second.
+            assert anyio.current_time() - began == pytest.approx(seconds)
+            scope.cancel()
+
+
 @pytest.mark.parametrize("quick", [0, 1, 4])
 async def test_long_calls_do_not_keep_out_quick_ones_while_the_pool_has_room(quick):
     class Held(Server):

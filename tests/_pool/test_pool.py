@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import anyio
 import anyio.lowlevel
 import pytest
@@ -12,6 +14,7 @@ from fastapi_topaz import (
     ConnectionPool,
     PoolClosed,
     PoolError,
+    PoolMisuse,
     PoolStatus,
     PoolTimeout,
     _fork,
@@ -20,6 +23,7 @@ from fastapi_topaz.testing import FakeConnection, FakeConnector, fail, hang, ok
 from kit.backends import asyncio_only
 from kit.configs import TOPAZ
 from kit.pools import Lingering, Making, make_pool
+from kit.threads import in_a_thread
 
 
 pytestmark = pytest.mark.usefixtures("host_survives")
@@ -65,6 +69,106 @@ async def test_in_a_forked_child_an_open_pool_fails_and_has_no_connections():
                 with pytest.raises(PoolError, match="forked"):
                     await use()
         assert pool.status().busy == 1
+
+
+class Surviving(FakeConnector):
+    survives_fork = True
+
+
+async def test_a_forked_child_begins_with_a_pool_of_its_own(caplog):
+    caplog.set_level("INFO", "fastapi_topaz.pool")
+
+    async def child():
+        async with pool, pool.acquire():
+            for _ in range(2):
+                pool._log_limit.report(logging.WARNING, "no luck", "no luck today")
+            return pool.status().total, pool._counters.acquisitions
+
+    async with make_pool(Surviving(), name="main") as pool:
+        lease = await pool.acquire()
+        parent, pid = pool._open_pool, _fork.current.pid
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_fork.current, "pid", -1)
+            assert pool.status().healthy
+            assert " new " in repr(pool)
+            told = f"^pool 'main' was opened in process {pid}.* the event loop of its"
+            for use in (pool.initialize, pool.close, pool.acquire):
+                with pytest.raises(PoolMisuse, match=told):
+                    await use()
+            # The lease belongs to the parent, so its release changes nothing here.
+            await pool.release(lease)
+            assert in_a_thread(lambda: anyio.run(child)) == (1, 1)
+            assert f"process -1 was forked from {pid}; it has a pool" in caplog.text
+            assert "pool 'main': no luck: 1 more in the last 0 s" in caplog.text
+            # The child never collects what belongs to the parent.
+            _fork._inherited.remove(parent)
+            pool._open_pool = parent
+        assert pool.status().streams_in_use == 1
+
+
+async def test_a_child_forked_while_the_pool_opens_can_open_it_too():
+    class Forking(FakeConnector):
+        def validate(self):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(_fork.current, "pid", -1)
+                self.outcome = in_a_thread(lambda: anyio.run(child))
+
+    async def child():
+        async with pool.acquire() as conn:
+            number = conn.connection.number
+        await pool.close()
+        return number
+
+    connector = Forking()
+    pool = make_pool(connector)
+    async with pool:
+        assert connector.outcome == 1
+
+
+async def test_another_thread_cannot_open_the_pool_meanwhile_or_just_after():
+    class Opening(FakeConnector):
+        def validate(self):
+            self.outcome = in_a_thread(lambda: anyio.run(use))
+
+    async def use():
+        async with pool.acquire():
+            pass
+
+    async def opened():
+        return pool._open()
+
+    connector = Opening()
+    pool = make_pool(connector, name="main")
+    async with pool:
+        await use()
+        late = in_a_thread(lambda: anyio.run(opened))
+        later = in_a_thread(lambda: anyio.run(use))
+        for outcome in (connector.outcome, late, later):
+            assert isinstance(outcome, PoolMisuse)
+            assert str(outcome).startswith("pool 'main' is open on ")
+        assert await opened() is pool._open_pool
+
+
+async def test_only_initialize_validates_the_connector():
+    class Invalid(FakeConnector):
+        def validate(self):
+            raise ValueError("no certificate")
+
+    pool = make_pool(Invalid())
+    with pytest.raises(ValueError, match="no certificate"):
+        await pool.initialize()
+    async with pool.acquire():
+        pass
+    await pool.close()
+
+
+async def test_a_closing_pool_logs_what_it_held_back_and_keeps_no_clock(caplog):
+    async with make_pool(name="main") as pool:
+        for _ in range(3):
+            pool._log_limit.report(logging.WARNING, "no luck", "no luck today")
+        assert pool._log_limit.clock == pool._open_pool.now
+    assert "pool 'main': no luck: 2 more in the last 0 s" in caplog.text
+    assert pool._log_limit.clock is None
 
 
 @pytest.mark.parametrize("name, told", [(None, "the pool"), ("main", "pool 'main'")])

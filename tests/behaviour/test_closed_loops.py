@@ -308,6 +308,59 @@ def test_releasing_a_lease_of_a_closed_loop_is_silent():
     anyio.run(later)
 
 
+def returned(pool, conn):
+    """Release *conn* without an event loop. It never waits, so that is possible."""
+    with pytest.raises(StopIteration):
+        pool.release(conn).send(None)
+
+
+def test_a_lease_of_an_earlier_run_is_released_silently():
+    async def later():
+        async with pool:
+            await pool.release(held)
+            assert pool.status().streams_in_use == 0
+
+    for backend in ("asyncio", "trio"):
+        pool = ConnectionPool(connector=FakeConnector(), min_connections=0)
+        held = anyio.run(pool.acquire, backend=backend)
+        anyio.run(later, backend=backend)
+
+
+def test_a_lease_can_be_released_between_two_steps_of_its_loop():
+    pool = ConnectionPool(connector=FakeConnector(), min_connections=0)
+    loop = asyncio.new_event_loop()
+
+    async def lease():
+        return await pool.acquire()
+
+    conn = loop.run_until_complete(lease())
+    assert pool.status().streams_in_use == 1
+    returned(pool, conn)
+    assert pool.status().streams_in_use == 0
+    loop.run_until_complete(pool.close())
+    loop.close()
+
+
+def test_a_pool_reopens_although_it_did_not_notice_that_its_loop_was_closed():
+    pool = ConnectionPool(connector=FakeConnector(), min_connections=0)
+    held = []
+
+    async def job(pool):
+        held.append(await pool.acquire())
+        pool._open_pool.owner.stop_watching()
+
+    run(asyncio.new_event_loop, job, pool)
+    assert pool._open_pool is not None
+    assert (pool.status().total, pool.connections()) == (0, ())
+    returned(pool, held.pop())
+
+    async def later():
+        async with pool.acquire():
+            return pool.status().streams_in_use
+
+    assert anyio.run(later) == 1
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
 async def test_a_running_loop_keeps_its_pool_open():
     connector = Making(Abandoning)

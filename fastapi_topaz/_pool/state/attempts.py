@@ -78,7 +78,7 @@ class Attempts:
             probably has as many.
     """
 
-    def __init__(self, random: Callable[[], float], streams: int = 1) -> None:
+    def __init__(self, random: Callable[[], float], streams: int) -> None:
         self._random = random
         self.expected_streams = streams
         self.under_way: set[Slot] = set()

@@ -24,7 +24,7 @@ def pause(attempts, now):
 
 
 def make_attempts(random=1.0):
-    return Attempts(lambda: random)
+    return Attempts(lambda: random, 1)
 
 
 def fail(attempts, now=0.0, **options):
@@ -463,14 +463,14 @@ def test_the_last_failure_of_a_round_starts_the_forget_timer():
 
 
 def test_no_failure_exists_before_the_first_attempt():
-    assert Attempts(lambda: 1.0).error is None
+    assert Attempts(lambda: 1.0, 1).error is None
 
 
 # -- simultaneous events ------------------------------------------------------------
 
 
 def test_pauses_between_attempts_end_exactly_with_the_caution():
-    attempts = Attempts(lambda: 1.0)
+    attempts = Attempts(lambda: 1.0, 1)
     end(attempts, 0.5)
     attempts.succeeded(attempts.begin(0.5))
     later = attempts.next_attempt(waiting=False) + BRIEF
@@ -480,7 +480,7 @@ def test_pauses_between_attempts_end_exactly_with_the_caution():
 
 
 def test_a_loss_exactly_at_the_forget_time_counts_with_the_last_one():
-    attempts = Attempts(lambda: 1.0)
+    attempts = Attempts(lambda: 1.0, 1)
     end(attempts, 0.5)
     later = attempts.next_attempt(waiting=False) + FORGIVEN
     end(attempts, later)
@@ -488,7 +488,7 @@ def test_a_loss_exactly_at_the_forget_time_counts_with_the_last_one():
 
 
 def test_a_loss_exactly_at_the_end_of_a_pause_counts_separately():
-    attempts = Attempts(lambda: 1.0)
+    attempts = Attempts(lambda: 1.0, 1)
     end(attempts, 0.5)
     later = attempts.next_attempt(waiting=False)
     end(attempts, later)

@@ -39,4 +39,17 @@ def test_a_connection_with_a_raising_is_lost_is_still_leased():
     state = make_state()
     slot = open_one(state, connection=Confused())
     assert taken(state).slot is slot
+    assert slot.last_error == "is_lost() raised ZeroDivisionError"
     assert not state.to_probe
+
+
+def test_a_raising_max_streams_leaves_the_streams_of_the_pool():
+    class Odd:
+        @property
+        def max_streams(self):
+            raise ZeroDivisionError
+
+    state = make_state(streams_per_connection=4)
+    slot = open_one(state, connection=Odd())
+    assert slot.streams == 4
+    assert slot.last_error == "max_streams raised ZeroDivisionError"

@@ -31,6 +31,17 @@ def test_the_status_adds_up():
     assert str(status) == "total=3 busy=2 waiting=4 connecting=1"
 
 
+def test_the_status_has_the_limit_its_reason_and_the_wait():
+    state = make_state(max_connections=5, streams_per_connection=2)
+    status = state.status()
+    assert (status.limit, status.limit_reason) == (10, "capacity")
+    assert status.estimated_wait == 0
+    state.limit, state.limit_reason = 3, "slow"
+    status = state.status(0.5)
+    assert (status.limit, status.limit_reason) == (3, "slow")
+    assert status.estimated_wait == 0.5
+
+
 def test_the_status_distinguishes_suspect_and_leaving_connections():
     state = make_state(streams_per_connection=1)
     for _ in range(4):

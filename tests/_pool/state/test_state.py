@@ -40,6 +40,12 @@ def test_waiting_callers_fill_a_connection_to_its_streams():
     assert slot.leases == 3
 
 
+def test_a_caller_knows_when_it_was_served():
+    state = make_state()
+    open_one(state)
+    assert taken(state, 7.0).acquired_at == 7.0
+
+
 def test_waiting_callers_get_a_connection_until_its_proof_is_too_old():
     state = make_state()
     interval = state.options.health_check_interval
@@ -411,6 +417,23 @@ def test_dismissed_and_failed_waiters_know_the_reason():
     error = ConnectFailed("no")
     assert state.fail_waiting(error) == [second]
     assert (second.dismissed, second.failure) == (True, error)
+
+
+def test_a_dismissed_caller_counts_until_its_task_withdraws_it():
+    state = make_state()
+    assert state.dismissed == 0
+    first, second, third = waiting(state, 3)
+    first.deadline = 5.0
+    state.dismiss(5.0)
+    assert state.dismissed == 1
+    state.fail_waiting(ConnectFailed("no"))
+    assert state.dismissed == 3
+    for left, claim in [(2, first), (1, third), (0, second)]:
+        state.withdraw(claim, 6.0)
+        assert state.dismissed == left
+    (cancelled,) = waiting(state)
+    state.withdraw(cancelled, 7.0)
+    assert state.dismissed == 0
 
 
 def test_the_last_failure_is_kept():

@@ -267,6 +267,13 @@ def test_waiting_callers_get_the_recently_proven_connection():
     assert probes(state) == [stale]
 
 
+def test_a_lost_connection_is_passed_over_for_one_with_the_oldest_valid_proof():
+    state = make_state(health_check_interval=30, health_check_timeout=5)
+    lost, well = open_several(state, 2)
+    lost.connection.lost = True
+    assert taken(state, 70.0).slot is well
+
+
 def test_without_health_checks_no_proof_expires():
     state = make_state(health_check_interval=0)
     open_one(state)

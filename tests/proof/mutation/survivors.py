@@ -115,7 +115,7 @@ GROUPS = {
             *("_pool/test_first_answers.py", "_pool/test_handle.py"),
             *("_pool/test_leaks.py", "_pool/test_misuse.py", "_pool/test_open_pool.py"),
             *("_pool/test_owner_loop.py", "_pool/test_pool.py"),
-            "_pool/test_overload.py",
+            *("_pool/test_overload.py", "_pool/test_overload_rules.py"),
             *("_pool/test_readiness.py", "_pool/test_refusals.py"),
             *("_pool/test_nested_search.py", "_pool/test_servers.py"),
             *("_pool/state/test_options.py", "_pool/state/test_snapshot.py"),
