@@ -39,5 +39,7 @@ def refuse_mixture() -> None:
                 f"the same folder as {DISTRIBUTION}: {here}. Repair it with these two "
                 f"commands:\n"
                 f"  pip uninstall -y {OTHER} {DISTRIBUTION}\n"
-                f"  pip install {DISTRIBUTION}"
+                f"  pip install {DISTRIBUTION}\n"
+                f"If pip does not find {DISTRIBUTION}, install it from a copy of its "
+                "repository: pip install ."
             )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastapi_topaz._log_limit import LogLimit
 
 
-__all__ = ["log_undecided"]
+__all__ = ["HINTS", "log_undecided"]
 
 
 HINTS = {
@@ -32,7 +32,7 @@ HINTS = {
     grpc.StatusCode.UNAUTHENTICATED: "the api_key or credentials are missing or wrong",
     grpc.StatusCode.UNIMPLEMENTED: "it serves no Authorizer: is url the right port?",
 }
-"""What these statuses of Topaz mean for a check, for the log."""
+"""What these statuses of Topaz mean for a check, for the log and for `load`."""
 
 
 def log_undecided(limit: LogLimit, question: Question, error: BaseException) -> None:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 import anyio.lowlevel
 import attrs
+import grpc
 
+from fastapi_topaz._app.undecided import HINTS
 from fastapi_topaz._cli.output import Messages
 from fastapi_topaz._error_text import error_kind, log_text
 
@@ -245,4 +247,7 @@ def _cause(error: Exception) -> str:
     kind, text = error_kind(error), log_text(error)
     if text == kind == "DEADLINE_EXCEEDED":
         return f"{kind}: no answer in time"
+    code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+    if text == kind and code in HINTS:
+        return f"{kind}: {HINTS[code]}"
     return kind if text == kind else f"{kind}: {text}"

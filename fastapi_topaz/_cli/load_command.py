@@ -131,7 +131,7 @@ def load_test(settings: LoadSettings, backend: str) -> int:
 
 
 def verdict(settings: LoadSettings, tally: Tally) -> Iterator[str]:
-    """Yield why the rate was not reached, and the most frequent cause of failures."""
+    """Yield what the numbers do not say: causes, and what a denial of all means."""
     due = f"of the {tally.due} calls that were due were not made"
     if tally.missed:
         yield (
@@ -142,6 +142,11 @@ def verdict(settings: LoadSettings, tally: Tally) -> Iterator[str]:
         yield (
             f"The rate was not reached: {tally.late} {due}, because this machine could "
             f"not begin them within {LATE:g} s."
+        )
+    if 0 < tally.calls == tally.outcomes["denied"]:
+        yield (
+            "All calls were denied. A denial is an answer, so no call failed. The "
+            "caller is anonymous."
         )
     if (found := tally.causes.most_frequent()) is not None:
         cause, times = found

@@ -117,7 +117,8 @@ class Fallbacks:
         self._counts.fell_back(strategy, stale is not None, word, error)
         current_check().fell_back(strategy, error)
         self._limit.report(
-            logging.WARNING if decision.allowed else logging.INFO,
+            # Also for a denial: it may be the only sign of an outage.
+            logging.WARNING,
             f"fallback {strategy} {word} {path}",
             "the fallback %r %s a check of %s, because there is no decision: %s (%s)",
             *(strategy, word, path, error_kind(error)),

@@ -9,6 +9,7 @@ import anyio
 import grpc
 import pytest
 
+from fastapi_topaz._app.undecided import HINTS
 from fastapi_topaz._cli import load as _load
 from fastapi_topaz._cli.load import LATE, WORKERS, Latencies, Plan, Tally, run
 from fastapi_topaz._rpc.statuses import EndedCall, Ending
@@ -148,7 +149,11 @@ async def test_the_cause_is_the_most_frequent_one_and_not_the_first():
     "code, cause",
     [
         ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED: no answer in time"),
-        ("INVALID_ARGUMENT", "INVALID_ARGUMENT"),
+        (
+            "INVALID_ARGUMENT",
+            f"INVALID_ARGUMENT: {HINTS[grpc.StatusCode.INVALID_ARGUMENT]}",
+        ),
+        ("ABORTED", "ABORTED"),
     ],
 )
 async def test_the_cause_does_not_show_the_details_of_a_status(code, cause):

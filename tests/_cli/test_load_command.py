@@ -209,15 +209,37 @@ def test_the_cause_of_refused_calls_is_their_status(topaz, run_forked):
     )
 
     assert ended.code == 1
-    assert re.search(r"Cause: UNAUTHENTICATED \((\d+) of \1 failed calls\)", ended.out)
+    cause = r"Cause: UNAUTHENTICATED: the api_key .* \((\d+) of \1 failed calls\)"
+    assert re.search(cause, ended.out)
+
+
+def some_settings():
+    return LoadSettings(
+        options=AuthorizerOptions(), plan=Plan(duration=1, rate=10), policy_path=None,
+        check_timeout=1, connections=1, streams=1, allows_remote=False, as_json=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "outcomes, is_noted",
+    [
+        ({"denied": 2}, True),
+        ({"denied": 2, "allowed": 1}, False),
+        ({"denied": 2, "PoolTimeout": 1}, False),
+        ({}, False),
+    ],
+)
+def test_the_result_says_if_all_calls_were_denied(outcomes, is_noted):
+    tally = Tally()
+    tally.outcomes.update(outcomes)
+    noted = list(_load_command.verdict(some_settings(), tally))
+    assert [each.startswith("All calls were denied.") for each in noted] == (
+        [True] if is_noted else []
+    )
 
 
 def test_calls_that_this_machine_begins_too_late_are_shown():
-    plan = Plan(duration=1, rate=10)
-    settings = LoadSettings(
-        options=AuthorizerOptions(), plan=plan, policy_path=None, check_timeout=1,
-        connections=1, streams=1, allows_remote=False, as_json=False,
-    )  # fmt: skip
+    settings = some_settings()
     tally = Tally(late=4, behind=1.94)
     tally.outcomes["answered"] = 6
 

@@ -217,6 +217,16 @@ async def test_each_use_is_counted_logged_and_reported(caplog):
     )
 
 
+@pytest.mark.parametrize("stale", [None, STALE[2]])
+async def test_a_denial_by_a_fallback_is_a_warning(stale, caplog):
+    fallback, _ = fallback_of("cache_then_deny", ConnectionLost("x"), stale=stale)
+    for _ in range(3):
+        assert (await fallback(ALICE.question())).allowed is False
+    (line,) = caplog.records
+    assert line.levelname == "WARNING"
+    assert "the fallback 'cache_then_deny' denied a check of" in line.getMessage()
+
+
 async def test_a_report_that_fails_changes_nothing(caplog):
     def broken(*_):
         raise KeyError

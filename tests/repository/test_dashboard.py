@@ -249,6 +249,7 @@ def test_the_expected_alerts_exist_and_explain_themselves():
         "TopazPoolNoHealthyConnection",
         "TopazChecksFailing",
         "TopazFallbackAllows",
+        "TopazFallbackDenies",
         "TopazCircuitOpen",
         "TopazDenialsJump",
     }

@@ -56,6 +56,8 @@ def test_the_other_library_in_the_same_folder_is_an_import_error(site, file):
         f"Repair it with these two commands:\n"
         f"  pip uninstall -y fastapi-topaz fastapi-topaz-pool\n"
         f"  pip install fastapi-topaz-pool\n"
+        f"If pip does not find fastapi-topaz-pool, install it from a copy of its "
+        f"repository: pip install .\n"
     )
 
 

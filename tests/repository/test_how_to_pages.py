@@ -223,9 +223,9 @@ def test_prometheus_scrapes_each_port_of_the_range():
 
 def test_each_expression_of_the_page_prometheus_can_be_parsed():
     promql_parser = pytest.importorskip("promql_parser")
-    (text,) = codes(DOCS / "prometheus.md", "promql")
-    for line in text.splitlines():
-        promql_parser.parse(line)
+    for text in codes(DOCS / "prometheus.md", "promql"):
+        for line in text.splitlines():
+            promql_parser.parse(line)
 
 
 # -- the production checklist ---------------------------------------------------------
@@ -233,7 +233,7 @@ def test_each_expression_of_the_page_prometheus_can_be_parsed():
 
 @pytest.fixture
 def every_route_has_a_guard(monkeypatch):
-    """Return the test of the page, and the application that it tests."""
+    """Return the tests of the page, and the application that they test."""
     (code,) = [
         each for each in codes(DOCS / "production.md", "python") if "unguarded" in each
     ]
@@ -243,25 +243,42 @@ def every_route_has_a_guard(monkeypatch):
     guard = Depends(require_policy_auto(config_of(make_pool())))
     app.get("/guarded", dependencies=[guard])(lambda: None)
     main = types.ModuleType("main")
-    main.app = app
+    main.app, main.may_write = app, lambda: None
+    own = [Depends(main.may_write)]
+    app.put("/documents/{id}", dependencies=own)(lambda: None)
     monkeypatch.setitem(sys.modules, "main", main)
     names = {}
     exec(code, names)
-    return names["test_each_other_route_has_a_guard"], app
+    return types.SimpleNamespace(**names)
 
 
 def test_the_test_of_the_page_production_finds_routes_without_a_guard(
     every_route_has_a_guard,
 ):
-    test, app = every_route_has_a_guard
+    page = every_route_has_a_guard
+    test = page.test_each_other_route_has_a_guard
     test()
-    app.post("/livez")(lambda: None)
+    page.app.post("/livez")(lambda: None)
     with pytest.raises(AssertionError):
         test()
 
 
 def test_the_test_of_the_page_production_finds_raw_routes(every_route_has_a_guard):
-    test, app = every_route_has_a_guard
-    app.add_route("/raw", lambda _request: None)
+    page = every_route_has_a_guard
+    page.app.add_route("/raw", lambda _request: None)
     with pytest.raises(AssertionError):
-        test()
+        page.test_each_other_route_has_a_guard()
+
+
+def test_the_test_of_the_page_production_finds_a_removed_check(
+    every_route_has_a_guard, monkeypatch
+):
+    page = every_route_has_a_guard
+    (route,) = page.OWN_CHECKS
+    test = page.test_each_own_check_is_a_dependency_of_its_route
+    with monkeypatch.context() as patch:
+        test(route, patch)
+    # The route does not have this dependency.
+    page.OWN_CHECKS[route] = lambda: None
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        test(route, patch)

@@ -110,7 +110,7 @@ def names(embedded_authorizer, monkeypatch):
     app.get("/documents", dependencies=[guard])(lambda: None)
     # The module of the application, for a test on a page.
     main = ModuleType("main")
-    main.app = app
+    main.app, main.may_write = app, lambda: None
     monkeypatch.setitem(sys.modules, "main", main)
 
     async def renew():
