@@ -240,7 +240,7 @@ def grpcio(session: nox.Session) -> None:
     names = ["cancel_everywhere", "cancel_outcomes", "cancel_steps"]
     files += [f"proof/test_{name}.py" for name in names]
     paths = [f"tests/{name}" for name in files]
-    chosen = ("-m", OVER_GRPCIO)
+    chosen = ("-n4", "-m", OVER_GRPCIO)
     session.run("pytest", *chosen, *paths, *session.posargs, env=environment)
     if binary := built_gopeer(Path(session.cache_dir).resolve() / "gopeer"):
         environment["GOPEER"] = binary
@@ -254,7 +254,8 @@ def grpcio(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """Run the tests that take long."""
     session.install("-e", ".", "--group", "test")
-    session.run("pytest", "-m", "slow and not nightly", *session.posargs)
+    # Fewer processes than by default: hundreds of callers need the processor.
+    session.run("pytest", "-n4", "-m", "slow and not nightly", *session.posargs)
 
 
 @nox.session
