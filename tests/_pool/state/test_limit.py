@@ -290,6 +290,14 @@ def test_after_a_cut_that_was_undone_such_calls_are_left_alone_for_two_seconds()
     assert [calls.cohort(0.3, refused=100) for _ in range(2)] == [500, 333]
 
 
+def test_calls_that_take_much_longer_than_those_of_an_undone_cut_are_slow_again():
+    calls = Calls()
+    for _ in range(3):
+        calls.cohort(0.02)
+    assert [calls.cohort(0.3, refused=100) for _ in range(2)] == [64, 128]
+    assert [calls.cohort(0.45, refused=100) for _ in range(2)] == [128, 89]
+
+
 def test_the_shortest_usual_time_is_remembered_for_a_minute():
     for pause, expected in [(50, 16), (61, 18)]:
         calls = Calls()
