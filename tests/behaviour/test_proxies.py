@@ -222,7 +222,7 @@ async def assert_an_outage(proxy, begin, end, text, caplog):
             assert text in str(check.error)
             assert text in str(check.error.__cause__)
         assert max(check.took for check in flow.since(began)) < SOON
-        (warning,) = lines(caplog, logger="fastapi_topaz")
+        (warning,) = lines(caplog, logger="fastapi_topaz.pool")
         assert f"{proxy.url} answers that its server is not available" in warning
 
         await run_sync(end)
@@ -234,7 +234,7 @@ async def assert_an_outage(proxy, begin, end, text, caplog):
         await flow.flows()
         assert flow.failed(again) == []
         await eventually(lambda: status().healthy_connections == CONNECTIONS)
-        assert len(lines(caplog, logger="fastapi_topaz")) == 1
+        assert len(lines(caplog, logger="fastapi_topaz.pool")) == 1
         assert_untouched(flow.pool, proxy)
 
 
@@ -344,7 +344,7 @@ async def test_a_rate_limit_closes_no_connection_and_the_pool_stays_healthy(
             assert isinstance(check.error, grpc.aio.AioRpcError), check.error
             assert str(status) in check.error.details()
         assert max(check.took for check in flow.checks) < SOON
-        assert lines(caplog, logger="fastapi_topaz") == []
+        assert lines(caplog, logger="fastapi_topaz.pool") == []
         assert_untouched(flow.pool, proxy)
 
 
@@ -373,7 +373,7 @@ async def test_connections_closed_after_n_requests_are_replaced_without_a_pause(
         # each new connection, two of ten would be missing.
         used = sum(flow.busy) / len(flow.busy)
         assert used > 0.6 * needed, f"{used:.1f} of {needed} connections in use"
-        assert lines(caplog, logger="fastapi_topaz") == []
+        assert lines(caplog, logger="fastapi_topaz.pool") == []
         assert all(flow.healthy)
 
 
@@ -428,7 +428,7 @@ async def test_idle_timeouts_of_a_second_fail_no_check_and_cause_no_outage(
         assert pool._counters.closes.keys() <= {"lost", "spread", "unhealthy"}
         assert pool._counters.connect_failures == {}
         assert pool._counters.connect_retries == 0
-        assert lines(caplog, logger="fastapi_topaz") == []
+        assert lines(caplog, logger="fastapi_topaz.pool") == []
         assert all(flow.healthy)
 
 
