@@ -10,14 +10,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import AsyncExitStack
 
 import anyio
 import pytest
 
-from fastapi_topaz import (
-    PooledConnection,
-)
+from fastapi_topaz import PooledConnection, PoolError
 from fastapi_topaz._redaction import boundary, clear_frames
+from fastapi_topaz.testing import FakeConnector, fail, ok
 from kit.backends import backends
 from kit.pools import make_pool
 from kit.secrets import (
@@ -28,6 +28,7 @@ from kit.secrets import (
     assert_clean,
     error_of,
     frames,
+    is_ours,
     leaks,
     secrets_in,
 )
@@ -58,6 +59,40 @@ def test_each_public_method_of_a_lease_clears_frames():
     for name, method in methods.items():
         assert inspect.iscoroutinefunction(method) == (name != "stub"), name
         assert method.__wrapped__.__name__ == method.__name__ == name
+
+
+async def refused(pool, how):
+    """Let acquire() of *pool* fail, awaited or entered, and return the error."""
+
+    async def enter():
+        async with pool.acquire(timeout=1):
+            pass
+
+    return await error_of(
+        pool.acquire(timeout=1) if how == "await" else enter(), PoolError
+    )
+
+
+@pytest.mark.parametrize("how", ["await", "enter"])
+@pytest.mark.parametrize("cause", ["connect", "full", "closed"])
+async def test_a_failed_acquire_keeps_no_object_of_the_pool_in_its_frames(how, cause):
+    connector = FakeConnector(default=fail() if cause == "connect" else ok())
+    pool = make_pool(connector, max_connections=1, max_retries=0)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(pool)
+        if cause == "full":
+            await stack.enter_async_context(pool.acquire())
+        if cause == "closed":
+            await pool.close()
+        error = await refused(pool, how)
+        kept = [
+            (frame.f_code.co_name, name)
+            for frame in frames(error)
+            if is_ours(frame)
+            for name, value in frame.f_locals.items()
+            if type(value).__module__.startswith("fastapi_topaz")
+        ]
+        assert kept == []
 
 
 # -- the mechanism --------------------------------------------------------------------
