@@ -377,7 +377,8 @@ async def test_a_peer_that_reads_nothing_delays_no_close():
                             callers.start_soon(ask)
                         await eventually(lambda: connection._wire._unsent is not None)
                         await connection.close(0.0)
-                held[0].close()
+            # After the task that holds the socket: it may run later than the close.
+            held[0].close()
 
 
 async def test_probes_take_any_status_of_the_service():
