@@ -66,7 +66,9 @@ def file_of(name):
     if not (inspect.ismodule(thing) or inspect.isclass(thing) or callable(thing)):
         return None
     with contextlib.suppress(TypeError):
-        return Path(inspect.getfile(inspect.unwrap(thing))).relative_to(ROOT).as_posix()
+        file = Path(inspect.getfile(inspect.unwrap(thing)))
+        # The package may be installed outside of the repository.
+        return file.relative_to(Path(fastapi_topaz.__file__).parents[1]).as_posix()
     return None
 
 
