@@ -23,7 +23,6 @@ import hypothesis
 import pytest
 import trio.testing
 
-from fastapi_topaz._pool.clock import Clock
 from fastapi_topaz.connector import TRANSPORT_VARIABLE
 
 
@@ -171,22 +170,6 @@ def _transport_of_markers(request, monkeypatch):
             monkeypatch.setenv(TRANSPORT_VARIABLE, transport)
 
 
-@pytest.fixture(autouse=True)
-def _durations_in_virtual_time(request, monkeypatch):
-    """Measure durations by the clock that a test in virtual time moves."""
-    if "anyio_backend" not in request.fixturenames:
-        return
-    if request.node.get_closest_marker("real_clock") is None:
-        monkeypatch.setattr(Clock, "perf_counter", staticmethod(_loop_time))
-
-
-def _loop_time():
-    try:
-        return asyncio.get_running_loop().time()
-    except RuntimeError:
-        return trio.current_time()
-
-
 @pytest.fixture
 def anyio_backend(request):
     name = request.param
@@ -205,8 +188,6 @@ def anyio_backend(request):
 
 
 def eager_loop():
-    import asyncio
-
     loop = AutojumpLoop()
     loop.set_task_factory(asyncio.eager_task_factory)
     return loop

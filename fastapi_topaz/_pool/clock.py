@@ -1,30 +1,27 @@
 """
-The clocks of a pool: one for deadlines, one for durations.
+The clock of a pool, for deadlines and for durations: that of its event loop.
 
-Deadlines use the clock of the event loop. That clock may jump, as under freezegun.
-`Clock` absorbs each backward jump, so a stored "not before" time never moves further
-away. No other module has to handle jumps.
-
-Durations use `Clock.stopwatch`. That is the same clock if it is exact. Otherwise it is
-`time.perf_counter`, because the clock of uvloop moves in steps of 1 ms. If an exact
-clock jumps ahead, the duration under way includes the jump.
+That clock may jump, as under freezegun. `Clock` absorbs each backward jump, so a stored
+"not before" time never moves further away. No other module has to handle jumps. If the
+clock jumps ahead, the durations under way include the jump.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import asyncio
+    from collections.abc import Iterator
 
 
-__all__ = ["Clock", "TimeSource", "time_limit"]
+__all__ = ["Clock", "TimeSource", "exact", "time_limit"]
 
 
 ROUNDING = 1e-6
@@ -36,16 +33,42 @@ def time_limit(timeout: float | None) -> anyio.CancelScope:
     return anyio.move_on_after(timeout)
 
 
-READINGS = 4
-"""The readings that are compared. A clock in steps cannot step between all of them."""
-
-
 class TimeSource(Protocol):
     """An object that returns the current time. Each event loop of asyncio is one."""
 
     def time(self) -> float:
         """Return the time in seconds."""
         ...
+
+
+class _Ahead:
+    """A clock that is *skew* seconds ahead of *loop*, the clock of a loop."""
+
+    def __init__(self, loop: TimeSource, skew: float) -> None:
+        self._loop = loop
+        self._skew = skew
+
+    def time(self) -> float:
+        return self._loop.time() + self._skew
+
+
+class _Monotonic:
+    """The clock that uvloop reads once in each turn of its loop."""
+
+    # An attribute of a class, because freezegun replaces attributes of modules.
+    time = staticmethod(time.monotonic)
+
+
+def exact(loop: asyncio.AbstractEventLoop) -> TimeSource:
+    """
+    Return the clock of *loop*; for uvloop, the clock behind it.
+
+    uvloop's own clock stands still during a turn of the loop, and moves in steps of
+    1 ms. It is never ahead of the clock behind it. So whatever wakes at a deadline
+    finds that the deadline has passed. Only on Linux are both known to be one clock.
+    """
+    is_uvloop = getattr(type(loop).time, "__module__", None) == "uvloop.loop"
+    return _Monotonic() if is_uvloop and sys.platform == "linux" else loop
 
 
 class Clock:
@@ -57,36 +80,22 @@ class Clock:
     time. Only `peek` may be called outside the thread of the loop.
 
     Attributes:
-        source: The clock of the loop. It is the object and not its bound method,
-            because freezegun replaces the method.
-        skew: The sum of all backward jumps so far, in seconds.
+        source: The clock of the loop, plus the sum of its backward jumps so far. It is
+            the object and not its bound method, because freezegun replaces the method.
         last: The last result of `now`, in seconds.
-        is_exact: Whether the first readings of the loop's clock all differed. Then one
-            reading serves deadlines and durations: a reading is 3 % of a lease.
     """
 
-    __slots__ = ("_deadlines", "is_exact", "last", "skew", "source")
-
-    # An attribute of the class, because freezegun replaces attributes of modules.
-    perf_counter = staticmethod(time.perf_counter)
+    __slots__ = ("_deadlines", "_loop", "_skew", "last", "source")
 
     def __init__(self, source: TimeSource) -> None:
-        self.source = source
-        self.skew = 0.0
+        self.source = self._loop = source
+        self._skew = 0.0
         self.last = source.time()
         self._deadlines: dict[anyio.CancelScope, float] = {}
-        readings = [source.time() for _ in range(READINGS)]
-        self.is_exact = all(one < other for one, other in pairwise(readings))
-
-    @property
-    def stopwatch(self) -> Callable[[], float]:
-        """The function that returns seconds for durations: `now`, if that is exact."""
-        # Not an attribute: that would be a cycle, which keeps the event loop alive.
-        return self.now if self.is_exact else self.perf_counter
 
     def now(self) -> float:
         """Return the time in seconds. It never decreases."""
-        now = self.source.time() + self.skew
+        now = self.source.time()
         if now < self.last:
             return self._went_back(now)
         self.last = now
@@ -94,7 +103,7 @@ class Clock:
 
     def peek(self) -> float:
         """Return the time in seconds, without a change of the clock. Thread-safe."""
-        return max(self.last, self.source.time() + self.skew)
+        return max(self.last, self.source.time())
 
     @contextmanager
     def deadline(self, at: float) -> Iterator[anyio.CancelScope]:
@@ -112,7 +121,8 @@ class Clock:
             await anyio.sleep_forever()
 
     def _went_back(self, now: float) -> float:
-        self.skew += self.last - now
+        self._skew += self.last - now
+        self.source = _Ahead(self._loop, self._skew)
         # The event loop stores deadlines in its own time. So they move too. Otherwise
         # each scope waits longer, by the size of the jump.
         for scope, at in list(self._deadlines.items()):
@@ -121,4 +131,4 @@ class Clock:
 
     def _loop_time(self, at: float) -> float:
         # Rounded up. Otherwise a task may wake just before *at*, and must sleep again.
-        return at - self.skew + ROUNDING if self.skew else at
+        return at - self._skew + ROUNDING if self._skew else at

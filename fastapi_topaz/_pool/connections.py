@@ -121,8 +121,7 @@ def place(open_pool: OpenPool, slot: Slot) -> str:
 
 async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
     timeout = open_pool.options.connection_timeout
-    began = open_pool.stopwatch()
-    deadline = open_pool.now() + timeout
+    began = open_pool.now()
     try:
         connection = await _within(
             open_pool.clock, timeout, open_pool.connector.connect, timeout
@@ -141,19 +140,17 @@ async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
     refusal = None
     if probed:
         try:
-            refusal = await _first_answer(open_pool, connection, deadline)
+            refusal = await _first_answer(open_pool, connection, began + timeout)
         except ConnectFailed as error:
             _failed(open_pool, slot, error)
             return
     attempts = open_pool.state.attempts
     rounds = attempts.failures
-    slot.alive_since = open_pool.stopwatch()
-    took = slot.alive_since - began
     open_pool.state.connected(slot, connection, open_pool.now())
     open_pool.overload.connected()
     open_pool.limiter.total_tokens = open_pool.state.limit
     open_pool.counters.connects += 1
-    open_pool.observer.connected(took)
+    open_pool.observer.connected(slot.opened_at - began)
     open_pool.events.add("connected", peer_of(slot))
     if refusal is not None:
         _refused(open_pool, slot, refusal, probed_at)
@@ -171,7 +168,7 @@ async def _attempt(open_pool: OpenPool, slot: Slot) -> None:
         "%s: connected to %s in %.3f s%s (%s)",
         open_pool.label,
         place(open_pool, slot),
-        took,
+        slot.opened_at - began,
         f", the outage is over (failed rounds of attempts: {rounds})" if rounds else "",
         open_pool.state.status(),
         all_counts=True,
@@ -508,12 +505,7 @@ async def close(open_pool: OpenPool, slot: Slot) -> None:
             logging.INFO if lost else logging.DEBUG,
             f"closing: {reason}",
             "%s: closing a connection to %s after %.1f s: %s%s (left: %s)",
-            *(
-                open_pool.label,
-                where,
-                open_pool.stopwatch() - slot.alive_since,
-                reason,
-            ),
+            *(open_pool.label, where, open_pool.now() - slot.opened_at, reason),
             *(error, open_pool.state.status()),
         )
         with anyio.CancelScope(shield=True), open_pool.busy_task():

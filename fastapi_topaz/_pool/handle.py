@@ -158,7 +158,7 @@ def _reclaim(open_pool: OpenPool, claim: Claim) -> None:
         "lease garbage-collected",
         "%s: took back a lease that was garbage-collected after %.1f s and not "
         "released (streams in use: %d -> %d), held by %s",
-        *(open_pool.label, open_pool.stopwatch() - claim.held_since),
+        *(open_pool.label, open_pool.now() - claim.acquired_at),
         *(before, open_pool.state.in_use),
         holder or "an unknown task (set leak_threshold to record it)",
     )

@@ -82,7 +82,7 @@ class OpenPool:
             "readiness",
             "series",
         ),
-        *("state", "stopwatch", "suspicion", "target", "tasks", "work"),
+        *("state", "suspicion", "target", "tasks", "work"),
     )
 
     def __init__(
@@ -110,7 +110,6 @@ class OpenPool:
         self.owner = owner
         self.clock = self.owner.clock
         self.now = self.clock.now
-        self.stopwatch = self.clock.stopwatch
         self.log_limit = log_limit
         log_limit.clock = self.now
         self.state = PoolState(
@@ -172,7 +171,11 @@ class OpenPool:
     # -- acquire and release ----------------------------------------------------
 
     def take(self, claim: Claim) -> bool:
-        """Serve *claim* at once, if a slot is ready. No caller may wait already."""
+        """
+        Serve *claim* at once, if a slot is ready. No caller may wait already.
+
+        If the pool shuts, no slot is ready.
+        """
         self.adopted = True
         state = self.state
         # Checked before the limiter, because to raise and catch WouldBlock costs more
@@ -181,11 +184,10 @@ class OpenPool:
             return False
         # The code of now(), inlined: the usual case then needs no call of it.
         clock = self.clock
-        now = clock.source.time() + clock.skew
+        now = clock.source.time()
         if now < clock.last:
             now = clock.now()
         clock.last = now
-        claim.held_since = now if clock.is_exact else self.stopwatch()
         try:
             self.limiter.acquire_on_behalf_of_nowait(claim)
         except anyio.WouldBlock:
@@ -217,7 +219,6 @@ class OpenPool:
             if not self.state.waiting and self.take(claim):
                 return
             now = self.now()
-            began = now if self.clock.is_exact else self.stopwatch()
             watched, served = self._join(claim, timeout, now), False
             try:
                 with NO_SCOPE if watched else self.clock.deadline(claim.deadline):
@@ -240,8 +241,7 @@ class OpenPool:
                     self._withdraw(claim)
             if not served:
                 raise self._refusals.not_served(claim, now)
-            claim.held_since = self.stopwatch()
-            claim.waited = claim.held_since - began
+            claim.waited = self.now() - now
             if isinstance(claim, Check):
                 self._admission.served(claim.acquired_at - now, claim.acquired_at)
         except BaseException:
@@ -292,18 +292,18 @@ class OpenPool:
         state = self.state
         # As in take().
         clock = self.clock
-        now = clock.source.time() + clock.skew
+        now = clock.source.time()
         if now < clock.last:
             now = clock.now()
         clock.last = now
         admission = self._admission
-        lease = now - claim.acquired_at
+        held = now - claim.acquired_at
         slot = claim.slot
         assert slot is not None  # noqa: S101
         # How long a connection took to break says nothing about the next leases. The
         # slot has an error then. It is asked first, because that takes less time.
         if slot.retired is None and (slot.last_error is None or not claim.cut_off):
-            admission.held += lease
+            admission.held += held
             admission.ended += 1
         admission.last_end = now
         state.give_back(claim, now)
@@ -312,7 +312,7 @@ class OpenPool:
         # has just got.
         self.limiter.release_on_behalf_of(claim)
         if type(claim) is Check:
-            if self.overload.end(claim, lease, now):
+            if self.overload.end(claim, held, now):
                 self.apply_limit()
         elif self.overload.counted and self.overload.shrink():
             self.limiter.total_tokens = state.limit
@@ -323,7 +323,6 @@ class OpenPool:
             or state.shut
         ):
             self.after_change()
-        held = (now if clock.is_exact else self.stopwatch()) - claim.held_since
         self.observer.released(held)
         if self.leaks is not None:
             self.leaks.returned(claim, held)

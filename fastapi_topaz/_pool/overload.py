@@ -108,12 +108,10 @@ class Overload:
 
     def joined(self, claim: Claim) -> bool:
         """Count *claim*, which found nothing free; return whether the limit changed."""
-        explicit = self.explicit
         if isinstance(claim, Check):
             self.checks += 1
-        else:
-            explicit += 1  # it is not in the queue yet
-        return self._state.limit < self.capacity and self._make_room(explicit)
+        # One more, because *claim* is not in the queue yet.
+        return self._state.limit < self.capacity and self._make_room(self.explicit + 1)
 
     def left(self, claim: Claim) -> None:
         """Forget *claim*, which was not served."""

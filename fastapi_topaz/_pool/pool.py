@@ -174,7 +174,7 @@ class Pool(NotAsync, NotCopied, Generic[H]):
     def _acquire_nowait(self, budget: Budget | None) -> H | None:
         """Lease a free connection; return None if the caller has to use `_acquire`."""
         open_pool = self._open_pool
-        if open_pool is None or open_pool.state.shut or open_pool.state.waiting:
+        if open_pool is None or open_pool.state.waiting:
             return None
         # The code of is_current_loop(), inlined: a call is 2 % of the cost of a lease.
         owner = open_pool.owner
@@ -183,13 +183,14 @@ class Pool(NotAsync, NotCopied, Generic[H]):
                 return None
         except RuntimeError:
             return None
-        claim = Claim() if budget is None else _check(budget, open_pool)
+        claim: Any = Claim() if budget is None else _check(budget, open_pool)
         if not open_pool.take(claim):
             return None
-        if type(claim) is Check:
+        if budget is not None:
             open_pool.overload.checks += 1
             open_pool.overload.begin(claim)
-        # The code of _lend() and Handle(), inlined: this runs for almost every lease.
+        # As in _acquire(). The code of Handle() is inlined: this runs for almost every
+        # lease.
         self._counters.acquisitions += 1
         open_pool.observer.acquired(0.0)
         if open_pool.leaks is not None:
@@ -197,17 +198,6 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         conn: H = _new(self._handle)
         conn._pool, conn._open_pool, conn._claim = self, open_pool, claim  # noqa: SLF001
         return conn
-
-    def _lend(self, open_pool: Any, claim: Claim) -> H:
-        """Count that *claim* was served, and return its handle."""
-        self._counters.acquisitions += 1
-        open_pool.observer.acquired(claim.waited)
-        if isinstance(claim, Check):
-            open_pool.overload.begin(claim)
-        if open_pool.leaks is not None:
-            open_pool.leaks.taken(claim)
-        handle: H = self._handle(self, open_pool, claim)
-        return handle
 
     async def _acquire(self, timeout: float | None, budget: Budget | None) -> H:
         if timeout is None:
@@ -232,7 +222,14 @@ class Pool(NotAsync, NotCopied, Generic[H]):
             open_pool = claim = None
             clear_frames(error)
             raise
-        return self._lend(open_pool, claim)
+        self._counters.acquisitions += 1
+        open_pool.observer.acquired(claim.waited)
+        if isinstance(claim, Check):
+            open_pool.overload.begin(claim)
+        if open_pool.leaks is not None:
+            open_pool.leaks.taken(claim)
+        handle: H = self._handle(self, open_pool, claim)
+        return handle
 
     @protected
     def _release(self, conn: H, *, discard: bool = False) -> None:
@@ -242,8 +239,11 @@ class Pool(NotAsync, NotCopied, Generic[H]):
         open_pool = conn._open_pool  # noqa: SLF001
         # The thread and not the loop: it is faster, and enough for what never waits.
         owner = open_pool.owner
-        is_here = get_ident() == owner.thread and owner.pid == process.pid
-        if open_pool is not self._open_pool or not is_here:
+        if (
+            open_pool is not self._open_pool
+            or owner.thread != get_ident()
+            or owner.pid != process.pid
+        ):
             if (
                 open_pool is not self._open_pool
                 or owner.is_closed()

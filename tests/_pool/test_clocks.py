@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import sys
 import time
 
 import anyio
@@ -13,6 +14,7 @@ import grpc
 import pytest
 import trio
 import trio.testing
+import uvloop
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -25,7 +27,7 @@ from fastapi_topaz import (
     PoolTimeout,
     TopazConfig,
 )
-from fastapi_topaz._pool.clock import Clock, time_limit
+from fastapi_topaz._pool.clock import Clock, exact, time_limit
 from fastapi_topaz._pool.owner_loop import OwnerLoop
 from fastapi_topaz.testing import FakeConnector, fail, hang
 from kit.autojump import jump
@@ -309,41 +311,51 @@ async def test_a_time_limit_ends_a_wait_unless_it_is_none(timeout, waited):
 # -- durations ------------------------------------------------------------------------
 
 
-class Steps:
-    """A clock that moves by *size* seconds after each *readings* readings."""
-
-    def __init__(self, readings, size=0.001):
-        self.readings, self.size = readings, size
-        self.count = 0
-
-    def time(self):
-        self.count += 1
-        return self.count // self.readings * self.size
-
-
-@pytest.mark.parametrize(
-    "source, is_exact",
-    [
-        (Steps(1, 1e-9), True),
-        (Steps(2), False),
-        (Steps(3), False),
-        (Steps(1000), False),
-    ],
-)
-def test_a_clock_is_exact_if_all_its_readings_differ(source, is_exact):
-    clock = Clock(source)
-    assert clock.is_exact is is_exact
-    before = source.count
-    clock.stopwatch()
-    assert (source.count > before) is is_exact
+@pytest.mark.real_clock
+@pytest.mark.uvloop
+async def test_a_clock_moves_during_a_turn_of_the_loop():
+    """The own clock of uvloop does not."""
+    clock = OwnerLoop().clock
+    before = clock.now()
+    end = time.perf_counter() + 0.002
+    while time.perf_counter() < end:
+        pass
+    assert clock.now() - before >= 0.002
 
 
 @pytest.mark.real_clock
-async def test_the_clocks_of_asyncio_and_trio_are_exact_and_not_that_of_uvloop(
-    anyio_backend_name, anyio_backend
-):
-    is_uvloop = anyio_backend[1].get("use_uvloop", False)
-    assert OwnerLoop().clock.is_exact is not is_uvloop
+@pytest.mark.uvloop
+async def test_at_its_deadline_the_clock_shows_at_least_the_deadline():
+    clock = OwnerLoop().clock
+    for delay in (0, 1e-5, 0.0004, 0.0011, 0.003):
+        end = clock.now() + delay
+        with clock.deadline(end):
+            await anyio.sleep_forever()
+        assert clock.now() >= end
+
+
+def test_elsewhere_than_on_linux_the_clock_of_uvloop_is_its_own(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    loop = uvloop.new_event_loop()
+    try:
+        assert exact(loop) is loop
+    finally:
+        loop.close()
+
+
+class OwnTime(uvloop.Loop):
+    """A loop whose clock is not that of uvloop, as in virtual time."""
+
+    def time(self):
+        return 7.0
+
+
+def test_a_loop_with_a_clock_of_its_own_keeps_it():
+    loop = OwnTime()
+    try:
+        assert exact(loop) is loop
+    finally:
+        loop.close()
 
 
 def sums(reader):
@@ -357,34 +369,9 @@ def sums(reader):
     }
 
 
-class CoarseLoop(asyncio.SelectorEventLoop):
-    """A loop with a clock that moves in steps of a minute."""
-
-    def time(self):
-        return super().time() // 60 * 60
-
-
-class CoarseClock(trio.abc.Clock):
-    """A Trio clock that moves in steps of a minute."""
-
-    def start_clock(self):
-        pass
-
-    def current_time(self):
-        return time.perf_counter() // 60 * 60
-
-    def deadline_to_sleep_time(self, deadline):
-        return max(0, deadline - self.current_time())
-
-
-@pytest.mark.parametrize(
-    "backend, options",
-    [
-        ("asyncio", {"loop_factory": CoarseLoop}),
-        ("trio", {"clock": CoarseClock()}),
-    ],
-)
-def test_durations_are_exact_if_the_loop_clock_is_coarse(backend, options):
+@pytest.mark.real_clock
+@pytest.mark.uvloop
+async def test_durations_of_less_than_a_turn_of_the_loop_are_exact():
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader])
     busy = 0.003
@@ -399,16 +386,12 @@ def test_durations_are_exact_if_the_loop_clock_is_coarse(backend, options):
             work()
             return await super().connect(timeout)
 
-    async def main():
-        pool = make_pool(Working(), meter_provider=provider, max_connections=1)
-        async with pool:
-            async with pool.acquire() as conn:
-                assert conn.waited >= busy
-                work()
-            return sums(reader)
-
     began = time.perf_counter()
-    found = anyio.run(main, backend=backend, backend_options=options)
+    pool = make_pool(Working(), meter_provider=provider, max_connections=1)
+    async with pool, pool.acquire() as conn:
+        assert conn.waited >= busy
+        work()
+    found = sums(reader)
     took = time.perf_counter() - began
     provider.shutdown()
     for name in ("acquire_latency", "hold_time", "connect_time"):
@@ -416,7 +399,7 @@ def test_durations_are_exact_if_the_loop_clock_is_coarse(backend, options):
 
 
 class JumpingLoop(asyncio.SelectorEventLoop):
-    """A loop with an exact clock that can jump."""
+    """A loop with a clock that can jump."""
 
     ahead = 0.0
 
@@ -428,7 +411,7 @@ class JumpingLoop(asyncio.SelectorEventLoop):
 
 
 class JumpingClock(trio.abc.Clock):
-    """An exact Trio clock that can jump."""
+    """A Trio clock that can jump."""
 
     def __init__(self):
         self.ahead = 0.0
@@ -448,7 +431,7 @@ class JumpingClock(trio.abc.Clock):
 
 @pytest.mark.parametrize("during", [True, False], ids=["in a lease", "before it"])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_no_duration_is_wrong_after_an_exact_clock_went_back(backend, during):
+def test_no_duration_is_wrong_after_a_clock_went_back(backend, during):
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader])
 
@@ -462,7 +445,6 @@ def test_no_duration_is_wrong_after_an_exact_clock_went_back(backend, during):
         async with pool:
             async with pool.acquire():
                 pass
-            assert pool._open_pool.clock.is_exact
             if not during:
                 clock.jump(-1000)
             async with pool.acquire():

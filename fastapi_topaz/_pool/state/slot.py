@@ -21,8 +21,7 @@ class Slot:
     """
     Room for one connection, and what the pool knows about that connection.
 
-    Strictly private. Compared by identity. All times are seconds on the pool's clock,
-    except `alive_since`.
+    Strictly private. Compared by identity. All times are seconds on the pool's clock.
     """
 
     connection: Any = None
@@ -39,8 +38,6 @@ class Slot:
     opened_at: float = 0.0
     # When the pool grew by it. A replacement has the time of the slot that it replaces.
     grown_at: float = 0.0
-    # The same moment as `opened_at`, but on the stopwatch of the pool's clock.
-    alive_since: float = 0.0
     last_used_at: float = 0.0
     # When the connection last proved that it works: it was opened, or a call or a probe
     # was answered.
@@ -117,12 +114,11 @@ class Claim:
     """
 
     # Class attributes instead of an __init__, for speed: each acquire() makes a claim,
-    # and most claims set only the first three. To set all of them took longer than
+    # and most claims set only the first two. To set all of them took longer than
     # everything else here.
     slot: Slot | None = None
-    # When it was served, on the clock's stopwatch. `acquired_at` is the same moment on
-    # the pool's clock.
-    held_since = 0.0
+    # When it was served, on the pool's clock. The stream is in use from this moment, so
+    # it is also the begin of the lease. The task of a waiting caller runs a bit later.
     acquired_at = 0.0
     # Seconds that the caller waited.
     waited = 0.0
