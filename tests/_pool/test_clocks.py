@@ -334,6 +334,16 @@ async def test_at_its_deadline_the_clock_shows_at_least_the_deadline():
         assert clock.now() >= end
 
 
+def test_on_linux_the_clock_of_uvloop_is_the_one_behind_it(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    loop = uvloop.new_event_loop()
+    try:
+        before = time.monotonic()
+        assert before <= exact(loop).time() <= time.monotonic()
+    finally:
+        loop.close()
+
+
 def test_elsewhere_than_on_linux_the_clock_of_uvloop_is_its_own(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     loop = uvloop.new_event_loop()
