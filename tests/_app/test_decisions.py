@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-import textwrap
 
 import anyio
 import grpc
@@ -254,7 +250,7 @@ def test_another_event_loop_gets_nothing_of_before(
     assert len(asked) == 2
 
 
-def test_a_forked_child_gets_nothing_of_its_parent(embedded_authorizer):
+def test_a_forked_child_gets_nothing_of_its_parent(embedded_authorizer, run_program):
     embedded_authorizer.policies = {PATH: True}
     program = f"""
         import os, sys, threading
@@ -304,16 +300,9 @@ def test_a_forked_child_gets_nothing_of_its_parent(embedded_authorizer):
 
         anyio.run(main)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=os.environ,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["authorizer", "cache", "authorizer", "cache"]
+    ended = run_program(program, strict=False)
+    assert ended.code == 0, ended.err
+    assert ended.out.split() == ["authorizer", "cache", "authorizer", "cache"]
 
 
 async def test_metadata_of_credentials_are_in_the_key(embedded_authorizer, asked):

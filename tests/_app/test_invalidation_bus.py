@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-import textwrap
 from functools import partial
-from pathlib import Path
 
 import anyio
 import pytest
@@ -174,7 +169,7 @@ async def test_a_pool_without_a_bus_has_no_task_for_it(authorizer):
     assert config._freshness._announce is None
 
 
-def test_a_forked_child_sends_nothing_of_its_parent(authorizer):
+def test_a_forked_child_sends_nothing_of_its_parent(authorizer, run_program):
     program = f"""
         import os, anyio
         from fastapi_topaz import *
@@ -229,18 +224,9 @@ def test_a_forked_child_sends_nothing_of_its_parent(authorizer):
 
         anyio.run(main)
     """
-    tests = str(Path(__file__).parent.parent)
-    path = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["authorizer", "cache"] * 2
+    ended = run_program(program, strict=False)
+    assert ended.code == 0, ended.err
+    assert ended.out.split() == ["authorizer", "cache"] * 2
 
 
 def test_a_route_may_return_the_status(hub):

@@ -407,7 +407,7 @@ def test_an_undecodable_tree_is_an_error(garbage):
         decision_tree_of(tree(policy("a", T)) + garbage, ("allowed",))
 
 
-@examples(200)
+@examples(200, by_default=0.5)
 @given(st.dictionaries(st.text(min_size=1), st.dictionaries(st.text(), st.booleans())))
 def test_both_tree_decoders_agree(decisions):
     answer = DecisionTreeResponse()

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 
 import pytest
 
-from kit.console import FORKS, Ended, environment
+from kit.console import FORKED, environment
+from kit.programs import BARE, Programs
 
 
-@pytest.fixture(scope="module")
-def run_forked(tmp_path_factory):
+@pytest.fixture(scope="session")
+def run_bare(tmp_path_factory):
+    """Run a program in a process that has imported nothing of the extras."""
+    with Programs(tmp_path_factory.mktemp("bare"), BARE) as programs:
+        yield programs.run
+
+
+@pytest.fixture(scope="session")
+def run_forked(run_program, request):
     """A fast `run`: it forks one process, because a start takes a second."""
-    folder = tmp_path_factory.mktemp("forked")
-    numbers = itertools.count()
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", FORKS],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        start_new_session=True,
-    ) as process:
 
-        def run_forked(*args, without=None, cwd=None, **env):
-            number = next(numbers)
-            out, err = folder / f"{number}.out", folder / f"{number}.err"
-            task = {"args": args, "env": environment(**env), "without": without}
-            task |= {"cwd": cwd and str(cwd), "out": str(out), "err": str(err)}
-            process.stdin.write(json.dumps(task))
-            process.stdin.write("\n")
-            process.stdin.flush()
-            code = int(process.stdout.readline())
-            return Ended(code, out.read_text("utf-8"), err.read_text("utf-8"))
+    def run_forked(*args, without=None, cwd=None, **env):
+        run = request.getfixturevalue("run_bare") if without else run_program
+        return run(FORKED, without or "", *args, cwd=cwd, env=environment(**env))
 
-        yield run_forked
-        # Also kill a child that hangs.
-        os.killpg(process.pid, signal.SIGKILL)
+    return run_forked
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from fastapi_topaz._rpc.statuses import (
     verdict,
 )
 from fastapi_topaz.exceptions import ConnectionLost
+from kit.fuzzing import examples
 from kit.h2frames import resets, window_update
 from kit.h2peer import BLOCKS, HEAD, METHOD, Call, H2Server, client, connected, exchange
 
@@ -117,6 +118,7 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
+@examples(100, by_default=0.6)
 @given(
     SETTINGS,
     st.lists(

@@ -12,7 +12,7 @@ from kit.h2peer import HEAD, TAIL, Call, client, connected, message
 from kit.sizes import at_night
 
 
-COUNT = 20_000
+COUNT = 6_000
 NIGHTLY = at_night(1_000_000)
 CALLS = 4
 

@@ -70,7 +70,7 @@ def gopeer():
 
 
 AGEING = [
-    pytest.param(ccore, 5_000, id="C-core-5000"),
+    pytest.param(ccore, 2_500, id="C-core-2500"),
     pytest.param(ccore, at_night(25_000), id="C-core-25000", marks=pytest.mark.nightly),
     pytest.param(
         gopeer, 5_000, id="grpc-go-5000", marks=[pytest.mark.slow, needs_gopeer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from types import SimpleNamespace
@@ -518,14 +519,25 @@ class Odd(FakeConnector):
         return connection
 
 
+ODD_ERRORS = [ValueError("odd"), TimeoutError(), RuntimeError(), KeyError("k")]
+
+
 @pytest.mark.parametrize(
-    "error", [ValueError("odd"), TimeoutError(), RuntimeError(), KeyError("k")]
+    "verdict, error",
+    [
+        # By default, each error and each verdict once.
+        *((None, error) for error in ODD_ERRORS),
+        *((verdict, ODD_ERRORS[0]) for verdict in Verdict),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in itertools.product(Verdict, ODD_ERRORS[1:])
+        ),
+    ],
 )
-@pytest.mark.parametrize("verdict", [None, *Verdict])
 async def test_any_probe_error_means_not_ready(error, verdict):
     config = unprobed_config(Odd(error, verdict))
     async with config.connection_pool as pool:
-        for _ in range(3):
+        for _ in range(2):
             assert await config.is_ready(5) is False
             assert not pool.status().ready
             await anyio.sleep(1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import subprocess
-import sys
 import weakref
 
 import anyio
@@ -481,13 +479,12 @@ else:
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_forked_child_counts_from_0_and_reports_once_it_is_used(backend):
+def test_a_forked_child_counts_from_0_and_reports_once_it_is_used(backend, run_program):
     """Run in a separate process, because the test sets the global provider."""
-    command = [sys.executable, "-c", FORKED.replace("{backend}", backend)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = run_program(FORKED.replace("{backend}", backend), strict=False)
     # The log of the refused connections is in stderr.
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines() == [
         "opened True",
         "parent True 2 2 2",
         "child False",

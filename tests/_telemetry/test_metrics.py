@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import subprocess
-import sys
 import warnings
 import weakref
 
@@ -85,7 +83,9 @@ async def test_named_pools_are_reported_separately(provider, registry):
 
 @pytest.mark.parametrize("order", [("late", "given"), ("given", "late")])
 @pytest.mark.parametrize("early", [True, False])
-def test_an_injected_provider_and_the_global_one_show_both_pools(order, early):
+def test_an_injected_provider_and_the_global_one_show_both_pools(
+    order, early, run_program
+):
     """Run in a separate process, because the test sets the global provider."""
     program = f"""
 import anyio
@@ -118,13 +118,11 @@ async def main():
 
 anyio.run(main)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert (done.stderr, done.returncode) == ("", 0)
+    ended = run_program(program, strict=False)
+    assert (ended.err, ended.code) == ("", 0)
     for name in order:
         line = rf'^topaz_pool_acquisitions_total\{{.*pool="{name}"\}} 1.0$'
-        assert len(re.findall(line, done.stdout, re.MULTILINE)) == 1
+        assert len(re.findall(line, ended.out, re.MULTILINE)) == 1
 
 
 async def test_a_forked_child_reports_no_pools_of_its_parent(provider, registry):

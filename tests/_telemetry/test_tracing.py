@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import subprocess
-import sys
-import textwrap
 
 import anyio
 import grpc
@@ -469,7 +466,7 @@ async def test_a_garbage_collected_check_ends_its_span_silently(authorizer, capl
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_a_tracer_provider_set_late_is_used(backend, authorizer):
+def test_a_tracer_provider_set_late_is_used(backend, authorizer, run_program):
     program = f"""
         import anyio
         from fastapi import Request
@@ -504,11 +501,8 @@ def test_a_tracer_provider_set_late_is_used(backend, authorizer):
 
         anyio.run(main, backend={backend!r})
     """
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert result.stdout.strip() == "['topaz.check']", result.stderr
+    ended = run_program(program)
+    assert ended.out.strip() == "['topaz.check']", ended.err
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -218,6 +218,13 @@ FAULTS = {
 }
 
 
+# By default only some of the statuses that the package treats alike.
+ALIKE = (
+    *("ALREADY_EXISTS", "ABORTED", "OUT_OF_RANGE", "DATA_LOSS"),
+    "FAILED_PRECONDITION",
+)
+
+
 def test_each_fault_of_the_kit_takes_part():
     names = {
         name
@@ -469,7 +476,13 @@ def assert_reports_agree(world, caplog):
     assert logged(caplog, rf"^the {decided}a check of ", decided) == fallen
 
 
-@alternating(FAULTS, {ANOTHER_KIND: [pytest.mark.native]})
+@alternating(
+    FAULTS,
+    {
+        ANOTHER_KIND: [pytest.mark.native],
+        **{f"status {name}": [pytest.mark.slow] for name in ALIKE},
+    },
+)
 async def test_no_fault_lets_a_check_pass(name, caplog):
     fault = FAULTS[name]
     caplog.set_level(logging.INFO, logger="fastapi_topaz")

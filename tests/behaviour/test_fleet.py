@@ -1,5 +1,5 @@
 """
-Run each scenario of the simulated fleet at its small size.
+Run each scenario of the simulated fleet at its small size, and one at a tiny one.
 
 `benchmarks/fleet.py --full` runs 500 workers and 20 replicas.
 """
@@ -38,16 +38,17 @@ def missed(name, report):
     return [str(each) for each in fleet.verdicts(name, report) if not each.met]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == QUICK else pytest.mark.slow)
-        for name in fleet.SCENARIOS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fleet.SCENARIOS)
 def test_the_goals_of_a_scenario_hold(name):
     report = fleet.simulated(name)
     assert not missed(name, report), report
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_goals_of_a_scenario_hold_at_a_tiny_size(backend):
+    report = fleet.simulated(QUICK, TINY, backend=backend)
+    assert not missed(QUICK, report), report
 
 
 @pytest.mark.slow
@@ -62,8 +63,8 @@ def test_half_of_the_replicas_are_enough_for_a_small_load(name):
 
 @pytest.mark.slow
 def test_a_fleet_on_trio_meets_the_goals():
-    report = fleet.simulated("rolling", backend="trio")
-    assert not missed("rolling", report), report
+    report = fleet.simulated(QUICK, backend="trio")
+    assert not missed(QUICK, report), report
 
 
 @pytest.mark.slow
@@ -102,7 +103,7 @@ async def crash(fleet):
 
 def test_checks_that_get_no_answer_are_counted(monkeypatch):
     monkeypatch.setitem(fleet.SCENARIOS, "crash", fleet.Scenario(crash))
-    report = fleet.simulated("crash", TINY)
+    report = fleet.simulated("crash", dataclasses.replace(TINY, workers=3))
     assert 0 < sum(report.goodput) < report.checks / 10
     assert sum(report.failed.values()) > 0.8 * report.checks
     assert set(report.failed) <= {"ConnectFailed", "EndedCall UNAVAILABLE"}

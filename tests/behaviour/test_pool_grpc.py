@@ -314,7 +314,7 @@ def test_two_pools_work_on_two_backends_at_once(authorizer):
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("end", ["return", "raise", "in flight"])
 def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
-    backend, end, authorizer
+    backend, end, authorizer, run_program
 ):
     if end == "in flight":
 
@@ -356,18 +356,11 @@ def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
             pass
         print([t.name for t in threading.enumerate() if "topaz" in t.name])
     """
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
-    unclosed, late = result.stderr.splitlines()
+    ended = run_program(program)
+    unclosed, late = ended.err.splitlines()
     assert "was not closed before its event loop ended, with a lease out" in unclosed
     assert late == "the pool: closed before a lease came back"
-    assert result.returncode == 0
-    assert result.stdout.strip() == "[]"
+    assert (ended.code, ended.out) == (0, "[]\n")
 
 
 # -- cancellation -------------------------------------------------------------------

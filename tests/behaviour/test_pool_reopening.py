@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 import threading
 
 import anyio
@@ -140,7 +137,9 @@ def test_an_open_pool_refuses_another_loop_and_names_both(first, second):
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("end", ["return", "raise", "connecting", "exit"])
-def test_a_pool_never_closed_leaves_no_process_and_no_traceback(backend, end):
+def test_a_pool_never_closed_leaves_no_process_and_no_traceback(
+    backend, end, run_program
+):
     program = f"""
         import anyio, sys
         from fastapi_topaz import ConnectionPool
@@ -169,17 +168,11 @@ def test_a_pool_never_closed_leaves_no_process_and_no_traceback(backend, end):
         except Expected:
             pass
     """
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert result.returncode == 0
-    assert "Traceback" not in result.stderr
-    assert "never awaited" not in result.stderr
-    assert "destroyed" not in result.stderr
+    ended = run_program(program)
+    assert ended.code == 0
+    assert "Traceback" not in ended.err
+    assert "never awaited" not in ended.err
+    assert "destroyed" not in ended.err
 
 
 async def test_close_leaves_no_task():

@@ -64,7 +64,7 @@ async def test_while_the_server_is_down_callers_fail_fast_with_the_cause():
 
 
 @pytest.mark.parametrize(
-    "callers", [1, 10, 30, pytest.param(200, marks=pytest.mark.slow)]
+    "callers", [1, 30, *(pytest.param(n, marks=pytest.mark.slow) for n in (10, 200))]
 )
 async def test_the_rate_of_attempts_is_bounded_and_does_not_grow_with_callers(callers):
     connector = Timed(default=fail())

@@ -170,8 +170,13 @@ async def check_under(presser, authorizer, connected):
 @pytest.mark.parametrize(
     "connected, step",
     [
-        pytest.param(True, 3, id="connected"),
-        pytest.param(False, 13, id="first"),
+        pytest.param(True, 7, id="connected"),
+        pytest.param(False, 31, id="first"),
+        pytest.param(
+            *(True, 1),
+            id="connected, each line",
+            marks=[pytest.mark.slow, pytest.mark.timeout(600)],
+        ),
         pytest.param(
             *(False, 1),
             id="first, each line",

@@ -22,6 +22,7 @@ from fastapi_topaz import (
 )
 from fastapi_topaz.connector import TRANSPORT_VARIABLE
 from fastapi_topaz.testing import FakeConnector
+from kit.backends import backends
 from kit.configs import Requests
 from kit.faultkit.http2 import Http2Server
 from kit.h2peer import METHOD, SocketServer
@@ -272,7 +273,7 @@ class Leaving:
 
 @pytest.mark.parametrize("streams", [1, 20])
 async def test_no_check_is_lost_when_connections_end_all_the_time(streams):
-    leaving = Leaving(50)
+    leaving = Leaving(25)
     with SocketServer(leaving) as server:
         options = AuthorizerOptions(url=server.url, insecure=True)
         pool = pool_to(server, max_connections=5, streams_per_connection=streams)
@@ -285,7 +286,7 @@ async def test_no_check_is_lost_when_connections_end_all_the_time(streams):
         async with pool, anyio.create_task_group() as tasks:
 
             async def ask():
-                for _ in range(50):
+                for _ in range(25):
                     assert await config.is_allowed(REQUEST, "app") is True
 
             for _ in range(20):
@@ -331,14 +332,11 @@ anyio.run(fork_and_ask, backend=backend)
 """
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
-async def test_a_process_may_fork_while_a_pool_is_open(anyio_backend_name):
+@backends
+def test_a_process_may_fork_while_a_pool_is_open(backend, run_program):
     with Http2Server() as server:
-        result = await anyio.run_process(
-            [sys.executable, "-c", FORKS, anyio_backend_name, server.options.url],
-            check=False,
-        )
-    assert (result.returncode, result.stderr) == (0, b"")
+        ended = run_program(FORKS, backend, server.options.url, strict=False)
+    assert (ended.code, ended.err) == (0, "")
 
 
 FORKING = """
@@ -365,11 +363,8 @@ anyio.run(use, sys.argv[1])
 """
 
 
-def test_a_forked_process_that_ends_leaves_the_connections_of_its_parent():
+def test_a_forked_process_that_ends_leaves_the_connections_of_its_parent(run_program):
     # Only on asyncio: on trio, the end of the child stops the loop of the parent.
     with Http2Server() as server:
-        command = [sys.executable, "-c", FORKING, server.options.url]
-        run = subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=30
-        )
-    assert run.stdout == "the parent goes on {}\n"
+        ended = run_program(FORKING, server.options.url, strict=False)
+    assert (ended.code, ended.out) == (0, "the parent goes on {}\n"), ended.err

@@ -58,10 +58,8 @@ def run(*args, **env):
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-FORKS = """
-import importlib, json, os, sys, traceback
-# These take most of the time of a start, and none of them is of the extra.
-import fastapi, fastapi_topaz.testing
+FORKED = """
+import importlib, os, sys, traceback
 
 class Blocker:
     def __init__(self, name):
@@ -72,12 +70,7 @@ class Blocker:
         if name.partition(".")[0] == self.name:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-def main(args, env, without, cwd, out, err):
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    os.chdir(cwd or ".")
-    os.environ.clear()
-    os.environ.update(env)
+def main(without, *args):
     if without:
         sys.meta_path.insert(0, Blocker(without))
     try:
@@ -89,11 +82,9 @@ def main(args, env, without, cwd, out, err):
         return 1
     return 0
 
-for line in sys.stdin:
-    if (child := os.fork()) == 0:
-        code = main(**json.loads(line))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+code = main(*sys.argv[1:])
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
 """
+"""The command as a program for `Programs`, without the module named first."""

@@ -11,6 +11,7 @@ from fastapi_topaz.testing import EmbeddedAuthorizer
 from .bus import FakeBus
 from .faultkit.frames import FrameServer, answer
 from .faultkit.http2 import Http2Server
+from .programs import Programs
 from .secrets import KEY
 
 
@@ -53,6 +54,13 @@ def keyed_authorizer():
 def transport(request):
     """Each transport."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def run_program(tmp_path_factory):
+    """Run a program in a process of its own; see `Programs`."""
+    with Programs(tmp_path_factory.mktemp("programs")) as programs:
+        yield programs.run
 
 
 @pytest.fixture

@@ -25,9 +25,15 @@ TURNS = 20_000
 """The number of iterations of a loop while its clock stands still."""
 
 
-def examples(count):
-    # In proportion to the profile: 100 means *count*.
-    return settings(max_examples=max(1, count * settings.default.max_examples // 100))
+def examples(count, by_default=1.0):
+    """
+    Return settings with *count* examples in proportion to the profile: 100 means all.
+
+    The default profile has only the share *by_default* of them.
+    """
+    most = settings.default.max_examples
+    share = 1 if most > 100 else by_default
+    return settings(max_examples=max(1, int(share * count * most) // 100))
 
 
 # -- a run in virtual time ----------------------------------------------------------

@@ -23,10 +23,15 @@ RESTLESS = 5_000
 
 
 def chosen_settings(examples, steps):
-    """Return the settings of a model: more *examples* if the profile asks for more."""
+    """
+    Return the settings of a model.
+
+    Half of the *examples* by default, and a multiple of them if the profile asks for
+    more.
+    """
     deep = max(1, settings().max_examples // 100)
     return settings(
-        max_examples=examples * deep,
+        max_examples=examples * deep if deep > 1 else examples // 2,
         stateful_step_count=steps,
         # By default the same examples each time, and new ones in the deep profile.
         derandomize=deep == 1,

@@ -120,7 +120,7 @@ async def outcome(pool, asked):
         )
 
 
-SIZES = [2_000, pytest.param(at_night(100_000), marks=pytest.mark.nightly)]
+SIZES = [800, pytest.param(at_night(100_000), marks=pytest.mark.nightly)]
 
 
 @asyncio_only

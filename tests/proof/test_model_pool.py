@@ -27,7 +27,11 @@ from proof.stepwise import OnAsyncio, OnTrio, chosen_settings
 
 
 EXAMPLES, STEPS = 40, 40
-"""For one backend. `--hypothesis-profile=deep` multiplies the first."""
+"""
+For one backend. By default, half of the first.
+
+`--hypothesis-profile=deep` multiplies it.
+"""
 
 NUMBERS = integers(0, 999)
 SETUPS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -48,7 +49,17 @@ def module_of(path):
 
 
 MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-each_module = pytest.mark.parametrize("module", MODULES)
+
+
+def each_module(test):
+    """Run *test* for each module. Parametrized, it would be a thousand tests."""
+
+    def each():
+        for module in MODULES:
+            test(module)
+
+    each.__name__ = test.__name__
+    return each
 
 
 def package_of(module):
@@ -65,9 +76,15 @@ def folder_of(module):
     return path.name if path.name in FOLDERS else "."
 
 
+@functools.cache
+def nodes(module):
+    """Return the nodes of the syntax tree of *module*."""
+    return [*ast.walk(ast.parse(MODULES[module].read_text()))]
+
+
 def imports(module):
     """Yield the imports of *module*, including imports for type checkers only."""
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in nodes(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -123,7 +140,7 @@ def test_the_transports_do_not_know_each_other(module):
 def test_the_core_of_http2_has_no_input_and_output_and_no_clock(module):
     if module.rpartition(".")[2] in IO:
         return
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in nodes(module):
         assert not isinstance(node, ast.AsyncFunctionDef | ast.Await)
     names = {name.partition(".")[0] for name in imports(module)}
     assert not {"time", "asyncio", "threading", "random", "anyio", "trio"} & names
@@ -135,7 +152,7 @@ PURE = {"circuit", "invalidation", "keys", "seal", "store", "tags", "tokens"}
 @pytest.mark.parametrize("name", sorted(PURE))
 def test_the_core_of_the_decision_layers_has_no_coroutines_and_no_clock(name):
     module = f"fastapi_topaz._decisions.{name}"
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in nodes(module):
         assert not isinstance(node, ast.AsyncFunctionDef | ast.Await)
     assert not {"time", "asyncio", "random", "anyio", "trio"} & set(imports(module))
 
@@ -152,7 +169,7 @@ def test_each_folder_imports_only_its_own_libraries(module):
     "module", [module for module in MODULES if folder_of(module) == "_pool/state"]
 )
 def test_the_state_has_no_coroutines_and_no_clock(module):
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in nodes(module):
         assert not isinstance(node, ast.AsyncFunctionDef | ast.Await)
     assert not {"time", "asyncio", "threading", "random"} & set(imports(module))
 
@@ -169,7 +186,7 @@ def test_a_module_has_at_most_600_lines(module):
 
 @each_module
 def test_a_function_has_at_most_60_lines_of_code(module):
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in nodes(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             if body:
@@ -204,9 +221,13 @@ def test_a_test_file_has_at_most_600_lines():
 
 def test_no_test_helper_is_defined_twice():
     """Helpers used by several test files are in `tests/kit`."""
-    found = {}
+    by_name, found = {}, {}
     for path in TESTS.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                found.setdefault(ast.dump(node), []).append((path.name, node.name))
+                by_name.setdefault(node.name, []).append((path.name, node))
+    for places in by_name.values():
+        # To write a tree as text takes long.
+        for name, node in places if len(places) > 1 else ():
+            found.setdefault(ast.dump(node), []).append((name, node.name))
     assert not [places for places in found.values() if len(places) > 1]

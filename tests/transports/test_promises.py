@@ -10,9 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 
@@ -420,7 +417,7 @@ def test_connections_on_trio_start_no_thread(authorizer):
     assert trio.run(main) == set()
 
 
-def test_an_unclosed_connection_does_not_keep_python_alive(authorizer):
+def test_an_unclosed_connection_does_not_keep_python_alive(authorizer, run_program):
     program = f"""
         import sys
         import anyio
@@ -436,11 +433,5 @@ def test_an_unclosed_connection_does_not_keep_python_alive(authorizer):
     """
     is_native = chosen_transport(None) == "native"
     for backend in ("asyncio", "trio") if is_native else ("asyncio",):
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(program), backend],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-        assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+        ended = run_program(program, backend, strict=False)
+        assert (ended.code, ended.out) == (0, "done\n"), ended.err
