@@ -30,7 +30,6 @@ from trio.testing import MockClock
 from fastapi_topaz._http2 import dialing
 from fastapi_topaz._http2.addresses import Address
 from fastapi_topaz._http2.connection import PING_TIMEOUT, SILENCE
-from fastapi_topaz._pool.clock import Clock
 from fastapi_topaz._rpc.statuses import EndedCall, Ending, verdict
 from fastapi_topaz.exceptions import ConnectFailed, ConnectionLost
 
@@ -120,10 +119,7 @@ def run_virtually(function, seed, backend="asyncio"):
     state = random.getstate()
     random.seed(seed)
     try:
-        with (
-            patch.object(Clock, "perf_counter", staticmethod(_time_of_loop)),
-            patch.object(dialing, "monotonic", _time_of_loop),
-        ):
+        with patch.object(dialing, "monotonic", _time_of_loop):
             return anyio.run(function, backend=backend, backend_options=options)
     finally:
         random.setstate(state)
