@@ -241,9 +241,9 @@ class OpenPool:
                     self._withdraw(claim)
             if not served:
                 raise self._refusals.not_served(claim, now)
-            claim.waited = self.now() - now
+            claim.waited = claim.acquired_at - now
             if isinstance(claim, Check):
-                self._admission.served(claim.acquired_at - now, claim.acquired_at)
+                self._admission.served(claim.waited, claim.acquired_at)
         except BaseException:
             overload.left(claim)
             self.limiter.total_tokens = self.state.limit

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import weakref
+from functools import partial
 from threading import current_thread, get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ class OwnerLoop:
         self.task: Callable[[], object]
         self.current: Callable[[], object]
         if isinstance(self.native, asyncio.AbstractEventLoop):
-            self.task = asyncio.current_task
+            self.task = partial(asyncio.current_task, self.native)
             self.current = asyncio.get_running_loop
             self.clock = Clock(exact(self.native))
         else:

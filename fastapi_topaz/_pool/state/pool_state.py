@@ -174,7 +174,7 @@ class PoolState:
         with a token and without a stream, `tokens - in_use` of them, come first.
         """
         served = []
-        while self.waiting and self.in_use < tokens and self.ready:
+        while self.in_use < tokens and self.waiting and self.ready:
             claim = next(iter(self.waiting))
             if not self.take_ready(claim, now):
                 break

@@ -120,7 +120,7 @@ class Claim:
     # When it was served, on the pool's clock. The stream is in use from this moment, so
     # it is also the begin of the lease. The task of a waiting caller runs a bit later.
     acquired_at = 0.0
-    # Seconds that the caller waited.
+    # Seconds until then, since the caller began to wait.
     waited = 0.0
     # The error that the caller raises instead of being served.
     failure: Exception | None = None
