@@ -8,6 +8,7 @@ clock jumps ahead, the durations under way include the jump.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from contextlib import contextmanager
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-__all__ = ["Clock", "TimeSource", "exact", "time_limit"]
+__all__ = ["Clock", "TimeSource", "clock_of", "time_limit"]
 
 
 ROUNDING = 1e-6
 """Seconds. The rounding error of the sum of two large times is less than this."""
+
+
+SAME = 1.0
+"""Seconds. Two readings of one clock, one after the other, differ by less than this."""
 
 
 def time_limit(timeout: float | None) -> anyio.CancelScope:
@@ -52,23 +57,28 @@ class _Ahead:
         return self._loop.time() + self._skew
 
 
-class _Monotonic:
-    """The clock that uvloop reads once in each turn of its loop."""
+class _Exact:
+    """The clock of which uvloop shows only the milliseconds."""
 
-    # An attribute of a class, because freezegun replaces attributes of modules.
-    time = staticmethod(time.monotonic)
+    # An attribute of a class, because freezegun replaces attributes of modules. Not
+    # time.monotonic(), which is the same on Linux: time-machine 2 changes it in place.
+    time = staticmethod(time.perf_counter)
 
 
-def exact(loop: asyncio.AbstractEventLoop) -> TimeSource:
+def clock_of(loop: asyncio.AbstractEventLoop) -> Clock:
     """
-    Return the clock of *loop*; for uvloop, the clock behind it.
+    Return a clock for *loop*, which is exact on uvloop, too.
 
-    uvloop's own clock stands still during a turn of the loop, and moves in steps of
-    1 ms. It is never ahead of the clock behind it. So whatever wakes at a deadline
-    finds that the deadline has passed. Only on Linux are both known to be one clock.
+    uvloop rounds the system's monotonic clock down to 1 ms. On Linux, the pool reads
+    that clock itself. A task that wakes at its deadline never reads an earlier time.
     """
-    is_uvloop = getattr(type(loop).time, "__module__", None) == "uvloop.loop"
-    return _Monotonic() if is_uvloop and sys.platform == "linux" else loop
+    if (
+        getattr(type(loop).time, "__module__", None) == "uvloop.loop"
+        and sys.platform == "linux"  # elsewhere they may be different clocks
+        and abs(loop.time() - _Exact.time()) < SAME  # or a test library replaced one
+    ):
+        return Clock(_Exact(), steps=1000)
+    return Clock(loop)
 
 
 class Clock:
@@ -79,17 +89,24 @@ class Clock:
     once more and continues from there. Scopes from `deadline` keep their remaining
     time. Only `peek` may be called outside the thread of the loop.
 
+    Args:
+        source: The clock of the loop.
+        steps: The steps that the loop's timers make in a second. Deadlines are rounded
+            up to a step. Otherwise the loop would spin until the step ends. None: the
+            timers are exact.
+
     Attributes:
         source: The clock of the loop, plus the sum of its backward jumps so far. It is
             the object and not its bound method, because freezegun replaces the method.
         last: The last result of `now`, in seconds.
     """
 
-    __slots__ = ("_deadlines", "_loop", "_skew", "last", "source")
+    __slots__ = ("_deadlines", "_loop", "_skew", "_steps", "last", "source")
 
-    def __init__(self, source: TimeSource) -> None:
+    def __init__(self, source: TimeSource, steps: int | None = None) -> None:
         self.source = self._loop = source
         self._skew = 0.0
+        self._steps = steps
         self.last = source.time()
         self._deadlines: dict[anyio.CancelScope, float] = {}
 
@@ -130,5 +147,10 @@ class Clock:
         return self.last
 
     def _loop_time(self, at: float) -> float:
-        # Rounded up. Otherwise a task may wake just before *at*, and must sleep again.
-        return at - self._skew + ROUNDING if self._skew else at
+        if self._skew:
+            # Rounded up. Otherwise a task may wake just before *at*, and must sleep
+            # again.
+            at += ROUNDING - self._skew
+        if self._steps is not None and at < math.inf:
+            at = math.ceil(at * self._steps) / self._steps
+        return at

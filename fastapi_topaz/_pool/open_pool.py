@@ -174,7 +174,7 @@ class OpenPool:
         """
         Serve *claim* at once, if a slot is ready. No caller may wait already.
 
-        If the pool shuts, no slot is ready.
+        A pool that is closing has no ready slot.
         """
         self.adopted = True
         state = self.state

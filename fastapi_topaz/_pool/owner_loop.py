@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from anyio.lowlevel import current_token
 
 from fastapi_topaz._fork import current as process
-from fastapi_topaz._pool.clock import Clock, exact
+from fastapi_topaz._pool.clock import Clock, clock_of
 from fastapi_topaz._pool.interrupts import protect
 from fastapi_topaz.exceptions import PoolMisuse
 
@@ -99,7 +99,7 @@ class OwnerLoop:
         if isinstance(self.native, asyncio.AbstractEventLoop):
             self.task = partial(asyncio.current_task, self.native)
             self.current = asyncio.get_running_loop
-            self.clock = Clock(exact(self.native))
+            self.clock = clock_of(self.native)
         else:
             # Imported here, because applications on asyncio do not need trio.
             import trio  # noqa: PLC0415

@@ -149,9 +149,15 @@ TOPAZ: Convention[PoolStatus, PoolCounters] = Convention(
     pool="pool",
     durations=(
         Histogram(
-            "topaz_pool_acquire_latency", "wait", "Time acquire() took to give a lease"
+            "topaz_pool_acquire_latency",
+            "wait",
+            "Time from acquire() to the hand-over of a connection",
         ),
-        Histogram("topaz_pool_hold_time", "hold", "Time a lease was held"),
+        Histogram(
+            "topaz_pool_hold_time",
+            "hold",
+            "Time from the hand-over to the release. A busy event loop lengthens it",
+        ),
         Histogram(
             "topaz_pool_connect_time", "connect", "Time it took to connect, if it did"
         ),

@@ -15,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 import uvloop
+from anyio._backends._asyncio import CancelScope
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -27,7 +28,7 @@ from fastapi_topaz import (
     PoolTimeout,
     TopazConfig,
 )
-from fastapi_topaz._pool.clock import Clock, exact, time_limit
+from fastapi_topaz._pool.clock import Clock, _Exact, clock_of, time_limit
 from fastapi_topaz._pool.owner_loop import OwnerLoop
 from fastapi_topaz.testing import FakeConnector, fail, hang
 from kit.autojump import jump
@@ -311,59 +312,86 @@ async def test_a_time_limit_ends_a_wait_unless_it_is_none(timeout, waited):
 # -- durations ------------------------------------------------------------------------
 
 
-@pytest.mark.real_clock
-@pytest.mark.uvloop
-async def test_a_clock_moves_during_a_turn_of_the_loop():
-    """The own clock of uvloop does not."""
-    clock = OwnerLoop().clock
-    before = clock.now()
-    end = time.perf_counter() + 0.002
+def wait_busily(seconds):
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         pass
-    assert clock.now() - before >= 0.002
 
 
 @pytest.mark.real_clock
 @pytest.mark.uvloop
-async def test_at_its_deadline_the_clock_shows_at_least_the_deadline():
+async def test_a_clock_shows_less_than_a_millisecond():
+    """The own clock of uvloop does not."""
     clock = OwnerLoop().clock
-    for delay in (0, 1e-5, 0.0004, 0.0011, 0.003):
+    began = time.perf_counter()
+    before = clock.now()
+    wait_busily(0.0002)
+    passed = clock.now() - before
+    assert 0.0002 <= passed <= time.perf_counter() - began
+
+
+@pytest.mark.real_clock
+@pytest.mark.uvloop
+async def test_a_deadline_costs_few_turns_of_the_loop_and_is_not_early(monkeypatch):
+    turns = 0
+    timeout = CancelScope._timeout
+
+    def counted(scope):
+        nonlocal turns
+        turns += 1
+        timeout(scope)
+
+    monkeypatch.setattr(CancelScope, "_timeout", counted)
+    clock = OwnerLoop().clock
+    for delay in (0, 1e-5, 0.0004, 0.0011, 0.003, 0.0053):
+        turns = 0
         end = clock.now() + delay
         with clock.deadline(end):
             await anyio.sleep_forever()
         assert clock.now() >= end
+        # One at the start, and up to two because of rounding. Trio counts none.
+        assert turns <= 4
+    with clock.deadline(math.inf) as scope:
+        assert scope.deadline == math.inf
 
 
-def test_on_linux_the_clock_of_uvloop_is_the_one_behind_it(monkeypatch):
+@pytest.fixture
+def loop():
+    loop = uvloop.new_event_loop()
+    yield loop
+    loop.close()
+
+
+def test_on_linux_the_clock_of_uvloop_is_the_one_behind_it(monkeypatch, loop):
     monkeypatch.setattr(sys, "platform", "linux")
-    loop = uvloop.new_event_loop()
-    try:
-        before = time.monotonic()
-        assert before <= exact(loop).time() <= time.monotonic()
-    finally:
-        loop.close()
+    before = time.perf_counter()
+    assert before <= clock_of(loop).now() <= time.perf_counter()
 
 
-def test_elsewhere_than_on_linux_the_clock_of_uvloop_is_its_own(monkeypatch):
+@pytest.mark.parametrize("ahead", [-1e9, 5.0, 1e9])
+def test_a_replaced_clock_is_not_used_for_uvloop(monkeypatch, loop, ahead):
+    """If the package is imported under freezegun, it never gets the real clock."""
+    real = time.perf_counter
+    monkeypatch.setattr(_Exact, "time", lambda: real() + ahead)
+    assert clock_of(loop).source is loop
+
+
+def test_elsewhere_than_on_linux_the_clock_of_uvloop_is_its_own(monkeypatch, loop):
     monkeypatch.setattr(sys, "platform", "darwin")
-    loop = uvloop.new_event_loop()
-    try:
-        assert exact(loop) is loop
-    finally:
-        loop.close()
+    assert clock_of(loop).source is loop
 
 
 class OwnTime(uvloop.Loop):
     """A loop whose clock is not that of uvloop, as in virtual time."""
 
     def time(self):
-        return 7.0
+        return time.monotonic()
 
 
 def test_a_loop_with_a_clock_of_its_own_keeps_it():
     loop = OwnTime()
     try:
-        assert exact(loop) is loop
+        assert clock_of(loop).source is loop
     finally:
         loop.close()
 
@@ -381,26 +409,21 @@ def sums(reader):
 
 @pytest.mark.real_clock
 @pytest.mark.uvloop
-async def test_durations_of_less_than_a_turn_of_the_loop_are_exact():
+async def test_durations_of_less_than_a_millisecond_are_exact():
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader])
-    busy = 0.003
-
-    def work():
-        end = time.perf_counter() + busy
-        while time.perf_counter() < end:
-            pass
+    busy = 0.0002
 
     class Working(FakeConnector):
         async def connect(self, timeout, /):
-            work()
+            wait_busily(busy)
             return await super().connect(timeout)
 
     began = time.perf_counter()
     pool = make_pool(Working(), meter_provider=provider, max_connections=1)
     async with pool, pool.acquire() as conn:
         assert conn.waited >= busy
-        work()
+        wait_busily(busy)
     found = sums(reader)
     took = time.perf_counter() - began
     provider.shutdown()

@@ -141,6 +141,28 @@ async def test_a_limit_raised_for_checks_that_do_not_end_serves_the_waiting_one(
             await pool.release(conn)
 
 
+async def test_the_wait_ends_and_the_lease_begins_at_the_hand_over():
+    observed = []
+    async with make_pool(max_connections=1) as pool:
+        first = await pool.acquire()
+        pool._open_pool.observer = Observer(observed)
+
+        async def caller():
+            async with pool.acquire() as conn:
+                assert conn.waited == pytest.approx(2)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(caller)
+            await anyio.sleep(2)
+            await pool.release(first)
+            jump(5)  # before the task of the caller runs
+    assert observed == [
+        ("held", pytest.approx(2)),
+        ("waited", pytest.approx(2)),
+        ("held", pytest.approx(5)),
+    ]
+
+
 async def test_leases_have_the_times_of_the_pool_after_a_clock_went_back():
     async with make_pool() as pool:
         async with pool.acquire():

@@ -118,9 +118,9 @@ class Claim:
     # everything else here.
     slot: Slot | None = None
     # When it was served, on the pool's clock. The stream is in use from this moment, so
-    # it is also the begin of the lease. The task of a waiting caller runs a bit later.
+    # the lease begins then. The task of a waiting caller runs a moment later.
     acquired_at = 0.0
-    # Seconds until then, since the caller began to wait.
+    # Seconds from the begin of the wait to `acquired_at`.
     waited = 0.0
     # The error that the caller raises instead of being served.
     failure: Exception | None = None
