@@ -78,9 +78,9 @@ SHUFFLED = {
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """
-    Keep the garbage collector away from what is there once the tests are collected.
+    Hide all objects that exist after the collection from the garbage collector.
 
-    These are about half a million objects. Otherwise each full collection would take a
+    These are about half a million. Otherwise each full collection would take a
     fifth of a second, and a forked child would copy the memory of all of them.
     """
     gc.disable()

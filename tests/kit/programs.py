@@ -1,11 +1,11 @@
 """
-Programs in processes of their own, without the time that each start of Python takes.
+Runs programs in new processes, without the time that each start of Python takes.
 
-One process imports the libraries, and then forks for each program. A program has a
-namespace of its own, and ends as a Python does.
+One process imports the libraries, and then forks for each program. Each program runs in
+its own namespace, and ends as the Python interpreter ends.
 
-Its addresses and hashes are those of all programs of that process. So a test that needs
-others, or that measures memory or looks at `sys.modules`, starts a Python itself.
+All programs have the same memory addresses and hash seed. A test that needs others
+starts a Python itself. So does one that measures memory or looks at `sys.modules`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["BARE", "WARM", "Programs"]
 PATHS = (Path(fastapi_topaz.__file__).parents[1], Path(__file__).parents[1])
 
 BARE = ("fastapi", "fastapi_topaz.testing")
-"""What takes most of the time of a start. None of them belongs to an extra."""
+"""These imports take most of the time of a start. None belongs to an extra."""
 
 WARM = (
     *BARE,
@@ -57,7 +57,7 @@ WARM = (
     "opentelemetry.sdk.trace.export",
     "uvicorn.protocols.http.auto",
 )
-"""What most programs of the tests need."""
+"""The modules that most programs of the tests import."""
 
 FORKS = """
 import gc, importlib, json, os, sys, warnings
@@ -87,8 +87,10 @@ if task := forked():
         warnings.simplefilter("error")
     else:
         # What Python ignores by default.
-        for each in DeprecationWarning, ImportWarning, ResourceWarning:
+        ignored = DeprecationWarning, PendingDeprecationWarning, ImportWarning
+        for each in (*ignored, ResourceWarning):
             warnings.simplefilter("ignore", each)
+        warnings.filterwarnings("default", "", DeprecationWarning, "__main__")
     exec(compile(task["code"], "<string>", "exec"), {"__name__": "__main__"})
 """
 
@@ -96,11 +98,11 @@ if task := forked():
 @attrs.define
 class Programs:
     """
-    A process that forks, for a `with`.
+    The process that forks. It runs within `with`.
 
     Args:
-        folder: Where the output of each program is kept.
-        modules: What it imports before it forks.
+        folder: The folder for the output of each program.
+        modules: The modules that the process imports before it forks.
     """
 
     folder: Path
@@ -110,7 +112,7 @@ class Programs:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", FORKS, *self.modules],
+            [sys.executable, "-W", "error", "-c", FORKS, *self.modules],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -120,7 +122,7 @@ class Programs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Also kill what a program has left.
+        # This also kills processes that a program has left running.
         os.killpg(self._process.pid, signal.SIGKILL)
         with self._process:
             pass
@@ -156,11 +158,17 @@ class Programs:
         }
         self._process.stdin.write(f"{json.dumps(task)}\n")
         self._process.stdin.flush()
-        child = int(self._process.stdout.readline())
+        child = self._read()
         try:
-            status = int(self._process.stdout.readline())
+            status = self._read()
         except BaseException:  # the test takes too long
             os.kill(child, signal.SIGKILL)
             self._process.stdout.readline()
             raise
         return Ended(status, out.read_text("utf-8"), err.read_text("utf-8"))
+
+    def _read(self) -> int:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the process that forks has ended; see its stderr")
+        return int(line)

@@ -28,9 +28,9 @@ from proof.stepwise import OnAsyncio, OnTrio, chosen_settings
 
 EXAMPLES, STEPS = 40, 40
 """
-For one backend. By default, half of the first.
+For one backend. By default, half of EXAMPLES run.
 
-`--hypothesis-profile=deep` multiplies it.
+`--hypothesis-profile=deep` multiplies EXAMPLES.
 """
 
 NUMBERS = integers(0, 999)
