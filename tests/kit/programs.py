@@ -112,7 +112,7 @@ class Programs:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", FORKS, *self.modules],
+            [sys.executable, "-c", FORKS, *self.modules],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
