@@ -135,13 +135,14 @@ class GrpcConnection:
             raise self._closed_under(method)
         error = ended(outcome, deadline)
         try:
-            # A proxy may quote the text of a GOAWAY that it got itself. Then this
-            # connection is not lost.
-            if (
-                resent
-                or error.how is not Ending.GOAWAY
-                or not await self._is_lost_soon()
-            ):
+            # A proxy may quote the end of a connection of its own. Then this one is not
+            # lost. The channel may notice the end later than the call: without this
+            # wait, a probe would make it connect again, and the pool would not know.
+            ended_here = (
+                error.how in {Ending.GOAWAY, Ending.CUT_OFF}
+                and await self._is_lost_soon()
+            )
+            if resent or not ended_here or error.how is not Ending.GOAWAY:
                 raise error
         finally:
             # An error refers to its frames. A frame that refers to the error makes a
@@ -242,7 +243,7 @@ class GrpcConnection:
                 return error.code()
             if not lacks_status(error):
                 raise
-            if error.how is Ending.CUT_OFF and await self._is_lost_soon():
+            if error.how is Ending.CUT_OFF and self.is_lost():
                 raise
             details = error.details()
         else:

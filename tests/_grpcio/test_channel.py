@@ -126,3 +126,26 @@ async def test_an_attempt_without_a_reason_in_time_reports_that(monkeypatch):
 
 def test_the_largest_connection_timeout_gives_valid_channel_options():
     assert _channel._channel_options(1.7e308)
+
+
+# gRPC's core may end a call before the state of its channel.
+@asyncio_only
+@pytest.mark.parametrize("text", ["Socket closed", "GOAWAY received"])
+async def test_a_cut_off_call_ends_only_once_its_channel_knows(text):
+    late = [*[State.READY] * 4, State.IDLE]
+    channel = Channel(*late, end=unavailable(text))
+    connection = _connection.GrpcConnection(channel, TOPAZ.target)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await connection.call("/a.B/C", b"", timeout=9, metadata=(), resent=True)
+    # The pool reads the state next: a probe would make the channel connect again.
+    assert channel.states == [State.IDLE]
+    assert connection.is_lost()
+
+
+@asyncio_only
+async def test_a_status_of_the_server_is_not_delayed():
+    channel = Channel(*[State.READY] * 4, State.IDLE, end=unavailable("no backend"))
+    connection = _connection.GrpcConnection(channel, TOPAZ.target)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await connection.call("/a.B/C", b"", timeout=9, metadata=())
+    assert len(channel.states) > 1
