@@ -276,8 +276,7 @@ def model(session: nox.Session) -> None:
     names += ["differential"]
     files = [f"tests/proof/test_{name}.py" for name in names]
     deep = ("-rP", "--timeout=0", "--hypothesis-profile=deep")
-    # A long example is not a hang, so there is no fault handler timeout.
-    deep += (f"--hypothesis-seed={seed}", "-o", "faulthandler_timeout=0")
+    deep += (f"--hypothesis-seed={seed}",)
     session.run("pytest", *deep, *files, *rest)
 
 
@@ -289,8 +288,7 @@ def oracles(session: nox.Session) -> None:
     environment = {"NIGHTLY_SHARE": share}
     if binary := built_gopeer(Path(session.cache_dir).resolve() / "gopeer"):
         environment["GOPEER"] = binary
-    # A long test is not a hang, so there is no fault handler timeout.
-    pytest = ("pytest", "-m", "nightly", "-n0", "-s", "-o", "faulthandler_timeout=0")
+    pytest = ("pytest", "-m", "nightly", "-n0", "-s")
     session.run(*pytest, *rest, env=environment)
     # Also against grpc-go. `slow` runs them against the embedded authorizer.
     frozen = ("pytest", "-m", "slow", "-n0", "tests/_http2/test_frozen.py")
@@ -341,8 +339,7 @@ def soak(session: nox.Session) -> None:
     minutes, rest = told(session, "--minutes", "0.5")
     seed, rest = told(session, "--seed", "1", rest)
     session.install("-e", ".", "--group", "test")
-    # The soak test detects hangs itself, so there is no fault handler timeout.
-    pytest = ("pytest", "-m", "soak", "-n0", "-s", "-o", "faulthandler_timeout=0")
+    pytest = ("pytest", "-m", "soak", "-n0", "-s")
     for transport in ("native", "grpcio"):
         environment = {"SOAK_MINUTES": minutes, "SOAK_SEED": seed}
         environment["FASTAPI_TOPAZ_TRANSPORT"] = transport
