@@ -23,6 +23,8 @@ import asyncio, gc, multiprocessing, os, socket, sys, threading, traceback, warn
 import anyio, anyio.to_thread
 # Trio finds the signal handling of its parent, and uses its own.
 warnings.filterwarnings("ignore", "It looks like Trio", RuntimeWarning)
+# Python 3.12 and newer warn of each fork beside a thread. These programs fork so.
+warnings.filterwarnings("ignore", ".*is multi-threaded", DeprecationWarning)
 from fastapi_topaz import AuthorizerOptions, ConnectionPool, PoolError, PoolMisuse
 
 backend, url, ca = sys.argv[1:]
