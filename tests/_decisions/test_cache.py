@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from fastapi_topaz import ConnectionLost, Decision, DecisionCache
+from fastapi_topaz._decisions import invalidation
 from fastapi_topaz._decisions.cache import Cached
-from fastapi_topaz._decisions.invalidation import MOST_MARKS, Invalidations
+from fastapi_topaz._decisions.invalidation import Invalidations
 from fastapi_topaz._decisions.store import Entry, Limits, Store
 from fastapi_topaz._decisions.tokens import expiry
 from kit.decisions import HeldAuthorizer, OpenHere, Subject, jwt
@@ -343,22 +344,33 @@ async def test_an_answer_under_way_does_not_survive_an_invalidation(how):
     assert (await layer(ALICE.question())).allowed is False
 
 
+FEW_MARKS = 100
+
+
+@pytest.fixture
+def few_marks(monkeypatch):
+    """Let a cache have few marks: the time of an invalidation grows with them."""
+    monkeypatch.setattr(invalidation, "MOST_MARKS", FEW_MARKS)
+
+
+@pytest.mark.usefixtures("few_marks")
 async def test_many_marks_become_one_for_everything():
     layer, cache = layer_of(Scripted())
     await layer(ALICE.question())
-    for number in range(MOST_MARKS):
+    for number in range(FEW_MARKS):
         cache.invalidate(resource={"id": f"other {number}"})
     marks = layer.freshness.invalidations
-    assert marks.marks.count == MOST_MARKS
+    assert marks.marks.count == FEW_MARKS
     assert await origins(layer, ALICE) == ["cache"]
     cache.invalidate(resource={"id": "one more"})
     assert marks.marks.count == 0
     assert await origins(layer, ALICE) == ["authorizer"]
 
 
+@pytest.mark.usefixtures("few_marks")
 async def test_old_marks_are_dropped():
     layer, cache = layer_of(Scripted())
-    for number in range(MOST_MARKS):
+    for number in range(FEW_MARKS):
         cache.invalidate(resource={"id": f"other {number}"})
     await anyio.sleep(30)
     cache.invalidate(resource={"id": "one more"})

@@ -190,7 +190,9 @@ async def test_max_streams_without_a_pool():
 # -- data_frame_padding, no_df_padding_sanity ------------------------------------------
 
 
-@pytest.mark.parametrize("padding", [None, 0, 5, 255])
+@pytest.mark.parametrize(
+    "padding", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 5)), 255]
+)
 async def test_data_frame_padding(padding):
     # Small frames: with 255 bytes of padding, an answer takes more than a window.
     answer = b"a" * 800_000

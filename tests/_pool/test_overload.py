@@ -26,8 +26,12 @@ from kit.overload import (
 from kit.pools import make_pool, queued
 
 
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def nightly(*values):
+    return pytest.param(*values, marks=pytest.mark.nightly)
 
 
 SECONDS = 8.0
@@ -77,8 +81,15 @@ async def overloaded(setup, budget, load, seconds=SECONDS, **options):
 
 
 @servers
-@pytest.mark.parametrize("load", [3, *(slow(load) for load in (2, 5, 10))])
-@pytest.mark.parametrize("budget", [0.2, slow(1), slow(5)])
+@pytest.mark.parametrize(
+    "budget, load",
+    [
+        (0.2, 3),
+        *(slow(*x) for x in [(1, 3), (1, 10), (5, 3)]),
+        *(nightly(1, load) for load in (2, 5)),
+        *(nightly(budget, load) for budget in (0.2, 5) for load in (2, 5, 10)),
+    ],
+)
 async def test_an_overloaded_pool_answers_as_much_as_the_server_can(
     setup, budget, load
 ):
@@ -89,7 +100,7 @@ async def test_an_overloaded_pool_answers_as_much_as_the_server_can(
     assert callers.latency(since, "refused") < 0.02
 
 
-@servers
+@mostly_slow_servers
 @pytest.mark.parametrize("budget", [slow(0.2), 1, slow(5)])
 async def test_below_saturation_no_check_is_refused_for_overload(setup, budget):
     callers, _ = await overloaded(setup, budget, 0.8)
@@ -104,8 +115,7 @@ async def test_below_saturation_no_check_is_refused_for_overload(setup, budget):
         pytest.param(bimodal(0.05, 0.4), 0.085, id="bimodal"),
     ],
 )
-@pytest.mark.parametrize("load", [3, 10])
-@pytest.mark.slow
+@pytest.mark.parametrize("load", [slow(3), nightly(10)])
 async def test_random_times_of_service_leave_the_answers_near_the_capacity(
     service, mean, load
 ):
@@ -113,8 +123,8 @@ async def test_random_times_of_service_leave_the_answers_near_the_capacity(
     assert callers.measured >= 0.85
 
 
-@servers
-@pytest.mark.parametrize("seconds", [2, slow(30)])
+@mostly_slow_servers
+@pytest.mark.parametrize("seconds", [2, slow(10), nightly(30)])
 async def test_after_an_overload_the_pool_is_as_before_within_two_seconds(
     setup, seconds
 ):
@@ -157,10 +167,7 @@ async def test_one_slow_policy_among_fast_ones_gets_no_fast_one_refused():
     "times, budget",
     [
         (200, 3),
-        *(
-            pytest.param(*x, marks=pytest.mark.slow)
-            for x in [(5, 3), (20, 1), (50, 0.5), (200, 1)]
-        ),
+        *(slow(*x) for x in [(5, 3), (20, 1), (50, 0.5), (200, 1)]),
     ],
 )
 async def test_a_server_that_needs_longer_for_each_call_gets_all_calls_again(
@@ -279,7 +286,7 @@ async def test_calls_that_freeze_on_one_connection_do_not_lower_the_limit():
         assert len(callers.ended(0, "answered")) > 0.8 * len(callers.checks)
 
 
-@servers
+@mostly_slow_servers
 async def test_a_late_event_loop_does_not_lower_the_limit(setup):
     service, workers, capacity, streams = setup
     async with crowd(Server(service, workers), 1, streams=streams) as callers:
@@ -484,7 +491,7 @@ async def test_callers_are_served_in_the_order_of_their_arrival():
     assert [x.began for x in answered] == sorted(x.began for x in answered)
 
 
-@servers
+@mostly_slow_servers
 async def test_an_overload_leaves_no_lease_no_waiter_and_no_token(setup):
     service, workers, capacity, streams = setup
     async with crowd(Server(service, workers), 0.5, streams=streams) as callers:

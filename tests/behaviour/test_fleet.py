@@ -45,7 +45,9 @@ def test_the_goals_of_a_scenario_hold(name):
     assert not missed(name, report), report
 
 
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize(
+    "backend", ["asyncio", pytest.param("trio", marks=pytest.mark.slow)]
+)
 def test_the_goals_of_a_scenario_hold_at_a_tiny_size(backend):
     report = fleet.simulated(QUICK, TINY, backend=backend)
     assert not missed(QUICK, report), report
@@ -61,14 +63,16 @@ def test_half_of_the_replicas_are_enough_for_a_small_load(name):
     assert not report.failed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fleet_on_trio_meets_the_goals():
     report = fleet.simulated(QUICK, backend="trio")
     assert not missed(QUICK, report), report
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize(
+    "backend", ["asyncio", pytest.param("trio", marks=pytest.mark.nightly)]
+)
 def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(backend):
     report = fleet.simulated("frozen", TINY, 7, backend)
     assert fleet.simulated("frozen", TINY, 7, backend) == report

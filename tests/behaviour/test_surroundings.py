@@ -180,7 +180,7 @@ async def check_under(presser, authorizer, connected):
         pytest.param(
             *(False, 1),
             id="first, each line",
-            marks=[pytest.mark.slow, pytest.mark.timeout(600)],
+            marks=[pytest.mark.nightly, pytest.mark.timeout(600)],
         ),
     ],
 )

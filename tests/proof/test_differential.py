@@ -512,7 +512,7 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Without shrinking, which takes minutes: a failure may depend on when threads run.
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(examples(100, by_default=0.5), phases=[Phase.generate])
+@settings(examples(100, by_default=0.3), phases=[Phase.generate])
 @given(example=any_example)
 def test_any_calls_end_over_a_socket_as_the_server_says(backend, ca_file, example):
     name, options = BACKENDS[backend]

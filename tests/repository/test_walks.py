@@ -22,8 +22,8 @@ OTLP = "opentelemetry.exporter.otlp.proto.http"
     "name",
     [
         "lifespan.md",
-        "lists.md",
-        "testing.md",
+        pytest.param("lists.md", marks=pytest.mark.slow),
+        pytest.param("testing.md", marks=pytest.mark.slow),
         pytest.param("kubernetes.md", marks=pytest.mark.slow),
     ],
 )

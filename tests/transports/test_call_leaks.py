@@ -148,5 +148,6 @@ def test_cancelled_calls_leak_no_memory(authorizer, backend, rounds):
 
 # `docs/limits.md` warns of it. If this fails, gRPC was repaired.
 @pytest.mark.grpcio
+@pytest.mark.slow
 def test_cancelled_calls_of_bare_grpc_leak(authorizer):
     assert growth(authorizer, "bare", "asyncio", 2_000) > LEAKED * 2_000
