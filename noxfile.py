@@ -282,7 +282,7 @@ def model(session: nox.Session) -> None:
 
 @nox.session
 def oracles(session: nox.Session) -> None:
-    """Run the longest tests, in one process. Smaller sizes: `-- --share 0.1`."""
+    """Run the longest tests. Some can be smaller: `-- --share 0.1`."""
     share, rest = told(session, "--share", "1")
     session.install("-e", ".", "--group", "test")
     environment = {"NIGHTLY_SHARE": share}

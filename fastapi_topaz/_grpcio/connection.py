@@ -138,10 +138,10 @@ class GrpcConnection:
             # A proxy may quote the end of a connection of its own. Then this one is not
             # lost. The channel may notice the end later than the call: without this
             # wait, a probe would make it connect again, and the pool would not know.
-            ended_here = (
-                error.how in {Ending.GOAWAY, Ending.CUT_OFF}
-                and await self._is_lost_soon()
-            )
+            ended_here = error.how in {
+                Ending.GOAWAY,
+                Ending.CUT_OFF,
+            } and await self._is_lost_soon(deadline)
             if resent or not ended_here or error.how is not Ending.GOAWAY:
                 raise error
         finally:
@@ -203,11 +203,15 @@ class GrpcConnection:
             self._lost = True
         return self._lost
 
-    async def _is_lost_soon(self) -> bool:
-        """Return whether the connection is lost, also if the channel is late."""
+    async def _is_lost_soon(self, deadline: float | None) -> bool:
+        """
+        Return whether the connection is lost, also if the channel is late.
+
+        This ends at *deadline*, which is one of `monotonic()`.
+        """
         for _ in range(10):
-            if self.is_lost():
-                return True
+            if self.is_lost() or left(deadline) == 0:
+                break
             await asyncio.sleep(_NOTICED / 10)
         return self.is_lost()
 

@@ -1,9 +1,10 @@
 """
 The clock of a pool, for deadlines and for durations: that of its event loop.
 
-That clock may jump, as under freezegun. `Clock` absorbs each backward jump, so a stored
-"not before" time never moves further away. No other module has to handle jumps. If the
-clock jumps ahead, the durations under way include the jump.
+On uvloop it is the clock behind that of the loop. A clock may jump, as under freezegun.
+`Clock` absorbs each backward jump, so a stored "not before" time never moves further
+away. No other module has to handle jumps. If the clock jumps ahead, the durations under
+way include the jump.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ class _Ahead:
         return self._loop.time() + self._skew
 
 
+_UVLOOP = "uvloop.loop"
+
+
 class _Exact:
     """The clock of which uvloop shows only the milliseconds."""
 
@@ -67,18 +71,26 @@ class _Exact:
 
 def clock_of(loop: asyncio.AbstractEventLoop) -> Clock:
     """
-    Return a clock for *loop*, which is exact on uvloop, too.
+    Return the clock for *loop*. On Linux it is exact on uvloop, too.
 
-    uvloop rounds the system's monotonic clock down to 1 ms. On Linux, the pool reads
-    that clock itself. A task that wakes at its deadline never reads an earlier time.
+    uvloop rounds the system's monotonic clock down to 1 ms, and its timers have the
+    same steps. On Linux, the pool reads that clock itself. A task that wakes at its
+    deadline never reads an earlier time.
     """
-    if (
-        getattr(type(loop).time, "__module__", None) == "uvloop.loop"
-        and sys.platform == "linux"  # elsewhere they may be different clocks
-        and abs(loop.time() - _Exact.time()) < SAME  # or a test library replaced one
-    ):
-        return Clock(_Exact(), steps=1000)
-    return Clock(loop)
+    if not any(each.__module__ == _UVLOOP for each in type(loop).__mro__):
+        return Clock(loop)
+    return Clock(_Exact() if _may_read_behind(loop) else loop, steps=1000)
+
+
+def _may_read_behind(loop: asyncio.AbstractEventLoop) -> bool:
+    """Return whether the clock of *loop*, one of uvloop, is a rounded `_Exact`."""
+    return (
+        sys.platform == "linux"  # elsewhere they may be different clocks
+        and getattr(type(loop).time, "__module__", None) == _UVLOOP
+        # Unless a test library had replaced it when this module was imported.
+        and _Exact.time.__module__ == "time"
+        and abs(loop.time() - _Exact.time()) < SAME
+    )
 
 
 class Clock:
@@ -90,13 +102,13 @@ class Clock:
     time. Only `peek` may be called outside the thread of the loop.
 
     Args:
-        source: The clock of the loop.
+        source: The clock of the loop, or the one behind it.
         steps: The steps that the loop's timers make in a second. Deadlines are rounded
             up to a step. Otherwise the loop would spin until the step ends. None: the
             timers are exact.
 
     Attributes:
-        source: The clock of the loop, plus the sum of its backward jumps so far. It is
+        source: The clock that is read, plus the sum of its backward jumps so far. It is
             the object and not its bound method, because freezegun replaces the method.
         last: The last result of `now`, in seconds.
     """
@@ -151,6 +163,6 @@ class Clock:
             # Rounded up. Otherwise a task may wake just before *at*, and must sleep
             # again.
             at += ROUNDING - self._skew
-        if self._steps is not None and at < math.inf:
+        if self._steps is not None and at * self._steps < math.inf:
             at = math.ceil(at * self._steps) / self._steps
         return at

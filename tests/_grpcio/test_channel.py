@@ -143,6 +143,15 @@ async def test_a_cut_off_call_ends_only_once_its_channel_knows(text):
 
 
 @asyncio_only
+async def test_a_cut_off_call_ends_at_its_deadline_if_its_channel_does_not_know():
+    channel = Channel(*[State.READY] * 9, State.IDLE, end=unavailable("Socket closed"))
+    connection = _connection.GrpcConnection(channel, TOPAZ.target)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await connection.call("/a.B/C", b"", timeout=0, metadata=())
+    assert len(channel.states) > 5
+
+
+@asyncio_only
 async def test_a_status_of_the_server_is_not_delayed():
     channel = Channel(*[State.READY] * 4, State.IDLE, end=unavailable("no backend"))
     connection = _connection.GrpcConnection(channel, TOPAZ.target)

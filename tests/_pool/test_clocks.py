@@ -351,8 +351,9 @@ async def test_a_deadline_costs_few_turns_of_the_loop_and_is_not_early(monkeypat
         assert clock.now() >= end
         # One at the start, and up to two because of rounding. Trio counts none.
         assert turns <= 4
-    with clock.deadline(math.inf) as scope:
-        assert scope.deadline == math.inf
+    for endless in (sys.float_info.max, math.inf):
+        with clock.deadline(endless) as scope:
+            assert scope.deadline == endless
 
 
 @pytest.fixture
@@ -368,17 +369,36 @@ def test_on_linux_the_clock_of_uvloop_is_the_one_behind_it(monkeypatch, loop):
     assert before <= clock_of(loop).now() <= time.perf_counter()
 
 
-@pytest.mark.parametrize("ahead", [-1e9, 5.0, 1e9])
-def test_a_replaced_clock_is_not_used_for_uvloop(monkeypatch, loop, ahead):
+@pytest.mark.parametrize(
+    "ahead, module",
+    [
+        # freezegun replaces the function, and shows the real time between two freezes.
+        (0.0, "freezegun.api"),
+        # A library may also change the function itself.
+        *((ahead, "time") for ahead in (-1e9, 5.0, 1e9)),
+    ],
+)
+def test_a_replaced_clock_is_not_used_for_uvloop(monkeypatch, loop, ahead, module):
     """If the package is imported under freezegun, it never gets the real clock."""
     real = time.perf_counter
-    monkeypatch.setattr(_Exact, "time", lambda: real() + ahead)
+
+    def replaced():
+        return real() + ahead
+
+    replaced.__module__ = module
+    monkeypatch.setattr(_Exact, "time", staticmethod(replaced))
     assert clock_of(loop).source is loop
 
 
 def test_elsewhere_than_on_linux_the_clock_of_uvloop_is_its_own(monkeypatch, loop):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert clock_of(loop).source is loop
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_deadlines_on_uvloop_are_rounded_up_to_its_steps(monkeypatch, loop, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    assert clock_of(loop)._loop_time(7.0001) == 7.001
 
 
 class OwnTime(uvloop.Loop):

@@ -120,7 +120,7 @@ class Claim:
     # When it was served, on the pool's clock. The stream is in use from this moment, so
     # the lease begins then. The task of a waiting caller runs a moment later.
     acquired_at = 0.0
-    # Seconds from the begin of the wait to `acquired_at`.
+    # Seconds from the beginning of the wait to `acquired_at`.
     waited = 0.0
     # The error that the caller raises instead of being served.
     failure: Exception | None = None
