@@ -147,7 +147,7 @@ NIGHTLY_QUICK = {
     "model": ["--hypothesis-profile=unhurried"],
     "shuffled": ["--shuffle=1"],
     "mutants": ["state", "--modules", "backoff"],
-    "oracles": ["--share", "0.1"],
+    "oracles": ["--share", "0.1", "-k", "not overload and not fleet"],
     "atheris": ["--seconds", "10"],
     "proxies": ["--transport", "grpcio"],
     "prometheus": [],
@@ -263,18 +263,12 @@ def model(session: nox.Session) -> None:
     """Run many more examples of models and fuzzing. Other examples: `-- --seed 17`."""
     seed, rest = told(session, "--seed", "1")
     session.install("-e", ".", "--group", "test")
-    names = [
-        "model_state",
-        "model_pool",
-        "model_decisions",
-        "model_bus",
-        "model_circuit",
-        "fuzz",
-        "fuzz_calls",
-        "fuzz_connectors",
-    ]
-    names += ["differential"]
+    models = ["state", "pool", "decisions", "bus", "circuit"]
+    fuzzed = ["fuzz", "fuzz_calls", "fuzz_connectors", "differential"]
+    names = [*(f"model_{name}" for name in models), *fuzzed]
     files = [f"tests/proof/test_{name}.py" for name in names]
+    files += ["tests/_authorizer/test_hostile_answers.py"]
+    files += ["tests/_http2/test_connection.py"]
     deep = ("-rP", "--timeout=0", "--hypothesis-profile=deep")
     deep += (f"--hypothesis-seed={seed}",)
     session.run("pytest", *deep, *files, *rest)

@@ -218,7 +218,7 @@ FAULTS = {
 }
 
 
-# By default only some of the statuses that the package treats alike.
+# The package treats these statuses like others, so they run in the slow tests only.
 ALIKE = (
     *("ALREADY_EXISTS", "ABORTED", "OUT_OF_RANGE", "DATA_LOSS"),
     "FAILED_PRECONDITION",
@@ -478,10 +478,8 @@ def assert_reports_agree(world, caplog):
 
 @alternating(
     FAULTS,
-    {
-        ANOTHER_KIND: [pytest.mark.native],
-        **{f"status {name}": [pytest.mark.slow] for name in ALIKE},
-    },
+    rare={f"status {name}" for name in ALIKE},
+    marks={ANOTHER_KIND: [pytest.mark.native]},
 )
 async def test_no_fault_lets_a_check_pass(name, caplog):
     fault = FAULTS[name]

@@ -173,7 +173,8 @@ async def test_a_rolling_restart_of_replicas_with_separate_addresses(replicas, u
 
 @pytest.mark.parametrize(
     "users",
-    # On a busy machine, calls of 200 users also time out on the other replicas.
+    # On a busy machine, calls of 200 users also time out on the other replicas. The
+    # nightly tests run one after the other.
     [20, pytest.param(200, marks=pytest.mark.nightly)],
     indirect=True,
 )

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from fastapi_topaz.testing import Check
 
 
-__all__ = ["AuthorizerProcess", "freeze"]
+__all__ = ["PATHS", "AuthorizerProcess", "freeze"]
 
 
 PATHS = (Path(fastapi_topaz.__file__).parents[1], Path(__file__).parents[1])
+"""Where another process imports the package and this kit from."""
 
 
 class AuthorizerProcess:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import attrs
 
-import fastapi_topaz
 from kit.console import Ended
+from kit.processes import PATHS
 
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BARE", "WARM", "Programs"]
 
-
-PATHS = (Path(fastapi_topaz.__file__).parents[1], Path(__file__).parents[1])
 
 BARE = ("fastapi", "fastapi_topaz.testing")
 """These imports take most of the time of a start. None belongs to an extra."""
@@ -70,7 +68,6 @@ def forked():
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             return json.loads(line)
-        print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 if task := forked():
@@ -79,6 +76,7 @@ if task := forked():
         os.dup2(file, number)
         os.close(file)
     os.chdir(task["cwd"])
+    sys.path.insert(0, "")
     os.environ.clear()
     os.environ.update(task["env"])
     sys.argv[1:] = task["arguments"]
@@ -112,7 +110,9 @@ class Programs:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", FORKS, *self.modules],
+            # -P: it imports the package that is tested, and not the sources in the
+            # working directory.
+            [sys.executable, "-P", "-c", FORKS, *self.modules],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -138,6 +138,8 @@ class Programs:
         """
         Run *code*, and return how it ended.
 
+        It waits for its own children. What they write later is lost.
+
         Args:
             code: The program.
             arguments: Its arguments.
@@ -158,17 +160,15 @@ class Programs:
         }
         self._process.stdin.write(f"{json.dumps(task)}\n")
         self._process.stdin.flush()
-        child = self._read()
         try:
-            status = self._read()
+            line = self._process.stdout.readline()
         except BaseException:  # the test takes too long
-            os.kill(child, signal.SIGKILL)
-            self._process.stdout.readline()
+            # Also the children of the program. And its end would look like that of the
+            # next program.
+            self.__exit__()
+            self.__enter__()
             raise
-        return Ended(status, out.read_text("utf-8"), err.read_text("utf-8"))
-
-    def _read(self) -> int:
-        line = self._process.stdout.readline()
         if not line:
             raise RuntimeError("the process that forks has ended; see its stderr")
-        return int(line)
+        status = int(line)
+        return Ended(status, out.read_text("utf-8"), err.read_text("utf-8"))

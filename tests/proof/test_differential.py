@@ -4,7 +4,7 @@ The native transport against the library `h2` as its server, over a real socket.
 Each example draws calls, and how each of them ends. The server answers in frames of
 random sizes, mixes the frames of its answers, and cuts its bytes at random places. The
 client reads a random number of bytes at a time. The end of each call is then compared
-with what was sent. `--hypothesis-profile=deep` runs forty times as many examples.
+with what was sent. `--hypothesis-profile=deep` runs a hundred times as many examples.
 """
 
 from __future__ import annotations

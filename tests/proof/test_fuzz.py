@@ -3,7 +3,7 @@ Any configuration gives a working pool or a clear error, never a hang or a half-
 pool.
 
 In virtual time. `fuzzing` detects runs that wait forever, or work without a pause.
-`--hypothesis-profile=deep` runs fifty times as many examples.
+`--hypothesis-profile=deep` runs forty times as many examples.
 """
 
 # ruff: noqa: PT017  (a value may be accepted or refused with an error)

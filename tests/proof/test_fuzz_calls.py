@@ -2,7 +2,7 @@
 Any argument of a call gives an answer or a clear error, and the next call is answered.
 
 The arguments are sent to a connector in memory, in virtual time, and with fewer
-examples to a real authorizer. `--hypothesis-profile=deep` runs fifty times as many.
+examples to a real authorizer. `--hypothesis-profile=deep` runs forty times as many.
 """
 
 # ruff: noqa: PT017  (an answer and an error are both valid)

@@ -2,7 +2,7 @@
 Any connector gives leases or a clear error. The pool never hangs and never fails
 itself.
 
-In virtual time. `--hypothesis-profile=deep` runs fifty times as many examples.
+In virtual time. `--hypothesis-profile=deep` runs forty times as many examples.
 """
 
 from __future__ import annotations

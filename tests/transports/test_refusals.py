@@ -15,6 +15,7 @@ from fastapi_topaz import (
     ConnectionPool,
 )
 from fastapi_topaz._rpc.statuses import is_unprocessed
+from kit.backends import alternating
 from kit.configs import POLICY, REQUEST
 from kit.faultkit.unavailable import headers, http, trailers
 from kit.network import patient_config
@@ -87,21 +88,7 @@ ON_BOTH = {"HTTP 503", "HTTP 200 with a page", "headers", "trailers", "GOAWAY"}
 ON_BOTH |= {"HTTP 200 without a status", "streams are reset"}
 
 
-@pytest.mark.parametrize(
-    "anyio_backend, name",
-    [
-        pytest.param(
-            backend,
-            name,
-            marks=pytest.mark.slow
-            if name not in ON_BOTH and number % 2 == turn
-            else (),
-        )
-        for turn, backend in enumerate(["asyncio", "trio"])
-        for number, name in enumerate(REFUSALS)
-    ],
-    indirect=["anyio_backend"],
-)
+@alternating(REFUSALS, on_both=ON_BOTH)
 async def test_a_proxy_answer_is_an_outage_and_closes_no_connection(
     lenient_http2_server, name, caplog
 ):

@@ -12,18 +12,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 import attrs
 import psutil
 
-import fastapi_topaz
+from kit.processes import PATHS
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Set as AbstractSet
+    from pathlib import Path
 
 
 __all__ = ["PATIENCE", "Answer", "Served", "Unanswered"]
@@ -35,7 +35,6 @@ T = TypeVar("T")
 PATIENCE = 45.0
 
 WHERE = re.compile(r"(?:Listening at:|running on|Running on) http://127\.0\.0\.1:(\d+)")
-PATHS = (Path(fastapi_topaz.__file__).parents[1], Path(__file__).parents[2])
 
 
 class Unanswered(Exception):  # noqa: N818

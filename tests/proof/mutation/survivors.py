@@ -60,7 +60,7 @@ No test that counts frames, because mutants add frames.
 """
 
 
-VIRTUAL = ["-m", "not slow and not soak", "-k", " ".join(QUICK.split())]
+VIRTUAL = ["-m", "not slow and not soak and not nightly", "-k", " ".join(QUICK.split())]
 
 WORDS = [r"logger\.", r'^\s+f?"', r'raise \w+\(f?"', r"^\s+\*\("]
 """Lines with texts of logs and errors, and parts of a repr()."""
