@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -149,7 +150,25 @@ def pytest_generate_tests(metafunc):
     else:
         names += ["asyncio+eager"] * (sys.version_info >= (3, 12))
         names += shuffled_names(metafunc)
+    if metafunc.definition.get_closest_marker("costly"):
+        names = [*on_one_backend(metafunc.definition, names)]
     metafunc.parametrize("anyio_backend", names, indirect=True)
+
+
+def on_one_backend(definition, names):
+    """
+    Mark all backends but one as slow.
+
+    It is trio for half of the tests of sockets. It is asyncio for those in virtual
+    time, because mutants run on asyncio, and over `grpcio`, which needs it.
+    """
+    is_even = zlib.crc32(definition.name.encode()) % 2 == 0
+    is_real = definition.get_closest_marker("real_clock") is not None
+    may_be_trio = is_even and is_real and not over_grpcio(definition)
+    chosen = "trio" if may_be_trio else "asyncio"
+    for name in names:
+        is_slow = name != chosen and "shuffled" not in name
+        yield pytest.param(name, marks=[pytest.mark.slow] * is_slow)
 
 
 def pytest_collection_modifyitems(config, items):

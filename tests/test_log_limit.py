@@ -309,6 +309,7 @@ OUTAGES = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("callers", [30, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("outage", list(OUTAGES))
 async def test_an_outage_of_8_s_with_many_callers_logs_a_handful_of_lines(

@@ -346,6 +346,7 @@ async def cycle(pool, count):
         tasks.start_soon(both)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_thousands_of_leases_leave_no_objects_and_no_memory(count):
     async with make_pool(max_connections=1) as pool:
@@ -419,6 +420,7 @@ async def settled(measure, looks=40):
     return seen[-1]
 
 
+@pytest.mark.costly
 @pytest.mark.real_clock
 @pytest.mark.parametrize(
     "rounds",

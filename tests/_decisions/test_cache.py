@@ -446,6 +446,7 @@ async def fresh_questions(number, used_now):
     return used[1] - used[0]
 
 
+@pytest.mark.costly
 async def test_fresh_questions_leave_memory_flat():
     tracemalloc.start()
     try:

@@ -73,6 +73,7 @@ async def test_a_call_is_answered():
         assert "closed" in repr(connection)
 
 
+@pytest.mark.costly
 async def test_many_calls_at_once_are_answered():
     with SocketServer() as server:
         async with opened(server) as connection, anyio.create_task_group() as tasks:

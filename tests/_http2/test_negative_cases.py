@@ -190,6 +190,7 @@ async def test_max_streams_without_a_pool():
 # -- data_frame_padding, no_df_padding_sanity ------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "padding", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 5)), 255]
 )

@@ -84,6 +84,7 @@ AGEING = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("server, calls", AGEING)
 async def test_no_call_is_lost_with_goaway_every_300_ms(server, calls):
     failures = []

@@ -152,6 +152,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))]
 )

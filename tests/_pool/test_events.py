@@ -76,6 +76,7 @@ async def test_a_failed_attempt_is_kept_with_its_reason():
         assert "refused" in pool._events.recent()[1].detail
 
 
+@pytest.mark.costly
 async def test_an_outage_takes_few_places():
     pool = make_pool(FakeConnector(default=fail("refused")), min_connections=1)
     async with pool:

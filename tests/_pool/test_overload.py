@@ -80,6 +80,7 @@ async def overloaded(setup, budget, load, seconds=SECONDS, **options):
     return it, since
 
 
+@pytest.mark.costly
 @servers
 @pytest.mark.parametrize(
     "budget, load",
@@ -100,6 +101,7 @@ async def test_an_overloaded_pool_answers_as_much_as_the_server_can(
     assert callers.latency(since, "refused") < 0.02
 
 
+@pytest.mark.costly
 @mostly_slow_servers
 @pytest.mark.parametrize("budget", [slow(0.2), 1, slow(5)])
 async def test_below_saturation_no_check_is_refused_for_overload(setup, budget):
@@ -123,6 +125,7 @@ async def test_random_times_of_service_leave_the_answers_near_the_capacity(
     assert callers.measured >= 0.85
 
 
+@pytest.mark.costly
 @mostly_slow_servers
 @pytest.mark.parametrize("seconds", [2, slow(10), nightly(30)])
 async def test_after_an_overload_the_pool_is_as_before_within_two_seconds(
@@ -139,6 +142,7 @@ async def test_after_an_overload_the_pool_is_as_before_within_two_seconds(
         assert {check.end for check in callers.began(since)} == {"answered"}
 
 
+@pytest.mark.costly
 @mostly_slow_servers
 async def test_after_a_slow_phase_the_pool_is_as_before_within_two_seconds(setup):
     service, workers, capacity, streams = setup
@@ -163,6 +167,7 @@ async def test_one_slow_policy_among_fast_ones_gets_no_fast_one_refused():
     assert {check.end for check in callers.checks} == {"answered"}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "times, budget",
     [
@@ -243,6 +248,7 @@ async def test_only_callers_that_still_wait_let_a_check_wait_as_long(waits, seco
             scope.cancel()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("quick", [0, 1, 4])
 async def test_long_calls_do_not_keep_out_quick_ones_while_the_pool_has_room(quick):
     class Held(Server):
@@ -286,6 +292,7 @@ async def test_calls_that_freeze_on_one_connection_do_not_lower_the_limit():
         assert len(callers.ended(0, "answered")) > 0.8 * len(callers.checks)
 
 
+@pytest.mark.costly
 @mostly_slow_servers
 async def test_a_late_event_loop_does_not_lower_the_limit(setup):
     service, workers, capacity, streams = setup
@@ -485,12 +492,14 @@ async def test_a_check_and_explicit_leases_wait_in_one_queue():
     assert order == [0, 1, 2, 3]
 
 
+@pytest.mark.costly
 async def test_callers_are_served_in_the_order_of_their_arrival():
     callers, since = await overloaded(FIXED, 1, 3, 2)
     answered = callers.ended(since, "answered")
     assert [x.began for x in answered] == sorted(x.began for x in answered)
 
 
+@pytest.mark.costly
 @mostly_slow_servers
 async def test_an_overload_leaves_no_lease_no_waiter_and_no_token(setup):
     service, workers, capacity, streams = setup

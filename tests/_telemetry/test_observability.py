@@ -264,6 +264,7 @@ async def test_metrics_of_a_slow_authorizer(shop, anyio_backend_name):
     assert left == {f"topaz_pool_{what}" for what in DURATIONS}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shop", [3600.0], indirect=True)
 async def test_metrics_of_a_killed_a_stopped_and_a_failing_authorizer(
     shop, anyio_backend_name

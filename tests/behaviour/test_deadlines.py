@@ -157,6 +157,7 @@ async def test_waiting_callers_fail_before_the_deadline_on_close_or_failure():
         assert anyio.current_time() - began < 5
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 8))]
 )

@@ -208,6 +208,7 @@ async def test_a_silent_name_server_makes_an_attempt_time_out(http2_server, name
         assert await check(pool)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("end", ["unknown", "empty", "silent"])
 async def test_a_removed_name_does_not_close_open_connections(http2_server, names, end):
     # Connections to be replaced serve until a better one is open, if they are within

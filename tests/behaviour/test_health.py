@@ -294,6 +294,7 @@ async def test_a_lease_on_a_connection_closed_by_the_server_can_finish():
         assert connector.connections[0].closed == 1
 
 
+@pytest.mark.costly
 async def test_a_server_that_accepts_and_closes_is_retried_only_after_a_pause():
     class Revolving(FakeConnector):
         async def connect(self, timeout):

@@ -217,6 +217,7 @@ async def test_connection_lifetimes_vary_by_up_to_10_percent():
         assert len(closed_at) > 3, "not all at the same time"
 
 
+@pytest.mark.costly
 async def test_max_lifetime_0_means_connections_never_expire():
     connector = FakeConnector()
     pool = make_unprobed(connector, min_connections=1, eager_init=True, max_lifetime=0)
@@ -323,6 +324,7 @@ async def test_a_pool_can_be_resized_before_it_is_open():
 # -- outages ----------------------------------------------------------------------
 
 
+@pytest.mark.costly
 async def test_attempts_in_an_outage_do_not_grow_with_the_number_of_callers():
     connector = FakeConnector(default=fail())
     pool = make_unprobed(connector, min_connections=2)

@@ -93,6 +93,7 @@ async def test_a_response_beyond_the_limit_is_an_error(server, transport, option
     assert len(server.peers) == 1
 
 
+@pytest.mark.costly
 async def test_many_large_responses_at_once_fit_the_windows(server, transport):
     size = 9 * MIB
     options = {"max_message_bytes": size}

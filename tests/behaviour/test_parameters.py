@@ -14,6 +14,7 @@ def make_default(connector=None, **options):
     return ConnectionPool(connector=connector or FakeConnector(), **options)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("value", [0, 1, 4])
 async def test_min_connections(value):
     async with make_default(min_connections=value, eager_init=True) as pool:

@@ -63,6 +63,7 @@ async def test_while_the_server_is_down_callers_fail_fast_with_the_cause():
         assert max(took[20:]) <= 0.5
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "callers", [1, 30, *(pytest.param(n, marks=pytest.mark.slow) for n in (10, 200))]
 )
@@ -436,6 +437,7 @@ async def test_a_loss_without_a_replacement_still_spreads_the_connections():
         assert connector.attempts == 5
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("lives", [0.01, 0.1, 1.0])
 async def test_connections_lost_early_are_not_made_faster_than_failed_ones(
     lives,
@@ -462,6 +464,7 @@ async def test_connections_lost_early_are_not_made_faster_than_failed_ones(
     assert most_within(connector.begun[10:], 1.0) <= 20
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("goes_wrong", [fail(), hang()], ids=["refused", "hangs"])
 async def test_a_replica_that_stays_down_does_not_keep_the_others_rotating(goes_wrong):
     class EveryThird(FakeConnector):

@@ -99,6 +99,7 @@ class Callers:
 # -- an outage ------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("streams", [1, 5])
 async def test_refusals_by_a_proxy_on_all_connections_are_an_outage(caplog, streams):
     connector = Proxy()
@@ -276,6 +277,7 @@ async def test_a_hanging_probe_in_an_outage_closes_its_connection():
 # -- one proxy of several -------------------------------------------------------------
 
 
+@pytest.mark.costly
 async def test_if_one_proxy_of_several_refuses_only_its_connections_are_avoided():
     connector = Proxy()
     async with make_pool(connector) as pool, Callers(pool, 10) as callers:
@@ -318,6 +320,7 @@ async def test_another_connection_is_opened_while_all_are_refused():
 # -- refusals of some calls -----------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("connections, streams", [(10, 1), (2, 1), (4, 5)])
 async def test_a_rate_limit_closes_no_connection_and_causes_little_delay(
     connections, streams
@@ -465,6 +468,7 @@ async def test_if_no_connection_answers_the_pool_is_failing_and_logs_it_once(cap
 # -- connections closed in an orderly way ---------------------------------------------
 
 
+@pytest.mark.costly
 async def test_connections_that_end_after_an_answer_are_replaced_without_a_pause():
     connector = FakeConnector()
     async with make_pool(connector) as pool:

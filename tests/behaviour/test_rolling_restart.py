@@ -149,6 +149,7 @@ async def test_a_rolling_restart_behind_one_address_fails_no_check(
     assert flow.failures == []
 
 
+@pytest.mark.costly
 async def test_a_rolling_restart_of_replicas_with_separate_addresses(replicas, users):
     async with traffic(replicas.addressed_options, users) as flow:
         # Connections go to random addresses.
@@ -171,6 +172,7 @@ async def test_a_rolling_restart_of_replicas_with_separate_addresses(replicas, u
     assert flow.failures == []
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "users",
     # On a busy machine, calls of 200 users also time out on the other replicas. The

@@ -457,6 +457,7 @@ async def test_a_waiting_caller_that_leaves_makes_room_for_one_more(leaves, stre
         assert not await refused(pool)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("seed", range(4))
 async def test_the_counters_add_up_for_all_outcomes_of_acquire(seed):
     rng = random.Random(seed)

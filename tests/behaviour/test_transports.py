@@ -271,6 +271,7 @@ class Leaving:
             server.sock.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("streams", [1, 20])
 async def test_no_check_is_lost_when_connections_end_all_the_time(streams):
     leaving = Leaving(25)

@@ -185,6 +185,7 @@ async def real_connect(strike, authorizer):
     assert_unused(pool)
 
 
+@pytest.mark.costly
 @pytest.mark.real_clock
 async def test_cancelling_operations_on_real_connections_at_any_await(
     embedded_authorizer,

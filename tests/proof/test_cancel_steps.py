@@ -140,6 +140,7 @@ async def test_cancelling_waiting_callers_during_releases_loses_no_capacity(coun
     await waiters_cancelled(count)
 
 
+@pytest.mark.costly
 async def test_the_cost_of_a_cancelled_waiter_does_not_grow_with_the_queue():
     async def calls(count):
         made = 0

@@ -167,6 +167,7 @@ async def test_closing_at_any_step_leaves_nothing_open(steps):
     await pool.close()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))]
 )

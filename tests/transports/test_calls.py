@@ -142,6 +142,7 @@ async def test_metadata_of_a_call_is_sent_in_any_form(authorizer):
         assert await ask(connection, metadata=(["a-b", "c"],))
 
 
+@pytest.mark.costly
 async def test_an_error_is_freed_with_its_last_reference(authorizer):
     """The error forms no cycle with its own frames, which hold the data of callers."""
 

@@ -248,6 +248,7 @@ async def test_the_next_attempt_serves_waiting_callers_in_order(
 # -- F4: the server accepts and stays silent ----------------------------------------
 
 
+@pytest.mark.costly
 @sockets
 @pytest.mark.parametrize("tls", [False, True], ids=["plaintext", "tls"])
 async def test_a_server_that_accepts_and_hangs_makes_an_attempt_time_out(tls, caplog):

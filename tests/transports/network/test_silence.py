@@ -86,6 +86,7 @@ async def test_the_health_check_evicts_unused_silent_connections(
         await soon(lambda: pool.status().healthy_connections == 2)
 
 
+@pytest.mark.costly
 @sockets
 @silences
 async def test_one_silent_replica_of_three_fails_only_the_checks_it_holds(
@@ -215,6 +216,7 @@ async def test_a_check_with_a_truncated_response_is_answered_by_another_replica(
 # -- F17: the server is slow --------------------------------------------------------
 
 
+@pytest.mark.costly
 @sockets
 async def test_a_slow_server_sheds_load_from_the_queue_without_new_connections(
     authorizer,
