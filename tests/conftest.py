@@ -150,33 +150,33 @@ def pytest_generate_tests(metafunc):
     else:
         names += ["asyncio+eager"] * (sys.version_info >= (3, 12))
         names += shuffled_names(metafunc)
-    if metafunc.definition.get_closest_marker("costly"):
-        names = [*on_one_backend(metafunc.definition, names)]
     metafunc.parametrize("anyio_backend", names, indirect=True)
 
 
-def on_one_backend(definition, names):
-    """
-    Mark all backends but one as slow.
-
-    It is trio for half of the tests of sockets. It is asyncio for those in virtual
-    time, because mutants run on asyncio, and over `grpcio`, which needs it.
-    """
-    is_even = zlib.crc32(definition.name.encode()) % 2 == 0
-    is_real = definition.get_closest_marker("real_clock") is not None
-    may_be_trio = is_even and is_real and not over_grpcio(definition)
-    chosen = "trio" if may_be_trio else "asyncio"
-    for name in names:
-        is_slow = name != chosen and "shuffled" not in name
-        yield pytest.param(name, marks=[pytest.mark.slow] * is_slow)
-
-
+@pytest.hookimpl(tryfirst=True)  # pytest deselects slow tests in the same hook
 def pytest_collection_modifyitems(config, items):
     """Deselect the tests of `grpcio` on trio, because it works on asyncio only."""
-    on_trio = [item for item in items if over_grpcio(item) and is_on_trio(item)]
+    for item in items:
+        if item.get_closest_marker("costly") and is_for_slow_tests(item):
+            item.add_marker(pytest.mark.slow)
+    on_trio = [item for item in items if over_grpcio(item) and "trio" in backends(item)]
     if on_trio:
         config.hook.pytest_deselected(items=on_trio)
         items[:] = [item for item in items if item not in set(on_trio)]
+
+
+def is_for_slow_tests(item):
+    """
+    Return whether a costly test leaves its backend to the slow tests.
+
+    By default, half of the costly tests of sockets run on trio, and the others on
+    asyncio. In virtual time all run on asyncio, as the mutants do.
+    """
+    is_even = zlib.crc32(item.originalname.encode()) % 2 == 0
+    is_real = item.get_closest_marker("real_clock") is not None
+    may_be_trio = is_even and is_real and not over_grpcio(item)
+    chosen = "trio" if may_be_trio else "asyncio"
+    return not any(name == chosen or "shuffled" in name for name in backends(item))
 
 
 def over_grpcio(item):
@@ -187,10 +187,10 @@ def over_grpcio(item):
     return chosen == "grpcio" and not item.get_closest_marker("native")
 
 
-def is_on_trio(item):
-    return "trio" in {
-        parameters(item).get(name) for name in ("anyio_backend", "backend")
-    }
+def backends(item):
+    """Return the names of the backends of a test."""
+    named = (parameters(item).get(name) for name in ("anyio_backend", "backend"))
+    return [name for name in named if name]
 
 
 def parameters(item):

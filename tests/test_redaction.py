@@ -348,6 +348,7 @@ def run_program(tmp_path, backend, *arguments, status):
     return done.stdout
 
 
+@pytest.mark.costly
 @backends
 @pytest.mark.real_clock
 def test_sentry_receives_no_secret(backend, tmp_path):
@@ -371,6 +372,7 @@ def test_sentry_receives_no_secret(backend, tmp_path):
         assert not secrets_in(json.dumps(event))
 
 
+@pytest.mark.costly
 @backends
 @pytest.mark.real_clock
 def test_pytest_shows_no_secret(backend, tmp_path):

@@ -236,6 +236,7 @@ def test_only_the_demo_needs_its_extra(line, name, run_forked):
     assert run_forked(*line.split(), without=name).err == ""
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ctrl_c_ends_the_demo_without_a_traceback(backend):
     arguments = ("demo", "--requests", "1000000", "--backend", backend)

@@ -277,6 +277,7 @@ def started(*args, **streams):
             process.kill()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ctrl_c_ends_it_with_the_summary(backend, topaz):
     arguments = to(topaz, "--duration", "600", "--backend", backend)

@@ -478,6 +478,7 @@ else:
 """
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_a_forked_child_counts_from_0_and_reports_once_it_is_used(backend, run_program):
     """Run in a separate process, because the test sets the global provider."""

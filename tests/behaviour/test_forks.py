@@ -138,6 +138,7 @@ class Counted:
 all_backends = pytest.mark.parametrize("backend", ["asyncio", "uvloop", "trio"])
 
 
+@pytest.mark.costly
 @all_backends
 def test_each_child_is_answered_and_its_parent_loses_nothing(backend, server, execute):
     children = 10

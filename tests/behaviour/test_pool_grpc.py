@@ -311,6 +311,7 @@ def test_two_pools_work_on_two_backends_at_once(authorizer):
     assert not [t for t in threading.enumerate() if "fastapi_topaz" in t.name]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("end", ["return", "raise", "in flight"])
 def test_a_pool_never_closed_leaves_no_process_and_no_traceback(

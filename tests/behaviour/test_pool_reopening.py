@@ -135,6 +135,7 @@ def test_an_open_pool_refuses_another_loop_and_names_both(first, second):
 # -- the end of the process ---------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @pytest.mark.parametrize("end", ["return", "raise", "connecting", "exit"])
 def test_a_pool_never_closed_leaves_no_process_and_no_traceback(

@@ -275,6 +275,7 @@ def test_every_attribute_of_a_span_is_in_the_table():
     assert sorted(table) == sorted({*found, "topaz.pool"})
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_the_application_with_metrics_runs(backend, embedded_authorizer):
     """Run in a separate process, because the test sets the global provider."""

@@ -136,6 +136,7 @@ def growth(authorizer, kind, backend, rounds):
 LEAKED = 500
 
 
+@pytest.mark.costly
 @pytest.mark.native
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
