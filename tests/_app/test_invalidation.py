@@ -43,6 +43,7 @@ IDS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("path_parameters", ["typed", "text"])
 @pytest.mark.parametrize(
     "name, converter", [(name, each) for name in IDS for each in IDS[name][2]]

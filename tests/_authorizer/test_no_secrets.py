@@ -87,6 +87,7 @@ BAD = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: next(iter(bad)))
 @pytest.mark.parametrize("name", ["decisions", "decision_tree", "query", "compile"])
 async def test_an_unsendable_argument_leaves_no_secret(name, bad):

@@ -297,6 +297,7 @@ def test_no_text_leads_to_a_question_about_another_policy(
     event(f"asked: {len(heard) > 0}")
 
 
+@pytest.mark.costly
 @pytest.mark.real_clock
 @pytest.mark.parametrize("path", INJECTIONS)
 async def test_an_injection_sends_no_request(path, embedded_authorizer):

@@ -112,6 +112,7 @@ def config_to(server, transport, **options):
 # -- metadata of a call -------------------------------------------------------------
 
 
+@pytest.mark.costly
 @each_call
 @pytest.mark.parametrize("form", FORMS)
 async def test_each_call_takes_metadata_of_its_own(server, transport, method, form):
@@ -158,6 +159,7 @@ async def test_a_repeated_check_sends_its_metadata_again(transport):
         assert dict(first)["x-raw-bin"] == dict(second)["x-raw-bin"]
 
 
+@pytest.mark.costly
 @each_call
 @pytest.mark.parametrize("wrong, kind", BAD, ids=named)
 async def test_metadata_that_cannot_be_sent_is_named_and_not_shown(

@@ -256,6 +256,7 @@ BAD = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", BAD)
 async def test_a_bad_file_stops_the_start_and_fails_connects(transport, files, kind):
     option, content, fault = BAD[kind]

@@ -223,6 +223,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_failed_callable_fails_the_call_closed(server, transport, fault):
     make, text = FAULTS[fault]

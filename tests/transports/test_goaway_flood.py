@@ -242,6 +242,7 @@ def cost_of(frame_server, backend, callers):
     return json.loads(run.stdout)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "greeting, script, backend, callers",
     [

@@ -338,6 +338,7 @@ async def test_a_compressed_answer_counts(frame_server):
         assert await end_of(config) is True
 
 
+@pytest.mark.costly
 @of(HOSTILE)
 async def test_an_answer_that_violates_the_protocol_is_an_error(frame_server, script):
     frame_server.script = to_checks(script)
