@@ -244,7 +244,7 @@ def grpcio(session: nox.Session) -> None:
     session.run("pytest", *chosen, *paths, *session.posargs, env=environment)
     if binary := built_gopeer(Path(session.cache_dir).resolve() / "gopeer"):
         environment["GOPEER"] = binary
-        chosen = ("-m", "slow and not native", "-n0")
+        chosen = ("-m", "slow and not native", "-n2")
         session.run(
             "pytest", *chosen, "tests/transports/test_gopeer.py", env=environment
         )
@@ -342,11 +342,14 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """Run the tests with the oldest dependencies that are allowed."""
+    """Run the tests of the package with the oldest dependencies that are allowed."""
     session.install("-e", ".", "--group", "test")
     session.install(*OLDEST)
     # Deprecation warnings inside the oldest libraries cannot be fixed here.
-    session.run("pytest", "-W", "default", *session.posargs)
+    pytest = ("pytest", "-W", "default")
+    # Models and documents hardly depend on the versions of libraries.
+    others = ("--ignore=tests/proof", "--ignore=tests/repository")
+    session.run(*pytest, *others, *session.posargs)
 
 
 # Only the newest Python. On 3.11, tracing loses a coroutine that catches an exception
@@ -527,7 +530,7 @@ def gopeer(session: nox.Session) -> None:
     session.install("-e", ".", "--group", "test")
     files = ["transports/test_gopeer.py", "_http2/test_interop.py"]
     files += ["_http2/test_peers.py"]
-    pytest = ("pytest", "-m", "slow", "-n0", *(f"tests/{name}" for name in files))
+    pytest = ("pytest", "-m", "slow", "-n2", *(f"tests/{name}" for name in files))
     session.run(*pytest, *session.posargs, env={"GOPEER": binary})
 
 
@@ -546,7 +549,8 @@ def proxies(session: nox.Session) -> None:
         session.skip("neither nginx nor haproxy can be had")
     session.install("-e", ".", "--group", "test")
     chosen = "slow and not native" if transport == "grpcio" else "slow"
-    pytest = ("pytest", "-m", chosen, "-n0", "tests/behaviour/test_proxies.py")
+    # Most of their time is waiting.
+    pytest = ("pytest", "-m", chosen, "-n3", "tests/behaviour/test_proxies.py")
     environment = named | {"FASTAPI_TOPAZ_TRANSPORT": transport}
     session.run(*pytest, *rest, env=environment)
 

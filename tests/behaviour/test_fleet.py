@@ -33,13 +33,22 @@ OVERLOADED = ("zone", "dark_zone")
 QUICK = "rolling"
 """The scenario of the default tests."""
 
+RARE = ("renewal", "slow", "scaling", "deployment")
+"""The scenarios of the nightly tests."""
+
 
 def missed(name, report):
     return [str(each) for each in fleet.verdicts(name, report) if not each.met]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", fleet.SCENARIOS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] * (name in RARE))
+        for name in fleet.SCENARIOS
+    ],
+)
 def test_the_goals_of_a_scenario_hold(name):
     report = fleet.simulated(name)
     assert not missed(name, report), report
