@@ -170,8 +170,8 @@ def is_for_slow_tests(item):
     Return whether a costly test leaves its backend to the slow tests.
 
     By default, half of the costly tests of sockets run on trio, and the others on
-    asyncio. In virtual time all run on asyncio, as the mutants do. The slow tests do not
-    run over `grpcio`.
+    asyncio. In virtual time all run on asyncio, as the mutants do. Over `grpcio`, where
+    the slow tests do not run, all backends run.
     """
     if over_grpcio(item):
         return False
