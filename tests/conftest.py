@@ -155,7 +155,11 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # pytest deselects slow tests in the same hook
 def pytest_collection_modifyitems(config, items):
-    """Deselect the tests of `grpcio` on trio, because it works on asyncio only."""
+    """
+    Mark what costly tests leave to the slow ones, and deselect `grpcio` on trio.
+
+    `grpcio` works on asyncio only.
+    """
     for item in items:
         if item.get_closest_marker("costly") and is_for_slow_tests(item):
             item.add_marker(pytest.mark.slow)

@@ -138,10 +138,8 @@ class GrpcConnection:
             # A proxy may quote the end of a connection of its own. Then this one is not
             # lost. The channel may notice the end later than the call: without this
             # wait, a probe would make it connect again, and the pool would not know.
-            ended_here = error.how in {
-                Ending.GOAWAY,
-                Ending.CUT_OFF,
-            } and await self._is_lost_soon(deadline)
+            is_cut = error.how in {Ending.GOAWAY, Ending.CUT_OFF}
+            ended_here = is_cut and await self._is_lost_soon(deadline)
             if resent or not ended_here or error.how is not Ending.GOAWAY:
                 raise error
         finally:

@@ -138,7 +138,7 @@ class Programs:
         """
         Run *code*, and return how it ended.
 
-        It waits for its own children. What they write later is lost.
+        The program must wait for its own children. What they write later is lost.
 
         Args:
             code: The program.
@@ -163,8 +163,8 @@ class Programs:
         try:
             line = self._process.stdout.readline()
         except BaseException:  # the test takes too long
-            # Also the children of the program. And its end would look like that of the
-            # next program.
+            # This also ends the children of the program. Without it, the result of the
+            # program would be read as that of the next one.
             self.__exit__()
             self.__enter__()
             raise
